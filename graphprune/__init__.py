@@ -1,0 +1,28 @@
+"""graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
+
+from .apply import apply
+from .errors import GraphpruneError
+from .groups import Group, Groups, couple
+from .plan import Plan
+from .rules import rule
+from .score import score
+from .select import select
+from .shrink import shrink
+from .trace import Graph, trace
+from .zeroed import zeroed
+
+__all__ = [
+    "Graph",
+    "GraphpruneError",
+    "Group",
+    "Groups",
+    "Plan",
+    "apply",
+    "couple",
+    "rule",
+    "score",
+    "select",
+    "shrink",
+    "trace",
+    "zeroed",
+]

@@ -1,0 +1,149 @@
+"""Operations that put tensors together or take single positions out: joining, picking and padding along an axis.
+
+They read and make labels, so they are neither pure movement nor a line of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .labels import Array, Fields, Labels, compact, varying
+from .notation import Value, meet
+from .rules import pointwise
+
+ASSEMBLE: dict[str, Callable[..., list[Fields]]] = {}
+
+
+def assemble(*names: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        for name in names:
+            ASSEMBLE[name] = function
+        return function
+
+    return register
+
+
+def free(labels: Labels, shape: tuple[int, ...], axes: range | list[int]) -> Fields:
+    """Labels for axes along which a tensor is uniform: it can be cut there, whatever is asked of it."""
+    fields = []
+    for axis in axes:
+        if shape[axis] > 1:
+            view = [1] * len(shape)
+            view[axis] = shape[axis]
+            fields.append(labels.fresh(shape[axis]).reshape(view))
+    return tuple(fields)
+
+
+@assemble("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn",
+          "empty_permuted", "new_empty_strided", "empty_strided")  # fmt: skip
+def factory(labels: Labels, reason: int, outs: list, *args, **kwargs) -> list[Fields]:
+    return [free(labels, outs[0], range(len(outs[0])))]
+
+
+@assemble("expand")
+def expand(labels: Labels, reason: int, outs: list, x: Value, sizes, **kwargs) -> list[Fields]:
+    new = len(outs[0]) - len(x.shape)
+    grown = [a for a in range(len(outs[0])) if a < new or x.shape[a - new] != outs[0][a]]
+    held = tuple(f.reshape((1,) * new + f.shape) for f in x.fields)
+    return [held + free(labels, outs[0], grown)]
+
+
+@assemble("repeat")
+def repeat(labels: Labels, reason: int, outs: list, x: Value, times) -> list[Fields]:
+    new = len(times) - len(x.shape)
+    held = []
+    for field in x.fields:
+        wide = field.reshape((1,) * new + field.shape)
+        held.append(np.tile(wide, [n if s > 1 else 1 for n, s in zip(times, wide.shape, strict=True)]))
+    grown = [a for a in range(len(times)) if a < new or x.shape[a - new] == 1]
+    return [tuple(held) + free(labels, outs[0], grown)]
+
+
+def _without(x: Value, axis: int, labels: Labels, reason: int) -> Fields:
+    """The fields without one axis, over which all positions are asked to agree."""
+    held = []
+    for field in x.fields:
+        if field.shape[axis] > 1:
+            if len(varying(field)) == 1:
+                labels.lock(field, reason)
+                continue
+            over = varying(field)
+            at = over.index(axis)
+            dense = field.reshape([field.shape[a] for a in over])
+            labels.lock(labels.marginal(dense, (at,)), reason)
+        held.append(field)
+    return tuple(held)
+
+
+@assemble("select")
+def select(labels: Labels, reason: int, outs: list, x: Value, dim: int, index: int) -> list[Fields]:
+    dim %= len(x.shape)
+    held = _without(x, dim, labels, reason)
+    return [tuple(compact(f.take(index if f.shape[dim] > 1 else 0, axis=dim)) for f in held)]
+
+
+@assemble("unbind")
+def unbind(labels: Labels, reason: int, outs: list, x: Value, dim: int = 0) -> list[Fields]:
+    dim %= len(x.shape)
+    held = _without(x, dim, labels, reason)
+    return [tuple(compact(f.take(i if f.shape[dim] > 1 else 0, axis=dim)) for f in held) for i in range(len(outs))]
+
+
+@assemble("stack")
+def stack(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) -> list[Fields]:
+    rank = len(tensors[0].shape)
+    (fields,), _ = meet(labels, pointwise(tensors, [rank]), [tensors[0].shape], reason)
+    return [tuple(np.expand_dims(f, dim % (rank + 1)) for f in fields)]
+
+
+@assemble("cat", "concatenate")
+def cat(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) -> list[Fields]:
+    tensors = [t for t in tensors if t.shape != (0,) or len(outs[0]) == 1]
+    rank = len(outs[0])
+    dim %= rank
+    rest = [Value(_but(t.shape, dim), tuple(f for f in t.fields if f.shape[dim] == 1)) for t in tensors]
+    along = [[f for f in t.fields if f.shape[dim] > 1] for t in tensors]
+    (fields,), _ = meet(labels, pointwise(rest, [rank]), [rest[0].shape], reason)
+    if not any(along):
+        return [fields]
+    parts = []
+    for tensor, mine in zip(tensors, along, strict=True):
+        for extra in mine[1:]:
+            labels.lock(extra, reason)
+        parts.append(mine[0] if mine else _filler(labels, tensor, dim, reason))
+    top = [max(p.shape[a] for p in parts) for a in range(rank)]
+    wide = [np.broadcast_to(p, [p.shape[a] if a == dim else top[a] for a in range(rank)]) for p in parts]
+    return [fields + (np.concatenate(wide, axis=dim),)]
+
+
+def _but(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return tuple(1 if axis == dim else size for axis, size in enumerate(shape))
+
+
+def _filler(labels: Labels, tensor: Value, dim: int, reason: int) -> Array:
+    view = [1] * len(tensor.shape)
+    view[dim] = tensor.shape[dim]
+    filler = labels.fresh(tensor.shape[dim]).reshape(view)
+    labels.lock(filler, reason)
+    return filler
+
+
+@assemble("constant_pad_nd")
+def pad(labels: Labels, reason: int, outs: list, x: Value, padding: list, value: float = 0) -> list[Fields]:
+    fields = list(x.fields)
+    for index in range(len(padding) // 2):
+        axis = len(x.shape) - 1 - index
+        before, after = padding[2 * index], padding[2 * index + 1]
+        for number, field in enumerate(fields):
+            if field.shape[axis] == 1 or not (before or after):
+                continue
+            if len(varying(field)) > 1 or before < 0 or after < 0:
+                labels.lock(field, reason)
+                fields[number] = None
+                continue
+            ends = [labels.fresh(max(n, 0)).reshape([-1 if a == axis else 1 for a in range(field.ndim)]) for n in (before, after)]
+            fields[number] = np.concatenate([ends[0], field, ends[1]], axis=axis)
+        fields = [f for f in fields if f is not None]
+    return [tuple(fields)]

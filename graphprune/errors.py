@@ -1,0 +1,50 @@
+"""Every error graphprune raises: what is wrong, where, and what to do now.
+
+All derive from :class:`GraphpruneError`, so one ``except`` is enough.
+
+>>> issubclass(BadRatio, GraphpruneError) and issubclass(BadRatio, ValueError)
+True
+"""
+
+
+class GraphpruneError(Exception):
+    """Base of all errors of this package."""
+
+
+class BadRatio(GraphpruneError, ValueError):
+    """A ratio (or another number that selects) is outside its range: ``shrink(m, x, ratio=1.0)``; use 0 <= ratio < 1."""
+
+
+class BadInput(GraphpruneError, ValueError):
+    """The example input does not fit the model, or the model raised on it; the original error is the cause."""
+
+
+class BadModel(GraphpruneError, TypeError):
+    """The model cannot be pruned as it stands: scripted, quantised, compiled, wrapped, or on several devices."""
+
+
+class UnknownName(GraphpruneError, KeyError):
+    """A name in ``keep=`` or an override fits nothing in the model; the message says the nearest names."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class NothingToPrune(GraphpruneError):
+    """No axis of the model can be removed; the message says what holds the largest ones."""
+
+
+class NotEqual(GraphpruneError):
+    """The self-check failed: the cut model does not compute what the zeroed original computes. Nothing is returned."""
+
+
+class BadPlan(GraphpruneError, ValueError):
+    """A plan does not belong to this model, or its file is damaged."""
+
+
+class BadRule(GraphpruneError, ValueError):
+    """A rule's text does not fit its operation."""
+
+
+class NeedsValues(GraphpruneError):
+    """Internal: control flow asked for a value that a run without values cannot give; trace with real values."""

@@ -1,0 +1,183 @@
+"""Labels: integers that say which entries of all tensors stay or go together, and what was asked of them.
+
+A *field* gives every entry of a tensor a label. It is an int array with the tensor's number of axes and length 1
+wherever the label does not vary, so batch, token and pixel axes cost nothing. A tensor may carry several fields (a
+weight has one for its outputs and one for its inputs). An entry goes when any of its labels goes.
+
+Three things can be asked: ``join`` (stay or go together), ``lock`` (never goes, with a reason) and ``marginal`` (one
+label for each slice of a field that varies over several axes: "head h", when the field says "position d of head h").
+
+>>> labels = Labels()
+>>> a, b = labels.fresh(3), labels.fresh(3)
+>>> labels.join(a, b[::-1])
+>>> labels.partition().find(a).tolist()
+[0, 1, 2]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Array = np.ndarray
+Fields = tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an axis is left whole: the operation, the module that called it, the source line, and a sentence."""
+
+    text: str
+    op: str = ""
+    module: str = ""
+    line: str = ""
+
+    def __str__(self) -> str:
+        where = ", ".join(part for part in (self.op, self.module, self.line) if part)
+        return f"{self.text} ({where})" if where else self.text
+
+
+@dataclass
+class Joint:
+    """A field over several axes, and the slices of it that an operation named: the axis and one label per slice."""
+
+    array: Array
+    axes: tuple[int, ...] = ()
+    slices: Array | None = None
+    carried: bool = False
+
+
+class Partition:
+    """Sets of labels that stay or go together (union-find over arrays; a set's name is its smallest label)."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = np.arange(count, dtype=np.int32)
+        self.locked = np.zeros(count, dtype=bool)
+
+    def find(self, labels: Array) -> Array:
+        root = self.parent[labels]
+        while True:
+            above = self.parent[root]
+            if np.array_equal(above, root):
+                return root
+            root = above
+
+    def union(self, left: Array, right: Array) -> None:
+        while left.size:
+            left, right = self.find(left), self.find(right)
+            differ = left != right
+            if not differ.any():
+                return
+            left, right = left[differ], right[differ]
+            low, high = np.minimum(left, right), np.maximum(left, right)
+            np.minimum.at(self.parent, high, low)
+            self.locked[low[self.locked[high]]] = True
+            roots = self.find(high)
+            self.locked[roots[self.locked[high] | self.locked[low]]] = True
+
+    def lock(self, labels: Array) -> None:
+        self.locked[self.find(labels)] = True
+
+    def is_locked(self, labels: Array) -> Array:
+        return self.locked[self.find(labels)]
+
+    def flatten(self) -> None:
+        self.parent = self.find(np.arange(len(self.parent), dtype=np.int32))
+
+
+@dataclass
+class Labels:
+    """Hands out labels and records what is asked of them; :meth:`partition` answers all joins and locks at once."""
+
+    count: int = 0
+    pairs: list[tuple[Array, Array]] = field(default_factory=list)
+    locks: list[tuple[Array, int]] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
+    joints: list[Joint] = field(default_factory=list)
+    _names: dict[bytes, int] = field(default_factory=dict)
+    _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
+    _seen: set[tuple[int, int]] = field(default_factory=set)
+
+    def fresh(self, size: int) -> Array:
+        self.count += size
+        return np.arange(self.count - size, self.count, dtype=np.int32)
+
+    def join(self, left: Array, right: Array) -> None:
+        key = (id(left), id(right))
+        if left is right or key in self._seen:
+            return
+        self._seen.add(key)
+        self.pairs.append(tuple(np.broadcast_arrays(left, right)))
+        self._cache[key[0], (-1, key[1])] = (left, right)  # keeps both arrays, so that their ids stay theirs
+
+    def reason(self, reason: Reason) -> int:
+        self.reasons.append(reason)
+        return len(self.reasons) - 1
+
+    def lock(self, labels: Array, reason: int) -> None:
+        self.locks.append((labels, reason))
+
+    def joint(self, array: Array) -> None:
+        """Record that ``array`` (varying over two axes or more) must stay a box when it is cut."""
+        self.joints.append(Joint(array))
+
+    def marginal(self, array: Array, axes: tuple[int, ...], carried: bool = False) -> Array:
+        """One label for each slice of ``array`` along ``axes``; slices with the same labels share theirs.
+
+        A slice whose entries have one label keeps it, so nothing new is made for a field that does not vary inside.
+        """
+        key = (id(array), axes)
+        if key not in self._cache:
+            self._cache[key] = (array, self._slices(array, axes))
+            self.joints.append(Joint(array, axes, self._cache[key][1], carried))
+        elif carried:
+            self.joints.append(Joint(array, axes, self._cache[key][1], carried))
+        return self._cache[key][1]
+
+    def _slices(self, array: Array, axes: tuple[int, ...]) -> Array:
+        lead = np.moveaxis(array, axes, range(len(axes)))
+        rows = np.sort(lead.reshape(int(np.prod(lead.shape[: len(axes)])), -1), axis=1)
+        names = np.empty(len(rows), dtype=np.int32)
+        for index, row in enumerate(rows):
+            if row[0] == row[-1]:
+                names[index] = row[0]
+                continue
+            name = self._names.get(row.tobytes())
+            if name is None:
+                name = self._names[row.tobytes()] = int(self.fresh(1)[0])
+            names[index] = name
+        return names.reshape(lead.shape[: len(axes)])
+
+    def partition(self) -> Partition:
+        parts = Partition(self.count)
+        if self.pairs:
+            left = np.concatenate([pair[0].ravel() for pair in self.pairs])
+            right = np.concatenate([pair[1].ravel() for pair in self.pairs])
+            parts.union(left, right)
+        parts.flatten()
+        for labels, _ in self.locks:
+            parts.lock(labels.ravel())
+        return parts
+
+
+def varying(array: Array) -> tuple[int, ...]:
+    """The axes over which a field varies.
+
+    >>> varying(np.zeros((1, 3, 1, 2), dtype=np.int32))
+    (1, 3)
+    """
+    return tuple(axis for axis, size in enumerate(array.shape) if size > 1)
+
+
+def compact(array: Array) -> Array:
+    """Length 1 along every axis over which the labels are the same.
+
+    >>> compact(np.array([[1, 1], [2, 2]])).shape
+    (2, 1)
+    """
+    for axis in varying(array):
+        first = array.take([0], axis=axis)
+        if (array == first).all():
+            array = first
+    return array

@@ -1,0 +1,126 @@
+"""What will be done: a :class:`Plan` is frozen data, and nothing but :mod:`graphprune.apply` touches a model.
+
+It holds, for every tensor axis that is cut, the surviving positions, and the attributes that change with them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import BadPlan
+from .groups import Groups
+from .labels import Array
+from .notation import Value
+from .select import Kept
+from .symbols import Need
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new)."""
+
+    cuts: dict[str, dict[int, list[int]]]
+    shapes: dict[str, tuple[int, ...]]
+    edits: tuple[tuple, ...] = ()
+    notes: tuple[str, ...] = ()
+    lines: tuple[str, ...] = field(default=(), compare=False)
+
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
+        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        return {name: self.mask(name, tuple(t.shape)) for name, t in tensors.items()}
+
+    def mask(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        mask = torch.ones(shape, dtype=torch.bool)
+        for axis, kept in self.cuts.get(name, {}).items():
+            along = torch.zeros(shape[axis], dtype=torch.bool)
+            along[kept] = True
+            mask &= along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        return mask
+
+    def explain(self) -> str:
+        """Group by group what goes and what it takes along; for every axis left whole, why."""
+        return "\n".join((*self.lines, *self.notes))
+
+    def to_json(self) -> str:
+        cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
+        data = {"version": 1, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises :class:`~graphprune.errors.BadPlan` when the text is not one."""
+        try:
+            data = json.loads(text)
+            cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
+            shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
+
+
+def _tuples(items: Any) -> Any:
+    return tuple(_tuples(item) for item in items) if isinstance(items, list) else items
+
+
+class Survivors:
+    """Which labels survive, and what that leaves of any axis of any tensor of the run."""
+
+    def __init__(self, groups: Groups, kept: Kept) -> None:
+        gone = np.zeros(len(groups.root), dtype=bool)
+        for group, stay in zip(groups, kept, strict=True):
+            out = np.ones(group.size, dtype=bool)
+            out[stay.numpy()] = False
+            gone[group.units[out]] = True
+        self.stays = ~gone[groups.root] if len(gone) else ~gone
+
+    def axis(self, value: Value, dim: int) -> Array:
+        mask = np.ones(value.shape[dim], dtype=bool)
+        for held in value.fields:
+            if held.shape[dim] > 1:
+                others = tuple(a for a in range(held.ndim) if a != dim)
+                mask &= self.stays[held].any(axis=others)
+        return mask
+
+    def length(self, need: Need) -> int:
+        mask = self.axis(need.value, need.dim)
+        if need.kind == "before":
+            return int(mask[: need.at].sum())
+        if need.kind == "after":
+            return int(mask[len(mask) - need.at :].sum()) if need.at else 0
+        if need.kind == "blocks":
+            return int(mask.reshape(need.at, -1).any(axis=1).sum())
+        return int(mask.sum())
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return tuple(int(self.axis(value, dim).sum()) for dim in range(len(value.shape)))
+
+
+def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[str, ...]) -> Plan:
+    """Turn kept units into cuts of tensors."""
+    survivors = Survivors(groups, kept)
+    cuts: dict[str, dict[int, list[int]]] = {}
+    for name, leaf in groups.graph.leaves.items():
+        for dim in range(len(leaf.shape)):
+            mask = survivors.axis(leaf, dim)
+            if not mask.all():
+                cuts.setdefault(name, {})[dim] = np.flatnonzero(mask).tolist()
+    shapes = {name: leaf.shape for name, leaf in groups.graph.leaves.items() if name in cuts}
+    lines = []
+    for group, stay in zip(groups, kept, strict=True):
+        lines.append(f"group {group.index} ({group.name}): {len(stay)} of {group.size} units stay")
+        lines += [f"  {name} axis {axis}: {leaf_cut(cuts, groups, name, axis)}" for name, axis in group.places]
+    for (name, axis), reason in groups.locked.items():
+        cost = int(np.prod(groups.graph.leaves[name].shape))
+        lines.append(f"whole: {name} axis {axis} ({cost} entries): {reason}")
+    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines))
+
+
+def leaf_cut(cuts: dict, groups: Groups, name: str, axis: int) -> str:
+    size = groups.graph.leaves[name].shape[axis]
+    return f"{size} -> {len(cuts.get(name, {}).get(axis, range(size)))}"

@@ -1,0 +1,81 @@
+"""What goes: the units with the lowest scores, under a ratio, per group or ranked together.
+
+``scope="layer"`` removes the same share in every group; ``"global"`` ranks the units of all groups together;
+``"isomorphic"`` ranks together only groups that stand in the same kinds of places (Fang et al. 2024). Ties break by
+position, so a larger ratio only ever removes more.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from .errors import BadRatio
+from .groups import Group, Groups
+from .score import Scores
+
+Kept = list[torch.Tensor]
+
+
+def width(size: int, ratio: float, multiple_of: int = 1, min_units: int = 1) -> int:
+    """How many of ``size`` units stay.
+
+    >>> width(64, 0.5), width(10, 0.5, multiple_of=4), width(3, 0.9)
+    (32, 8, 1)
+    """
+    left = size - int(ratio * size + 0.5)
+    left = -(-left // multiple_of) * multiple_of
+    return min(size, max(left, min_units, 1))
+
+
+def check_ratio(ratio: float, what: str = "ratio") -> float:
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+        raise BadRatio(f"{what} is {ratio!r}; it is the share of units to remove, a number with 0 <= {what} < 1")
+    return float(ratio)
+
+
+def select(
+    groups: Groups,
+    scores: Scores,
+    ratio: float = 0.5,
+    *,
+    scope: str = "layer",
+    multiple_of: int = 1,
+    min_units: int = 1,
+    ratios: Mapping[int, float] | None = None,
+) -> Kept:
+    """The kept units (sorted indices) of every group; ``ratios`` overrides the ratio by group index."""
+    check_ratio(ratio)
+    own = dict(ratios or {})
+    if scope not in ("layer", "global", "isomorphic"):
+        raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic'")
+    pools: dict[object, list[Group]] = defaultdict(list)
+    for group in groups:
+        alone = scope == "layer" or group.index in own
+        pools[group.index if alone else None if scope == "global" else _kind(groups, group)].append(group)
+    kept: Kept = [torch.empty(0)] * len(groups)
+    for pool in pools.values():
+        shares = _shares(pool, scores, [own.get(group.index, ratio) for group in pool])
+        for group, count in zip(pool, shares, strict=True):
+            count = -(-count // multiple_of) * multiple_of
+            count = min(group.size, max(count, min_units, 1))
+            order = torch.sort(scores[group.index], descending=True, stable=True).indices
+            kept[group.index] = order[:count].sort().values
+    return kept
+
+
+def _shares(pool: Sequence[Group], scores: Scores, ratios: Sequence[float]) -> list[int]:
+    if len(pool) == 1:
+        return [width(pool[0].size, ratios[0])]
+    every = torch.cat([scores[group.index] for group in pool])
+    owner = torch.cat([torch.full((group.size,), i) for i, group in enumerate(pool)])
+    order = torch.sort(every, descending=True, stable=True).indices[: width(len(every), ratios[0])]
+    return torch.bincount(owner[order], minlength=len(pool)).tolist()
+
+
+def _kind(groups: Groups, group: Group) -> tuple:
+    """The ordered kinds of places: tensor rank, axis, and the last part of the tensor's name."""
+    leaves = groups.graph.leaves
+    return tuple((len(leaves[name].shape), axis, name.rpartition(".")[2]) for name, axis in group.places)

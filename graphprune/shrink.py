@@ -1,0 +1,195 @@
+"""The table of contents: trace, couple, score, select, plan, apply; and the check that the result is exact."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .apply import apply
+from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
+from .groups import Groups, couple
+from .plan import Plan, Survivors, make_plan
+from .score import Scorer, score
+from .select import check_ratio, select
+from .sizes import leaves
+from .symbols import solve
+from .trace import Graph, leaf_tensors, tensors, trace
+from .zeroed import replay
+
+
+def shrink(
+    model: nn.Module,
+    example_input: Any,
+    ratio: float = 0.5,
+    *,
+    criterion: str | Scorer = "l2",
+    scope: str = "layer",
+    keep: Sequence[Any] | str = (),
+    ratios: Mapping[Any, float] | None = None,
+    multiple_of: int = 1,
+    min_units: int = 1,
+    example_kwargs: dict | None = None,
+    inplace: bool = False,
+    return_plan: bool = False,
+    verify: bool = True,
+) -> Any:
+    """A smaller model that computes what ``model`` computes with the removed units set to zero.
+
+    ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
+    every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
+    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with
+    :func:`zeroed` on the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
+    4
+    """
+    check_ratio(ratio)
+    check_model(model)
+    held = [model_part for model_part in named(model, keep)]
+    graph = trace(model, example_input, example_kwargs)
+    groups, kept, plan = decide(graph, model, ratio, criterion, scope, held, ratios, multiple_of, min_units)
+    small = apply(model, plan)
+    if verify:
+        check(graph, model, small, plan)
+    if inplace:
+        small = apply(model, plan, inplace=True)
+    return (small, plan) if return_plan else small
+
+
+def decide(
+    graph: Graph,
+    model: nn.Module,
+    ratio: float,
+    criterion: str | Scorer,
+    scope: str,
+    keep: list[str],
+    ratios: Mapping[Any, float] | None,
+    multiple_of: int,
+    min_units: int,
+) -> tuple[Groups, list, Plan]:
+    """Couple, score and select; whatever no attribute can express is left whole, with the reason."""
+    locks: list = []
+    notes: list[str] = []
+    whole = tuple((name, None) for name in keep if name in graph.leaves)
+    for _ in range(24):
+        groups = couple(graph, whole, tuple(locks))
+        if not len(groups):
+            raise NothingToPrune(_nothing(groups))
+        own = _overrides(groups, model, ratios)
+        kept = select(groups, score(groups, model, criterion), ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own)
+        survivors = Survivors(groups, kept)
+        edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, survivors.length)
+        if not wrong:
+            return groups, kept, make_plan(groups, kept, edits, tuple(notes))
+        for need, expr, call in wrong:
+            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor depends on this size"
+            places = [(need.value, need.dim)] if need else []
+            places += [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"] if not need else []
+            places += _behind(graph, expr) if not need else []
+            for value, dim in places:
+                locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
+            notes.append(f"note: {text}")
+    raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
+
+
+def _behind(graph: Graph, expr: Any) -> list:
+    """The axes whose sizes a factor's attributes stand for."""
+    paths = {leaf[1] for leaf in leaves(expr) if leaf[0] == "attr"}
+    calls = [c for c in graph.calls if any(leaf[0] == "attr" and leaf[1] in paths for leaf in leaves(c.expr))]
+    return [(call.need.value, call.need.dim) for call in calls]
+
+
+def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, tolerance: float | None = None) -> float:
+    """The largest relative difference between the cut model and the zeroed original; raises NotEqual when too large."""
+    args, kwargs = graph.example
+    modes = [(module, module.training) for module in small.modules()]
+    try:
+        with torch.no_grad():
+            small.eval()
+            found = list(tensors(small(*args, **kwargs), torch.Tensor))
+            wanted = replay(graph, model, plan, list(tensors(graph.example, torch.Tensor)))
+    except Exception as error:
+        raise NotEqual(f"the cut model does not run on the example: {type(error).__name__}: {error}") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    worst = 0.0
+    for mine, theirs in zip(found, wanted, strict=True):
+        if mine.shape != theirs.shape:
+            raise NotEqual(f"an output has shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}")
+        if mine.is_floating_point() and mine.numel() and not mine.is_meta:
+            scale = float(theirs.double().abs().max()) or 1.0
+            gap = float((mine.double() - theirs.double()).abs().max()) / scale
+            limit = tolerance or {torch.float64: 1e-8, torch.float32: 1e-3}.get(mine.dtype, 5e-2)
+            if not gap <= limit and bool(torch.isfinite(theirs).all()):
+                raise NotEqual(f"the cut model differs from the zeroed original by {gap:.1e} (relative); verify=False skips this check")
+            worst = max(worst, gap)
+    return worst
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be cut, and say what to give instead."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise BadModel("the model is scripted (torch.jit); shrink the nn.Module it was made from")
+    if not isinstance(model, nn.Module):
+        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed")
+    if hasattr(model, "_orig_mod"):
+        raise BadModel("the model is compiled; shrink model._orig_mod and compile the result")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise BadModel("the model is wrapped for parallel training; shrink model.module and wrap the result")
+    devices = {str(tensor.device) for _, _, _, tensor in leaf_tensors(model)}
+    if len(devices) > 1:
+        raise BadModel(f"the model lies on several devices ({', '.join(sorted(devices))}); move it to one")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise BadModel(f"{name or 'the model'} is quantised; shrink the floating-point model and quantise the result")
+
+
+def named(model: nn.Module, keep: Any) -> list[str]:
+    """The tensors that ``keep`` speaks of: names, patterns, module types or predicates."""
+    wanted = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
+    modules, leaves_ = dict(model.named_modules()), [name for name, *_ in leaf_tensors(model)]
+    found: list[str] = []
+    for item in wanted:
+        if isinstance(item, str):
+            hits = [n for n in (*modules, *leaves_) if n and (n == item or fnmatch.fnmatchcase(n, item))]
+            if not hits:
+                near = difflib.get_close_matches(item, [*modules, *leaves_], 3)
+                raise UnknownName(f"{item!r} fits no module or parameter; the nearest are {', '.join(near) or 'none'}")
+        elif isinstance(item, type):
+            hits = [name for name, module in modules.items() if isinstance(module, item)]
+        elif isinstance(item, nn.Module):
+            hits = [name for name, module in modules.items() if module is item]
+        elif isinstance(item, Callable):
+            hits = [name for name, module in modules.items() if item(name, module)]
+        else:
+            raise UnknownName(f"{item!r} is neither a name, a pattern, a module type nor a predicate")
+        found += [leaf for leaf in leaves_ for hit in hits if not hit or leaf == hit or leaf.startswith(hit + ".")]
+    return found
+
+
+def _overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[int, float]:
+    own: dict[int, float] = {}
+    for key, ratio in (ratios or {}).items():
+        check_ratio(ratio, f"the ratio of {key!r}")
+        if isinstance(key, int):
+            own[key] = ratio
+            continue
+        mine = set(named(model, [key]))
+        for group in groups:
+            if any(name in mine and axis == 0 for name, axis in group.places):
+                own[group.index] = ratio
+    return own
+
+
+def _nothing(groups: Groups) -> str:
+    sizes = {place: groups.graph.leaves[place[0]].shape for place in groups.locked}
+    large = sorted(groups.locked.items(), key=lambda item: -torch.Size(sizes[item[0]]).numel())[:5]
+    rows = [f"  {name} axis {axis}: {reason}" for (name, axis), reason in large]
+    return "no axis of this model can be removed. The largest that stay whole:\n" + "\n".join(rows)

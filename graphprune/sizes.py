@@ -1,0 +1,127 @@
+"""Sizes that remember where they came from, so that the attribute behind a traced constant can be found.
+
+While a model is traced, integer attributes of its modules and the entries of ``tensor.shape`` are :class:`Size`
+objects: integers that carry an expression. What reaches ``view``, ``split`` or ``expand`` then tells which attribute has
+to change when an axis becomes shorter.
+
+>>> heads = Size(12, ("attr", ("attn", "num_heads")))
+>>> (heads * 64).expr
+('*', ('attr', ('attn', 'num_heads')), 64)
+>>> evaluate((heads * 64).expr, lambda leaf: 6)
+384
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Expr = Any
+OPERATORS: dict[str, Callable] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
+
+
+class Size(int):
+    """An integer with the expression that made it; ``floats`` and ``equals`` collect uses that must stay true."""
+
+    expr: Expr
+    floats: list[Expr] = []
+    equals: list[tuple[Expr, Expr]] = []
+
+    def __new__(cls, value: int, expr: Expr) -> Size:
+        size = super().__new__(cls, value)
+        size.expr = expr
+        return size
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+    def __eq__(self, other: object) -> bool:
+        same = int.__eq__(self, other) if isinstance(other, int) else NotImplemented
+        if same is True and isinstance(other, Size):
+            Size.equals.append((self.expr, other.expr))
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        same = self.__eq__(other)
+        return same if same is NotImplemented else not same
+
+    def __float__(self) -> float:
+        Size.floats.append(self.expr)
+        return float(int(self))
+
+    def __truediv__(self, other: Any) -> Any:
+        Size.floats.append(self.expr)
+        return int(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        Size.floats.append(self.expr)
+        return other / int(self)
+
+    def __pow__(self, other: Any, mod: Any = None) -> Any:
+        if isinstance(other, float) or other < 0:
+            Size.floats.append(self.expr)
+            return int(self) ** other
+        result = self
+        for _ in range(int(other) - 1):
+            result = result * self
+        return result if other else 1
+
+    def __deepcopy__(self, memo: dict) -> Size:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return int, (int(self),)
+
+
+def _binary(symbol: str, reverse: bool) -> Callable:
+    compute = OPERATORS[symbol]
+
+    def method(self: Size, other: Any) -> Any:
+        if not isinstance(other, int) or isinstance(other, bool):
+            if isinstance(other, float) and symbol in "*/":
+                Size.floats.append(self.expr)
+            plain = int(self)
+            return compute(other, plain) if reverse else compute(plain, other)
+        pair = (expression(other), self.expr) if reverse else (self.expr, expression(other))
+        numbers = (int(other), int(self)) if reverse else (int(self), int(other))
+        return Size(compute(*numbers), (symbol, *pair))
+
+    return method
+
+
+for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
+    setattr(Size, f"__{_name}__", _binary(_symbol, reverse=False))
+    setattr(Size, f"__r{_name}__", _binary(_symbol, reverse=True))
+
+
+def expression(value: int) -> Expr:
+    """The expression of an integer: its own if it is a Size, else the number."""
+    return value.expr if isinstance(value, Size) else int(value)
+
+
+def evaluate(expr: Expr, leaf: Callable[[Expr], int]) -> int:
+    """The value of an expression, with ``leaf`` giving that of ``("attr", …)`` and ``("dim", …)``."""
+    if isinstance(expr, int):
+        return expr
+    if expr[0] in OPERATORS:
+        left, right = evaluate(expr[1], leaf), evaluate(expr[2], leaf)
+        return OPERATORS[expr[0]](left, right) if right or expr[0] not in "//%" else 0
+    return leaf(expr)
+
+
+def leaves(expr: Expr) -> Iterator[Expr]:
+    """All ``("attr", …)`` and ``("dim", …)`` in an expression."""
+    if isinstance(expr, int):
+        return
+    if expr[0] in OPERATORS:
+        yield from leaves(expr[1])
+        yield from leaves(expr[2])
+        return
+    yield expr

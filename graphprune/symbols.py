@@ -1,0 +1,221 @@
+"""Which attribute of which module stands behind a size in the code, and what it must become when axes are cut.
+
+:func:`plant` replaces the integers of a (throw-away) model by :class:`~graphprune.sizes.Size`; :func:`calls_of` writes
+down, for each call that takes sizes, what every size has to agree with; :func:`solve` finds the new attributes and
+returns the calls that no attribute can satisfy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .notation import Value
+from .sizes import Expr, Size, evaluate, expression, leaves
+
+# Modules whose attributes follow from the shapes of their own weights (see apply.py).
+SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Embedding, nn.GroupNorm)
+SHAPED += (nn.RMSNorm, nn.PReLU)
+COUNTS = ("groups", "num_groups")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a size stands for: the length of an axis, or the survivors before / after a position, or blocks of it."""
+
+    kind: str
+    value: Value
+    dim: int
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """A size given to a call, and what it has to be."""
+
+    expr: Expr
+    need: Need
+    op: str
+    module: str
+    line: str
+
+
+def plant(model: nn.Module) -> dict[tuple, int]:
+    """Replace integer attributes (also inside lists, tuples and plain objects) by sizes; return what they were."""
+    symbols: dict[tuple, int] = {}
+
+    def size(path: tuple, value: Any) -> Any:
+        if type(value) is int and value > 1:
+            symbols[path] = value
+            return Size(value, ("attr", path))
+        if type(value) in (list, tuple) and 0 < len(value) < 64 and any(type(v) in (int, list, tuple) for v in value):
+            return type(value)(size((*path, i), v) for i, v in enumerate(value))
+        return value
+
+    for name, module in model.named_modules():
+        for key, value in list(module.__dict__.items()):
+            if key.startswith("_") or (isinstance(module, SHAPED) and key not in COUNTS):
+                continue
+            planted = size((name, key), value)
+            if planted is not value:
+                module.__dict__[key] = planted
+    return symbols
+
+
+def _ints(items: Any) -> list:
+    flat = []
+    for item in items:
+        flat += list(item) if isinstance(item, list | tuple) else [item]
+    return [i if isinstance(i, int) and not isinstance(i, bool) else None for i in flat]
+
+
+def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: dict, result: Any, module: str) -> None:
+    """Write down the sizes of one call of the Python code."""
+
+    def known(tensor: Any) -> Value | None:
+        return recorder.values.get(id(tensor)) if isinstance(tensor, torch.Tensor) else None
+
+    def add(given: Any, value: Value | None, kind: str, dim: int, at: int = 0) -> None:
+        if not isinstance(given, int) or isinstance(given, bool) or given == -1 or value is None:
+            return
+        moves = any(f.shape[dim] > 1 for f in value.fields)
+        if moves or isinstance(given, Size):
+            calls.append(Call(expression(given), Need(kind, value, dim % len(value.shape), at), name, module, recorder.line()))
+
+    out = known(result)
+    if name in ("view", "reshape", "expand", "unflatten", "broadcast_to") and out:
+        sizes = _ints(args[1:]) if name != "unflatten" else _ints([args[2] if len(args) > 2 else kwargs["sizes"]])
+        if name == "unflatten":
+            at = (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].ndim
+            sizes = [None] * at + sizes
+        elif not sizes:
+            sizes = _ints([kwargs.get("shape", kwargs.get("size", ()))])
+        for dim, given in enumerate(sizes):
+            if dim < len(out.shape):
+                add(given, out, "size", dim)
+    elif name in ("zeros", "ones", "full", "empty", "randn", "rand", "new_zeros", "new_ones", "new_full", "new_empty") and out:
+        start = 1 if name.startswith("new_") else 0
+        given = args[start:] if name not in ("full", "new_full") else args[start : start + 1]
+        for dim, item in enumerate(_ints(given) or _ints([kwargs.get("size", ())])):
+            if dim < len(out.shape):
+                add(item, out, "size", dim)
+    elif name in ("split", "split_with_sizes") and isinstance(result, list | tuple):
+        sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+        if isinstance(sizes, int):
+            for part in result[:-1] or result:
+                add(sizes, known(part), "size", dim)
+            _even(recorder, result, dim)
+        else:
+            for given, part in zip(sizes, result, strict=False):
+                add(given, known(part), "size", dim)
+    elif name == "chunk":
+        _even(recorder, result, args[2] if len(args) > 2 else kwargs.get("dim", 0))
+    elif name == "lstm" or name == "gru":
+        pass
+    elif name == "__getitem__" and known(args[0]):
+        _getitem(add, known(args[0]), args[1])
+    elif name == "narrow" and known(args[0]):
+        add(args[3], out, "size", args[1])
+        add(args[2], known(args[0]), "before", args[1], int(args[2]))
+    elif name == "group_norm":
+        add(args[1], known(args[0]), "blocks", 1, int(args[1]))
+    elif name.startswith("conv") and known(args[0]):
+        at = 8 if "transpose" in name else 6
+        at = at - 1 if "transpose" in name else at
+        groups = kwargs.get("groups", args[at] if len(args) > at else 1)
+        if isinstance(groups, int) and groups > 1:
+            add(groups, known(args[0]), "blocks", 1 if args[0].ndim == args[1].ndim else 0, int(groups))
+    elif name == "layer_norm":
+        for back, given in enumerate(reversed(args[1] if len(args) > 1 else kwargs["normalized_shape"])):
+            add(given, known(args[0]), "size", len(args[0].shape) - 1 - back)
+    elif name == "roll" and known(args[0]) and len(args) > 2:
+        for shift, dim in zip(_ints([args[1]]), _ints([args[2]]), strict=False):
+            if shift and shift > 0:
+                add(shift, known(args[0]), "after", dim, int(shift))
+    elif name == "pad" and out and len(args) > 1:
+        for index, given in enumerate(args[1]):
+            dim = len(out.shape) - 1 - index // 2
+            add(given, out, "after" if index % 2 else "before", dim, int(given))
+    elif name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
+        pass
+    elif name == "scaled_dot_product_attention" and kwargs.get("scale") is None and known(args[0]):
+        Size.floats.append(("dim", known(args[0]), args[0].dim() - 1))
+
+
+def _even(recorder: Any, parts: Any, dim: int) -> None:
+    """Equal parts must stay equal: tie them entry by entry."""
+    values = [recorder.values.get(id(part)) for part in parts]
+    if any(value is None for value in values):
+        return
+    first = values[0]
+    for value in values[1:]:
+        for left, right in zip(first.fields, value.fields, strict=False):
+            if left.shape == right.shape and left.shape[dim] > 1:
+                recorder.labels.join(left, right)
+
+
+def _getitem(add: Callable, value: Value, index: Any) -> None:
+    index = index if isinstance(index, tuple) else (index,)
+    dim, used = 0, sum(i is not None and i is not Ellipsis for i in index)
+    for item in index:
+        if item is Ellipsis:
+            dim += len(value.shape) - used
+            continue
+        if item is None:
+            continue
+        if isinstance(item, slice):
+            for end in (item.start, item.stop):
+                if isinstance(end, int) and 0 < end < value.shape[dim]:
+                    add(end, value, "before", dim, int(end))
+                elif isinstance(end, Size) and end > 0:
+                    add(end, value, "size", dim)
+                elif isinstance(end, int) and end < 0 and type(end) is int:
+                    add(-end, value, "after", dim, -int(end))
+        dim += 1 if not isinstance(item, torch.Tensor) or item.dtype != torch.bool else item.ndim
+
+
+def solve(symbols: dict, calls: list[Call], floats: list, equals: list, length: Callable[[Need], int]) -> tuple[dict, list]:
+    """New values of attributes, and the (labels' place, why) of what they cannot satisfy."""
+    new: dict[tuple, int] = {}
+
+    def dims(leaf: Expr) -> int:
+        if leaf[0] == "dim":
+            return length(Need("size", leaf[1], leaf[2]))
+        return new.get(leaf[1], symbols.get(leaf[1], 0))
+
+    wanted = [(call.expr, length(call.need), call) for call in calls]
+    for left, right in equals:
+        for mine, other in ((left, right), (right, left)):
+            if mine[0] == "attr" and other[0] == "dim":
+                need = Need("size", other[1], other[2])
+                wanted.append((mine, length(need), Call(mine, need, "==", "", "")))
+    for expr, value, _ in wanted:
+        if not isinstance(expr, int) and expr[0] == "attr":
+            new.setdefault(expr[1], value)
+    for expr, value, _ in wanted:
+        unknown = [leaf for leaf in set(_attrs(expr)) if leaf[1] not in new]
+        if len(unknown) != 1 or evaluate(expr, dims) == value:
+            continue
+        path = unknown[0][1]
+        for guess in range(symbols[path], 0, -1):
+            new[path] = guess
+            if evaluate(expr, dims) == value:
+                break
+        else:
+            del new[path]
+    wrong = [(call.need, expr, call) for expr, value, call in wanted if evaluate(expr, dims) != value]
+    frozen = [expr for expr in floats if evaluate(expr, dims) != evaluate(expr, _old(symbols))]
+    return {path: value for path, value in new.items() if value != symbols[path]}, wrong + [(None, e, None) for e in frozen]
+
+
+def _attrs(expr: Expr) -> list:
+    return [leaf for leaf in leaves(expr) if leaf[0] == "attr"]
+
+
+def _old(symbols: dict) -> Callable:
+    return lambda leaf: leaf[1].shape[leaf[2]] if leaf[0] == "dim" else symbols[leaf[1]]

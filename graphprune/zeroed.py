@@ -1,0 +1,130 @@
+"""The oracle: :func:`zeroed` runs the original with every removed entry set to zero.
+
+Statistics over a cut axis (a norm, a mean, a softmax) are computed over the survivors. It replays the recorded calls on
+real tensors and never looks at the cut model, so the two can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import BadInput
+from .notation import Value
+from .plan import Plan
+from .trace import Graph, leaf_tensors, replace, tensors, trace
+
+
+def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable[..., list[torch.Tensor]]:
+    """A function of the model's inputs that returns the list of output tensors of the zeroed original."""
+
+    def run(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        given = list(tensors((args, kwargs), torch.Tensor))
+        fits = graph is not None and [tuple(t.shape) for t in given] == [v.shape for v in graph.inputs]
+        return replay(graph if fits else trace(model, args, kwargs), model, plan, given)
+
+    return run
+
+
+class _Masks:
+    """The surviving positions along every axis of every value, from the plan's cuts of the leaves."""
+
+    def __init__(self, graph: Graph, plan: Plan) -> None:
+        from .groups import couple
+
+        groups = couple(graph)
+        self.root = torch.from_numpy(groups.root.copy()).long()
+        self.stays = torch.ones(len(self.root), dtype=torch.bool)
+        for name, axes in plan.cuts.items():
+            for axis, kept in axes.items():
+                field = next(f for f in graph.leaves[name].fields if f.shape[axis] > 1)
+                units = self.root[torch.from_numpy(field.ravel().copy()).long()]
+                gone = torch.ones(len(units), dtype=torch.bool)
+                gone[kept] = False
+                self.stays[units[gone]] = False
+
+    def kept(self, value: Value) -> dict[int, torch.Tensor]:
+        found = {}
+        for dim, size in enumerate(value.shape):
+            mask = torch.ones(size, dtype=torch.bool)
+            for field in value.fields:
+                if field.shape[dim] > 1:
+                    stays = self.stays[self.root[torch.from_numpy(field.copy()).long()]].movedim(dim, 0)
+                    mask &= stays.reshape(size, -1).any(dim=1)
+            if not mask.all():
+                found[dim] = mask.nonzero().ravel()
+        return found
+
+
+def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Run the recorded calls on the zeroed leaves."""
+    masks = _Masks(graph, plan)
+    held: dict[int, torch.Tensor] = {}
+    shared: dict[int, torch.Tensor] = {}
+    for name, _, _, tensor in leaf_tensors(model):
+        leaf = graph.leaves.get(name)
+        if leaf is None:
+            continue
+        if id(tensor) not in shared:
+            data = tensor.detach()
+            mask = plan.mask(name, tuple(data.shape)).to(data.device)
+            shared[id(tensor)] = data.masked_fill(~mask, 0) if name in plan.cuts else data.clone()
+        held[id(leaf)] = shared[id(tensor)]
+    for name, tensor in graph.__dict__["constants"].items():
+        held[id(graph.leaves[name])] = tensor.clone()
+    for value, tensor in zip(graph.inputs, inputs, strict=True):
+        held[id(value)] = tensor.detach().clone()
+    device = next((t.device for t in shared.values()), torch.device("cpu"))
+    last = {id(v): i for i, node in enumerate(graph.nodes) for v in tensors((node.args, node.kwargs))}
+    wanted = {id(value) for value in graph.outputs}
+    with torch.no_grad():
+        for index, node in enumerate(graph.nodes):
+            results = _call(node, held, masks, device)
+            for value, tensor in zip(node.outs, results, strict=True):
+                held[id(value)] = tensor
+            for value in list(tensors((node.args, node.kwargs))):
+                if last[id(value)] == index and id(value) not in wanted:
+                    held.pop(id(value), None)
+    missing = [value for value in graph.outputs if id(value) not in held]
+    if missing:
+        raise BadInput("an output of the model does not come from the recorded run")
+    return [held[id(value)] for value in graph.outputs]
+
+
+def _call(node: Any, held: dict, masks: _Masks, device: torch.device) -> list[torch.Tensor]:
+    kwargs = dict(node.kwargs)
+    if "device" in kwargs:
+        kwargs["device"] = device
+    cuts = {id(v): masks.kept(v) for v in tensors((node.args, kwargs))} if node.reduces else {}
+    if not any(cuts.values()):
+        swap = lambda v: held[id(v)]  # noqa: E731
+        return list(tensors(node.func(*replace(node.args, swap), **replace(kwargs, swap)), torch.Tensor))
+
+    def take(value: Value) -> torch.Tensor:
+        tensor = held[id(value)]
+        for dim, kept in cuts[id(value)].items():
+            tensor = tensor.index_select(dim, kept)
+        return tensor
+
+    args = list(replace(node.args, take))
+    name = node.func._schema.name.rpartition("::")[2]
+    if name in ("native_layer_norm", "_fused_rms_norm"):
+        args[1] = list(args[0].shape[-len(args[1]) :])
+    if name == "native_group_norm":
+        blocks = torch.zeros(node.args[0].shape[1], dtype=torch.bool)
+        blocks[cuts[id(node.args[0])].get(1, slice(None))] = True
+        args[4] = args[0].shape[1]
+        args[6] = int(blocks.reshape(args[6], -1).any(dim=1).sum())
+    small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
+    return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
+
+
+def _spread(tensor: torch.Tensor, value: Value, kept: dict[int, torch.Tensor]) -> torch.Tensor:
+    for dim, positions in kept.items():
+        shape = list(tensor.shape)
+        shape[dim] = value.shape[dim]
+        tensor = tensor.new_zeros(shape).index_copy(dim, positions, tensor)
+    return tensor
