@@ -8,11 +8,13 @@ that leaves a choice.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from .labels import Array, Joint, Partition, Reason
+from .notation import Value
 from .trace import Graph
 
 
@@ -39,8 +41,15 @@ class Groups:
     groups: tuple[Group, ...]
     locked: dict[tuple[str, int], Reason]
 
-    def __iter__(self):
+    owner: Array
+
+    def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
+
+    def along(self, value: Value, dim: int) -> set[int]:
+        """The groups whose units stand along an axis of a tensor of the run."""
+        fields = [field for field in value.fields if field.shape[dim] > 1]
+        return {int(i) for field in fields for i in np.unique(self.owner[self.root[field]]) if i >= 0}
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -198,7 +207,9 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
         mine = owner[units]
         for index in np.unique(mine[mine >= 0]):
             places[index][slot] = np.where(mine == index, local[units], -1)
-    groups = tuple(
-        Group(i, f"{next(iter(places[i]))[0]}", np.array(units), places[i]) for i, units in enumerate(order.values()) if len(units) > 1
-    )
-    return Groups(graph, root, tuple(Group(i, g.name, g.units, g.places) for i, g in enumerate(groups)), locked)
+    several = [i for i, units in enumerate(order.values()) if len(units) > 1]
+    members = list(order.values())
+    groups = tuple(Group(n, next(iter(places[i]))[0], np.array(members[i]), places[i]) for n, i in enumerate(several))
+    renumber = np.full(len(members) + 1, -1, dtype=np.int64)
+    renumber[several] = np.arange(len(several))
+    return Groups(graph, root, groups, locked, renumber[owner])

@@ -168,12 +168,14 @@ def _over(labels: Labels, array: Array, names: tuple[str, ...], onto: Sequence[s
 
 
 def _lock_uncovered(labels: Labels, operand: _Operand, shared: dict, reason: int) -> None:
-    for names, array in shared.items():
+    for names, array in list(shared.items()):
         mine = [name for name in names if name in operand.sizes]
         covered = {name for held in operand.fields for name in held}
         missing = [name for name in mine if name not in covered]
         if missing:
             labels.lock(_over(labels, array, names, missing), reason)
+        if len(missing) == len(names):  # it stays whole from here on: nothing more to carry
+            del shared[names]
 
 
 def _join_overlaps(labels: Labels, shared: dict) -> None:

@@ -205,7 +205,9 @@ def index(x, indices):
     rest = [a for i, a in enumerate(axes) if i not in given]
     at = given[0] if together else 0
     out = rest[:at] + ["_"] * rank + rest[at:]
-    return expr(f"{' '.join(axes)} -> {' '.join(out)}", x)
+    picked = [indices[i] for i in given]
+    fixed = "".join("," + " _" * len(v.shape) for v in picked)
+    return expr(f"{' '.join(axes)}{fixed} -> {' '.join(out)}", x, *picked)
 
 
 @rule("cumsum", "cumprod", "sort", "topk", "argsort", "cummax")

@@ -29,8 +29,9 @@ def norm(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -> Sco
                 continue
             if (name, axis) not in sums:
                 rest = [a for a in range(weight.ndim) if a != axis]
-                size = weight.detach().abs().double().pow(power)
-                sums[name, axis] = (size.sum(rest) if rest else size).cpu()
+                size = weight.detach().float()
+                size = size.square() if power == 2 else size.abs()
+                sums[name, axis] = (size.sum(rest) if rest else size).double().cpu()
             index = torch.from_numpy(units)
             total.index_add_(0, index[index >= 0], sums[name, axis][index >= 0])
         found.append(total.sqrt() if power == 2 else total)

@@ -7,6 +7,7 @@ position, so a larger ratio only ever removes more.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +26,7 @@ def width(size: int, ratio: float, multiple_of: int = 1, min_units: int = 1) -> 
     >>> width(64, 0.5), width(10, 0.5, multiple_of=4), width(3, 0.9)
     (32, 8, 1)
     """
-    left = size - int(ratio * size + 0.5)
+    left = size - math.ceil(ratio * size - 0.5)
     left = -(-left // multiple_of) * multiple_of
     return min(size, max(left, min_units, 1))
 
@@ -45,8 +46,12 @@ def select(
     multiple_of: int = 1,
     min_units: int = 1,
     ratios: Mapping[int, float] | None = None,
+    ties: Sequence[frozenset[int]] = (),
 ) -> Kept:
-    """The kept units (sorted indices) of every group; ``ratios`` overrides the ratio by group index."""
+    """The kept units (sorted indices) of every group; ``ratios`` overrides the ratio by group index.
+
+    The groups of a tie keep exactly the same share, because the model's code derives one size from the other.
+    """
     check_ratio(ratio)
     own = dict(ratios or {})
     if scope not in ("layer", "global", "isomorphic"):
@@ -55,14 +60,23 @@ def select(
     for group in groups:
         alone = scope == "layer" or group.index in own
         pools[group.index if alone else None if scope == "global" else _kind(groups, group)].append(group)
-    kept: Kept = [torch.empty(0)] * len(groups)
+    counts = {}
     for pool in pools.values():
         shares = _shares(pool, scores, [own.get(group.index, ratio) for group in pool])
         for group, count in zip(pool, shares, strict=True):
             count = -(-count // multiple_of) * multiple_of
-            count = min(group.size, max(count, min_units, 1))
-            order = torch.sort(scores[group.index], descending=True, stable=True).indices
-            kept[group.index] = order[:count].sort().values
+            counts[group.index] = min(group.size, max(count, min_units, 1))
+    for tie in ties:
+        sizes = {index: groups.groups[index].size for index in tie}
+        step = math.gcd(*sizes.values())
+        share = max(counts[index] / size for index, size in sizes.items()) if min_units > 1 else None
+        means = sum(counts[index] / size for index, size in sizes.items()) / len(sizes)
+        steps = max(1, min(step, math.ceil(step * (share or means) - 0.5)))
+        counts.update({index: size * steps // step for index, size in sizes.items()})
+    kept = []
+    for group in groups:
+        order = torch.sort(scores[group.index], descending=True, stable=True).indices
+        kept.append(order[: counts[group.index]].sort().values)
     return kept
 
 

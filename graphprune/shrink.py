@@ -76,26 +76,50 @@ def decide(
     """Couple, score and select; whatever no attribute can express is left whole, with the reason."""
     locks: list = []
     notes: list[str] = []
+    ties: list[frozenset[int]] = []
     whole = tuple((name, None) for name in keep if name in graph.leaves)
-    for _ in range(24):
-        groups = couple(graph, whole, tuple(locks))
+    groups = couple(graph, whole)
+    for _ in range(40):
         if not len(groups):
             raise NothingToPrune(_nothing(groups))
         own = _overrides(groups, model, ratios)
-        kept = select(groups, score(groups, model, criterion), ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own)
-        survivors = Survivors(groups, kept)
-        edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, survivors.length)
+        scores = score(groups, model, criterion)
+        while True:
+            kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
+            edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
+            tied = _tie(groups, wrong, ties)
+            if tied == ties:
+                break
+            ties = tied
         if not wrong:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
             text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor depends on this size"
-            places = [(need.value, need.dim)] if need else []
-            places += [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"] if not need else []
-            places += _behind(graph, expr) if not need else []
-            for value, dim in places:
+            for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")
+        groups, ties = couple(graph, whole, tuple(locks)), []
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
+
+
+def _tie(groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
+    """Groups whose widths the code derives from each other have to keep the same share."""
+    for need, expr, _ in wrong:
+        if need is None:
+            continue
+        places = [(need.value, need.dim)] + [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
+        mine = frozenset(index for value, dim in places for index in groups.along(value, dim))
+        if len(mine) < 2 or any(mine <= tie for tie in ties):
+            continue
+        touching = [tie for tie in ties if tie & mine]
+        ties = [tie for tie in ties if not tie & mine] + [mine.union(*touching)]
+    return ties
+
+
+def _places(graph: Graph, need: Any, expr: Any) -> list:
+    """The axes that a size which cannot be expressed stands for."""
+    dims = [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
+    return [(need.value, need.dim), *dims] if need else dims + _behind(graph, expr)
 
 
 def _behind(graph: Graph, expr: Any) -> list:

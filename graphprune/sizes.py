@@ -65,7 +65,7 @@ class Size(int):
         return other / int(self)
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
-        if isinstance(other, float) or other < 0:
+        if not isinstance(other, int) or other < 0:
             Size.floats.append(self.expr)
             return int(self) ** other
         result = self

@@ -20,7 +20,7 @@ from .sizes import Expr, Size, evaluate, expression, leaves
 # Modules whose attributes follow from the shapes of their own weights (see apply.py).
 SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Embedding, nn.GroupNorm)
 SHAPED += (nn.RMSNorm, nn.PReLU)
-COUNTS = ("groups", "num_groups")
+COUNTS = ("groups", "num_groups", "normalized_shape")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ values, the run is repeated with real ones.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .assemble import ASSEMBLE, free
-from .errors import BadInput
+from .errors import BadInput, GraphpruneError
 from .labels import Fields, Labels, Reason
 from .moves import MOVES
 from .notation import Value, meet
@@ -29,6 +30,13 @@ from .rules import RULES, pointwise
 from .sizes import Size
 from .symbols import Call, calls_of, plant
 
+# Pointwise operations whose overloads lack torch's tag.
+UNTAGGED = frozenset(
+    "copy where masked_fill lerp addcmul addcdiv clamp hardswish hardsigmoid hardtanh relu6 silu gelu leaky_relu elu "
+    "selu celu softplus mish prelu _prelu_kernel glu_none rsub nan_to_num bitwise_not logical_not erf log_sigmoid_forward".split()
+)
+# Calls that turn a size into a factor of the function: it may not change.
+FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
 HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
@@ -197,7 +205,7 @@ class Recorder(TorchDispatchMode):
                 return given[0]
             swap = lambda t: t if t.is_meta else t.to("meta")  # noqa: E731
             args, kwargs = replace(args, swap), replace(kwargs, swap)
-            if "device" in kwargs and not _copies(func):
+            if "device" in kwargs:
                 kwargs["device"] = torch.device("meta")
         elif str(kwargs.get("device", "")) == "meta" and not given:
             kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -215,7 +223,10 @@ class Recorder(TorchDispatchMode):
             return result
         shapes = [tuple(t.shape) for t in results]
         module, line = (self.stack[-1] if self.stack else ""), self.line()
-        outs, reduces = self.carry(func, seen[0], seen[1], shapes, module, line)
+        try:
+            outs, reduces = self.carry(func, seen[0], seen[1], shapes, module, line)
+        except (GraphpruneError, ValueError, IndexError, KeyError, TypeError) as error:
+            outs, reduces = self.refuse(func, seen, len(shapes), module, line, f"not understood: {error}")
         values = [Value(s, f, node=len(self.nodes)) for s, f in zip(shapes, outs, strict=True)]
         name = func._schema.name.rpartition("::")[2]
         if name in MOVES or name in ("select", "unbind", "expand"):
@@ -257,11 +268,17 @@ class Recorder(TorchDispatchMode):
             if len(ranked) == 1 and len(ranked[0].shape) == len(shapes[0]):
                 return [ranked[0].fields for _ in shapes], False
             return meet(self.labels, pointwise(ranked, [len(s) for s in shapes]), shapes, reason)
-        unknown = self.labels.reason(Reason("no rule for this operation", name, module, line))
-        for value in given:
+        if name == "as_strided_" and shapes[0] == args[0].shape and sum(n > 1 for n in shapes[0]) < 2:
+            return [args[0].fields], False
+        return self.refuse(func, (args, kwargs), len(shapes), module, line, "no rule for this operation")
+
+    def refuse(self, func: Any, given: Any, count: int, module: str, line: str, text: str) -> tuple[list[Fields], bool]:
+        """Lock what an operation touches, and only that."""
+        unknown = self.labels.reason(Reason(text, func._schema.name.rpartition("::")[2], module, line))
+        for value in tensors(given):
             for held in value.fields:
                 self.labels.lock(held, unknown)
-        return [()] * len(shapes), False
+        return [()] * count, False
 
     def box(self, outs: list[Fields]) -> None:
         for held in outs:
@@ -270,13 +287,9 @@ class Recorder(TorchDispatchMode):
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
 
 
-def _copies(func: Any) -> bool:
-    return func._schema.name == "aten::_to_copy" and False
-
-
 def _pointwise(func: Any, name: str) -> bool:
     """In-place overloads and a few others lack the tag of their functional twin."""
-    if name in ("copy_", "copy", "where", "masked_fill", "masked_fill_", "lerp", "addcmul", "addcdiv", "isin", "clamp"):
+    if name.rstrip("_") in UNTAGGED:
         return True
     twin = getattr(torch.ops.aten, name.rstrip("_"), None) if name.endswith("_") else None
     return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
@@ -302,6 +315,10 @@ class Functions(TorchFunctionMode):
             sizes = self.sizes(args[0], args[0].size())
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return sizes if dim is None else sizes[dim]
+        if name == "numel":
+            return math.prod(self.sizes(args[0], args[0].size()))
+        if name in FACTORS:
+            Size.floats += [arg.expr for arg in args if type(arg) is Size]
         module = self.recorder.stack[-1] if self.recorder.stack else ""
         calls_of(self.calls, self.recorder, name, args, kwargs, result, module)
         return result
