@@ -3,11 +3,13 @@
 from .apply import apply
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
+from .laws import check_rule
 from .plan import Plan
 from .rules import rule
 from .score import score
 from .select import select
 from .shrink import shrink
+from .store import expand, load, save
 from .trace import Graph, trace
 from .zeroed import zeroed
 
@@ -18,8 +20,12 @@ __all__ = [
     "Groups",
     "Plan",
     "apply",
+    "check_rule",
     "couple",
+    "expand",
+    "load",
     "rule",
+    "save",
     "score",
     "select",
     "shrink",

@@ -59,6 +59,7 @@ def shrink(
         check(graph, model, small, plan)
     if inplace:
         small = apply(model, plan, inplace=True)
+    small.__dict__["graphprune_plan"] = plan
     return (small, plan) if return_plan else small
 
 
