@@ -20,7 +20,7 @@ ese_vovnet19b_dw hrnet_w18_small inception_resnet_v2 inception_v4 xception41 nf_
 convnext_atto convnextv2_atto convmixer_768_32 hgnet_tiny hgnetv2_b0 selecsls42 tresnet_m legacy_senet154 legacy_seresnet18 vgg11_bn
 botnet26t_256 halonet26t lambda_resnet26t bat_resnext26ts sebotnet33ts_256 edgenext_xx_small fastvit_t8 repvit_m0_9 starnet_s1 inception_next_tiny
 efficientvit_b0 efficientvit_m0 efficientformer_l1 efficientformerv2_s0 mobilevit_xxs mobilevitv2_050 focalnet_tiny_srf pvt_v2_b0 poolformer_s12
-poolformerv2_s12 caformer_s18 convformer_s18 metaformer_placeholder vit_tiny_patch16_224 vit_relpos_small_patch16_224 deit_tiny_patch16_224 deit3_small_patch16_224
+poolformerv2_s12 caformer_s18 convformer_s18 vit_tiny_patch16_224 vit_relpos_small_patch16_224 deit_tiny_patch16_224 deit3_small_patch16_224
 cait_xxs24_224 xcit_nano_12_p16_224 beit_base_patch16_224 eva02_tiny_patch14_224 twins_pcpvt_small twins_svt_small swin_tiny_patch4_window7_224 swinv2_tiny_window8_256
 swinv2_cr_tiny_ns_224 coat_lite_tiny coatnet_nano_rw_224 maxvit_nano_rw_256 gcvit_xxtiny crossvit_tiny_240 convit_tiny levit_128s levit_conv_128s
 pit_ti_224 tnt_s_patch16_224 nest_tiny visformer_tiny volo_d1_224 mixer_s16_224 gmixer_24_224 resmlp_12_224 gmlp_s16_224 sequencer2d_s
@@ -30,7 +30,7 @@ megatron-bert data2vec-text roformer modernbert fnet""".split()
 CAUSAL = """gpt2 gpt_neo gpt_neox gptj opt bloom llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 falcon stablelm
 starcoder2 olmo olmo2 cohere granite persimmon codegen mpt glm biogpt xglm smollm3 helium""".split()
 SEQ2SEQ = "t5 bart mbart pegasus marian".split()
-IMAGE = "vit deit beit convnext convnextv2 swin dinov2 mobilevit poolformer pvt segformer resnet regnet".split()
+IMAGE = "vit levit beit convnext convnextv2 swin dinov2 mobilevit poolformer pvt segformer resnet regnet".split()
 DIFFUSERS = "unet2d unet2d_condition vae vq dit".split()
 SMP = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus".split()
 YOLO = "yolov8n yolov5n yolov9t yolo11n yolov10n".split()
@@ -139,7 +139,7 @@ def _transformers(name: str):
         return hf.AutoModelForSeq2SeqLM.from_config(_tiny(kind)), (), {"input_ids": ids, "decoder_input_ids": ids[:, :8], "use_cache": False}
     config = hf.CONFIG_MAPPING[kind](num_labels=5)
     for key, value in (("hidden_size", 64), ("num_hidden_layers", 2), ("num_attention_heads", 4), ("intermediate_size", 128)):
-        if isinstance(getattr(config, key, None), int) and kind in ("vit", "deit", "beit", "dinov2"):
+        if isinstance(getattr(config, key, None), int) and kind in ("vit", "beit", "dinov2"):
             setattr(config, key, value)
     side = getattr(config, "image_size", 224)
     side = side if isinstance(side, int) else 224

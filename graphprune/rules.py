@@ -143,7 +143,7 @@ def rms_norm(x, shape, weight, eps):
 
 @rule("native_group_norm")
 def group_norm(x, weight, bias, n, c, hxw, groups, eps):
-    space = "".join(f" {LETTERS[i + 10]}" for i in range(len(x.shape) - 2))
+    space = "".join(f" [{LETTERS[i + 10]}]" for i in range(len(x.shape) - 2))
     return expr(f"b (g [c]){space}, (g c), (g c) -> b (g [c]){space}", x, weight, bias, g=groups)
 
 

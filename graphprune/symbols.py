@@ -58,7 +58,8 @@ def plant(model: nn.Module) -> dict[tuple, int]:
 
     for name, module in model.named_modules():
         for key, value in list(module.__dict__.items()):
-            if key.startswith("_") or (isinstance(module, SHAPED) and key not in COUNTS):
+            known = isinstance(module, SHAPED) and type(module).__module__.startswith("torch.nn.")
+            if key.startswith("_") or (known and key not in COUNTS):
                 continue
             planted = size((name, key), value)
             if planted is not value:

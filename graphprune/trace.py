@@ -256,6 +256,7 @@ class Recorder(TorchDispatchMode):
             moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
             outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
             self.box(outs)
+            self.singled(source, outs, shapes, reason)
             return outs, False
         if plain in RULES:
             described = RULES[plain](*args, **kwargs)
@@ -279,6 +280,16 @@ class Recorder(TorchDispatchMode):
             for held in value.fields:
                 self.labels.lock(held, unknown)
         return [()] * count, False
+
+    def singled(self, source: Value, outs: list[Fields], shapes: list, reason: int) -> None:
+        """A part of length 1 names one position of an axis: that position stays."""
+        if any(len(shape) != len(source.shape) for shape in shapes):
+            return
+        for held, shape in zip(outs, shapes, strict=True):
+            for before, after in zip(source.fields, held, strict=True):
+                lost = [a for a, n in enumerate(shape) if n == 1 and before.shape[a] > 1 and after.shape[a] == 1]
+                if lost:
+                    self.labels.lock(after.ravel(), reason)
 
     def box(self, outs: list[Fields]) -> None:
         for held in outs:
@@ -305,8 +316,10 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "tensor" and str(kwargs.get("device", "")) == "meta":
+            kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
+        result = func(*args, **kwargs)
         if name == "__get__":
             if getattr(func, "__self__", None) is self.getter:
                 return self.sizes(args[0], result)
