@@ -19,7 +19,7 @@ from .select import check_ratio, select
 from .sizes import leaves
 from .symbols import solve
 from .trace import Graph, leaf_tensors, tensors, trace
-from .zeroed import replay
+from .zeroed import zeroed
 
 
 def shrink(
@@ -138,7 +138,7 @@ def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, toleranc
         with torch.no_grad():
             small.eval()
             found = list(tensors(small(*args, **kwargs), torch.Tensor))
-            wanted = replay(graph, model, plan, list(tensors(graph.example, torch.Tensor)))
+            wanted = zeroed(model, plan, graph)(*args, **kwargs)
     except Exception as error:
         raise NotEqual(f"the cut model does not run on the example: {type(error).__name__}: {error}") from error
     finally:

@@ -227,6 +227,8 @@ class Recorder(TorchDispatchMode):
             outs, reduces = self.carry(func, seen[0], seen[1], shapes, module, line)
         except (GraphpruneError, ValueError, IndexError, KeyError, TypeError) as error:
             outs, reduces = self.refuse(func, seen, len(shapes), module, line, f"not understood: {error}")
+        if any(n not in (1, size) for s, f in zip(shapes, outs, strict=True) for a in f for n, size in zip(a.shape, s, strict=True)):
+            outs, reduces = self.refuse(func, (seen, [Value(s, f) for s, f in zip(shapes, outs, strict=True)]), len(shapes), module, line, "its rule does not fit")
         values = [Value(s, f, node=len(self.nodes)) for s, f in zip(shapes, outs, strict=True)]
         name = func._schema.name.rpartition("::")[2]
         if name in MOVES or name in ("select", "unbind", "expand"):
@@ -421,5 +423,5 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         for held in value.fields:
             labels.lock(held, reason)
     found = Graph(recorder.nodes, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
-    found.__dict__["constants"] = recorder.constants
+    found.__dict__.update(constants=recorder.constants, real=real)
     return found

@@ -6,6 +6,7 @@ real tensors and never looks at the cut model, so the two can be compared.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,21 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
     def run(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
         given = list(tensors((args, kwargs), torch.Tensor))
         fits = graph is not None and [tuple(t.shape) for t in given] == [v.shape for v in graph.inputs]
-        return replay(graph if fits else trace(model, args, kwargs), model, plan, given)
+        found = graph if fits and graph else trace(model, args, kwargs)
+        if found.__dict__["real"]:  # control flow depends on values: record the path that the zeroed weights take
+            found = trace(_masked(model, plan), args, kwargs)
+        return replay(found, model, plan, given)
 
     return run
+
+
+def _masked(model: nn.Module, plan: Plan) -> nn.Module:
+    memo = {}
+    for name, _, _, tensor in leaf_tensors(model):
+        data = tensor.detach().clone()
+        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in plan.cuts else data
+        memo.setdefault(id(tensor), nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
+    return copy.deepcopy(model, memo)
 
 
 class _Masks:
