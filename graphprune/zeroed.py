@@ -127,12 +127,18 @@ def _call(node: Any, held: dict, masks: _Masks, device: torch.device) -> list[to
     if name in ("native_layer_norm", "_fused_rms_norm"):
         args[1] = list(args[0].shape[-len(args[1]) :])
     if name == "native_group_norm":
-        blocks = torch.zeros(node.args[0].shape[1], dtype=torch.bool)
-        blocks[cuts[id(node.args[0])].get(1, slice(None))] = True
-        args[4] = args[0].shape[1]
-        args[6] = int(blocks.reshape(args[6], -1).any(dim=1).sum())
+        args[4], args[6] = args[0].shape[1], _blocks(node.args[0], cuts, args[6])
+    if name == "convolution":
+        args[8] = _blocks(node.args[0], cuts, args[8])
     small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
     return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
+
+
+def _blocks(value: Value, cuts: dict, count: int) -> int:
+    """How many of ``count`` equal blocks of channels have survivors."""
+    stays = torch.zeros(value.shape[1], dtype=torch.bool)
+    stays[cuts[id(value)].get(1, slice(None))] = True
+    return int(stays.reshape(count, -1).any(dim=1).sum())
 
 
 def _spread(tensor: torch.Tensor, value: Value, kept: dict[int, torch.Tensor]) -> torch.Tensor:
