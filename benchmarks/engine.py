@@ -38,7 +38,7 @@ def theirs(model: nn.Module, x: torch.Tensor) -> None:
     import torch_pruning as tp
 
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
-    tp.pruner.MagnitudePruner(model, x, importance=tp.importance.GroupNormImportance(p=2), pruning_ratio=0.5, ignored_layers=heads).step()
+    tp.pruner.MagnitudePruner(model, x, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=heads).step()
 
 
 def timed(function, model: nn.Module, x: torch.Tensor) -> float:
