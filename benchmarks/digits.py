@@ -1,6 +1,6 @@
 """Train a residual CNN on scikit-learn's handwritten digits, shrink it, fine-tune briefly, and print what was gained.
 
-    python benchmarks/digits.py
+python benchmarks/digits.py
 """
 
 from __future__ import annotations

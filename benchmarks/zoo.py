@@ -99,7 +99,7 @@ def one(name: str, send) -> None:
             row["batch"] = False
         try:
             out = small.train()(*grow(args, 2), **grow(kwargs, 2))
-            from graphprune.trace import tensors
+            from graphprune.trees import tensors
 
             loss = sum(t.double().mean() for t in tensors(out, torch.Tensor) if t.is_floating_point() and t.requires_grad)
             loss.backward()
@@ -179,24 +179,35 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=120, help="seconds per architecture")
     parser.add_argument("--out", type=Path, help="write the table (Markdown) here")
-    parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--json", type=Path, help="append every row here as it comes; rows already there are not measured again")
     options = parser.parse_args()
     declare_operators()
     import timm  # noqa: F401  (imported once, before the processes fork)
     import torchvision  # noqa: F401
     import transformers  # noqa: F401
 
-    todo = [name for name in names() if options.only in name]
-    rows = measure(todo, options.jobs, options.limit, lambda row: print(row["verdict"], row["name"], f"{row.get('reach', 0):.2f}", row.get("why", "")[:150].replace("\n", " "), flush=True))
+    known = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json and options.json.exists() else []
+    done = {row["name"]: row for row in known}
+
+    def report(row: dict) -> None:
+        print(row["verdict"], row["name"], f"{row.get('reach', 0):.2f}", row.get("why", "")[:150].replace("\n", " "), flush=True)
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    wanted = [name for name in names() if options.only in name]
+    measured = measure([name for name in wanted if name not in done], options.jobs, options.limit, report)
+    rows = sorted([*(done[name] for name in wanted if name in done), *measured], key=lambda row: row["name"])
     text = summary(rows)
     print(text)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
     if options.out:
         import platform
 
-        versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}, torchvision {torchvision.__version__}"
-        options.out.write_text(f"# Zoo: public architectures at ratio 0.5\n\nMade by `python benchmarks/zoo.py --out {options.out}`; {versions}.\n\n{text}\n\n{table(rows)}\n")
+        libraries = (torch, timm, transformers, torchvision)
+        versions = ", ".join([f"Python {platform.python_version()}", *(f"{m.__name__} {m.__version__}" for m in libraries)])
+        options.out.write_text(
+            f"# Zoo: public architectures at ratio 0.5\n\nMade by `python benchmarks/zoo.py --out {options.out}`; {versions}.\n\n{text}\n\n{table(rows)}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import nn
 
 from .errors import BadPlan
 from .plan import Plan
-from .trace import leaf_tensors
+from .trees import leaf_tensors
 
 
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:

@@ -97,12 +97,12 @@ def dot(x, y):
 
 @rule("addmm")
 def addmm(bias, x, y, **kwargs):
-    return expr(f"{' '.join('no'[-len(bias.shape):])}, n i, i o -> n o", bias, x, y)
+    return expr(f"{' '.join('no'[-len(bias.shape) :])}, n i, i o -> n o", bias, x, y)
 
 
 @rule("baddbmm")
 def baddbmm(bias, x, y, **kwargs):
-    return expr(f"{' '.join('bno'[-len(bias.shape):])}, b n i, b i o -> b n o", bias, x, y)
+    return expr(f"{' '.join('bno'[-len(bias.shape) :])}, b n i, b i o -> b n o", bias, x, y)
 
 
 @rule("linear")

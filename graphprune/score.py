@@ -12,6 +12,7 @@ import torch
 
 from .errors import UnknownName
 from .groups import Groups
+from .trees import leaf_tensors
 
 Scores = list[torch.Tensor]
 Scorer = Callable[[Groups, Mapping[str, torch.Tensor]], Scores]
@@ -28,14 +29,21 @@ def norm(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -> Sco
             if not isinstance(weight, torch.nn.Parameter) or weight.is_meta:
                 continue
             if (name, axis) not in sums:
-                rest = [a for a in range(weight.ndim) if a != axis]
-                size = weight.detach().float()
-                size = size.square() if power == 2 else size.abs()
-                sums[name, axis] = (size.sum(rest) if rest else size).double().cpu()
+                sums |= _sums(name, weight.detach().float(), power, axis)
             index = torch.from_numpy(units)
             total.index_add_(0, index[index >= 0], sums[name, axis][index >= 0])
         found.append(total.sqrt() if power == 2 else total)
     return found
+
+
+def _sums(name: str, weight: torch.Tensor, power: int, axis: int) -> dict[tuple[str, int], torch.Tensor]:
+    """The sum of powers along an axis; the two leading axes come from one pass over the weight."""
+    sizes = weight.square() if power == 2 else weight.abs()
+    if axis > 1 or sizes.ndim < 2:
+        rest = [a for a in range(sizes.ndim) if a != axis]
+        return {(name, axis): (sizes.sum(rest) if rest else sizes).double().cpu()}
+    plane = sizes.flatten(2).sum(2) if sizes.ndim > 2 else sizes
+    return {(name, a): plane.sum(1 - a).double().cpu() for a in (0, 1)}
 
 
 def random(groups: Groups, tensors: Mapping[str, torch.Tensor], seed: int = 0) -> Scores:
@@ -55,8 +63,6 @@ def score(groups: Groups, model: torch.nn.Module, criterion: str | Scorer = "l2"
 
     Raises :class:`~graphprune.errors.UnknownName` for a criterion that does not exist.
     """
-    from .trace import leaf_tensors
-
     tensors = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
     if callable(criterion):
         return criterion(groups, tensors)

@@ -18,7 +18,8 @@ from .score import Scorer, score
 from .select import check_ratio, select
 from .sizes import leaves
 from .symbols import solve
-from .trace import Graph, leaf_tensors, tensors, trace
+from .trace import Graph, trace
+from .trees import leaf_tensors, tensors
 from .zeroed import zeroed
 
 

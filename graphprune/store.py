@@ -13,7 +13,7 @@ from torch import nn
 from .apply import apply
 from .errors import BadPlan
 from .plan import Plan
-from .trace import leaf_tensors
+from .trees import leaf_tensors
 
 
 def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path:

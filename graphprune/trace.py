@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .notation import Value, meet
 from .rules import RULES, pointwise
 from .sizes import Size
 from .symbols import Call, calls_of, plant
+from .trees import leaf_tensors, normal_inputs, replace, tensors
 
 # Pointwise operations whose overloads lack torch's tag.
 UNTAGGED = frozenset(
@@ -81,55 +82,6 @@ class Graph:
                 elif value.leaf:
                     graph.add_edge(value.leaf, index)
         return graph
-
-
-def tensors(tree: Any, kind: type = Value) -> Iterator[Any]:
-    """All tensors (or values) in nested tuples, lists, dictionaries and dataclasses."""
-    if isinstance(tree, kind):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors(item, kind)
-    elif isinstance(tree, list | tuple | set):
-        for item in tree:
-            yield from tensors(item, kind)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for entry in fields(tree):
-            yield from tensors(getattr(tree, entry.name, None), kind)
-
-
-def replace(tree: Any, swap: Any) -> Any:
-    """The same nest with every tensor (or value) exchanged."""
-    if isinstance(tree, torch.Tensor | Value):
-        return swap(tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(replace(item, swap) for item in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(replace(item, swap) for item in tree) if type(tree) in (list, tuple) else tree
-    if type(tree) is dict:
-        return {key: replace(item, swap) for key, item in tree.items()}
-    return tree
-
-
-def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """Every tensor a model holds, by qualified name: parameters, buffers, and plain attributes."""
-    for prefix, module in model.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        held = {**module._parameters, **module._buffers}
-        held |= {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
-        for name, tensor in held.items():
-            if tensor is not None:
-                yield dot + name, module, name, tensor
-
-
-def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:
-    """Positional and keyword arguments: a tensor, a tuple (positional) or a dict (keyword)."""
-    kwargs = dict(example_kwargs or {})
-    if isinstance(example_input, Mapping):
-        return (), {**example_input, **kwargs}
-    if isinstance(example_input, tuple):
-        return example_input, kwargs
-    return (example_input,), kwargs
 
 
 def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, dict[int, str]]:
@@ -200,6 +152,9 @@ class Recorder(TorchDispatchMode):
         if self.real:
             return func(*args, **kwargs)
         given = list(tensors((args, kwargs), torch.Tensor))
+        if func is torch.ops.aten.native_batch_norm.default and given[0].is_meta and args[5] is False:
+            # Without values there is nothing to compute, and torch's own shape function takes milliseconds.
+            return torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0)
         if any(t.is_meta for t in given):
             if func._schema.name.endswith("_") and given and not given[0].is_meta:
                 return given[0]
@@ -228,7 +183,9 @@ class Recorder(TorchDispatchMode):
         except (GraphpruneError, ValueError, IndexError, KeyError, TypeError) as error:
             outs, reduces = self.refuse(func, seen, len(shapes), module, line, f"not understood: {error}")
         if any(n not in (1, size) for s, f in zip(shapes, outs, strict=True) for a in f for n, size in zip(a.shape, s, strict=True)):
-            outs, reduces = self.refuse(func, (seen, [Value(s, f) for s, f in zip(shapes, outs, strict=True)]), len(shapes), module, line, "its rule does not fit")
+            outs, reduces = self.refuse(
+                func, (seen, [Value(s, f) for s, f in zip(shapes, outs, strict=True)]), len(shapes), module, line, "its rule does not fit"
+            )
         values = [Value(s, f, node=len(self.nodes)) for s, f in zip(shapes, outs, strict=True)]
         name = func._schema.name.rpartition("::")[2]
         if name in MOVES or name in ("select", "unbind", "expand"):

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from .errors import BadInput
+from .groups import couple
 from .notation import Value
 from .plan import Plan
-from .trace import Graph, leaf_tensors, replace, tensors, trace
+from .trace import Graph, trace
+from .trees import leaf_tensors, replace, tensors
 
 
 def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable[..., list[torch.Tensor]]:
@@ -46,8 +48,6 @@ class _Masks:
     """The surviving positions along every axis of every value, from the plan's cuts of the leaves."""
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
-        from .groups import couple
-
         groups = couple(graph)
         self.root = torch.from_numpy(groups.root.copy()).long()
         self.stays = torch.ones(len(self.root), dtype=torch.bool)

@@ -1,0 +1,61 @@
+"""Walking nests of tensors and the tensors that a module holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .notation import Value
+
+
+def tensors(tree: Any, kind: type = Value) -> Iterator[Any]:
+    """All tensors (or values) in nested tuples, lists, dictionaries and dataclasses."""
+    if isinstance(tree, kind):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from tensors(item, kind)
+    elif isinstance(tree, list | tuple | set):
+        for item in tree:
+            yield from tensors(item, kind)
+    elif is_dataclass(tree) and not isinstance(tree, type):
+        for entry in fields(tree):
+            yield from tensors(getattr(tree, entry.name, None), kind)
+
+
+def replace(tree: Any, swap: Any) -> Any:
+    """The same nest with every tensor (or value) exchanged."""
+    if isinstance(tree, torch.Tensor | Value):
+        return swap(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(replace(item, swap) for item in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(replace(item, swap) for item in tree) if type(tree) in (list, tuple) else tree
+    if type(tree) is dict:
+        return {key: replace(item, swap) for key, item in tree.items()}
+    return tree
+
+
+def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """Every tensor a model holds, by qualified name: parameters, buffers, and plain attributes."""
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        held = {**module._parameters, **module._buffers}
+        held |= {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
+        for name, tensor in held.items():
+            if tensor is not None:
+                yield dot + name, module, name, tensor
+
+
+def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:
+    """Positional and keyword arguments: a tensor, a tuple (positional) or a dict (keyword)."""
+    kwargs = dict(example_kwargs or {})
+    if isinstance(example_input, Mapping):
+        return (), {**example_input, **kwargs}
+    if isinstance(example_input, tuple):
+        return example_input, kwargs
+    return (example_input,), kwargs
