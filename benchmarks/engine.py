@@ -26,7 +26,7 @@ from zoo_support import declare_operators  # noqa: E402
 
 import graphprune  # noqa: E402
 
-MODELS = """alexnet vgg11 vgg16_bn resnet18 resnet34 resnet50 resnet101 wide_resnet50_2 densenet121 densenet169 densenet201 googlenet
+MODELS = """alexnet vgg11 resnet18 resnet34 resnet50 resnet101 wide_resnet50_2 densenet121 densenet169 densenet201 googlenet
 squeezenet1_0 mobilenet_v2 mnasnet1_0 mobilenet_v3_large efficientnet_b0 regnet_x_400mf regnet_y_400mf resnext50_32x4d convnext_tiny inception_v3""".split()
 
 
