@@ -61,7 +61,7 @@ class Score:
         return replace(self, options={**self.options, **options})
 
     def __call__(self, groups: Groups, model: nn.Module, batches: Iterable | None = None, loss: Callable | None = None, **options: Any) -> Scores:
-        given = {**self.with_(**options).options}
+        given = dict(self.with_(**options).options)
         general = {name: given.pop(name) for name in GENERAL if name in given}
         seed = general.get("seed", 0)
         if "seed" in _options(self.function):
@@ -74,7 +74,7 @@ class Score:
         with undisturbed(model, seed):
             found = self.function(Task(groups, model, data), **given)
         checked(groups, model, found, self.name)
-        return normalised(groups, found, general.get("normalise", given.get("normalise", "none")), general.get("within", "group"))
+        return normalised(groups, found, general.get("normalise", "none"), general.get("within", "group"))
 
     def needs_now(self, options: dict[str, Any] | None = None) -> str:
         """What it needs under its options (an ensemble needs what its members need)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import BadScore
+from ..errors import UnknownName
 from ..groups import Group, Groups
+from ..links import Link, links
 from ..trees import leaf_tensors
 from .data import Data
 
@@ -37,30 +38,50 @@ class Task:
         held = {name for group in self.groups for name, _ in group.places}
         return {n: t for n, t in self.tensors.items() if n in held and isinstance(t, nn.Parameter) and t.is_floating_point() and not t.is_meta}
 
-    def slices(self, values: Mapping[str, Tensor], over: str = "all", how: str = "sum") -> list[list[Tensor]]:
-        """For every group, a float64 tensor (units,) for each coupled slice: the sum ("amax": largest) of ``values`` over it.
+    @cached_property
+    def links(self) -> list[list[Link]]:
+        return links(self.groups)
 
-        ``values`` maps names to tensors of the parameters' shapes. Each tensor is reduced once for each axis that is
-        cut, and the result is scattered by unit. ``over`` names the slices that count by their role.
+    def slices(self, values: Mapping[str, Tensor], over: str = "all", how: str = "sum", by: Callable | None = None) -> list[list[Tensor]]:
+        """For every group, a float64 tensor (units,) for each coupled slice: the sum ("amax": largest) of ``by(values)`` over it.
+
+        ``values`` maps names to tensors of the parameters' shapes; ``by`` works entry by entry (it may drop trailing axes
+        that are never cut). Each tensor is read once and reduced along every axis that is cut, and the result is scattered
+        by unit. ``over`` names the slices that count by their role.
         """
-        reduced = {name: _reduce(tensor, {a for g in self.groups for n, a in g.places if n == name}, how) for name, tensor in values.items()}
-        return [[_scatter(reduced[n][a], units, group.size, how) for n, a, units in self.places(group, over) if n in reduced] for group in self.groups]
+        places = [self.places(group, over) for group in self.groups]
+        axes: dict[str, set[int]] = {}
+        for name, axis, _ in (place for mine in places for place in mine):
+            axes.setdefault(name, set()).add(axis)
+        reduced = {name: _reduce(values[name], mine, how, by) for name, mine in axes.items() if name in values}
+        return [[_scatter(reduced[n][a], units, g.size, how) for n, a, units in mine if n in reduced] for g, mine in zip(self.groups, places, strict=True)]
 
-    def total(self, values: Mapping[str, Tensor], over: str = "all") -> Scores:
-        """The sum of ``values`` over all coupled slices of every unit."""
-        return [sum(parts, torch.zeros(g.size, dtype=torch.float64)) for g, parts in zip(self.groups, self.slices(values, over), strict=True)]
+    def total(self, values: Mapping[str, Tensor], over: str = "all", by: Callable | None = None) -> Scores:
+        """The sum of ``by(values)`` over all coupled slices of every unit."""
+        parts = self.slices(values, over, by=by)
+        return [sum(mine, torch.zeros(g.size, dtype=torch.float64)) for g, mine in zip(self.groups, parts, strict=True)]
 
     def places(self, group: Group, over: str = "all") -> list[tuple[str, int, Any]]:
         """The (tensor, axis, unit of each position) in which a group stands, for all roles or one."""
         if over == "all":
             return [(name, axis, units) for (name, axis), units in group.places.items()]
-        raise BadScore(f"over is {over!r}; it is one of {', '.join(ROLES)}")
+        if over not in ROLES:
+            raise UnknownName(f"over is {over!r}; it is one of {', '.join(ROLES)}")
+        return [(link.leaf, link.axis, link.units) for link in self.links[group.index] if link.role == over]
+
+    def by(self, name: str) -> Scores:
+        """The scores that another criterion gives for the same task."""
+        from .registry import named  # a score may ask for another by name; the registry knows them all
+
+        found = named(name)
+        return found(self.groups, self.model, self.data and self.data.batches, self.data and self.data.loss)
 
 
-def _reduce(tensor: Tensor, axes: set[int], how: str) -> dict[int, Tensor]:
+def _reduce(tensor: Tensor, axes: set[int], how: str, by: Callable | None) -> dict[int, Tensor]:
     """The sum (or maximum) of all entries at each position of the axes; the two leading axes share one pass."""
     tensor = tensor.detach()
     tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    tensor = by(tensor) if by else tensor
     if how == "amax":
         return {axis: tensor.movedim(axis, 0).flatten(1).amax(1).double().cpu() if tensor.ndim > 1 else tensor.double().cpu() for axis in axes}
     plane = tensor.flatten(2).sum(2, dtype=torch.float64) if tensor.ndim > 2 and axes <= {0, 1} else tensor
