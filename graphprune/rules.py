@@ -90,7 +90,7 @@ def mv(x, y):
     return expr("n i, i -> n", x, y)
 
 
-@rule("dot")
+@rule("dot", "vdot")
 def dot(x, y):
     return expr("i, i -> ", x, y)
 
@@ -103,6 +103,13 @@ def addmm(bias, x, y, **kwargs):
 @rule("baddbmm")
 def baddbmm(bias, x, y, **kwargs):
     return expr(f"{' '.join('bno'[-len(bias.shape) :])}, b n i, b i o -> b n o", bias, x, y)
+
+
+@rule("_trilinear")
+def trilinear(x, y, z, expand1, expand2, expand3, sumdim, unroll_dim=1):
+    every = LETTERS[: len(x.shape) + len(expand1)]
+    axes = [" ".join(a for i, a in enumerate(every) if i not in expanded) for expanded in (expand1, expand2, expand3, sumdim)]
+    return expr(f"{', '.join(axes[:3])} -> {axes[3]}", x, y, z)
 
 
 @rule("linear")
@@ -166,6 +173,35 @@ def pooling(x, *args, **kwargs):
     return expr(f"{axes} -> {axes}, {axes}", x)
 
 
+@rule("im2col")
+def unfold(x, kernel, *args):
+    return expr("b c _ _ -> b (c k) _", x, k=kernel[0] * kernel[1])
+
+
+@rule("col2im")
+def fold(x, size, kernel, *args):
+    return expr("b (c k) _ -> b c _ _", x, k=kernel[0] * kernel[1])
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fft(x, dim, *args):
+    over = _dims(dim, len(x.shape))
+    axes = " ".join("_" if i in over else LETTERS[i] for i in range(len(x.shape)))
+    return expr(f"{axes} -> {axes}", x)
+
+
+@rule("view_as_complex")
+def view_as_complex(x):
+    axes = " ".join(LETTERS[: len(x.shape) - 1])
+    return expr(f"{axes} _ -> {axes}", x)
+
+
+@rule("view_as_real")
+def view_as_real(x):
+    axes = " ".join(LETTERS[: len(x.shape)])
+    return expr(f"{axes} -> {axes} _", x)
+
+
 @rule("reflection_pad1d", "replication_pad1d")
 def pad1d(x, *args):
     lead = " ".join(LETTERS[: len(x.shape) - 1])
@@ -179,8 +215,9 @@ def grid_sample(x, grid, *args):
 
 @rule("_weight_norm_interface")
 def weight_norm(v, g, dim=0):
-    axes = [LETTERS[i] if i == dim % len(v.shape) else f"[{LETTERS[i]}]" for i in range(len(v.shape))]
-    scale = " ".join(LETTERS[i] for i in range(len(g.shape)))
+    # dim == -1 is torch's word for one norm over everything.
+    axes = [LETTERS[i] if i == dim else f"[{LETTERS[i]}]" for i in range(len(v.shape))]
+    scale = " ".join(LETTERS[i] if i == dim else "1" for i in range(len(g.shape)))
     return expr(f"{' '.join(axes)}, {scale} -> {' '.join(axes)}, {scale}", v, g)
 
 

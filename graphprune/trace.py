@@ -38,6 +38,10 @@ UNTAGGED = frozenset(
 )
 # Calls that turn a size into a factor of the function: it may not change.
 FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
+# Moves that take parts of an axis.
+PARTS = frozenset("slice split split_with_sizes unsafe_split unsafe_split_with_sizes split_with_sizes_copy narrow".split())
+# What asks a tensor for a property: these calls are no steps of the model.
+UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
 HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
@@ -52,6 +56,16 @@ class Node:
     module: str
     line: str
     reduces: bool = False
+    step: int = -1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the Python code: its name, and the values of its tensor arguments and of its results, in order."""
+
+    name: str
+    args: tuple[Value | None, ...]
+    results: tuple[Value | None, ...]
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Graph:
     """What a model computes: the calls in order, the leaves (parameters, buffers, constants) and all labels."""
 
     nodes: list[Node]
+    steps: list[Step]
     leaves: dict[str, Value]
     labels: Labels
     inputs: list[Value]
@@ -66,6 +81,7 @@ class Graph:
     calls: list[Call]
     floats: list
     equals: list
+    outcomes: list
     symbols: dict
     example: tuple[tuple, dict]
 
@@ -112,7 +128,7 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
-        self.whole = False
+        self.step = -1
 
     def leaf(self, tensor: torch.Tensor, name: str) -> Value:
         held = free(self.labels, tuple(tensor.shape), range(tensor.ndim))
@@ -196,7 +212,7 @@ class Recorder(TorchDispatchMode):
             if before and tensor is before[0] and func._schema.is_mutable:
                 value.zero = False
             self.keep(tensor, value)
-        self.nodes.append(Node(func, seen[0], seen[1], values, module, line, reduces))
+        self.nodes.append(Node(func, seen[0], seen[1], values, module, line, reduces, self.step))
         return result
 
     def carry(self, func: Any, args: tuple, kwargs: dict, shapes: list, module: str, line: str) -> tuple[list[Fields], bool]:
@@ -215,7 +231,8 @@ class Recorder(TorchDispatchMode):
             moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
             outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
             self.box(outs)
-            self.singled(source, outs, shapes, reason)
+            if name in PARTS:
+                self.singled(source, outs, shapes, reason)
             return outs, False
         if plain in RULES:
             described = RULES[plain](*args, **kwargs)
@@ -223,7 +240,7 @@ class Recorder(TorchDispatchMode):
             weight = next((v for v in described.operands[1:] if isinstance(v, Value)), None)
             linear = "[" not in described.text and weight is not None and (weight.zero or described.operands[0].zero)
             return outs + [()] * (len(shapes) - len(outs)), reduces and not linear
-        if torch.Tag.pointwise in func.tags or _pointwise(func, name):
+        if torch.Tag.pointwise in func.tags or is_pointwise(func, name):
             ranked = [v for v in given if v.shape] or given
             if len(ranked) == 1 and len(ranked[0].shape) == len(shapes[0]):
                 return [ranked[0].fields for _ in shapes], False
@@ -257,7 +274,7 @@ class Recorder(TorchDispatchMode):
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
 
 
-def _pointwise(func: Any, name: str) -> bool:
+def is_pointwise(func: Any, name: str) -> bool:
     """In-place overloads and a few others lack the tag of their functional twin."""
     if name.rstrip("_") in UNTAGGED:
         return True
@@ -271,6 +288,7 @@ class Functions(TorchFunctionMode):
     def __init__(self, recorder: Recorder, calls: list[Call]) -> None:
         super().__init__()
         self.recorder, self.calls = recorder, calls
+        self.steps: list[Step] = []
         self.getter = torch.Tensor.shape
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -278,7 +296,10 @@ class Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "tensor" and str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
-        result = func(*args, **kwargs)
+        if name in UNSTEPPED:
+            result = func(*args, **kwargs)
+        else:
+            result = self.stepped(func, name, args, kwargs)
         if name == "__get__":
             if getattr(func, "__self__", None) is self.getter:
                 return self.sizes(args[0], result)
@@ -292,7 +313,18 @@ class Functions(TorchFunctionMode):
         if name in FACTORS:
             Size.floats += [arg.expr for arg in args if type(arg) is Size]
         module = self.recorder.stack[-1] if self.recorder.stack else ""
+        own = len(Size.outcomes)
         calls_of(self.calls, self.recorder, name, args, kwargs, result, module)
+        del Size.outcomes[own:]  # what was compared here is no branch of the model
+        return result
+
+    def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        known = self.recorder.values
+        given = tuple(known.get(id(tensor)) for tensor in tensors((args, kwargs), torch.Tensor))
+        self.recorder.step = len(self.steps)
+        result = func(*args, **kwargs)
+        self.recorder.step = -1
+        self.steps.append(Step(name, given, tuple(known.get(id(tensor)) for tensor in tensors(result, torch.Tensor))))
         return result
 
     def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
@@ -304,20 +336,31 @@ class Functions(TorchFunctionMode):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep fused fast paths, and torch's own checks for function modes, out of the run."""
+def open_paths() -> Iterator[None]:
+    """Keep fused fast paths, and torch's own checks for function modes, out of the run: every call becomes visible."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     spaces = [(m, n, getattr(m, n)) for m in (nn.functional, torch.functional) for n in dir(m) if n.startswith("has_torch_function")]
     for space, name, _ in spaces:
         setattr(space, name, lambda *_: False)
     try:
-        with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for space, name, old in spaces:
             setattr(space, name, old)
+
+
+@contextmanager
+def _valueless() -> Iterator[None]:
+    """No gradients, and no fused kernels whose parts could not be seen."""
+    fused = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = fused
 
 
 @contextmanager
@@ -361,7 +404,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for name, _, _, tensor in leaf_tensors(twin):
         if id(tensor) not in recorder.values:
             recorder.leaf(tensor, name)
-    symbols = plant(twin)
+    symbols = plant(twin, recorder.values)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to("meta")  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
     inputs = []
@@ -369,9 +412,10 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         value = Value(tuple(tensor.shape), leaf=f"<input {len(inputs)}>")
         recorder.keep(tensor, value)
         inputs.append(value)
-    Size.floats, Size.equals = [], []
+    Size.floats, Size.equals, Size.outcomes = [], [], []
     with ExitStack() as scopes:
-        for scope in (_quiet(), _where(twin, stack), recorder, Functions(recorder, calls)):
+        functions = Functions(recorder, calls)
+        for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
     outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
@@ -379,6 +423,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for value in outputs:
         for held in value.fields:
             labels.lock(held, reason)
-    found = Graph(recorder.nodes, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
+    uses = Size.floats, Size.equals, Size.outcomes
+    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
     found.__dict__.update(constants=recorder.constants, real=real)
     return found
