@@ -47,7 +47,8 @@ def shrink(
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
     ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``criterion``, ``batches`` and ``loss``
-    are those of :func:`graphprune.score`. ``verify`` compares with :func:`zeroed` on the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
+    are those of :func:`graphprune.score`. ``verify`` compares with :func:`zeroed` on the example.
+    Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
