@@ -7,6 +7,7 @@ from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .laws import check_rule
 from .plan import Plan
+from .repair import repair
 from .rules import rule
 from .scores import Score, score
 from .select import select
@@ -29,6 +30,7 @@ __all__ = [
     "expand",
     "load",
     "register",
+    "repair",
     "rule",
     "save",
     "score",

@@ -14,6 +14,7 @@ from .apply import apply
 from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
 from .plan import Plan, Survivors, make_plan
+from .repair import after_cut, refill
 from .scores import Criterion, Scores
 from .scores.attempts import attempts
 from .select import check_ratio, select
@@ -38,6 +39,8 @@ def shrink(
     multiple_of: int = 1,
     min_units: int = 1,
     example_kwargs: dict | None = None,
+    calibration: Iterable | None = None,
+    repair: str | Sequence[str] = "auto",
     inplace: bool = False,
     return_plan: bool = False,
     verify: bool = True,
@@ -47,7 +50,8 @@ def shrink(
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
     ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``criterion``, ``batches`` and ``loss``
-    are those of :func:`graphprune.score`. ``verify`` compares with :func:`zeroed` on the example.
+    are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs) the cut model is repaired: :func:`graphprune.repair`
+    says which steps ``repair`` may name. ``verify`` compares with :func:`zeroed` on the example.
     Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -63,8 +67,9 @@ def shrink(
     small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
+    small, plan = after_cut(small, model, plan, calibration, repair, graph)
     if inplace:
-        small = apply(model, plan, inplace=True)
+        small = refill(apply(model, plan, inplace=True), small)
     small.__dict__["graphprune_plan"] = plan
     return (small, plan) if return_plan else small
 

@@ -55,7 +55,7 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = """errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores select plan apply zeroed
+    order = """errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores select plan apply repair zeroed
     shrink store""".split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
@@ -73,7 +73,8 @@ def test_imports_inside_a_package_go_one_way():
 
     orders = {
         "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy reconstruct start expansion
-        __init__ attempts""".split()
+        __init__ attempts""".split(),
+        "repair": "moments solve sites rows paced sequential statistics effect __init__".split(),
     }
     for package, order in orders.items():
         for path in (Path(graphprune.__file__).parent / package).glob("*.py"):

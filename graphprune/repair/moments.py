@@ -48,6 +48,4 @@ def moments(x: Tensor, y: Tensor) -> Moments:
     x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
     mean_x, mean_y = x.mean(1, dtype=torch.float64), y.mean(1, dtype=torch.float64)
     x, y = x - mean_x[:, None].to(x.dtype), y - mean_y[:, None].to(y.dtype)
-    return Moments(
-        x.shape[1], mean_x, mean_y, (x.transpose(1, 2) @ x).double(), (y.transpose(1, 2) @ x).double(), y.square().sum(1, dtype=torch.float64)
-    )
+    return Moments(x.shape[1], mean_x, mean_y, (x.transpose(1, 2) @ x).double(), (y.transpose(1, 2) @ x).double(), y.square().sum(1, dtype=torch.float64))

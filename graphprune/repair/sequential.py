@@ -23,7 +23,7 @@ from ..errors import BadCalibration
 from ..notation import Value
 from ..plan import Plan
 from ..trace import Graph
-from ..trees import leaf_tensors
+from ..trees import leaf_tensors, tensors
 from .moments import Moments, moments
 from .paced import Again, Paced, side_by_side
 from .rows import chosen, outputs, read, written
@@ -83,8 +83,6 @@ def repair_weights(
 
 
 def _samples(batch: Any) -> int:
-    from ..trees import tensors
-
     first = next((t for t in tensors(batch, torch.Tensor) if t.ndim), None)
     return len(first) if first is not None else 1
 
@@ -144,9 +142,10 @@ class _Work:
             theirs, mine = wide.until(site.other)[site.step, "other"], tight.until(site.other)[site.step, "other"]
             theirs = theirs if keep is None else theirs[:, keep.to(y.device)]
             y = y + (theirs - mine) * self.gain(site).to(y.dtype)
-        if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
+        found = moments(x, y.reshape(len(y), x.shape[0], -1).transpose(0, 1))
+        if not all(bool(torch.isfinite(t).all()) for t in (found.xx, found.yx, found.yy)):
             raise BadCalibration(f"calibration gives values that are not finite at {site.weight}; look at the batches and at the model before it")
-        return moments(x, y.reshape(len(y), x.shape[0], -1).transpose(0, 1))
+        return found
 
     def gain(self, site: Site) -> Tensor:
         """What a step of the stream is worth in outputs of the site: one over the scale of the batch norm between them."""
@@ -166,7 +165,7 @@ class _Work:
         weight, bias = self.now(site, data)
         spread = (check.yy / check.count).sum().clamp(min=torch.finfo(torch.float64).tiny)
         error = float(residual(check, weight, bias).sum() / spread)
-        if error < 1e-9:  # nothing before this weight was cut
+        if error < 1e-6:  # nothing before this weight was cut
             return []
         if float(data.xx.diagonal(dim1=1, dim2=2).abs().max()) == 0:
             raise BadCalibration(f"calibration gives the same input everywhere at {site.weight}; give varied batches")
