@@ -27,10 +27,11 @@ from ..probe import batch_inputs
 from ..trace import Graph, open_paths, trace
 from ..trees import leaf_tensors, tensors
 from ..trees import replace as exchange
+from .effect import effect
 from .sequential import Repaired, Setting, repair_weights
 from .statistics import reestimate
 
-__all__ = ["Repaired", "repair"]
+__all__ = ["Repaired", "effect", "repair"]
 
 WEIGHTS = ("bias", "variance", "least-squares")
 STEPS = (*WEIGHTS, "bn")
