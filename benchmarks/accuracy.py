@@ -1,0 +1,284 @@
+"""Accuracy after one-shot pruning without labels and without training, side by side with Torch-Pruning at equal MACs.
+
+    python benchmarks/accuracy.py --data DIR --json /tmp/accuracy.json --out docs/accuracy.md
+
+Both prune the channels inside the residual blocks. Torch-Pruning 1.6 (needs ``pip install torch-pruning``) runs with L1, L2, BN scale, Taylor (which
+gets the labels of the calibration images) and FPGM, layer by layer, and L2, BN scale and Taylor ranked globally: the ratio is the largest that
+leaves at least the MACs of the target, so it never has fewer MACs than we have. Every one of its models is measured as it ships
+and after batch-norm re-estimation on the same images, and the best of each is compared. Finished cells are read from ``--json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from realdata import accuracy, cifar_resnet, fashion_resnet, load_cifar, load_fashion, normalise  # noqa: E402
+
+import graphprune  # noqa: E402
+
+TARGETS = (1.5, 2.0, 2.15, 3.0, 4.0)
+KEEP = ["conv1", "layer*.bn2", "linear"]
+LOCAL = ("L1", "L2", "BN scale", "Taylor", "FPGM")
+GLOBAL = ("L2", "BN scale", "Taylor")
+NAMES = {"resnet20": "ResNet-20, CIFAR-10 (JPEG)", "resnet56": "ResNet-56, CIFAR-10 (JPEG)", "fashion": "ResNet-20, Fashion-MNIST"}
+
+
+def macs(model: nn.Module, x: torch.Tensor) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+def load(name: str, data: str | None) -> tuple:
+    """The model, training images and labels, test images and labels (test images normalised)."""
+    if name == "fashion":
+        model, (train, labels, test, truth) = fashion_resnet(data), load_fashion()
+    else:
+        model, (train, labels, test, truth) = cifar_resnet(int(name[6:]), data), load_cifar(data)
+    return model, train, labels, normalise(test), truth
+
+
+def sample(train: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:count]
+    return normalise(train[chosen]), labels[chosen]
+
+
+def reestimated(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Batch-norm statistics from the same images, the usual way: cumulative averages in training mode."""
+    model = copy.deepcopy(model)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for batch in x.split(128):
+            model(batch)
+    return model.eval()
+
+
+def narrowed(cut: Callable[[float], nn.Module], x: torch.Tensor, budget: float, above: bool) -> nn.Module:
+    """The model whose MACs come nearest to the budget from above (or below), by bisection over the ratio."""
+    low, high, best = 0.0, 0.99, None
+    for _ in range(11):
+        middle = (low + high) / 2
+        model = cut(middle)
+        over = macs(model, x) >= budget if above else macs(model, x) > budget
+        low, high = (middle, high) if over else (low, middle)
+        if over == above:
+            best = model
+    return best
+
+
+def peer(model: nn.Module, criterion: str, globally: bool, budget: float, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
+    import torch_pruning as tp
+
+    kinds = {
+        "L1": lambda: tp.importance.MagnitudeImportance(p=1),
+        "L2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "BN scale": lambda: tp.importance.BNScaleImportance(),
+        "Taylor": lambda: tp.importance.GroupTaylorImportance(),
+        "FPGM": lambda: tp.importance.FPGMImportance(),
+    }
+    grads: list[torch.Tensor] = []
+    if criterion == "Taylor":
+        for part, truth in zip(x.split(128), y.split(128), strict=True):
+            found = torch.autograd.grad(nn.functional.cross_entropy(model(part), truth, reduction="sum") / len(x), list(model.parameters()))
+            grads = [a + b for a, b in zip(grads, found, strict=True)] if grads else list(found)
+
+    def cut(ratio: float) -> nn.Module:
+        small = copy.deepcopy(model)
+        for parameter, grad in zip(small.parameters(), grads, strict=False):
+            parameter.grad = grad.clone()
+        whole = [m for n, m in small.named_modules() if n in ("conv1", "linear") or n.endswith(".conv2")]
+        pruner = tp.pruner.BasePruner(
+            small,
+            x[:1],
+            importance=kinds[criterion](),
+            global_pruning=globally,
+            pruning_ratio=ratio,
+            max_pruning_ratio=0.95 if globally else 1.0,
+            ignored_layers=whole,
+        )
+        pruner.step()
+        small.zero_grad(set_to_none=True)
+        return small.eval()
+
+    return narrowed(cut, x[:1], budget, above=True)
+
+
+def scored(model: nn.Module, x: torch.Tensor) -> tuple[Callable, float]:
+    """Our criterion, computed once for all targets, and its seconds."""
+    known: list = []
+    start = time.perf_counter()
+
+    def criterion(groups, model, batches):
+        if not known:
+            known.append(graphprune.score(groups, model, "effect", x.split(128), progress=False))
+        return known[0]
+
+    graphprune.shrink(model, x[:1], 0.5, criterion=criterion, scope="global", keep=KEEP, verify=False)
+    return criterion, time.perf_counter() - start
+
+
+def ours(model: nn.Module, criterion: Callable, budget: float, x: torch.Tensor) -> tuple[nn.Module, nn.Module, float]:
+    """The cut model, the repaired one, and the seconds of the repair."""
+
+    def cut(ratio: float) -> nn.Module:
+        return graphprune.shrink(model, x[:1], ratio, criterion=criterion, scope="global", keep=KEEP, verify=False)
+
+    small = narrowed(cut, x[:1], budget, above=False)
+    start = time.perf_counter()
+    better = graphprune.repair(small, model, None, x.split(max(4, min(128, len(x) // 4))), progress=False)
+    return small, better, time.perf_counter() - start
+
+
+def cells(names: list[str], options: argparse.Namespace, known: dict, done: Callable) -> None:
+    for name in names:
+        model, train, labels, test, truth = load(name, options.data)
+        test, truth = test[:: options.every], truth[:: options.every]
+        base, full = accuracy(model, test, truth), None
+        for seed in range(options.seeds):
+            if all(f"{name}/{t}/ours/512/{seed}" in known for t in TARGETS):
+                continue
+            x, y = sample(train, labels, 512, seed)
+            full = full or macs(model, x[:1])
+            criterion, spent = scored(model, x)
+            for target in TARGETS:
+                key = f"{name}/{target}/ours/512/{seed}"
+                if key not in known:
+                    small, better, seconds = ours(model, criterion, full / target, x)
+                    found = {"cut": accuracy(small, test, truth), "top1": accuracy(better, test, truth), "x": full / macs(small, x[:1])}
+                    done(key, {**found, "seconds": seconds + spent, "base": base})
+        if name == "resnet20":
+            for count in (32, 64, 128, 256, 1024, 2048):
+                key = f"{name}/2.0/ours/{count}/0"
+                if key not in known:
+                    x, y = sample(train, labels, count, 0)
+                    criterion, spent = scored(model, x)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # few samples: the repair says so
+                        small, better, seconds = ours(model, criterion, macs(model, x[:1]) / 2, x)
+                    done(key, {"top1": accuracy(better, test, truth), "seconds": seconds + spent, "base": base})
+        x, y = sample(train, labels, 512, 0)
+        for target in TARGETS:
+            for globally, kinds in ((False, LOCAL), (True, GLOBAL)):
+                for kind in kinds:
+                    key = f"{name}/{target}/peer/{'global' if globally else 'local'}/{kind}"
+                    if key not in known:
+                        small = peer(model, kind, globally, macs(model, x[:1]) / target, x, y)
+                        found = {"top1": accuracy(small, test, truth), "bn": accuracy(reestimated(small, x), test, truth)}
+                        done(key, {**found, "x": macs(model, x[:1]) / macs(small, x[:1])})
+
+
+def table(known: dict, every: int) -> str:
+    lines = [
+        "# Accuracy after one-shot pruning, without labels and without training",
+        "",
+        f"`python benchmarks/accuracy.py`; torch {torch.__version__}, one thread, 512 calibration images from the training set (no labels), top-1 on "
+        + ("all test images." if every == 1 else f"every {every}th test image."),
+        'Both prune channels inside the blocks. Ours: criterion `effect` under `scope="global"`, then `repair="auto"` (closed form); mean and',
+        "standard deviation over the seeds of the calibration sample. Torch-Pruning 1.6.1: the best of eight runs (L1, L2, BN scale, Taylor, FPGM layer by",
+        "layer; L2, BN scale, Taylor globally), chosen on the test images, at no fewer MACs than the target; as it ships, and after batch-norm",
+        "re-estimation on the same images.",
+        "",
+    ]
+    for name, title in NAMES.items():
+        rows = []
+        for target in TARGETS:
+            mine = [v for k, v in known.items() if k.startswith(f"{name}/{target}/ours/512/")]
+            theirs = {k.split("/", 3)[3]: v for k, v in known.items() if k.startswith(f"{name}/{target}/peer/")}
+            if not mine or not theirs:
+                continue
+            base, tops = mine[0]["base"], [v["top1"] for v in mine]
+            top, spread = statistics.mean(tops), statistics.stdev(tops) if len(tops) > 1 else 0.0
+            ships, again = max(theirs, key=lambda k: theirs[k]["top1"]), max(theirs, key=lambda k: theirs[k]["bn"])
+            drop, first, second = base - top, base - theirs[ships]["top1"], base - theirs[again]["bn"]
+            rows.append(
+                f"| {target}x | {statistics.mean(v['x'] for v in mine):.2f}x | **{top:.2f} ± {spread:.2f}** | {drop:.2f} | "
+                f"{theirs[ships]['top1']:.2f} ({ships}, {theirs[ships]['x']:.2f}x) | {drop / first:.2f} | "
+                f"{theirs[again]['bn']:.2f} ({again}, {theirs[again]['x']:.2f}x) | {drop / second:.2f} | "
+                f"{statistics.mean(v['cut'] for v in mine):.2f} | {statistics.mean(v['seconds'] for v in mine):.0f} s |"
+            )
+        if rows:
+            lines += [f"## {title}: {base:.2f} % before", ""]
+            lines += [
+                "| fewer MACs | ours | top-1 | drop | Torch-Pruning as it ships | our drop / its | with BN re-estimation "
+                "| our drop / its | ours before repair | time |"
+            ]
+            lines += ["|---|---|---|---|---|---|---|---|---|---|", *rows, ""]
+    curve = {int(k.split("/")[3]): v["top1"] for k, v in known.items() if k.startswith("resnet20/2.0/ours/") and k.endswith("/0")}
+    if len(curve) > 1:
+        lines += ["## How many images (ResNet-20, 2x, seed 0)", "", "| " + " | ".join(map(str, sorted(curve))) + " |", "|---" * len(curve) + "|"]
+        lines += ["| " + " | ".join(f"{curve[n]:.2f}" for n in sorted(curve)) + " |", ""]
+    lines += ["![accuracy](accuracy.png)", ""]
+    return "\n".join(lines)
+
+
+def plot(known: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(NAMES), figsize=(13, 4), sharey=True)
+    for axis, (name, title) in zip(axes, NAMES.items(), strict=True):
+        for label, pick in (
+            ("graphprune", lambda t, n=name: [v["top1"] for k, v in known.items() if k.startswith(f"{n}/{t}/ours/512/")]),
+            (
+                "Torch-Pruning + BN re-estimation (best)",
+                lambda t, n=name: [max((v["bn"] for k, v in known.items() if k.startswith(f"{n}/{t}/peer/")), default=None)],
+            ),
+            ("Torch-Pruning (best)", lambda t, n=name: [max((v["top1"] for k, v in known.items() if k.startswith(f"{n}/{t}/peer/")), default=None)]),
+        ):
+            points = [(t, statistics.mean(p)) for t in TARGETS if (p := [v for v in pick(t) if v is not None])]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        axis.set(title=title, xlabel="times fewer MACs")
+    axes[0].set_ylabel("top-1, %")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--models", nargs="*", default=list(NAMES))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--every", type=int, default=1, help="take every n-th test image")
+    parser.add_argument("--json", default="accuracy.json", help="results so far; finished cells are not run again")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = Path(options.json)
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def done(key: str, found: dict) -> None:
+        known[key] = found
+        kept.write_text(json.dumps(known, indent=1))
+        print(key, {n: round(v, 2) for n, v in found.items()}, flush=True)
+
+    cells(options.models, options, known, done)
+    if options.out:
+        Path(options.out).write_text(table(known, options.every))
+        plot(known, Path(options.out).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
