@@ -17,6 +17,8 @@ label for each slice of a field that varies over several axes: "head h", when th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,18 +26,21 @@ Array = np.ndarray
 Fields = tuple[Array, ...]
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why an axis is left whole: the operation, the module that called it, the source line, and a sentence."""
+class Reason(NamedTuple):
+    """Why an axis is left whole: a sentence, the operation, the module that called it, and where in the source."""
 
     text: str
     op: str = ""
     module: str = ""
-    line: str = ""
+    where: tuple[str, int] | None = None
+
+    @property
+    def line(self) -> str:
+        return f"{PurePath(self.where[0]).name}:{self.where[1]}" if self.where else ""
 
     def __str__(self) -> str:
-        where = ", ".join(part for part in (self.op, self.module, self.line) if part)
-        return f"{self.text} ({where})" if where else self.text
+        told = ", ".join(part for part in (self.op, self.module, self.line) if part)
+        return f"{self.text} ({told})" if told else self.text
 
 
 @dataclass
@@ -98,18 +103,21 @@ class Labels:
     _names: dict[bytes, int] = field(default_factory=dict)
     _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
     _seen: set[tuple[int, int]] = field(default_factory=set)
+    _alive: list[tuple[Array, Array]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Array:
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int32)
 
     def join(self, left: Array, right: Array) -> None:
+        if left is right:
+            return
         key = (id(left), id(right))
-        if left is right or key in self._seen:
+        if key in self._seen:
             return
         self._seen.add(key)
-        self.pairs.append(tuple(np.broadcast_arrays(left, right)))
-        self._cache[key[0], (-1, key[1])] = (left, right)  # keeps both arrays, so that their ids stay theirs
+        self._alive.append((left, right))  # so that their ids stay theirs
+        self.pairs.append((left, right) if left.shape == right.shape else tuple(np.broadcast_arrays(left, right)))
 
     def reason(self, reason: Reason) -> int:
         self.reasons.append(reason)

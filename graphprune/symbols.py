@@ -16,11 +16,18 @@ from torch import nn
 
 from .notation import Value
 from .sizes import Expr, Size, evaluate, expression, leaves
+from .trees import modules_of
 
 # Modules whose attributes follow from the shapes of their own weights (see apply.py).
 SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Embedding, nn.GroupNorm)
 SHAPED += (nn.RMSNorm, nn.PReLU)
+PLANTED = frozenset((int, list, tuple))
 COUNTS = ("groups", "num_groups", "normalized_shape")
+# The functions whose sizes are written down (and every convolution).
+SIZED = frozenset(
+    "view reshape expand unflatten broadcast_to zeros ones full empty randn rand new_zeros new_ones new_full new_empty split "
+    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad scaled_dot_product_attention".split()
+)
 
 
 @dataclass(frozen=True)
@@ -56,10 +63,11 @@ def plant(model: nn.Module) -> dict[tuple, int]:
             return type(value)(size((*path, i), v) for i, v in enumerate(value))
         return value
 
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
+        kind = type(module)
+        known = issubclass(kind, SHAPED) and kind.__module__.startswith("torch.nn.")
         for key, value in list(module.__dict__.items()):
-            known = isinstance(module, SHAPED) and type(module).__module__.startswith("torch.nn.")
-            if key.startswith("_") or (known and key not in COUNTS):
+            if type(value) not in PLANTED or key[0] == "_" or (known and key not in COUNTS):
                 continue
             planted = size((name, key), value)
             if planted is not value:
@@ -116,8 +124,6 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
                 add(given, known(part), "size", dim)
     elif name == "chunk":
         _even(recorder, result, args[2] if len(args) > 2 else kwargs.get("dim", 0))
-    elif name == "lstm" or name == "gru":
-        pass
     elif name == "__getitem__" and known(args[0]):
         _getitem(add, known(args[0]), args[1])
     elif name == "narrow" and known(args[0]):
@@ -142,8 +148,6 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
         for index, given in enumerate(args[1]):
             dim = len(out.shape) - 1 - index // 2
             add(given, out, "after" if index % 2 else "before", dim, int(given))
-    elif name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
-        pass
     elif name == "scaled_dot_product_attention" and kwargs.get("scale") is None and known(args[0]):
         Size.floats.append(("dim", known(args[0]), args[0].dim() - 1))
 

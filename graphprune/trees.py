@@ -40,15 +40,30 @@ def replace(tree: Any, swap: Any) -> Any:
     return tree
 
 
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module once, with its path: ``list(model.named_modules())`` in one walk."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        seen.add(id(module))
+        found.append((path, module))
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
+    return found
+
+
 def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """Every tensor a model holds, by qualified name: parameters, buffers, and plain attributes."""
-    for prefix, module in model.named_modules():
+    for prefix, module in modules_of(model):
         dot = f"{prefix}." if prefix else ""
-        held = {**module._parameters, **module._buffers}
-        held |= {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
-        for name, tensor in held.items():
-            if tensor is not None:
-                yield dot + name, module, name, tensor
+        for held in (module._parameters, module._buffers, module.__dict__):
+            for name, tensor in held.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield dot + name, module, name, tensor
 
 
 def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:
