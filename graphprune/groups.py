@@ -72,14 +72,16 @@ def couple(graph: Graph, keep: tuple[tuple[str, int | None], ...] = (), locks: t
     for array, text in locks:
         reasons.append(Reason(text))
         held.append((array.ravel(), len(reasons) - 1))
-    for array, _ in held[len(labels.locks) :]:
-        parts.lock(array)
-    _settle(parts, labels.joints)
-    parts.flatten()
+    if len(held) > len(labels.locks):
+        parts.lock(np.concatenate([array for array, _ in held[len(labels.locks) :]]))
+    if labels.joints:
+        _settle(parts, labels.joints)
+        parts.flatten()
     root = parts.parent
     why = np.full(labels.count, -1, dtype=np.int64)
-    for array, reason in reversed(held):
-        why[root[array.ravel()]] = reason
+    if held:
+        arrays = [array.ravel() for array, _ in reversed(held)]  # the first reason is written last
+        why[root[np.concatenate(arrays)]] = np.repeat([reason for _, reason in reversed(held)], [array.size for array in arrays])
     return _collect(graph, root, parts, why, reasons)
 
 
@@ -177,39 +179,58 @@ def _follow(parts: Partition, joint: Joint) -> None:
 
 
 def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: list[Reason]) -> Groups:
-    rng = np.random.default_rng(0)
+    slots = [(name, field.shape.index(field.size)) for name, leaf in graph.leaves.items() for field in leaf.fields]
+    if not slots:
+        return Groups(graph, root, (), {}, np.full(len(root), -1, dtype=np.int64))
+    fields = [field.ravel() for leaf in graph.leaves.values() for field in leaf.fields]
+    units = root[np.concatenate(fields)]
+    ends = np.cumsum([field.size for field in fields])
+    starts = ends - [field.size for field in fields]
+    hashed = np.random.default_rng(0).integers(1, 2**62, len(slots))
     signature = np.zeros(len(root), dtype=np.int64)
-    slots: dict[tuple[str, int], Array] = {}
+    np.add.at(signature, units, np.repeat(hashed, ends - starts))
+    closed = parts.locked[units]
     locked: dict[tuple[str, int], Reason] = {}
-    for name, leaf in graph.leaves.items():
-        for field in leaf.fields:
-            axis = int(np.argmax(field.shape))
-            units = root[field.ravel()]
-            slots[name, axis] = units
-            hashed = int(rng.integers(1, 2**62))
-            np.add.at(signature, units, hashed)
-            if parts.locked[units].any():
-                known = why[units[parts.locked[units]]]
-                known = known[known >= 0]
-                locked[name, axis] = reasons[int(known[0])] if known.size else Reason("its slices go with another axis")
-    real = np.unique(np.concatenate(list(slots.values()))) if slots else np.zeros(0, dtype=np.int32)
-    free = real[~parts.locked[real]]
-    order: dict[int, list[int]] = defaultdict(list)
-    for unit in free:
-        order[int(signature[unit])].append(int(unit))
-    local = np.full(len(root), -1, dtype=np.int64)
-    owner = np.full(len(root), -1, dtype=np.int64)
-    for index, units in enumerate(order.values()):
-        local[units] = np.arange(len(units))
-        owner[units] = index
-    places: list[dict] = [{} for _ in order]
-    for slot, units in slots.items():
-        mine = owner[units]
-        for index in np.unique(mine[mine >= 0]):
-            places[index][slot] = np.where(mine == index, local[units], -1)
-    several = [i for i, units in enumerate(order.values()) if len(units) > 1]
-    members = list(order.values())
-    groups = tuple(Group(n, next(iter(places[i]))[0], np.array(members[i]), places[i]) for n, i in enumerate(several))
+    for index in np.flatnonzero(np.logical_or.reduceat(closed, starts)):
+        mine = units[starts[index] : ends[index]]
+        known = why[mine[closed[starts[index] : ends[index]]]]
+        known = known[known >= 0]
+        locked[slots[index]] = reasons[int(known[0])] if known.size else Reason("its slices go with another axis")
+    stands = np.zeros(len(root), dtype=bool)
+    stands[units[~closed]] = True
+    free = np.flatnonzero(stands)
+    local, owner, members = _same_places(signature, free)
+    places: list[dict] = [{} for _ in members]
+    mine, inner = owner[units], local[units]
+    if len(free):
+        low, high = np.minimum.reduceat(mine, starts), np.maximum.reduceat(mine, starts)
+        for index, slot in enumerate(slots):
+            at = slice(starts[index], ends[index])
+            if low[index] == high[index] >= 0:
+                places[low[index]][slot] = inner[at]
+                continue
+            if high[index] < 0:
+                continue
+            for group in np.unique(mine[at][mine[at] >= 0]):
+                places[group][slot] = np.where(mine[at] == group, inner[at], -1)
+    several = [index for index, units in enumerate(members) if len(units) > 1]
+    groups = tuple(Group(n, next(iter(places[i]))[0], members[i], places[i]) for n, i in enumerate(several))
     renumber = np.full(len(members) + 1, -1, dtype=np.int64)
     renumber[several] = np.arange(len(several))
     return Groups(graph, root, groups, locked, renumber[owner])
+
+
+def _same_places(signature: Array, free: Array) -> tuple[Array, Array, list[Array]]:
+    """Units with the same signature form a group, in the order of their first unit: position within, group, members."""
+    local = np.full(len(signature), -1, dtype=np.int64)
+    owner = np.full(len(signature), -1, dtype=np.int64)
+    _, first, which = np.unique(signature[free], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    group = rank[which.ravel()]
+    order = np.argsort(group, kind="stable")
+    counts = np.bincount(group, minlength=len(first))
+    ends = np.cumsum(counts)
+    owner[free] = group
+    local[free[order]] = np.arange(len(free)) - np.repeat(ends - counts, counts)
+    return local, owner, np.split(free[order], ends[:-1]) if len(first) else []

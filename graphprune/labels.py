@@ -96,6 +96,7 @@ class Labels:
     """Hands out labels and records what is asked of them; :meth:`partition` answers all joins and locks at once."""
 
     count: int = 0
+    starts: list[int] = field(default_factory=list)
     pairs: list[tuple[Array, Array]] = field(default_factory=list)
     locks: list[tuple[Array, int]] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
@@ -106,6 +107,8 @@ class Labels:
     _alive: list[tuple[Array, Array]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Array:
+        if size:
+            self.starts.append(self.count)
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int32)
 
@@ -162,11 +165,32 @@ class Labels:
         if self.pairs:
             left = np.concatenate([pair[0].ravel() for pair in self.pairs])
             right = np.concatenate([pair[1].ravel() for pair in self.pairs])
-            parts.union(left, right)
+            rest = self._whole(parts, left, right)
+            parts.union(left[rest], right[rest])
         parts.flatten()
-        for labels, _ in self.locks:
-            parts.lock(labels.ravel())
+        if self.locks:
+            parts.lock(np.concatenate([labels.ravel() for labels, _ in self.locks]))
         return parts
+
+    def _whole(self, parts: Partition, left: Array, right: Array) -> Array:
+        """Join labels that were handed out together as one (most joins are of this kind); return which pairs are left over."""
+        starts = np.array(self.starts, dtype=np.int32)
+        sizes = np.diff(starts, append=np.int32(self.count))
+        counts = np.array([pair[0].size for pair in self.pairs])
+        begins = np.cumsum(counts) - counts
+        block = np.repeat(np.arange(len(starts), dtype=np.int32), sizes)
+        whole = np.ones(len(counts), dtype=bool)
+        for side in (left, right):
+            steps = np.ones(len(side), dtype=bool)
+            np.equal(side[1:] - side[:-1], 1, out=steps[1:])
+            steps[begins] = True
+            first = side[begins]
+            whole &= np.logical_and.reduceat(steps, begins) & (starts[block[first]] == first) & (sizes[block[first]] == counts)
+        blocks = Partition(len(starts))
+        blocks.union(block[left[begins[whole]]], block[right[begins[whole]]])
+        root = blocks.find(np.arange(len(starts), dtype=np.int32))
+        parts.parent += np.repeat(starts[root] - starts, sizes)
+        return np.repeat(~whole, counts)
 
 
 def varying(array: Array) -> tuple[int, ...]:

@@ -12,30 +12,45 @@ from torch import nn
 from .notation import Value
 
 
+PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+
 def tensors(tree: Any, kind: type = Value) -> Iterator[Any]:
     """All tensors (or values) in nested tuples, lists, dictionaries and dataclasses."""
+    found: list[Any] = []
+    _collect(tree, kind, found)
+    return iter(found)
+
+
+def _collect(tree: Any, kind: type, found: list[Any]) -> None:
+    if type(tree) in PLAIN:
+        return
     if isinstance(tree, kind):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors(item, kind)
+        found.append(tree)
     elif isinstance(tree, list | tuple | set):
         for item in tree:
-            yield from tensors(item, kind)
+            if type(item) not in PLAIN:
+                _collect(item, kind, found)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            _collect(item, kind, found)
     elif is_dataclass(tree) and not isinstance(tree, type):
         for entry in fields(tree):
-            yield from tensors(getattr(tree, entry.name, None), kind)
+            _collect(getattr(tree, entry.name, None), kind, found)
 
 
 def replace(tree: Any, swap: Any) -> Any:
     """The same nest with every tensor (or value) exchanged."""
+    kind = type(tree)
+    if kind in PLAIN:
+        return tree
     if isinstance(tree, torch.Tensor | Value):
         return swap(tree)
+    if kind is tuple or kind is list:
+        return kind([item if type(item) in PLAIN else replace(item, swap) for item in tree])
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(replace(item, swap) for item in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(replace(item, swap) for item in tree) if type(tree) in (list, tuple) else tree
-    if type(tree) is dict:
+        return kind(*(replace(item, swap) for item in tree))
+    if kind is dict:
         return {key: replace(item, swap) for key, item in tree.items()}
     return tree
 
