@@ -5,15 +5,16 @@ Shapes of known torch modules follow from their own weights; other attributes ar
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from .copies import duplicate
 from .errors import BadPlan
 from .plan import Plan
-from .trees import leaf_tensors
+from .trees import leaf_tensors, modules_of
 
 
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
@@ -21,35 +22,40 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
 
     Raises :class:`~graphprune.errors.BadPlan` when the plan was made for other shapes.
     """
-    cut, memo = {}, {}
-    for name, _, _, tensor in leaf_tensors(model):
+    cut, memo, indices = {}, {}, {}
+    held = list(leaf_tensors(model))
+    for name, _, _, tensor in held:
         if name in plan.cuts:
             if tuple(tensor.shape) != tuple(plan.shapes[name]):
                 raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")
-            cut.setdefault(id(tensor), _cut(tensor, plan.cuts[name]))
+            if id(tensor) not in cut:
+                cut[id(tensor)] = _cut(tensor, plan.cuts[name], indices)
         elif not inplace and not tensor.is_leaf:
             memo[id(tensor)] = tensor.detach().clone()
-    missing = set(plan.cuts) - {name for name, *_ in leaf_tensors(model)}
+    missing = plan.cuts.keys() - {name for name, *_ in held}
     if missing:
         raise BadPlan(f"the plan cuts {sorted(missing)[0]}, which this model does not have")
     if inplace:
         small = model
-        for _, module, name, tensor in list(leaf_tensors(model)):
+        for _, module, name, tensor in held:
             if id(tensor) in cut:
                 _put(module, name, cut[id(tensor)])
     else:
-        small = copy.deepcopy(model, {**memo, **cut})
-    for module in small.modules():
+        small = duplicate(model, {**memo, **cut})
+    for _, module in modules_of(small):
         _follow(module)
     for edit in plan.edits:
         _edit(small, edit[:-1], edit[-1])
     return small
 
 
-def _cut(tensor: torch.Tensor, axes: dict[int, list[int]]) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[int, torch.Tensor]) -> torch.Tensor:
     data = tensor.detach()
     for axis, kept in axes.items():
-        data = data.index_select(axis, torch.tensor(kept, device=data.device))
+        index = indices.get(id(kept))
+        if index is None:
+            index = indices[id(kept)] = torch.from_numpy(np.array(kept)).to(data.device)
+        data = data.index_select(axis, index)
     last = data.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     data = data.contiguous(memory_format=torch.channels_last) if last else data.contiguous()
     if not isinstance(tensor, nn.Parameter):

@@ -51,6 +51,9 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         twin = memo[id(value)] = []
         twin.extend([duplicate(item, memo) for item in value])
         return twin
+    if kind is tuple:
+        items = [duplicate(item, memo) for item in value]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else memo.setdefault(id(value), tuple(items))
     if isinstance(value, nn.Module) and ordinary(kind):
         return _module(value, kind, memo)
     return copy.deepcopy(value, memo)

@@ -12,6 +12,7 @@ import torch
 
 from .errors import UnknownName
 from .groups import Groups
+from .sums import unit_sums
 from .trees import leaf_tensors
 
 Scores = list[torch.Tensor]
@@ -19,31 +20,9 @@ Scorer = Callable[[Groups, Mapping[str, torch.Tensor]], Scores]
 
 
 def norm(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -> Scores:
-    """Sum of ``|w| ** power`` over all entries of each unit, as a float64 tensor per group."""
-    sums: dict[tuple[str, int], torch.Tensor] = {}
-    found = []
-    for group in groups:
-        total = torch.zeros(group.size, dtype=torch.float64)
-        for (name, axis), units in group.places.items():
-            weight = tensors[name]
-            if not isinstance(weight, torch.nn.Parameter) or weight.is_meta:
-                continue
-            if (name, axis) not in sums:
-                sums |= _sums(name, weight.detach().float(), power, axis)
-            index = torch.from_numpy(units)
-            total.index_add_(0, index[index >= 0], sums[name, axis][index >= 0])
-        found.append(total.sqrt() if power == 2 else total)
-    return found
-
-
-def _sums(name: str, weight: torch.Tensor, power: int, axis: int) -> dict[tuple[str, int], torch.Tensor]:
-    """The sum of powers along an axis; the two leading axes come from one pass over the weight."""
-    sizes = weight.square() if power == 2 else weight.abs()
-    if axis > 1 or sizes.ndim < 2:
-        rest = [a for a in range(sizes.ndim) if a != axis]
-        return {(name, axis): (sizes.sum(rest) if rest else sizes).double().cpu()}
-    plane = sizes.flatten(2).sum(2) if sizes.ndim > 2 else sizes
-    return {(name, a): plane.sum(1 - a).double().cpu() for a in (0, 1)}
+    """Sum of ``|w| ** power`` over all entries of each unit (its root for 2), as a float64 tensor per group."""
+    found = unit_sums(groups, tensors, power)
+    return [total.sqrt() for total in found] if power == 2 else found
 
 
 def random(groups: Groups, tensors: Mapping[str, torch.Tensor], seed: int = 0) -> Scores:
