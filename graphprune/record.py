@@ -64,6 +64,7 @@ class Node:
     module: str
     where: tuple[str, int] | None
     reduces: bool = False
+    step: int = -1
 
     @property
     def line(self) -> str:
@@ -79,13 +80,13 @@ class Known:
         self.writes = func._schema.is_mutable
         self.inplace = func._schema.name.endswith("_")
         self.shape = SHAPES.get(str(func))
-        self.pointwise = torch.Tag.pointwise in func.tags or _pointwise(name)
+        self.pointwise = torch.Tag.pointwise in func.tags or is_pointwise(func, name)
         self.zero = (name in MOVES or name in ("select", "unbind", "expand")) and name not in FILLED
         self.moves = name in MOVES or name in ("select", "unbind", "expand")
         self.makes = name.startswith("new_") or name in ("expand", "repeat")
 
 
-def _pointwise(name: str) -> bool:
+def is_pointwise(func: Any, name: str) -> bool:
     """In-place overloads and a few others lack the tag of their functional twin."""
     if name.rstrip("_") in UNTAGGED:
         return True
@@ -109,6 +110,7 @@ class Recorder(TorchDispatchMode):
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
         self.known: dict[Any, Known] = {}
+        self.step = -1
 
     def leaf(self, tensor: Tensor, name: str) -> Value:
         size = tuple(tensor.shape)
@@ -192,7 +194,7 @@ class Recorder(TorchDispatchMode):
             if tensor is first and known.writes:
                 value.zero = False
             self.keep(tensor, value)
-        self.nodes.append(Node(func, seen, named, values, module, where, reduces))
+        self.nodes.append(Node(func, seen, named, values, module, where, reduces, self.step))
         return result
 
     def carry(self, known: Known, args: tuple, kwargs: dict, shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,13 +21,25 @@ from .copies import duplicate
 from .errors import BadInput
 from .labels import Labels, Reason
 from .notation import Value
-from .record import META, Node, Recorder
+from .record import META, Node, Recorder, is_pointwise
 from .sizes import Size
 from .symbols import SIZED, Call, calls_of, plant
 from .trees import leaf_tensors, modules_of, normal_inputs, replace, tensors
 
+__all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
+
 # Calls that turn a size into a factor of the function: it may not change.
 FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
+# What asks a tensor for a property: these calls are no steps of the model.
+UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
+
+
+class Step(NamedTuple):
+    """One call of the Python code: its name, and the values of its tensor arguments and of its results, in order."""
+
+    name: str
+    args: tuple[Value | None, ...]
+    results: tuple[Value | None, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Graph:
     """What a model computes: the calls in order, the leaves (parameters, buffers, constants) and all labels."""
 
     nodes: list[Node]
+    steps: list[Step]
     leaves: dict[str, Value]
     labels: Labels
     inputs: list[Value]
@@ -88,16 +101,17 @@ def evaluating(model: nn.Module) -> nn.Module:
 
 
 PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, FACTOR, CALL = range(8)
-_KINDS: dict[Any, tuple[int, str]] = {}
+_KINDS: dict[Any, tuple[int, str, bool]] = {}
 
 
-def _kind(func: Any) -> tuple[int, str]:
-    """What to do about a function: nothing for most."""
+def _kind(func: Any) -> tuple[int, str, bool]:
+    """What to do about a function (nothing for most), its name, and whether it is a step of the model."""
     name = getattr(func, "__name__", "")
     named = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR}
     if name == "__get__":
-        return (SHAPE if getattr(func, "__self__", None) is torch.Tensor.shape else GET), name
-    return named.get(name, FACTOR if name in FACTORS else CALL if name in SIZED or name.startswith("conv") else PASS), name
+        return (SHAPE if getattr(func, "__self__", None) is torch.Tensor.shape else GET), name, False
+    kind = named.get(name, FACTOR if name in FACTORS else CALL if name in SIZED or name.startswith("conv") else PASS)
+    return kind, name, name not in UNSTEPPED
 
 
 class Functions(TorchFunctionMode):
@@ -106,16 +120,17 @@ class Functions(TorchFunctionMode):
     def __init__(self, recorder: Recorder, calls: list[Call]) -> None:
         super().__init__()
         self.recorder, self.calls = recorder, calls
+        self.steps: list[Step] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         found = _KINDS.get(func)
         if found is None:
             found = _KINDS[func] = _kind(func)
-        kind, name = found
+        kind, name, step = found
         if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
-        result = func(*args, **kwargs)
+        result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
         if kind == PASS or kind == GET:
             return result
         if kind == SHAPE:
@@ -132,6 +147,16 @@ class Functions(TorchFunctionMode):
             calls_of(self.calls, self.recorder, name, args, kwargs, result, self.recorder.stack[-1] if self.recorder.stack else "")
         return result
 
+    def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        known = self.recorder.values
+        given = tuple([known.get(id(tensor)) for tensor in tensors((args, kwargs) if kwargs else args, torch.Tensor)])
+        self.recorder.step = len(self.steps)
+        result = func(*args, **kwargs)
+        self.recorder.step = -1
+        made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
+        self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made])))
+        return result
+
     def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
         value = self.recorder.values.get(id(tensor))
         if value is None or not value.fields:
@@ -144,20 +169,25 @@ SWITCHES = [(space, name) for space in (nn.functional, torch.functional) for nam
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep fused fast paths, and torch's own checks for function modes, out of the run."""
+def open_paths() -> Iterator[None]:
+    """Keep fused fast paths, and torch's own checks for function modes, out of the run: every call becomes visible."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     spaces = [(space, name, getattr(space, name)) for space, name in SWITCHES]
     for space, name, _ in spaces:
         setattr(space, name, lambda *_: False)
     try:
-        with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for space, name, old in spaces:
             setattr(space, name, old)
+
+
+@contextmanager
+def _valueless() -> Iterator[None]:
+    with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        yield
 
 
 @contextmanager
@@ -218,7 +248,8 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         inputs.append(value)
     Size.floats, Size.equals = [], []
     with ExitStack() as scopes:
-        for scope in (_quiet(), _where(twin, stack), recorder, Functions(recorder, calls)):
+        functions = Functions(recorder, calls)
+        for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
     outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
@@ -226,6 +257,6 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for value in outputs:
         for held in value.fields:
             labels.lock(held, reason)
-    found = Graph(recorder.nodes, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
+    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
     found.__dict__.update(constants=recorder.constants, real=real)
     return found
