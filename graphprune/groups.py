@@ -86,20 +86,33 @@ def couple(graph: Graph, keep: tuple[tuple[str, int | None], ...] = (), locks: t
 
 
 def _settle(parts: Partition, joints: list[Joint]) -> None:
-    classes: dict[bytes, list[Joint]] = defaultdict(list)
-    seen = set()
-    for joint in joints:
-        key = (id(joint.array), joint.axes, joint.carried)
-        if key not in seen:
-            seen.add(key)
-            classes[np.unique(parts.find(joint.array)).tobytes()].append(joint)
+    joints = _distinct(parts, joints)
     _name_slices(parts, joints)
+    classes: dict[bytes, list[Joint]] = defaultdict(list)
+    for joint in joints:
+        classes[np.unique(joint.array).tobytes()].append(joint)
     named = [c for c in classes.values() if any(j.slices is not None for j in c)]
     rest = [c for c in classes.values() if all(j.slices is None for j in c)]
     for members in named + rest:
         _decide(parts, members)
     for joint in joints:  # what was settled later may have changed what a slice holds
         _follow(parts, joint)
+
+
+def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
+    """The joints as sets of labels, each once (a field is recorded anew by every operation that it passes)."""
+    found: dict[tuple, Joint] = {}
+    roots = parts.find(np.concatenate([a.ravel() for j in joints for a in (j.array, j.slices) if a is not None]))
+    at = 0
+    for joint in joints:
+        array, at = roots[at : at + joint.array.size].reshape(joint.array.shape), at + joint.array.size
+        slices = None
+        if joint.slices is not None:
+            slices, at = roots[at : at + joint.slices.size].reshape(joint.slices.shape), at + joint.slices.size
+        key = (array.tobytes(), array.shape, joint.axes, joint.carried, None if slices is None else slices.tobytes())
+        if key not in found:
+            found[key] = Joint(array, joint.axes, slices, joint.carried)
+    return list(found.values())
 
 
 def _name_slices(parts: Partition, joints: list[Joint]) -> None:

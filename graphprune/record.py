@@ -5,6 +5,7 @@ What is known of an operation (its rule, whether it moves, computes or is pointw
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .moves import MOVES
 from .notation import Value, meet
 from .rules import RULES, pointwise
 from .shapes import SHAPES
-from .trees import replace, tensors
+from .trees import PLAIN, replace, tensors
 
 # Pointwise operations whose overloads lack torch's tag.
 UNTAGGED = frozenset(
@@ -82,7 +83,6 @@ class Known:
         self.shape = SHAPES.get(str(func))
         self.pointwise = torch.Tag.pointwise in func.tags or is_pointwise(func, name)
         self.zero = (name in MOVES or name in ("select", "unbind", "expand")) and name not in FILLED
-        self.moves = name in MOVES or name in ("select", "unbind", "expand")
         self.makes = name.startswith("new_") or name in ("expand", "repeat")
 
 
@@ -138,11 +138,10 @@ class Recorder(TorchDispatchMode):
     def line(self) -> str:
         return line(place())
 
-    def run(self, func: Any, known: Known, args: tuple, kwargs: dict) -> Any:
+    def run(self, func: Any, known: Known, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
         """Execute: on the meta device as soon as one operand lies there."""
         if self.real:
             return func(*args, **kwargs)
-        given = list(tensors((args, kwargs), Tensor))
         meta = [t.is_meta for t in given]
         if meta and all(meta):
             if known.shape is not None:
@@ -163,33 +162,54 @@ class Recorder(TorchDispatchMode):
             kwargs = {**kwargs, "device": given[0].device if given else CPU}
         return func(*args, **kwargs)
 
+    def see(self, items: Any, given: list[Tensor], held: list[Value]) -> list:
+        """The arguments of a call with values for tensors; both are also noted in order."""
+        seen = []
+        for item in items:
+            kind = type(item)
+            if kind in PLAIN:
+                seen.append(item)
+            elif isinstance(item, Tensor):
+                value = self.values.get(id(item))
+                if value is None:
+                    value = self.value(item)
+                given.append(item)
+                held.append(value)
+                seen.append(value)
+            elif kind is list or kind is tuple:
+                seen.append(kind(self.see(item, given, held)))
+            else:
+                given += tensors(item, Tensor)
+                seen.append(replace(item, self.value))
+                held += tensors(seen[-1])
+        return seen
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         known = self.known.get(func)
         if known is None:
             known = self.known[func] = Known(func)
-        seen = replace(args, self.value)
-        named = replace(kwargs, self.value) if kwargs else kwargs
+        given: list[Tensor] = []
+        held: list[Value] = []
+        seen = tuple(self.see(args, given, held))
+        named = dict(zip(kwargs, self.see(kwargs.values(), given, held), strict=True)) if kwargs else kwargs
         first = args[0] if args else None
-        result = self.run(func, known, args, kwargs)
+        result = self.run(func, known, args, kwargs, given)
         results = [result] if isinstance(result, Tensor) else list(tensors(result, Tensor))
         if not results:
             return result
         shapes = [tuple(t.shape) for t in results]
         module, where = (self.stack[-1] if self.stack else ""), place()
         try:
-            outs, reduces = self.carry(known, seen, named, shapes, module, where)
+            outs, reduces = self.carry(known, seen, named, held, shapes, module, where)
         except (GraphpruneError, ValueError, IndexError, KeyError, TypeError) as error:
-            outs, reduces = self.refuse(known, (seen, named), len(shapes), module, where, f"not understood: {error}")
+            outs, reduces = self.refuse(known, held, len(shapes), module, where, f"not understood: {error}")
         if not _fits(shapes, outs):
             whole = [Value(s, f) for s, f in zip(shapes, outs, strict=True)]
-            outs, reduces = self.refuse(known, (seen, named, whole), len(shapes), module, where, "its rule does not fit")
+            outs, reduces = self.refuse(known, held + whole, len(shapes), module, where, "its rule does not fit")
         number = len(self.nodes)
-        values = [Value(s, f, False, number) for s, f in zip(shapes, outs, strict=True)]
-        if known.zero:
-            source = next(tensors((seen, named)), None)
-            for value in values:
-                value.zero = bool(source and source.zero)
+        zero = known.zero and bool(held) and held[0].zero
+        values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
         for tensor, value in zip(results, values, strict=True):
             if tensor is first and known.writes:
                 value.zero = False
@@ -197,8 +217,9 @@ class Recorder(TorchDispatchMode):
         self.nodes.append(Node(func, seen, named, values, module, where, reduces, self.step))
         return result
 
-    def carry(self, known: Known, args: tuple, kwargs: dict, shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
-        given = list(tensors((args, kwargs)))
+    def carry(
+        self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any
+    ) -> tuple[list[Fields], bool]:
         name = known.name
         if name in FACTORIES and not given:
             return ASSEMBLE[name](self.labels, self.reason(name, module, where), shapes, *args, **kwargs), False
@@ -227,22 +248,22 @@ class Recorder(TorchDispatchMode):
             return meet(self.labels, pointwise(ranked, [len(s) for s in shapes]), shapes, reason)
         if name == "as_strided_" and shapes[0] == args[0].shape and sum(n > 1 for n in shapes[0]) < 2:
             return [args[0].fields], False
-        return self.refuse(known, (args, kwargs), len(shapes), module, where, "no rule for this operation")
+        return self.refuse(known, given, len(shapes), module, where, "no rule for this operation")
 
     def reason(self, name: str, module: str, where: Any) -> int:
         return self.labels.reason(Reason("meets an axis that keeps its size", name, module, where))
 
-    def refuse(self, known: Known, given: Any, count: int, module: str, where: Any, text: str) -> tuple[list[Fields], bool]:
+    def refuse(self, known: Known, given: list[Value], count: int, module: str, where: Any, text: str) -> tuple[list[Fields], bool]:
         """Lock what an operation touches, and only that."""
         unknown = self.labels.reason(Reason(text, known.name, module, where))
-        for value in tensors(given):
+        for value in given:
             for held in value.fields:
                 self.labels.lock(held, unknown)
         return [()] * count, False
 
     def singled(self, source: Value, outs: list[Fields], shapes: list, reason: int) -> None:
         """A part of length 1 names one position of an axis: that position stays."""
-        if any(len(shape) != len(source.shape) for shape in shapes):
+        if any(len(shape) != len(source.shape) for shape in shapes) or math.prod(shapes[0]) == math.prod(source.shape):
             return
         for held, shape in zip(outs, shapes, strict=True):
             for before, after in zip(source.fields, held, strict=True):

@@ -19,7 +19,7 @@ from .select import check_ratio, select
 from .sizes import leaves
 from .symbols import solve
 from .trace import Graph, trace
-from .trees import leaf_tensors, tensors
+from .trees import leaf_tensors, modules_of, tensors
 from .zeroed import zeroed
 
 
@@ -80,19 +80,25 @@ def decide(
     notes: list[str] = []
     ties: list[frozenset[int]] = []
     whole = tuple((name, None) for name in keep if name in graph.leaves)
-    groups = couple(graph, whole)
+    groups, draft = couple(graph, whole), True
     for _ in range(40):
         if not len(groups):
             raise NothingToPrune(_nothing(groups))
         own = _overrides(groups, model, ratios)
-        scores = score(groups, model, criterion)
+        # Within each group a draft without scores finds what no attribute can express; the weights are read for what is left.
+        draft = draft and scope == "layer"
         while True:
-            kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
-            edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
-            tied = _tie(groups, wrong, ties)
-            if tied == ties:
+            scores = [torch.zeros(group.size) for group in groups] if draft else score(groups, model, criterion)
+            while True:
+                kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
+                edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
+                tied = _tie(groups, wrong, ties)
+                if tied == ties:
+                    break
+                ties = tied
+            if wrong or not draft:
                 break
-            ties = tied
+            draft = False
         if not wrong:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
@@ -169,10 +175,10 @@ def check_model(model: Any) -> None:
         raise BadModel("the model is compiled; shrink model._orig_mod and compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise BadModel("the model is wrapped for parallel training; shrink model.module and wrap the result")
-    devices = {str(tensor.device) for _, _, _, tensor in leaf_tensors(model)}
+    devices = {tensor.device for _, _, _, tensor in leaf_tensors(model)}
     if len(devices) > 1:
-        raise BadModel(f"the model lies on several devices ({', '.join(sorted(devices))}); move it to one")
-    for name, module in model.named_modules():
+        raise BadModel(f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
+    for name, module in modules_of(model):
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise BadModel(f"{name or 'the model'} is quantised; shrink the floating-point model and quantise the result")
 

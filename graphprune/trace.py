@@ -73,10 +73,10 @@ class Graph:
         return graph
 
 
-def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, dict[int, str]]:
-    """A throw-away copy that shares or drops the weights, and the name of every tensor in it."""
+def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, list[tuple[torch.Tensor, str]]]:
+    """A throw-away copy that drops the weights (or copies them), and every tensor in it with its name."""
     memo: dict[int, Any] = {}
-    names: dict[int, str] = {}
+    held: list[tuple[torch.Tensor, str]] = []
     for name, _, _, tensor in leaf_tensors(model):
         if id(tensor) in memo:
             continue
@@ -86,8 +86,8 @@ def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, dict[int, str]]:
         else:
             twin = data.clone() if real or not data.is_floating_point() else data.to(META)
         memo[id(tensor)] = twin
-        names[id(twin)] = name
-    return evaluating(duplicate(model, memo)), names
+        held.append((twin, name))
+    return evaluating(duplicate(model, memo)), held
 
 
 def evaluating(model: nn.Module) -> nn.Module:
@@ -232,12 +232,12 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
 
 
 def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
-    twin, names = shadow(model, real)
+    twin, held = shadow(model, real)
+    names = {id(tensor): name for tensor, name in held}
     labels, stack, calls = Labels(), [], []
     recorder = Recorder(labels, names, stack, real)
-    for name, _, _, tensor in leaf_tensors(twin):
-        if id(tensor) not in recorder.values:
-            recorder.leaf(tensor, name)
+    for tensor, name in held:
+        recorder.leaf(tensor, name)
     symbols = plant(twin)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)

@@ -29,7 +29,9 @@ def _collect(tree: Any, kind: type, found: list[Any]) -> None:
         found.append(tree)
     elif isinstance(tree, list | tuple | set):
         for item in tree:
-            if type(item) not in PLAIN:
+            if isinstance(item, kind):
+                found.append(item)
+            elif type(item) not in PLAIN:
                 _collect(item, kind, found)
     elif isinstance(tree, Mapping):
         for item in tree.values():
