@@ -7,6 +7,7 @@ that leaves a choice.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,29 +123,35 @@ def _name_slices(parts: Partition, joints: list[Joint]) -> None:
     for joint in joints:
         if joint.slices is None:
             continue
-        rows = np.sort(parts.find(_rows(joint.array, joint.axes)), axis=1)
-        for row, label in zip(rows, joint.slices.ravel(), strict=True):
-            first = names.setdefault(np.unique(row).tobytes(), int(label))
-            left.append(first)
+        rows = np.sort(_rows(joint.array, joint.axes), axis=1)
+        twice = (rows[:, 1:] == rows[:, :-1]).any(axis=1).tolist()
+        for row, again, label in zip(rows, twice, joint.slices.ravel().tolist(), strict=True):
+            left.append(names.setdefault((np.unique(row) if again else row).tobytes(), label))
             right.append(label)
     parts.union(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
 
 
 def _rows(array: Array, axes: tuple[int, ...]) -> Array:
-    lead = np.moveaxis(array, axes, range(len(axes)))
-    return lead.reshape(int(np.prod(lead.shape[: len(axes)])), -1)
+    """One row for each slice along ``axes``."""
+    if axes == (1,) and array.ndim == 2:
+        return array.T
+    if axes != tuple(range(len(axes))):
+        array = np.moveaxis(array, axes, range(len(axes)))
+    return array.reshape(math.prod(array.shape[: len(axes)]), -1)
 
 
 def _decide(parts: Partition, members: list[Joint]) -> None:
     candidates: dict[tuple, tuple] = {}
     for number, joint in enumerate(members):
-        for axis in range(joint.array.ndim):
+        local = parts.find(joint.array)
+        for axis in range(local.ndim):
             named = joint.slices is not None and joint.axes == (axis,)
             rank = (0 if named and joint.carried else 1 if named else 2, axis, number)
-            key = np.sort(parts.find(_rows(joint.array, (axis,))), axis=1).tobytes()
-            candidates[key] = min(candidates.get(key, (rank, joint, axis)), (rank, joint, axis), key=lambda c: c[0])
-    for _, joint, axis in sorted(candidates.values(), key=lambda c: c[0]):
-        rows = parts.find(_rows(joint.array, (axis,)))
+            rows = _rows(local, (axis,))
+            key = np.sort(rows, axis=1).tobytes()
+            if key not in candidates or rank < candidates[key][0]:
+                candidates[key] = (rank, rows)
+    for _, rows in sorted(candidates.values(), key=lambda c: c[0]):
         if _choices(parts, rows, members) >= 2:
             parts.union(np.repeat(rows[:, 0], rows.shape[1]), rows.ravel())
             break
@@ -166,29 +173,31 @@ def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
     for joint in members:
         if joint.slices is None:
             continue
-        inner = _rows(joint.array, joint.axes)
-        inside = trial.find(np.searchsorted(every, parts.find(inner)).astype(np.int32).clip(0, len(every) - 1))
+        inner = _rows(parts.find(joint.array), joint.axes)
+        inside = trial.find(np.minimum(np.searchsorted(every, inner), len(every) - 1))
         same = (inside == inside[:, :1]).all(axis=1)
         closed = parts.is_locked(joint.slices.ravel())
         trial.locked[inside[same & closed, 0]] = True
-    roots = np.unique(trial.find(np.arange(len(every), dtype=np.int32)))
+    roots = np.unique(trial.find(trial.parent))
     return int((~trial.locked[roots]).sum())
 
 
 def _follow(parts: Partition, joint: Joint) -> None:
     """A slice whose entries are one unit goes with it; any other slice stays. What is not a box is locked."""
-    rows = parts.find(joint.array)
-    whole = [axis for axis in range(rows.ndim) if (rows == rows.take([0], axis=axis)).all()]
-    if len(whole) < rows.ndim - 1:
-        parts.lock(rows.ravel())
+    local = parts.find(joint.array)
+    whole = sum((local == local[(slice(None),) * axis + (slice(0, 1),)]).all() for axis in range(local.ndim))
+    if whole < local.ndim - 1:
+        parts.lock(local.ravel())
     if joint.slices is None:
         return
-    rows = parts.find(_rows(joint.array, joint.axes))
+    rows = _rows(local, joint.axes)
     same = (rows == rows[:, :1]).all(axis=1)
     flat = joint.slices.ravel()
+    if same.all():
+        parts.union(flat, rows[:, 0])
+        return
     parts.union(flat[same], rows[same, 0])
-    if (~same).any():
-        parts.lock(flat[~same])
+    parts.lock(flat[~same])
 
 
 def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: list[Reason]) -> Groups:

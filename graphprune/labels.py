@@ -64,7 +64,7 @@ class Partition:
         root = self.parent[labels]
         while True:
             above = self.parent[root]
-            if np.array_equal(above, root):
+            if (above == root).all():
                 return root
             root = above
 
