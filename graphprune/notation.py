@@ -91,18 +91,22 @@ _RECIPES: dict[tuple, Recipe | None] = {}
 def _form(rule: Expr, results: Sequence[tuple[int, ...]]) -> tuple | None:
     """All that the outcome of a rule depends on, or None where it depends on the labels themselves."""
     form: list[Any] = [rule.text, len(results)]
+    sizes = rule.sizes.values()
     for value in rule.operands:
-        if not isinstance(value, Value):
+        if value.__class__ is not Value:
+            form.append(None)
             continue
+        whole = value.shape
         for array in value.fields:
-            shape = array.shape
-            size = max(shape, default=1)
-            if size != array.size or size == 1 or array.item(0) == array.item(-1):
+            size = array.size
+            if size < 2 or size not in array.shape or array.item(0) == array.item(-1):
                 return None
-            form.append(shape.index(size))
-        form.append(tuple([n == 1 for n in value.shape]))
-        if rule.sizes:
-            form.append(tuple([(n == 1, *(n == m for m in value.shape)) for n in rule.sizes.values()]))
+            form.append(array.shape.index(size))
+        form.append(len(whole))
+        if 1 in whole:
+            form.append(tuple([n == 1 for n in whole]))
+        for size in sizes:
+            form.append((size == 1, *[n == size for n in whole]))
     return tuple(form)
 
 

@@ -33,19 +33,18 @@ FILLED = frozenset(("ones_like", "full_like", "empty_like", "fill_"))
 HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 META, CPU = torch.device("meta"), torch.device("cpu")
 Tensor = torch.Tensor
-_INSIDE: dict[Any, bool] = {}
+_INSIDE: dict[str, bool] = {}
 
 
 def place() -> tuple[str, int] | None:
     """File and line of the innermost frame that belongs neither to torch nor to this package."""
-    frame = sys._getframe(2)
+    frame, inside = sys._getframe(2), _INSIDE
     while frame:
-        code = frame.f_code
-        inside = _INSIDE.get(code)
-        if inside is None:
-            inside = _INSIDE[code] = code.co_filename.startswith((HERE, TORCH)) or code.co_filename[0] == "<"
-        if not inside:
-            return code.co_filename, frame.f_lineno
+        file = frame.f_code.co_filename
+        if file not in inside:
+            inside[file] = file.startswith((HERE, TORCH)) or file[0] == "<"
+        if not inside[file]:
+            return file, frame.f_lineno
         frame = frame.f_back
     return None
 
@@ -109,7 +108,7 @@ class Recorder(TorchDispatchMode):
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
-        self.known: dict[Any, Known] = {}
+        self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
         self.step = -1
 
     def leaf(self, tensor: Tensor, name: str) -> Value:
@@ -143,7 +142,7 @@ class Recorder(TorchDispatchMode):
         if self.real:
             return func(*args, **kwargs)
         meta = [t.is_meta for t in given]
-        if meta and all(meta):
+        if meta and False not in meta:
             if known.shape is not None:
                 found = known.shape(*args, **kwargs)
                 if found is not None:
@@ -151,7 +150,7 @@ class Recorder(TorchDispatchMode):
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": META}
             return func(*args, **kwargs)
-        if any(meta):
+        if True in meta:
             if known.inplace and not meta[0]:
                 return given[0]
             swap = lambda t: t if t.is_meta else t.to("meta")  # noqa: E731
@@ -186,9 +185,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        known = self.known.get(func)
+        known = self.known.get(id(func))
         if known is None:
-            known = self.known[func] = Known(func)
+            known = self.known[id(func)] = Known(func)
         given: list[Tensor] = []
         held: list[Value] = []
         seen = tuple(self.see(args, given, held))
@@ -223,8 +222,12 @@ class Recorder(TorchDispatchMode):
         name = known.name
         if name in FACTORIES and not given:
             return ASSEMBLE[name](self.labels, self.reason(name, module, where), shapes, *args, **kwargs), False
-        if not known.makes and not any(value.fields for value in given):
-            return [()] * len(shapes), False
+        if not known.makes:
+            for value in given:
+                if value.fields:
+                    break
+            else:
+                return [()] * len(shapes), False
         reason = self.reason(name, module, where)
         if name in ASSEMBLE:
             return ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs), False

@@ -65,7 +65,7 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     def walk(module: nn.Module, path: str) -> None:
         seen.add(id(module))
         found.append((path, module))
-        for name, child in module._modules.items():
+        for name, child in module.__dict__["_modules"].items():
             if child is not None and id(child) not in seen:
                 walk(child, f"{path}.{name}" if path else name)
 
@@ -77,10 +77,14 @@ def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
     """Every tensor a model holds, by qualified name: parameters, buffers, and plain attributes."""
     for prefix, module in modules_of(model):
         dot = f"{prefix}." if prefix else ""
-        for held in (module._parameters, module._buffers, module.__dict__):
+        own = module.__dict__
+        for held in (own["_parameters"], own["_buffers"]):
             for name, tensor in held.items():
-                if isinstance(tensor, torch.Tensor):
+                if tensor is not None:
                     yield dot + name, module, name, tensor
+        for name, tensor in own.items():
+            if isinstance(tensor, torch.Tensor):
+                yield dot + name, module, name, tensor
 
 
 def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:
