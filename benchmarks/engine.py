@@ -42,7 +42,7 @@ def ours(model: nn.Module, x: torch.Tensor, verify: bool = False) -> nn.Module:
 def theirs(model: nn.Module, x: torch.Tensor) -> None:
     import torch_pruning as tp
 
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+    heads = [m for m in model.modules() if 1000 in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))]
     tp.pruner.MagnitudePruner(model, x, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=heads).step()
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from .copies import duplicate
 from .errors import BadPlan
 from .plan import Plan
+from .rewrite import spell
 from .trees import leaf_tensors, modules_of
 
 
@@ -42,6 +43,10 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
                 _put(module, name, cut[id(tensor)])
     else:
         small = duplicate(model, {**memo, **cut})
+    if plan.rewrites:
+        if inplace and "" in plan.rewrites:
+            raise BadPlan("the model's own code is rewritten, which gives a new object; use inplace=False")
+        small = spell(small, plan.rewrites)
     for _, module in modules_of(small):
         _follow(module)
     for edit in plan.edits:

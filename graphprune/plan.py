@@ -23,13 +23,17 @@ from .symbols import Need
 
 @dataclass(frozen=True)
 class Plan:
-    """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new)."""
+    """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new).
+
+    ``rewrites``: the modules whose code holds sizes as literals; they come back as ``torch.fx.GraphModule``.
+    """
 
     cuts: dict[str, dict[int, list[int]]]
     shapes: dict[str, tuple[int, ...]]
     edits: tuple[tuple, ...] = ()
     notes: tuple[str, ...] = ()
     lines: tuple[str, ...] = field(default=(), compare=False)
+    rewrites: tuple[str, ...] = ()
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
@@ -51,6 +55,7 @@ class Plan:
     def to_json(self) -> str:
         cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
         data = {"version": 1, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
+        data |= {"rewrites": self.rewrites} if self.rewrites else {}
         return json.dumps(data)
 
     @classmethod
@@ -60,7 +65,7 @@ class Plan:
             data = json.loads(text)
             cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
             shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]))
+            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
 

@@ -216,9 +216,7 @@ class Recorder(TorchDispatchMode):
         self.nodes.append(Node(func, seen, named, values, module, where, reduces, self.step))
         return result
 
-    def carry(
-        self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any
-    ) -> tuple[list[Fields], bool]:
+    def carry(self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
         name = known.name
         if name in FACTORIES and not given:
             return ASSEMBLE[name](self.labels, self.reason(name, module, where), shapes, *args, **kwargs), False

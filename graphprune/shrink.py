@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 from .apply import apply
-from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
+from .errors import BadModel, GraphpruneError, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
 from .plan import Plan, Survivors, make_plan
+from .rewrite import removed, spelled
 from .score import Scorer, score
 from .select import check_ratio, select
 from .sizes import leaves
@@ -38,13 +40,15 @@ def shrink(
     inplace: bool = False,
     return_plan: bool = False,
     verify: bool = True,
+    rewrite: bool = True,
 ) -> Any:
     """A smaller model that computes what ``model`` computes with the removed units set to zero.
 
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
     ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with
-    :func:`zeroed` on the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
+    :func:`zeroed` on the example. ``rewrite`` lets modules whose code holds a size as a literal come back as a
+    ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.rewrite`). Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
@@ -54,7 +58,16 @@ def shrink(
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    groups, kept, plan = decide(graph, model, ratio, criterion, scope, held, ratios, multiple_of, min_units)
+    options = (ratio, criterion, scope, held, ratios, multiple_of, min_units)
+    literals: set[str] = set()
+    try:
+        plan = decide(graph, model, *options, literals)[2]
+    except NothingToPrune:
+        if not rewrite or not literals:
+            raise
+        plan = None
+    if rewrite and literals and not (inplace and "" in literals):
+        plan = _rewritten(graph, model, options, literals, plan)
     small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
@@ -74,8 +87,12 @@ def decide(
     ratios: Mapping[Any, float] | None,
     multiple_of: int,
     min_units: int,
+    literals: set[str] | None = None,
 ) -> tuple[Groups, list, Plan]:
-    """Couple, score and select; whatever no attribute can express is left whole, with the reason."""
+    """Couple, score and select; whatever no attribute can express is left whole, with the reason.
+
+    ``literals`` collects the modules whose code holds such a size as a literal.
+    """
     locks: list = []
     notes: list[str] = []
     ties: list[frozenset[int]] = []
@@ -102,12 +119,29 @@ def decide(
         if not wrong:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
+            if call and literals is not None and isinstance(call.expr, int):
+                literals.add(call.module)
             text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")
         groups, ties = couple(graph, whole, tuple(locks)), []
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
+
+
+def _rewritten(graph: Graph, model: nn.Module, options: tuple, literals: set[str], plan: Plan | None) -> Plan:
+    """The plan for the model with its literals as attributes, if that frees more and proves right; else the one there is."""
+    try:
+        other = spelled(model, sorted(literals))
+        found = decide(trace(other, *graph.example), other, *options)[2]
+        note = f"note: sizes are literals in the code of {', '.join(sorted(name or 'the model' for name in literals))}; it is rewritten as torch.fx.GraphModule"
+        found = dataclasses.replace(found, rewrites=tuple(sorted(literals)), notes=(*found.notes, note))
+        check(graph, model, apply(model, found), found)
+    except GraphpruneError as error:
+        if plan is None:
+            raise
+        return dataclasses.replace(plan, notes=(*plan.notes, f"note: not rewritten: {error}"))
+    return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
 
 
 def _tie(groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
