@@ -1,12 +1,14 @@
 """graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
 
+from . import scores
 from .apply import apply
+from .catalogue import available, register
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .laws import check_rule
 from .plan import Plan
 from .rules import rule
-from .score import score
+from .scores import Score, score
 from .select import select
 from .shrink import shrink
 from .store import expand, load, save
@@ -19,14 +21,18 @@ __all__ = [
     "Group",
     "Groups",
     "Plan",
+    "Score",
     "apply",
+    "available",
     "check_rule",
     "couple",
     "expand",
     "load",
+    "register",
     "rule",
     "save",
     "score",
+    "scores",
     "select",
     "shrink",
     "trace",

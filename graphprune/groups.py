@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .labels import Array, Joint, Partition, Reason
+from .labels import rows as rows_of
 from .notation import Value
 from .trace import Graph
 
@@ -123,21 +124,12 @@ def _name_slices(parts: Partition, joints: list[Joint]) -> None:
     for joint in joints:
         if joint.slices is None:
             continue
-        rows = np.sort(_rows(joint.array, joint.axes), axis=1)
+        rows = np.sort(joint.rows(), axis=1)
         twice = (rows[:, 1:] == rows[:, :-1]).any(axis=1).tolist()
         for row, again, label in zip(rows, twice, joint.slices.ravel().tolist(), strict=True):
             left.append(names.setdefault((np.unique(row) if again else row).tobytes(), label))
             right.append(label)
     parts.union(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
-
-
-def _rows(array: Array, axes: tuple[int, ...]) -> Array:
-    """One row for each slice along ``axes``."""
-    if axes == (1,) and array.ndim == 2:
-        return array.T
-    if axes != tuple(range(len(axes))):
-        array = np.moveaxis(array, axes, range(len(axes)))
-    return array.reshape(math.prod(array.shape[: len(axes)]), -1)
 
 
 def _decide(parts: Partition, members: list[Joint]) -> None:
@@ -147,7 +139,7 @@ def _decide(parts: Partition, members: list[Joint]) -> None:
         for axis in range(local.ndim):
             named = joint.slices is not None and joint.axes == (axis,)
             rank = (0 if named and joint.carried else 1 if named else 2, axis, number)
-            rows = _rows(local, (axis,))
+            rows = rows_of(local, (axis,))
             key = np.sort(rows, axis=1).tobytes()
             if key not in candidates or rank < candidates[key][0]:
                 candidates[key] = (rank, rows)
@@ -173,7 +165,7 @@ def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
     for joint in members:
         if joint.slices is None:
             continue
-        inner = _rows(parts.find(joint.array), joint.axes)
+        inner = rows_of(parts.find(joint.array), joint.axes)
         inside = trial.find(np.minimum(np.searchsorted(every, inner), len(every) - 1))
         same = (inside == inside[:, :1]).all(axis=1)
         closed = parts.is_locked(joint.slices.ravel())
@@ -190,7 +182,7 @@ def _follow(parts: Partition, joint: Joint) -> None:
         parts.lock(local.ravel())
     if joint.slices is None:
         return
-    rows = _rows(local, joint.axes)
+    rows = rows_of(local, joint.axes)
     same = (rows == rows[:, :1]).all(axis=1)
     flat = joint.slices.ravel()
     if same.all():

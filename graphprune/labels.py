@@ -16,6 +16,7 @@ label for each slice of a field that varies over several axes: "head h", when th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import NamedTuple
@@ -51,6 +52,10 @@ class Joint:
     axes: tuple[int, ...] = ()
     slices: Array | None = None
     carried: bool = False
+
+    def rows(self) -> Array:
+        """The labels of each slice, one row a slice."""
+        return rows(self.array, self.axes)
 
 
 class Partition:
@@ -191,6 +196,19 @@ class Labels:
         root = blocks.find(np.arange(len(starts), dtype=np.int32))
         parts.parent += np.repeat(starts[root] - starts, sizes)
         return np.repeat(~whole, counts)
+
+
+def rows(array: Array, axes: tuple[int, ...]) -> Array:
+    """An array with one row for each position along ``axes``.
+
+    >>> rows(np.arange(6).reshape(2, 3), (1,)).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    if axes == (1,) and array.ndim == 2:
+        return array.T
+    if axes != tuple(range(len(axes))):
+        array = np.moveaxis(array, axes, range(len(axes)))
+    return array.reshape(math.prod(array.shape[: len(axes)]), -1)
 
 
 def varying(array: Array) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ What is known of an operation (its rule, whether it moves, computes or is pointw
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ UNTAGGED = frozenset(
     "selu celu softplus mish prelu _prelu_kernel glu_none rsub nan_to_num bitwise_not logical_not erf log_sigmoid_forward".split()
 )
 FACTORIES = frozenset(("zeros", "ones", "full", "empty", "rand", "randn"))
+# Moves that take parts of an axis.
+PARTS = frozenset("slice split split_with_sizes unsafe_split unsafe_split_with_sizes split_with_sizes_copy narrow".split())
 FILLED = frozenset(("ones_like", "full_like", "empty_like", "fill_"))
 HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -234,7 +235,8 @@ class Recorder(TorchDispatchMode):
             moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
             outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
             self.box(outs)
-            self.singled(source, outs, shapes, reason)
+            if name in PARTS:
+                self.singled(source, outs, shapes, reason)
             return outs, False
         if known.plain in RULES:
             described = RULES[known.plain](*args, **kwargs)
@@ -264,7 +266,7 @@ class Recorder(TorchDispatchMode):
 
     def singled(self, source: Value, outs: list[Fields], shapes: list, reason: int) -> None:
         """A part of length 1 names one position of an axis: that position stays."""
-        if any(len(shape) != len(source.shape) for shape in shapes) or math.prod(shapes[0]) == math.prod(source.shape):
+        if any(len(shape) != len(source.shape) for shape in shapes):
             return
         for held, shape in zip(outs, shapes, strict=True):
             for before, after in zip(source.fields, held, strict=True):

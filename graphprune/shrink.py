@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from .errors import BadModel, GraphpruneError, NotEqual, NothingToPrune, Unknown
 from .groups import Groups, couple
 from .plan import Plan, Survivors, make_plan
 from .rewrite import removed, spelled
-from .score import Scorer, score
+from .scores import Criterion, Scores
+from .scores.attempts import attempts
 from .select import check_ratio, select
 from .sizes import leaves
 from .symbols import solve
@@ -30,7 +32,9 @@ def shrink(
     example_input: Any,
     ratio: float = 0.5,
     *,
-    criterion: str | Scorer = "l2",
+    criterion: Criterion = "l2",
+    batches: Iterable | None = None,
+    loss: Callable | None = None,
     scope: str = "layer",
     keep: Sequence[Any] | str = (),
     ratios: Mapping[Any, float] | None = None,
@@ -46,9 +50,10 @@ def shrink(
 
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
-    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with
-    :func:`zeroed` on the example. ``rewrite`` lets modules whose code holds a size as a literal come back as a
-    ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.rewrite`). Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
+    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``criterion``, ``batches`` and ``loss``
+    are those of :func:`graphprune.score`. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
+    code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.rewrite`).
+    Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
@@ -58,16 +63,8 @@ def shrink(
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    options = (ratio, criterion, scope, held, ratios, multiple_of, min_units)
-    literals: set[str] = set()
-    try:
-        plan = decide(graph, model, *options, literals)[2]
-    except NothingToPrune:
-        if not rewrite or not literals:
-            raise
-        plan = None
-    if rewrite and literals and not (inplace and "" in literals):
-        plan = _rewritten(graph, model, options, literals, plan)
+    options = (ratio, attempts(model, criterion, batches, loss), scope, held, ratios, multiple_of, min_units)
+    plan = best(graph, model, options, rewrite, inplace)
     small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
@@ -81,7 +78,7 @@ def decide(
     graph: Graph,
     model: nn.Module,
     ratio: float,
-    criterion: str | Scorer,
+    scored: Callable[[Groups], Iterator[Scores]],
     scope: str,
     keep: list[str],
     ratios: Mapping[Any, float] | None,
@@ -97,31 +94,29 @@ def decide(
     notes: list[str] = []
     ties: list[frozenset[int]] = []
     whole = tuple((name, None) for name in keep if name in graph.leaves)
-    groups, draft = couple(graph, whole), True
+    groups = couple(graph, whole)
     for _ in range(40):
         if not len(groups):
             raise NothingToPrune(_nothing(groups))
         own = _overrides(groups, model, ratios)
         # Within each group a draft without scores finds what no attribute can express; the weights are read for what is left.
-        draft = draft and scope == "layer"
-        while True:
-            scores = [torch.zeros(group.size) for group in groups] if draft else score(groups, model, criterion)
+        draft = [[torch.zeros(group.size) for group in groups]] if scope == "layer" else []
+        for scores in itertools.chain(draft, scored(groups)):
             while True:
                 kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
-                edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
+                edits, wrong = solve(graph, Survivors(groups, kept).length)
                 tied = _tie(groups, wrong, ties)
                 if tied == ties:
                     break
                 ties = tied
-            if wrong or not draft:
+            if wrong:
                 break
-            draft = False
-        if not wrong:
+        else:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
             if call and literals is not None and isinstance(call.expr, int):
                 literals.add(call.module)
-            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor depends on this size"
+            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")
@@ -129,13 +124,23 @@ def decide(
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
 
 
-def _rewritten(graph: Graph, model: nn.Module, options: tuple, literals: set[str], plan: Plan | None) -> Plan:
-    """The plan for the model with its literals as attributes, if that frees more and proves right; else the one there is."""
+def best(graph: Graph, model: nn.Module, options: tuple, rewrite: bool, inplace: bool) -> Plan:
+    """The plan; where literals in the code hold axes back, the one for the rewritten code, if that frees more and proves right."""
+    literals: set[str] = set()
+    plan = None
     try:
-        other = spelled(model, sorted(literals))
+        plan = decide(graph, model, *options, literals)[2]
+    except NothingToPrune:
+        if not rewrite or not literals:
+            raise
+    if not rewrite or not literals or (inplace and "" in literals):
+        return plan
+    paths = tuple(sorted(literals))
+    try:
+        other = spelled(model, paths)
         found = decide(trace(other, *graph.example), other, *options)[2]
-        note = f"note: sizes are literals in the code of {', '.join(sorted(name or 'the model' for name in literals))}; it is rewritten as torch.fx.GraphModule"
-        found = dataclasses.replace(found, rewrites=tuple(sorted(literals)), notes=(*found.notes, note))
+        note = f"note: sizes are literals in the code of {', '.join(name or 'the model' for name in paths)}; it is rewritten as torch.fx.GraphModule"
+        found = dataclasses.replace(found, rewrites=paths, notes=(*found.notes, note))
         check(graph, model, apply(model, found), found)
     except GraphpruneError as error:
         if plan is None:

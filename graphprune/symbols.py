@@ -7,7 +7,7 @@ returns the calls that no attribute can satisfy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +15,21 @@ import torch
 from torch import nn
 
 from .notation import Value
-from .sizes import Expr, Size, evaluate, expression, leaves
+from .sizes import COMPARISONS, Expr, Size, evaluate, expression, leaves
 from .trees import modules_of
 
 # Modules whose attributes follow from the shapes of their own weights (see apply.py).
 SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Embedding, nn.GroupNorm)
 SHAPED += (nn.RMSNorm, nn.PReLU)
 PLANTED = frozenset((int, list, tuple))
+# … and which axis of their weight such an attribute repeats.
+REPEATS = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0}
+REPEATS |= {"embedding_dim": 1, "num_embeddings": 0, "num_parameters": 0}
 COUNTS = ("groups", "num_groups", "normalized_shape")
 # The functions whose sizes are written down (and every convolution).
 SIZED = frozenset(
     "view reshape expand unflatten broadcast_to zeros ones full empty randn rand new_zeros new_ones new_full new_empty split "
-    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad scaled_dot_product_attention".split()
+    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad channel_shuffle native_channel_shuffle scaled_dot_product_attention".split()
 )
 
 
@@ -51,8 +54,11 @@ class Call:
     line: str
 
 
-def plant(model: nn.Module) -> dict[tuple, int]:
-    """Replace integer attributes (also inside lists, tuples and plain objects) by sizes; return what they were."""
+def plant(model: nn.Module, values: Mapping[int, Value]) -> dict[tuple, int]:
+    """Replace integer attributes (also inside lists, tuples and plain objects) by sizes; return what they were.
+
+    ``values`` finds the value of a tensor by its id: attributes that repeat the shape of a weight speak of that weight.
+    """
     symbols: dict[tuple, int] = {}
 
     def size(path: tuple, value: Any) -> Any:
@@ -67,12 +73,25 @@ def plant(model: nn.Module) -> dict[tuple, int]:
         kind = type(module)
         known = issubclass(kind, SHAPED) and kind.__module__.startswith("torch.nn.")
         for key, value in list(module.__dict__.items()):
+            if known and key in REPEATS and type(value) is int:
+                _repeat(module, key, values)
             if type(value) not in PLANTED or key[0] == "_" or (known and key not in COUNTS):
                 continue
             planted = size((name, key), value)
             if planted is not value:
                 module.__dict__[key] = planted
     return symbols
+
+
+def _repeat(module: nn.Module, key: str, values: Mapping[int, Value]) -> None:
+    weight = module._parameters.get("weight")
+    weight = module._buffers.get("running_mean") if weight is None else weight
+    axis = REPEATS[key]
+    if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
+        axis = 1 - axis
+    found = values.get(id(weight))
+    if found is not None and axis < len(found.shape) and found.shape[axis] == module.__dict__[key]:
+        module.__dict__[key] = Size(found.shape[axis], ("dim", found, axis))
 
 
 def _ints(items: Any) -> list:
@@ -132,9 +151,7 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
     elif name == "group_norm":
         add(args[1], known(args[0]), "blocks", 1, int(args[1]))
     elif name.startswith("conv") and known(args[0]):
-        at = 8 if "transpose" in name else 6
-        at = at - 1 if "transpose" in name else at
-        groups = kwargs.get("groups", args[at] if len(args) > at else 1)
+        groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
         if isinstance(groups, int) and groups > 1:
             add(groups, known(args[0]), "blocks", 1 if args[0].ndim == args[1].ndim else 0, int(groups))
     elif name == "layer_norm":
@@ -148,6 +165,9 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
         for index, given in enumerate(args[1]):
             dim = len(out.shape) - 1 - index // 2
             add(given, out, "after" if index % 2 else "before", dim, int(given))
+    elif name in ("channel_shuffle", "native_channel_shuffle"):
+        groups = args[1] if len(args) > 1 else kwargs["groups"]
+        add(groups, known(args[0]), "blocks", 1, int(groups))
     elif name == "scaled_dot_product_attention" and kwargs.get("scale") is None and known(args[0]):
         Size.floats.append(("dim", known(args[0]), args[0].dim() - 1))
 
@@ -184,8 +204,12 @@ def _getitem(add: Callable, value: Value, index: Any) -> None:
         dim += 1 if not isinstance(item, torch.Tensor) or item.dtype != torch.bool else item.ndim
 
 
-def solve(symbols: dict, calls: list[Call], floats: list, equals: list, length: Callable[[Need], int]) -> tuple[dict, list]:
-    """New values of attributes, and the (labels' place, why) of what they cannot satisfy."""
+def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list]:
+    """New values of attributes, and the (need, expression, call) of what they cannot satisfy.
+
+    Sizes given to calls must be the cut lengths, factors must keep their value, and comparisons their outcome.
+    """
+    symbols: dict[tuple, int] = graph.symbols
     new: dict[tuple, int] = {}
 
     def dims(leaf: Expr) -> int:
@@ -193,8 +217,8 @@ def solve(symbols: dict, calls: list[Call], floats: list, equals: list, length: 
             return length(Need("size", leaf[1], leaf[2]))
         return new.get(leaf[1], symbols.get(leaf[1], 0))
 
-    wanted = [(call.expr, length(call.need), call) for call in calls]
-    for left, right in equals:
+    wanted = [(call.expr, length(call.need), call) for call in graph.calls]
+    for left, right in graph.equals:
         for mine, other in ((left, right), (right, left)):
             if mine[0] == "attr" and other[0] == "dim":
                 need = Need("size", other[1], other[2])
@@ -214,7 +238,10 @@ def solve(symbols: dict, calls: list[Call], floats: list, equals: list, length: 
         else:
             del new[path]
     wrong = [(call.need, expr, call) for expr, value, call in wanted if evaluate(expr, dims) != value]
-    frozen = [expr for expr in floats if evaluate(expr, dims) != evaluate(expr, _old(symbols))]
+    frozen = [expr for expr in graph.floats if evaluate(expr, dims) != evaluate(expr, _old(symbols))]
+    for symbol, left, right, outcome in graph.outcomes:
+        if COMPARISONS[symbol](evaluate(left, dims), evaluate(right, dims)) != outcome:
+            frozen.append(("-", left, right))
     return {path: value for path, value in new.items() if value != symbols[path]}, wrong + [(None, e, None) for e in frozen]
 
 

@@ -55,6 +55,7 @@ class Graph:
     calls: list[Call]
     floats: list
     equals: list
+    outcomes: list
     symbols: dict
     example: tuple[tuple, dict]
 
@@ -144,7 +145,9 @@ class Functions(TorchFunctionMode):
         if kind == FACTOR:
             Size.floats += [arg.expr for arg in args if type(arg) is Size]
         elif kind == CALL:
+            own = len(Size.outcomes)
             calls_of(self.calls, self.recorder, name, args, kwargs, result, self.recorder.stack[-1] if self.recorder.stack else "")
+            del Size.outcomes[own:]  # what was compared here is no branch of the model
         return result
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
@@ -186,8 +189,14 @@ def open_paths() -> Iterator[None]:
 
 @contextmanager
 def _valueless() -> Iterator[None]:
-    with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        yield
+    """No gradients, and no fused kernels whose parts could not be seen."""
+    fused = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = fused
 
 
 @contextmanager
@@ -238,7 +247,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     recorder = Recorder(labels, names, stack, real)
     for tensor, name in held:
         recorder.leaf(tensor, name)
-    symbols = plant(twin)
+    symbols = plant(twin, recorder.values)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
     inputs = []
@@ -246,7 +255,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         value = Value(tuple(tensor.shape), leaf=f"<input {len(inputs)}>")
         recorder.keep(tensor, value)
         inputs.append(value)
-    Size.floats, Size.equals = [], []
+    Size.floats, Size.equals, Size.outcomes = [], [], []
     with ExitStack() as scopes:
         functions = Functions(recorder, calls)
         for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
@@ -257,6 +266,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for value in outputs:
         for held in value.fields:
             labels.lock(held, reason)
-    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
+    uses = Size.floats, Size.equals, Size.outcomes
+    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
     found.__dict__.update(constants=recorder.constants, real=real)
     return found
