@@ -26,7 +26,7 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
         if name in plan.cuts:
             if tuple(tensor.shape) != tuple(plan.shapes[name]):
                 raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")
-            cut.setdefault(id(tensor), _cut(tensor, plan.cuts[name]))
+            cut.setdefault(id(tensor), cut_tensor(tensor, plan.cuts[name]))
         elif not inplace and not tensor.is_leaf:
             memo[id(tensor)] = tensor.detach().clone()
     missing = set(plan.cuts) - {name for name, *_ in leaf_tensors(model)}
@@ -36,7 +36,7 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
         small = model
         for _, module, name, tensor in list(leaf_tensors(model)):
             if id(tensor) in cut:
-                _put(module, name, cut[id(tensor)])
+                _put(module, name, tensor, cut[id(tensor)])
     else:
         small = copy.deepcopy(model, {**memo, **cut})
     for module in small.modules():
@@ -46,7 +46,8 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
     return small
 
 
-def _cut(tensor: torch.Tensor, axes: dict[int, list[int]]) -> torch.Tensor:
+def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]]) -> torch.Tensor:
+    """The given positions of the given axes, in the same kind of tensor and the same memory format."""
     data = tensor.detach()
     for axis, kept in axes.items():
         data = data.index_select(axis, torch.tensor(kept, device=data.device))
@@ -59,10 +60,15 @@ def _cut(tensor: torch.Tensor, axes: dict[int, list[int]]) -> torch.Tensor:
     return small
 
 
-def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _put(module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    """A parameter stays the same object with less in it, so whoever holds it (an optimizer, a hook) holds the cut one."""
+    if isinstance(old, nn.Parameter):
+        old.grad = None
+        old.data = new.data
+        return
     for held in (module._parameters, module._buffers, module.__dict__):
         if name in held:
-            held[name] = tensor
+            held[name] = new
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, weight) for weight in module._flat_weights_names]
 

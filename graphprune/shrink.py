@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .apply import apply
+from .compose import so_far
 from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
 from .plan import Plan, Survivors, make_plan
@@ -60,7 +61,7 @@ def shrink(
         check(graph, model, small, plan)
     if inplace:
         small = apply(model, plan, inplace=True)
-    small.__dict__["graphprune_plan"] = plan
+    small.__dict__["graphprune_plan"] = so_far(model, plan)
     return (small, plan) if return_plan else small
 
 
