@@ -1,9 +1,13 @@
 """graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
 
 from .apply import apply
+from .compose import compose
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
+from .history import History
+from .iterate import Result, iterate
 from .laws import check_rule
+from .optimizer import refresh_ema, refresh_optimizer
 from .plan import Plan
 from .rules import rule
 from .score import score
@@ -18,12 +22,18 @@ __all__ = [
     "GraphpruneError",
     "Group",
     "Groups",
+    "History",
     "Plan",
+    "Result",
     "apply",
     "check_rule",
+    "compose",
     "couple",
     "expand",
+    "iterate",
     "load",
+    "refresh_ema",
+    "refresh_optimizer",
     "rule",
     "save",
     "score",

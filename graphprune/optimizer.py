@@ -75,10 +75,10 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 def _state(held: Any, plan: Plan, name: str, path: str) -> Any:
     """The surviving part of one parameter's state."""
-    if isinstance(held, Mapping):
-        return type(held)({key: _state(item, plan, name, f"{path}[{key!r}]") for key, item in held.items()})
-    if isinstance(held, list | tuple):
-        return type(held)(_state(item, plan, name, path) for item in held)
+    if isinstance(held, dict):
+        return {key: _state(item, plan, name, f"{path}[{key!r}]") for key, item in held.items()}
+    if isinstance(held, list):
+        return [_state(item, plan, name, path) for item in held]
     if not isinstance(held, torch.Tensor) or held.numel() == 1:
         return held
     shape = plan.shapes[name]
@@ -103,7 +103,7 @@ def refresh_ema(averaged: Any, plan: Plan) -> Any:
     >>> refresh_ema(ema, plan).module[0].out_features
     4
     """
-    if isinstance(averaged, Mapping):
+    if isinstance(averaged, dict):
         wrong = [n for n, shape in plan.shapes.items() if n in averaged and tuple(averaged[n].shape) != tuple(shape)]
         if wrong or not set(plan.cuts) & set(averaged):
             raise BadPlan(f"the averaged tensors are not of the model that the plan cuts: {wrong[:1] or 'no name in common'}")

@@ -85,7 +85,7 @@ def decide(
     for _ in range(40):
         if not len(groups):
             raise NothingToPrune(_nothing(groups))
-        own = _overrides(groups, model, ratios)
+        own = overrides(groups, model, ratios)
         scores = score(groups, model, criterion)
         while True:
             kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
@@ -201,7 +201,10 @@ def named(model: nn.Module, keep: Any) -> list[str]:
     return found
 
 
-def _overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[int, float]:
+def overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Callable | None) -> dict[int, float]:
+    """The ratio of every group that has one of its own; ``ratios`` may also be a function of the groups that returns just this."""
+    if callable(ratios):
+        return dict(ratios(groups))
     own: dict[int, float] = {}
     for key, ratio in (ratios or {}).items():
         check_ratio(ratio, f"the ratio of {key!r}")

@@ -55,7 +55,8 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links score select plan apply compose zeroed shrink store optimizer".split()
+    order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links score select plan apply compose zeroed shrink "
+    order = (order + "store optimizer schedule history checkpoint iterate").split()
     for path in Path(graphprune.__file__).parent.glob("*.py"):
         if path.stem == "__init__":
             continue
