@@ -2,6 +2,7 @@
 
 from .apply import apply
 from .compose import compose
+from .distill import Distillation
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .history import History
@@ -18,6 +19,7 @@ from .trace import Graph, trace
 from .zeroed import zeroed
 
 __all__ = [
+    "Distillation",
     "Graph",
     "GraphpruneError",
     "Group",

@@ -77,8 +77,8 @@ def _state(held: Any, plan: Plan, name: str, path: str) -> Any:
     """The surviving part of one parameter's state."""
     if isinstance(held, dict):
         return {key: _state(item, plan, name, f"{path}[{key!r}]") for key, item in held.items()}
-    if isinstance(held, list):
-        return [_state(item, plan, name, path) for item in held]
+    if isinstance(held, list | tuple):
+        return type(held)([_state(item, plan, name, path) for item in held])
     if not isinstance(held, torch.Tensor) or held.numel() == 1:
         return held
     shape = plan.shapes[name]

@@ -56,7 +56,7 @@ def test_imports_go_one_way():
     from pathlib import Path
 
     order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links score select plan apply compose zeroed shrink "
-    order = (order + "store optimizer schedule history checkpoint iterate").split()
+    order = (order + "store optimizer schedule history checkpoint iterate distill").split()
     for path in Path(graphprune.__file__).parent.glob("*.py"):
         if path.stem == "__init__":
             continue
