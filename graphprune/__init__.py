@@ -1,6 +1,8 @@
 """graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
 
+from . import scores
 from .apply import apply
+from .catalogue import available, register
 from .compose import compose
 from .distill import Distillation
 from .errors import GraphpruneError
@@ -11,7 +13,7 @@ from .laws import check_rule
 from .optimizer import refresh_ema, refresh_optimizer
 from .plan import Plan
 from .rules import rule
-from .score import score
+from .scores import Score, score
 from .select import select
 from .shrink import shrink
 from .store import expand, load, save
@@ -27,7 +29,9 @@ __all__ = [
     "History",
     "Plan",
     "Result",
+    "Score",
     "apply",
+    "available",
     "check_rule",
     "compose",
     "couple",
@@ -36,9 +40,11 @@ __all__ = [
     "load",
     "refresh_ema",
     "refresh_optimizer",
+    "register",
     "rule",
     "save",
     "score",
+    "scores",
     "select",
     "shrink",
     "trace",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from .compose import so_far
 from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
 from .plan import Plan, Survivors, make_plan
-from .score import Scorer, score
+from .scores import Criterion, Scores
+from .scores.attempts import attempts
 from .select import check_ratio, select
 from .sizes import leaves
 from .symbols import solve
@@ -29,7 +30,9 @@ def shrink(
     example_input: Any,
     ratio: float = 0.5,
     *,
-    criterion: str | Scorer = "l2",
+    criterion: Criterion = "l2",
+    batches: Iterable | None = None,
+    loss: Callable | None = None,
     scope: str = "layer",
     keep: Sequence[Any] | str = (),
     ratios: Mapping[Any, float] | None = None,
@@ -44,8 +47,8 @@ def shrink(
 
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
-    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with
-    :func:`zeroed` on the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
+    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``criterion``, ``batches`` and ``loss``
+    are those of :func:`graphprune.score`. ``verify`` compares with :func:`zeroed` on the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
@@ -55,7 +58,8 @@ def shrink(
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    groups, kept, plan = decide(graph, model, ratio, criterion, scope, held, ratios, multiple_of, min_units)
+    scored = attempts(model, criterion, batches, loss)
+    groups, kept, plan = decide(graph, model, ratio, scored, scope, held, ratios, multiple_of, min_units)
     small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
@@ -69,7 +73,7 @@ def decide(
     graph: Graph,
     model: nn.Module,
     ratio: float,
-    criterion: str | Scorer,
+    scored: Callable[[Groups], Iterator[Scores]],
     scope: str,
     keep: list[str],
     ratios: Mapping[Any, float] | None,
@@ -86,18 +90,20 @@ def decide(
         if not len(groups):
             raise NothingToPrune(_nothing(groups))
         own = overrides(groups, model, ratios)
-        scores = score(groups, model, criterion)
-        while True:
-            kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
-            edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
-            tied = _tie(groups, wrong, ties)
-            if tied == ties:
+        for scores in scored(groups):
+            while True:
+                kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
+                edits, wrong = solve(graph, Survivors(groups, kept).length)
+                tied = _tie(groups, wrong, ties)
+                if tied == ties:
+                    break
+                ties = tied
+            if wrong:
                 break
-            ties = tied
-        if not wrong:
+        else:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
-            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor depends on this size"
+            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")

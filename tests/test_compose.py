@@ -17,7 +17,7 @@ X = torch.randn(2, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().man
 def scored(seed):
     """Random scores, so that what is kept is no prefix."""
 
-    def criterion(groups, tensors, **_):
+    def criterion(groups, model, batches):
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(group.size, generator=generator, dtype=torch.float64) for group in groups]
 

@@ -39,11 +39,11 @@ def test_soften_is_hintons_formula(temperature):
             b = [math.exp(float(v) / temperature) for v in theirs[row, :, column]]
             total += sum(q / sum(b) * (math.log(q / sum(b)) - math.log(p / sum(a))) for p, q in zip(a, b, strict=True))
     loss = soften(mine, theirs, temperature, axis=1)
-    assert float(loss) == pytest.approx(temperature**2 * total / 6, rel=1e-12)
+    assert loss.item() == pytest.approx(temperature**2 * total / 6, rel=1e-12)
     loss.backward()
     wanted = temperature * (torch.softmax(mine / temperature, 1) - torch.softmax(theirs / temperature, 1)) / 6
     assert torch.allclose(mine.grad, wanted, rtol=1e-10)
-    assert float(soften(mine, mine, temperature, 1)) == 0.0
+    assert soften(mine, mine, temperature, 1).item() == 0.0
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -56,11 +56,11 @@ def test_the_cut_model_sees_the_masked_teachers_features(rounds):
     teacher = masked(net, plan)
     with graphprune.Distillation(teacher, student.eval(), plan, X, features=1.0) as distill:
         assert len(distill.points) > 2
-        assert float(distill(MORE, student(MORE))) < 1e-12
+        assert distill(MORE, student(MORE)).item() < 1e-12
     # control: the student of another plan
     other, wrong = graphprune.shrink(net, X, 0.5, return_plan=True)
     with graphprune.Distillation(teacher, other.eval(), wrong, X, features=1.0, logits=0.0) as distill:
-        assert float(distill(MORE, other(MORE))) > 1e-3
+        assert distill(MORE, other(MORE)).item() > 1e-3
 
 
 def test_features_by_hand_and_gradients():
