@@ -3,9 +3,14 @@
 from . import scores
 from .apply import apply
 from .catalogue import available, register
+from .compose import compose
+from .distill import Distillation
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
+from .history import History
+from .iterate import Result, iterate
 from .laws import check_rule
+from .optimizer import refresh_ema, refresh_optimizer
 from .plan import Plan
 from .rules import rule
 from .scores import Score, score
@@ -16,18 +21,25 @@ from .trace import Graph, trace
 from .zeroed import zeroed
 
 __all__ = [
+    "Distillation",
     "Graph",
     "GraphpruneError",
     "Group",
     "Groups",
+    "History",
     "Plan",
+    "Result",
     "Score",
     "apply",
     "available",
     "check_rule",
+    "compose",
     "couple",
     "expand",
+    "iterate",
     "load",
+    "refresh_ema",
+    "refresh_optimizer",
     "register",
     "rule",
     "save",

@@ -30,7 +30,7 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
             if tuple(tensor.shape) != tuple(plan.shapes[name]):
                 raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")
             if id(tensor) not in cut:
-                cut[id(tensor)] = _cut(tensor, plan.cuts[name], indices)
+                cut[id(tensor)] = cut_tensor(tensor, plan.cuts[name], indices)
         elif not inplace and not tensor.is_leaf:
             memo[id(tensor)] = tensor.detach().clone()
     missing = plan.cuts.keys() - {name for name, *_ in held}
@@ -40,7 +40,7 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
         small = model
         for _, module, name, tensor in held:
             if id(tensor) in cut:
-                _put(module, name, cut[id(tensor)])
+                _put(module, name, tensor, cut[id(tensor)])
     else:
         small = duplicate(model, {**memo, **cut})
     if plan.rewrites:
@@ -54,7 +54,9 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
     return small
 
 
-def _cut(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[int, torch.Tensor]) -> torch.Tensor:
+def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """The given positions of the given axes, in the same kind of tensor and the same memory format."""
+    indices = {} if indices is None else indices
     data = tensor.detach()
     for axis, kept in axes.items():
         index = indices.get(id(kept))
@@ -70,10 +72,15 @@ def _cut(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[int, to
     return small
 
 
-def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _put(module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    """A parameter stays the same object with less in it, so whoever holds it (an optimizer, a hook) holds the cut one."""
+    if isinstance(old, nn.Parameter):
+        old.grad = None
+        old.data = new.data
+        return
     for held in (module._parameters, module._buffers, module.__dict__):
         if name in held:
-            held[name] = tensor
+            held[name] = new
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, weight) for weight in module._flat_weights_names]
 

@@ -42,6 +42,14 @@ class BadPlan(GraphpruneError, ValueError):
     """A plan does not belong to this model, or its file is damaged."""
 
 
+class BadOptimizer(GraphpruneError, ValueError):
+    """An optimizer does not belong to the model, or holds state that no plan can cut: ``refresh_optimizer(other, plan, small)``."""
+
+
+class BadLoop(GraphpruneError, ValueError):
+    """``iterate`` cannot go on: ``train`` or ``evaluate`` fails, a floor nothing can reach, a checkpoint of another run."""
+
+
 class BadRule(GraphpruneError, ValueError):
     """A rule's text does not fit its operation."""
 

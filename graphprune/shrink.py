@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .apply import apply
+from .compose import so_far
 from .errors import BadModel, GraphpruneError, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
 from .plan import Plan, Survivors, make_plan
@@ -70,7 +71,7 @@ def shrink(
         check(graph, model, small, plan)
     if inplace:
         small = apply(model, plan, inplace=True)
-    small.__dict__["graphprune_plan"] = plan
+    small.__dict__["graphprune_plan"] = so_far(model, plan)
     return (small, plan) if return_plan else small
 
 
@@ -98,7 +99,7 @@ def decide(
     for _ in range(40):
         if not len(groups):
             raise NothingToPrune(_nothing(groups))
-        own = _overrides(groups, model, ratios)
+        own = overrides(groups, model, ratios)
         # Within each group a draft without scores finds what no attribute can express; the weights are read for what is left.
         draft = [[torch.zeros(group.size) for group in groups]] if scope == "layer" else []
         for scores in itertools.chain(draft, scored(groups)):
@@ -245,7 +246,10 @@ def named(model: nn.Module, keep: Any) -> list[str]:
     return found
 
 
-def _overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[int, float]:
+def overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Callable | None) -> dict[int, float]:
+    """The ratio of every group that has one of its own; ``ratios`` may also be a function of the groups that returns just this."""
+    if callable(ratios):
+        return dict(ratios(groups))
     own: dict[int, float] = {}
     for key, ratio in (ratios or {}).items():
         check_ratio(ratio, f"the ratio of {key!r}")
