@@ -149,7 +149,7 @@ def synaptic():
     def strength(g, u):
         if g == 2:
             return own[2][u]
-        kernels = NET.b.weight[:, u] if g == 0 else NET.c.weight[:, 4 * u : 4 * u + 4].reshape(-1, 1)
+        kernels = NET.b.weight.detach()[:, u] if g == 0 else NET.c.weight.detach()[:, 4 * u : 4 * u + 4].reshape(-1, 1)
         return weights()[("na", "nb")[g] + ".weight"].detach()[u].abs() * sum(kernel.norm() for kernel in kernels)
 
     return each(strength)
@@ -158,7 +158,7 @@ def synaptic():
 def product():
     fused = [nn.utils.fuse_conv_bn_eval(NET.a, NET.na), nn.utils.fuse_conv_bn_eval(NET.b, NET.nb), NET.c]
     readers = [fused[1].weight, NET.c.weight.reshape(7, 5, 4), NET.d.weight]
-    return each(lambda g, u: (fused[g].weight[u].square().sum() + fused[g].bias[u] ** 2).sqrt() * readers[g][:, u].norm())
+    return each(lambda g, u: ((fused[g].weight[u].square().sum() + fused[g].bias[u] ** 2).sqrt() * readers[g][:, u].norm()).detach())
 
 
 def ensemble():

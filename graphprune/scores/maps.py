@@ -78,13 +78,11 @@ def without_each_row(rows: Tensor, step: float = 0.3) -> Tensor:
     ``M + t`` by ``1 / [(M + t)⁻¹]_cc`` and so the loss is ``−1/2π ∫ t^{-1/2} log(t [(M + t)⁻¹]_cc) dt``. With
     ``t = e^{2s}`` the trapezoid rule converges like ``exp(−π²/step)``.
     """
-    left, values, _ = torch.linalg.svd(rows, full_matrices=False)
+    left, values, _ = torch.linalg.svd(rows, full_matrices=len(rows) > rows.shape[1])
     scale = values.max()
     if scale == 0:
         return torch.zeros(len(rows), dtype=rows.dtype)
-    weights = left.square()
-    rest = (1 - weights.sum(1)).clamp(min=0)
-    rest = rest * (rest > 1e-12) if len(values) == len(rows) else rest
+    weights, rest = left[:, : len(values)].square(), left[:, len(values) :].square().sum(1)
     nodes = torch.arange(-34.0, 34.0, step, dtype=rows.dtype).exp() * scale
     whole = values.square()[:, None] + nodes.square()
     # t [(M + t)⁻¹]_cc and one minus it, each from positive terms: neither may cancel where it is small.
