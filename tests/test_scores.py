@@ -69,7 +69,7 @@ def slices(values, group, unit, roles=("made", "norm", "read")):
 
 
 def each(function):
-    return [torch.tensor([float(function(g, u)) for u in range(SIZES[g])], dtype=torch.float64) for g in range(3)]
+    return [torch.tensor([float(torch.as_tensor(function(g, u)).detach()) for u in range(SIZES[g])], dtype=torch.float64) for g in range(3)]
 
 
 def weights(net=NET):
@@ -280,7 +280,8 @@ def act(g, u):
 
 
 def readers(g, u):
-    return NET.c.weight[:, 4 * u : 4 * u + 4] if g == 1 else (NET.b.weight[:, u] if g == 0 else NET.d.weight[:, u : u + 1])
+    held = NET.c.weight[:, 4 * u : 4 * u + 4] if g == 1 else (NET.b.weight[:, u] if g == 0 else NET.d.weight[:, u : u + 1])
+    return held.detach()
 
 
 def apoz():
