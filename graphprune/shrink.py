@@ -93,7 +93,7 @@ def decide(
         for scores in scored(groups):
             while True:
                 kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
-                edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
+                edits, wrong = solve(graph, Survivors(groups, kept).length)
                 tied = _tie(groups, wrong, ties)
                 if tied == ties:
                     break
@@ -103,7 +103,7 @@ def decide(
         else:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
-            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor depends on this size"
+            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")
