@@ -18,16 +18,27 @@ import torch
 
 from ..errors import UnknownName
 from ..groups import Groups
+from .activations import activation, apoz, entropy, flap, wanda_sp
+from .expansion import fisher, obd, taylor
 from .fold import bn_scale, synaptic
+from .gates import group_fisher, mask_fisher, taylor_gate
+from .maps import chip, hrank
 from .norm import filter_norm, group_norm, l1, l2, lamp, linf, product
 from .normalise import kind, normalise
 from .others import ensemble, random
+from .reconstruct import lasso, leverage, obs, pivoted_qr, thinet
 from .registry import SCORES, Score, checked, named
+from .similar import fpgm, redundancy
+from .start import grasp, snip, synflow
 from .task import Scores
 
 Criterion = str | Score | Callable[..., Scores]
 
-__all__ = ["Criterion", "Score", "Scores", "kind", "named", "normalise", "score", *SCORES]
+__all__ = [
+    "Criterion", "SCORES", "Score", "Scores", "activation", "apoz", "bn_scale", "chip", "ensemble", "entropy", "filter_norm", "fisher", "flap", "fpgm",
+    "grasp", "group_fisher", "group_norm", "hrank", "kind", "l1", "l2", "lamp", "lasso", "leverage", "linf", "mask_fisher", "named", "normalise", "obd",
+    "obs", "pivoted_qr", "product", "random", "redundancy", "score", "snip", "synaptic", "synflow", "taylor", "taylor_gate", "thinet", "wanda_sp",
+]  # fmt: skip
 
 
 def score(

@@ -37,7 +37,7 @@ def _needs(options: dict[str, Any]) -> str:
     return max(asked, key=NEEDS.index, default="nothing")
 
 
-DEFAULT = ("l2", "product")
+DEFAULT = ("l2", "fpgm", "redundancy")
 
 
 def _ensemble(task: Task, of: Any = DEFAULT, weights: Any = None) -> Scores:

@@ -1,0 +1,197 @@
+"""Scores from the error that the next layer makes without a unit: quadratic forms of Gram matrices of what it reads.
+
+The consumer's weight W is taken as (outputs x kernel taps, units) and its input as X (units, samples x space): taps count
+as outputs, so one C x C Gram matrix ``G = X Xᵀ / N`` serves all of them, instead of a (C·kh·kw)² one. For linear layers and
+1 x 1 kernels this is exact. A unit of several columns (a head) keeps them apart while the whole matrix stays below
+``LARGEST``; beyond that its columns count as further positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..groups import Group
+from .fold import lacking
+from .greedy import lasso_entries, pivots, smallest_sum, surgeon, surgeon_in_blocks
+from .registry import scorer
+from .seen import Place, observe, places
+from .similar import by_unit
+from .task import Scores, Task
+
+Tensor = torch.Tensor
+LARGEST = 4096
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one activation's readers make of it: the Gram matrix, ``WᵀW``, and the columns of every unit, (units, columns)."""
+
+    gram: Tensor
+    reads: Tensor
+    columns: Tensor
+
+    def by_unit(self, matrix: Tensor) -> Tensor:
+        """A (columns, columns) matrix summed to (units, units)."""
+        block = matrix[self.columns.flatten()][:, self.columns.flatten()]
+        units, each = self.columns.shape
+        return block.reshape(units, each, units, each).sum((1, 3)) if each > 1 else block
+
+
+def forms(task: Task, centre: bool = False) -> list[list[Form]]:
+    """The quadratic forms of every group, one for each activation that a weight reads; ``centre``: covariances instead of Grams."""
+    every = [[p for p in mine if any(r.leaf in task.parameters for r in p.readers)] for mine in places(task)]
+    shapes = {id(p): _columns(task.groups.groups[p.group], p) for mine in every for p in mine}
+    sums: dict[int, list] = {}
+
+    def see(place: Place, tensor: Tensor) -> None:
+        columns, apart = shapes[id(place)]
+        rows = (tensor.movedim(place.dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None])[columns.flatten()]
+        rows = rows if apart else rows.reshape(len(columns), -1)
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        total = sums.setdefault(id(place), [0, 0.0, 0.0])
+        total[0] += rows.shape[1]
+        total[1] = total[1] + rows.sum(1, dtype=torch.float64).cpu()
+        total[2] = total[2] + (rows @ rows.T).double().cpu()
+
+    observe(task, every, see)
+    return [[_form(task, group, place, shapes[id(place)], sums[id(place)], centre) for place in mine] for group, mine in zip(task.groups, every, strict=True)]
+
+
+def _columns(group: Group, place: Place) -> tuple[Tensor, bool]:
+    """The positions of every unit along the activation, (units, positions), and whether they are columns of their own."""
+    order = torch.argsort(place.along, stable=True)
+    order = order[place.along[order] >= 0]
+    counts = torch.bincount(place.along[order], minlength=group.size)
+    if not bool((counts == counts[0]).all()):  # uneven: the first positions of each speak for it
+        starts = counts.cumsum(0) - counts
+        order = torch.cat([order[s : s + int(counts.min())] for s in starts.tolist()])
+    columns = order.reshape(group.size, -1)
+    aligned = all(torch.equal(torch.from_numpy(link.units), place.along) for link in place.readers)
+    return columns, columns.shape[1] == 1 or (aligned and columns.numel() <= LARGEST)
+
+
+def _form(task: Task, group: Group, place: Place, shape: tuple[Tensor, bool], sums: list, centre: bool) -> Form:
+    columns, apart = shape
+    count, first, second = sums
+    gram = second / count - (torch.outer(first, first) / count**2 if centre else 0.0)
+    reads = torch.zeros_like(gram)
+    for link in place.readers:
+        if link.leaf not in task.parameters:
+            continue
+        weight = task.parameters[link.leaf]
+        if apart and len(link.units) == len(place.along):
+            rows = (weight.detach().movedim(link.axis, 0).flatten(1) if weight.ndim > 1 else weight.detach()[:, None])[columns.flatten()].double().cpu()
+        else:
+            rows = by_unit(weight, link.axis, link.units, group.size)
+        reads += rows @ rows.T
+    units = torch.arange(columns.numel() if apart else len(columns)).reshape(group.size, -1)
+    return Form(gram, reads, units)
+
+
+def _every(task: Task, compute, otherwise: str | None, name: str, centre: bool = False) -> Scores:
+    found = [compute(mine) if mine else None for mine in forms(task, centre)]
+    return lacking(task, found, otherwise, name, "a weight that sums over the units of an activation")
+
+
+@scorer(
+    "reconstruction",
+    "loss of the next layer's output after the best refit, greedy",
+    "Hassibi and Stork 1993; Kurtic et al. 2023 (ZipLM)",
+    needs="inputs",
+    cost="a forward pass with Gram matrices, then O(C³) a group",
+)
+def obs(task: Task, damping: float = 1e-2, centre: bool = False, otherwise: str | None = None) -> Scores:
+    """``Σ_q tr(W_S ((H⁻¹)_SS)⁻¹ W_Sᵀ)`` at the moment of removal, ``H = G + damping · mean(diag G) · I``.
+
+    Units go one after the other; after each, W and ``H⁻¹`` are downdated over the rest, so of two equal channels one
+    becomes dear when the other is gone. Choosing the lowest k units is the greedy search's first k. ``centre`` judges
+    what remains after a bias has taken over the means.
+    """
+    return _every(task, lambda mine: _surgery(mine, damping), otherwise, "obs", centre)
+
+
+def _surgery(mine: list[Form], damping: float) -> Tensor:
+    inverses = []
+    for form in mine:
+        hessian = form.gram.clone()
+        hessian.diagonal().add_(damping * float(hessian.diagonal().mean()) or 1.0)
+        inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(hessian)))
+    if all(form.columns.shape[1] == 1 for form in mine):
+        return surgeon(inverses, [form.reads for form in mine])
+    return surgeon_in_blocks(inverses, [form.reads for form in mine], [form.columns for form in mine])
+
+
+def _contributions(mine: list[Form]) -> Tensor:
+    """``Q_jk = E[⟨y_j, y_k⟩]``, the inner products of what the units contribute to the outputs: ``WᵀW ⊙ G``."""
+    return sum(form.by_unit(form.reads * form.gram) for form in mine)
+
+
+@scorer(
+    "reconstruction",
+    "smallest output of the removed channels together, greedy",
+    "Luo et al. 2017 (ThiNet)",
+    needs="inputs",
+    cost="a forward pass with Gram matrices, then O(C²) a group",
+)
+def thinet(task: Task, otherwise: str | None = None) -> Scores:
+    """``min_T Σ_i (Σ_{j ∈ T} x̂_ij)²`` grown unit by unit, ``x̂_ij`` what unit j contributes to output i; over all outputs, not samples of them."""
+    return _every(task, lambda mine: smallest_sum(_contributions(mine)), otherwise, "thinet")
+
+
+@scorer(
+    "reconstruction",
+    "strength of the penalty at which the channel enters",
+    "He et al. 2017",
+    needs="inputs",
+    cost="a forward pass with Gram matrices, then O(C³) a group",
+)
+def lasso(task: Task, otherwise: str | None = None) -> Scores:
+    """For ``min_β ½ E‖Y − Σ β_i X_i W_iᵀ‖² + λ‖β‖₁``, the largest λ at which ``β_c ≠ 0`` (exact path, no grid of λ)."""
+    return _every(task, lambda mine: lasso_entries(_contributions(mine)), otherwise, "lasso")
+
+
+@scorer(
+    "reconstruction",
+    "weight of the channel in the leading principal directions",
+    "Mahoney and Drineas 2009",
+    needs="inputs",
+    cost="a forward pass with Gram matrices, then O(C³) a group",
+)
+def leverage(task: Task, energy: float = 0.95, centre: bool = False, otherwise: str | None = None) -> Scores:
+    """``[V_k V_kᵀ]_cc`` with the k leading eigenvectors of the Gram matrix that hold ``energy`` of its trace; activations and columns are added."""
+
+    def compute(mine: list[Form]) -> Tensor:
+        return sum(form.by_unit(torch.diag(_leverage(form.gram, energy))).diagonal() for form in mine)
+
+    return _every(task, compute, otherwise, "leverage", centre)
+
+
+def _leverage(gram: Tensor, energy: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    share = values.cumsum(0) / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    count = int((share < energy).sum()) + 1
+    return vectors[:, :count].square().sum(1)
+
+
+@scorer(
+    "reconstruction",
+    "residual of the channel when a pivoted QR picks it",
+    "Golub 1965; Chee et al. 2022",
+    needs="inputs",
+    cost="a forward pass with Gram matrices, then O(C³) a group",
+)
+def pivoted_qr(task: Task, centre: bool = False, otherwise: str | None = None) -> Scores:
+    """``‖x_c − proj(x_c)‖²`` onto the channels picked before, largest first; the columns of a unit count as further samples."""
+
+    def compute(mine: list[Form]) -> Tensor:
+        return pivots(sum(_pooled(form) for form in mine))
+
+    return _every(task, compute, otherwise, "pivoted_qr", centre)
+
+
+def _pooled(form: Form) -> Tensor:
+    """The Gram matrix of units whose columns are taken one after the other as samples."""
+    return sum(form.gram[column][:, column] for column in form.columns.T)
