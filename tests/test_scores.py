@@ -69,7 +69,9 @@ def slices(values, group, unit, roles=("made", "norm", "read")):
 
 
 def each(function):
-    return [torch.tensor([float(torch.as_tensor(function(g, u), dtype=torch.float64).detach()) for u in range(SIZES[g])], dtype=torch.float64) for g in range(3)]
+    return [
+        torch.tensor([float(torch.as_tensor(function(g, u), dtype=torch.float64).detach()) for u in range(SIZES[g])], dtype=torch.float64) for g in range(3)
+    ]
 
 
 def weights(net=NET):
