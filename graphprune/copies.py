@@ -67,7 +67,7 @@ def _module(module: nn.Module, kind: type, memo: dict[int, Any]) -> nn.Module:
         if type(value) in PLAIN:
             continue
         # Every module owns these containers, so that an empty one needs no note in the memo.
-        state[key] = type(value)() if not value and key in OWN else duplicate(value, memo)
+        state[key] = type(value)() if key in OWN and not value else duplicate(value, memo)
     if kind.__setstate__ is nn.Module.__setstate__:
         twin.__dict__.update(state)
     else:

@@ -128,12 +128,13 @@ def decide(
 def best(graph: Graph, model: nn.Module, options: tuple, rewrite: bool, inplace: bool) -> Plan:
     """The plan; where literals in the code hold axes back, the one for the rewritten code, if that frees more and proves right."""
     literals: set[str] = set()
-    plan = None
+    plan = nothing = None
     try:
         plan = decide(graph, model, *options, literals)[2]
-    except NothingToPrune:
-        if not rewrite or not literals:
+    except NothingToPrune as error:
+        if not rewrite or not literals or (inplace and "" in literals):
             raise
+        nothing = error
     if not rewrite or not literals or (inplace and "" in literals):
         return plan
     paths = tuple(sorted(literals))
@@ -145,7 +146,7 @@ def best(graph: Graph, model: nn.Module, options: tuple, rewrite: bool, inplace:
         check(graph, model, apply(model, found), found)
     except GraphpruneError as error:
         if plan is None:
-            raise
+            raise nothing from error
         return dataclasses.replace(plan, notes=(*plan.notes, f"note: not rewritten: {error}"))
     return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
 
