@@ -4,6 +4,7 @@ from .apply import apply
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .laws import check_rule
+from .measure import Measurement, measure
 from .plan import Plan
 from .rules import rule
 from .score import score
@@ -18,12 +19,14 @@ __all__ = [
     "GraphpruneError",
     "Group",
     "Groups",
+    "Measurement",
     "Plan",
     "apply",
     "check_rule",
     "couple",
     "expand",
     "load",
+    "measure",
     "rule",
     "save",
     "score",
