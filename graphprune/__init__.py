@@ -1,6 +1,7 @@
 """graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
 
 from .apply import apply
+from .cost import Cost, cost, profile
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .laws import check_rule
@@ -15,6 +16,7 @@ from .trace import Graph, trace
 from .zeroed import zeroed
 
 __all__ = [
+    "Cost",
     "Graph",
     "GraphpruneError",
     "Group",
@@ -23,10 +25,12 @@ __all__ = [
     "Plan",
     "apply",
     "check_rule",
+    "cost",
     "couple",
     "expand",
     "load",
     "measure",
+    "profile",
     "rule",
     "save",
     "score",

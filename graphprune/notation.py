@@ -27,7 +27,8 @@ Axes = tuple[tuple[str, ...], ...]
 class Value:
     """What is known of one tensor of the run: its shape, its fields, and where it came from.
 
-    ``zero``: removed entries are exactly zero once the parameters are (a parameter, or a view of one).
+    ``zero``: removed entries are exactly zero once the parameters are (a parameter, or a view of one). ``storage`` is
+    the same for tensors that share their memory.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,8 @@ class Value:
     zero: bool = False
     node: int = -1
     leaf: str = ""
+    itemsize: int = 4
+    storage: int = -1
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ class Recorder(TorchDispatchMode):
         return value
 
     def keep(self, tensor: torch.Tensor, value: Value) -> None:
+        value.itemsize, value.storage = tensor.element_size(), tensor.untyped_storage()._cdata
         self.values[id(tensor)] = value
         self.alive.append(tensor)
 
@@ -380,5 +381,6 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         for held in value.fields:
             labels.lock(held, reason)
     found = Graph(recorder.nodes, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
-    found.__dict__.update(constants=recorder.constants, real=real)
+    parameters = frozenset(name for name, _, _, tensor in leaf_tensors(twin) if isinstance(tensor, nn.Parameter))
+    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters)
     return found
