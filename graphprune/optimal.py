@@ -25,6 +25,8 @@ from .space import Space
 COMPLETE = 20_000
 STEPS = 24  # how many steps lead from the widest to the narrowest level of a choice, before the last is taken apart
 
+BATCH = 6
+
 
 def widths(groups: Groups, scores: Scores, limits: Mapping[str, float], known: Costs, allowed: Space) -> Array:
     """(groups,) numbers of units; at the narrowest allowed widths the limits must hold."""
@@ -87,17 +89,28 @@ def _descend(losses: list[Array], limits: Mapping[str, float], known: Costs, all
     at = before = np.zeros(len(losses), dtype=np.int64)
     strides = np.maximum(1, ends // STEPS)
     here = _shares(limits, known, allowed, at[None])[0]
+    # What a step saves only shrinks while others are taken, so an old price is a lower bound; a peak has no such law.
+    batch = len(losses) if "memory" in limits else BATCH
+    prices = np.full(len(losses), -np.inf)
     choice = 0
     while not _fits(here):
-        free = np.flatnonzero(at < ends)
-        trial = np.repeat(at[None], len(free), axis=0)
-        trial[np.arange(len(free)), free] = np.minimum(at + strides, ends)[free]
-        shares = _shares(limits, known, allowed, trial)
-        saved = (here - shares)[:, here > 1 + 1e-12].sum(axis=1)
-        lost = np.array([losses[c][trial[row, c]] - losses[c][at[c]] for row, c in enumerate(free)])
-        # What saves nothing (a peak elsewhere, a step of the clock) goes last, the cheapest first.
-        best = int(np.lexsort((lost, lost / np.maximum(saved, 1e-12), saved <= 1e-12))[0])
-        choice, before, at, here = free[best], at, trial[best], shares[best]
+        fresh: dict[int, tuple[Array, Array]] = {}
+        prices[at >= ends] = np.inf
+        while True:
+            order = [c for c in np.argsort(prices, kind="stable") if c not in fresh and at[c] < ends[c]][:batch]
+            if not order or (fresh and min(prices[c] for c in fresh) <= prices[order[0]]):
+                break
+            trial = np.repeat(at[None], len(order), axis=0)
+            trial[np.arange(len(order)), order] = np.minimum(at + strides, ends)[order]
+            shares = _shares(limits, known, allowed, trial)
+            saved = (here - shares)[:, here > 1 + 1e-12].sum(axis=1)
+            for row, c in enumerate(order):
+                lost = losses[c][trial[row, c]] - losses[c][at[c]]
+                # What saves nothing (a peak elsewhere, a step of the clock) goes last, the cheapest first.
+                prices[c] = lost / saved[row] if saved[row] > 1e-12 else 1e30 * (1 + lost)
+                fresh[c] = trial[row], shares[row]
+        choice = min(fresh, key=lambda c: (prices[c], c))
+        before, (at, here) = at, fresh[choice]
     between = np.repeat(at[None], at[choice] - before[choice] + 1, axis=0)
     between[:, choice] = np.arange(before[choice], at[choice] + 1)
     return between[int(np.argmax(_fits(_shares(limits, known, allowed, between))))]

@@ -29,9 +29,7 @@ def limits(full: Cost, given: Mapping[str, Any]) -> dict[str, float]:
         if value is None:
             continue
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise BadTarget(
-                f"{name} is {value!r}; give the share of the original that may stay (a float, 0 < {name} <= 1) or an absolute number (5_000_000)"
-            )
+            raise BadTarget(f"{name} is {value!r}; give the share of the original that may stay (a float, 0 < {name} <= 1) or an absolute number (5_000_000)")
         share = isinstance(value, float | np.floating) and value <= 1
         found[name] = float(value) * getattr(full, name) if share else float(value)
     return found

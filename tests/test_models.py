@@ -55,8 +55,8 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation rules moves assemble laws symbols trees runtimes measure trace groups lengths cost score select plan"
-    order = [*order.split(), "apply", "zeroed", "shrink", "store"]
+    order = "errors labels sizes notation rules moves assemble laws symbols trees runtimes measure fuse trace probe groups links lengths cost score"
+    order = [*order.split(), *"select targets space optimal budget align table plan apply zeroed latency shrink store".split()]
     for path in Path(graphprune.__file__).parent.glob("*.py"):
         if path.stem == "__init__":
             continue
