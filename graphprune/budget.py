@@ -7,12 +7,13 @@ costs (:mod:`graphprune.optimal`). In all scopes a larger budget never leaves le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from .cost import Costs
+from .cost import Costs, costs
 from .errors import BadTarget
 from .groups import Groups
 from .labels import Array
@@ -20,9 +21,35 @@ from .optimal import widths
 from .score import Scores
 from .select import Kept, check_ratio, select
 from .space import Space, space
-from .targets import unreachable
+from .targets import Aims, unreachable
 
 NARROWEST = 1 - 1e-9
+SCOPES = ("layer", "global", "isomorphic", "optimal")
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses the units of a coupled graph by a ratio, or under the limits that ``aims`` and ``more`` set.
+
+    ``more`` maps the name of a further cost to (its limit, how to make it; see :func:`~graphprune.cost.costs`).
+    """
+
+    ratio: float
+    scope: str = "layer"
+    multiple_of: int = 1
+    min_units: int = 1
+    aims: Aims = Aims()
+    more: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
+
+    def __call__(self, groups: Groups, scores: Scores, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
+        rules = {"scope": self.scope, "multiple_of": self.multiple_of, "min_units": self.min_units, "ratios": ratios, "ties": ties}
+        if not self.aims.any and not self.more:
+            if self.scope == "optimal":
+                raise BadTarget("scope='optimal' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
+            return select(groups, scores, self.ratio, **rules)
+        known = costs(groups, {name: make for name, (_, make) in self.more.items()})
+        asked = self.aims.limits(known.full) | {name: limit for name, (limit, _) in self.more.items()}
+        return fit(groups, scores, asked, known, self.ratio, **rules)
 
 
 def fit(

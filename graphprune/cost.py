@@ -11,7 +11,7 @@ Every cost is a sum of products of axis lengths (:mod:`graphprune.lengths`), so 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ class Costs:
     lengths: Lengths
     constant: Array
     slopes: Array
-    parts: dict[str, Sum | Live]
+    parts: Mapping[str, Callable[[Array], Array]]
 
     def at(self, widths: Array, names: Sequence[str] = NAMES) -> dict[str, Array]:
         """The named costs, (rows,) each, for numbers of kept units (rows, groups).
@@ -155,8 +155,8 @@ def profile(model: nn.Module, example_input: Any, example_kwargs: dict | None = 
     return cost(couple(trace(model, example_input, example_kwargs)))
 
 
-def costs(groups: Groups) -> Costs:
-    """The cost functions of a coupled graph."""
+def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]] | None = None) -> Costs:
+    """The cost functions of a coupled graph; ``more`` makes further ones, functions of lengths (rows, forms)."""
     graph, lengths = groups.graph, Lengths(groups)
     own = {name: leaf for name, leaf in graph.leaves.items() if not name.startswith("<")}
     trained = [leaf for name, leaf in own.items() if name in graph.__dict__["parameters"]]
@@ -165,8 +165,9 @@ def costs(groups: Groups) -> Costs:
     size = _sum([(leaf.itemsize * volumes[id(leaf)][0], volumes[id(leaf)][1]) for leaf in own.values()])
     macs = _sum([term for node in graph.nodes for term in products(node, lengths)])
     live = _live(graph, lengths, {leaf.storage for leaf in own.values()})
+    others = {name: make(lengths) for name, make in (more or {}).items()}
     constant, slopes = lengths.matrix()
-    return Costs(lengths, constant, slopes, {"params": params, "macs": macs, "size": size, "memory": live})
+    return Costs(lengths, constant, slopes, {"params": params, "macs": macs, "size": size, "memory": live, **others})
 
 
 Term = tuple[float, tuple[int, ...]]

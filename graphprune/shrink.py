@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from .apply import apply
+from .budget import Chooser
 from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
 from .plan import Plan, Survivors, make_plan
 from .score import Scorer, score
-from .select import check_ratio, select
+from .select import check_ratio
 from .sizes import leaves
 from .symbols import solve
+from .targets import Aims
 from .trace import Graph, trace
 from .trees import leaf_tensors, tensors
 from .zeroed import zeroed
@@ -26,8 +28,12 @@ from .zeroed import zeroed
 def shrink(
     model: nn.Module,
     example_input: Any,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
+    params: float | None = None,
+    macs: float | None = None,
+    size: float | None = None,
+    memory: float | None = None,
     criterion: str | Scorer = "l2",
     scope: str = "layer",
     keep: Sequence[Any] | str = (),
@@ -42,19 +48,25 @@ def shrink(
     """A smaller model that computes what ``model`` computes with the removed units set to zero.
 
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
-    every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
-    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with
-    :func:`zeroed` on the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
+    every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given). Targets are upper limits and hold together:
+    ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
+    to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere), ``"global"``,
+    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets).
+    ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
+    ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example.
+    Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
     4
     """
-    check_ratio(ratio)
+    aims = Aims(params, macs, size, memory)
+    ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    groups, kept, plan = decide(graph, model, ratio, criterion, scope, held, ratios, multiple_of, min_units)
+    choose = Chooser(ratio, scope, multiple_of, min_units, aims)
+    groups, kept, plan = decide(graph, model, choose, criterion, held, ratios)
     small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
@@ -67,13 +79,10 @@ def shrink(
 def decide(
     graph: Graph,
     model: nn.Module,
-    ratio: float,
+    choose: Chooser,
     criterion: str | Scorer,
-    scope: str,
     keep: list[str],
     ratios: Mapping[Any, float] | None,
-    multiple_of: int,
-    min_units: int,
 ) -> tuple[Groups, list, Plan]:
     """Couple, score and select; whatever no attribute can express is left whole, with the reason."""
     locks: list = []
@@ -87,7 +96,7 @@ def decide(
         own = _overrides(groups, model, ratios)
         scores = score(groups, model, criterion)
         while True:
-            kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
+            kept = choose(groups, scores, own, ties)
             edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
             tied = _tie(groups, wrong, ties)
             if tied == ties:

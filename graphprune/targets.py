@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -16,6 +17,23 @@ import numpy as np
 from .cost import NAMES, Cost, Costs
 from .errors import BadTarget
 from .labels import Array
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What :func:`~graphprune.shrink` was asked for besides a ratio; None where nothing was."""
+
+    params: Any = None
+    macs: Any = None
+    size: Any = None
+    memory: Any = None
+
+    def limits(self, full: Cost) -> dict[str, float]:
+        return limits(full, {name: getattr(self, name) for name in NAMES})
+
+    @property
+    def any(self) -> bool:
+        return any(getattr(self, name) is not None for name in NAMES)
 
 
 def limits(full: Cost, given: Mapping[str, Any]) -> dict[str, float]:
@@ -65,6 +83,6 @@ def _stays(costs: Costs, least: Array, count: int = 5) -> list[str]:
         if name.startswith("<") or name not in groups.graph.__dict__["parameters"]:
             continue
         sizes = [scale * float(found[0, form]) for scale, form in (costs.lengths.form(leaf, dim) for dim in range(len(leaf.shape)))]
-        why = [f"axis {axis}: {groups.locked[name, axis]}" for axis in range(len(leaf.shape)) if (name, axis) in groups.locked]
+        why = [f"axis {axis}: {groups.locked[name, axis]}" for axis in range(min(len(leaf.shape), 2)) if (name, axis) in groups.locked]
         rows.append((math.prod(sizes), f"  {name} ({' x '.join(f'{size:.0f}' for size in sizes)}): {'; '.join(why) or 'one unit per group has to stay'}"))
     return [text for _, text in sorted(rows, key=lambda row: -row[0])[:count]]
