@@ -1,6 +1,8 @@
 """graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
 
+from . import scores
 from .apply import apply
+from .catalogue import available, register
 from .cost import Cost, cost, profile
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
@@ -8,7 +10,7 @@ from .laws import check_rule
 from .measure import Measurement, measure
 from .plan import Plan
 from .rules import rule
-from .score import score
+from .scores import Score, score
 from .select import select
 from .shrink import shrink
 from .store import expand, load, save
@@ -23,7 +25,9 @@ __all__ = [
     "Groups",
     "Measurement",
     "Plan",
+    "Score",
     "apply",
+    "available",
     "check_rule",
     "cost",
     "couple",
@@ -31,9 +35,11 @@ __all__ = [
     "load",
     "measure",
     "profile",
+    "register",
     "rule",
     "save",
     "score",
+    "scores",
     "select",
     "shrink",
     "trace",

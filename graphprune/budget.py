@@ -18,7 +18,7 @@ from .errors import BadTarget
 from .groups import Groups
 from .labels import Array
 from .optimal import widths
-from .score import Scores
+from .scores import Scores
 from .select import Kept, check_ratio, select
 from .space import Space, space
 from .targets import Aims, unreachable

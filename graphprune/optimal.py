@@ -19,7 +19,7 @@ from .cost import Costs, operation
 from .groups import Groups
 from .labels import Array
 from .notation import Value
-from .score import Scores
+from .scores import Scores
 from .space import Space
 
 COMPLETE = 20_000

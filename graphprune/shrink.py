@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from .budget import Chooser
 from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
 from .plan import Plan, Survivors, make_plan
-from .score import Scorer, score
+from .scores import Criterion, Scores
+from .scores.attempts import attempts
 from .select import check_ratio
 from .sizes import leaves
 from .symbols import solve
@@ -34,7 +35,9 @@ def shrink(
     macs: float | None = None,
     size: float | None = None,
     memory: float | None = None,
-    criterion: str | Scorer = "l2",
+    criterion: Criterion = "l2",
+    batches: Iterable | None = None,
+    loss: Callable | None = None,
     scope: str = "layer",
     keep: Sequence[Any] | str = (),
     ratios: Mapping[Any, float] | None = None,
@@ -51,7 +54,8 @@ def shrink(
     every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given). Targets are upper limits and hold together:
     ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
     to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere), ``"global"``,
-    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets).
+    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets). ``criterion``, ``batches``
+    and ``loss`` are those of :func:`graphprune.score`.
     ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
     ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example.
     Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
@@ -66,7 +70,8 @@ def shrink(
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
     choose = Chooser(ratio, scope, multiple_of, min_units, aims)
-    groups, kept, plan = decide(graph, model, choose, criterion, held, ratios)
+    scored = attempts(model, criterion, batches, loss)
+    groups, kept, plan = decide(graph, model, choose, scored, held, ratios)
     small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
@@ -80,7 +85,7 @@ def decide(
     graph: Graph,
     model: nn.Module,
     choose: Chooser,
-    criterion: str | Scorer,
+    scored: Callable[[Groups], Iterator[Scores]],
     keep: list[str],
     ratios: Mapping[Any, float] | None,
 ) -> tuple[Groups, list, Plan]:
@@ -94,18 +99,20 @@ def decide(
         if not len(groups):
             raise NothingToPrune(_nothing(groups))
         own = _overrides(groups, model, ratios)
-        scores = score(groups, model, criterion)
-        while True:
-            kept = choose(groups, scores, own, ties)
-            edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
-            tied = _tie(groups, wrong, ties)
-            if tied == ties:
+        for scores in scored(groups):
+            while True:
+                kept = choose(groups, scores, own, ties)
+                edits, wrong = solve(graph, Survivors(groups, kept).length)
+                tied = _tie(groups, wrong, ties)
+                if tied == ties:
+                    break
+                ties = tied
+            if wrong:
                 break
-            ties = tied
-        if not wrong:
+        else:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
-            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor depends on this size"
+            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")
