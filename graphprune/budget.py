@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .cost import Costs, costs
+from .cost import NAMES, Costs, costs
 from .errors import BadTarget
 from .groups import Groups
 from .labels import Array
@@ -43,8 +43,8 @@ class Chooser:
 
     def __call__(self, groups: Groups, scores: Scores, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
         rules = {"scope": self.scope, "multiple_of": self.multiple_of, "min_units": self.min_units, "ratios": ratios, "ties": ties}
-        if not self.aims.any and not self.more:
-            if self.scope == "optimal":
+        if not self.more and not any(getattr(self.aims, name) is not None for name in NAMES):
+            if self.scope == "optimal" and not self.aims.timed:
                 raise BadTarget("scope='optimal' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
             return select(groups, scores, self.ratio, **rules)
         known = costs(groups, {name: make for name, (_, make) in self.more.items()})
@@ -72,6 +72,8 @@ def fit(
     """
     check_ratio(ratio)
     allowed = space(groups, ratio, multiple_of=multiple_of, min_units=min_units, ratios=ratios, ties=ties)
+    if "time" in limits:  # a prediction: the search that set it measures what the narrowest widths really take
+        limits = {**limits, "time": max(limits["time"], float(known.at(allowed.least[None], ["time"])["time"][0]) * (1 + 1e-9))}
     error = unreachable(known, allowed.least, limits, _rules(multiple_of, min_units, ratios))
     if error:
         raise error

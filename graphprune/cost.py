@@ -162,7 +162,7 @@ def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array
     trained = [leaf for name, leaf in own.items() if name in graph.__dict__["parameters"]]
     volumes = {id(leaf): _volume(lengths, leaf.shape, leaf) for leaf in own.values()}
     params = _sum([volumes[id(leaf)] for leaf in trained])
-    size = _sum([(leaf.itemsize * volumes[id(leaf)][0], volumes[id(leaf)][1]) for leaf in own.values()])
+    size = _sum([(leaf.dtype.itemsize * volumes[id(leaf)][0], volumes[id(leaf)][1]) for leaf in own.values()])
     macs = _sum([term for node in graph.nodes for term in products(node, lengths)])
     live = _live(graph, lengths, {leaf.storage for leaf in own.values()})
     others = {name: make(lengths) for name, make in (more or {}).items()}
@@ -267,7 +267,7 @@ def _live(graph: Graph, lengths: Lengths, weights: set[int]) -> Live:
                 last[value.storage] = max(last.get(value.storage, 0), index)
     last.update({value.storage: end for value in graph.outputs if value.storage in owner})
     terms = [_volume(lengths, value.shape, value) for value in owner.values()]
-    size = _array([(value.itemsize * factor, forms) for value, (factor, forms) in zip(owner.values(), terms, strict=True)])
+    size = _array([(value.dtype.itemsize * factor, forms) for value, (factor, forms) in zip(owner.values(), terms, strict=True)])
     start, stop = (np.array([times[key] for key in owner], dtype=np.int64) for times in (made, last))
     moments = np.arange(max(end, 1))
     born, dies = np.argsort(start, kind="stable"), np.argsort(stop, kind="stable")

@@ -118,9 +118,10 @@ def middle_of(values: np.ndarray) -> tuple[float, tuple[float, float]]:
     return float(np.median(ordered)), (float(ordered[low]), float(ordered[high]))
 
 
-def interleave(calls: Sequence[Call], clock: Clock, seconds: float, tolerance: float, least: int = 5) -> np.ndarray:
+def interleave(calls: Sequence[Call], clock: Clock, seconds: float, tolerance: float, least: int = 5, warm: bool = True) -> np.ndarray:
     """Seconds per call, one row for each round; every other round runs backwards, so that a drift cancels."""
-    for _ in range(2):
+    once = [1.0 for _ in calls]
+    for _ in range(2 if warm else 0):
         once = [clock(call, 1) for call in calls]
     repeats = [max(1, math.ceil(0.003 / max(each, 1e-9))) for each in once]
     rows: list[list[float]] = []

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class Value:
     """What is known of one tensor of the run: its shape, its fields, and where it came from.
 
     ``zero``: removed entries are exactly zero once the parameters are (a parameter, or a view of one). ``storage`` is
-    the same for tensors that share their memory.
+    the same for tensors that share their memory; ``order`` lists the axes from the outermost in memory to the innermost
+    when that is not their own order (channels last, a transposed weight).
     """
 
     shape: tuple[int, ...]
@@ -36,8 +38,9 @@ class Value:
     zero: bool = False
     node: int = -1
     leaf: str = ""
-    itemsize: int = 4
+    dtype: Any = None
     storage: int = -1
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def losses_of(groups: Groups, scores: Scores, allowed: Space) -> list[Array]:
         for column, index in enumerate(choice.members):
             each = np.sort(scores[index].double().numpy())[::-1]
             each = np.maximum(each - min(each[-1], 0.0), 0)
-            each = each + max(each.sum(), 1e-300) * 1e-9 / len(each)  # no unit is free, so that ties keep the wider
+            # No unit is free, so that ties keep the wider; without any score all count the same.
+            each = each + each.sum() * 1e-9 / len(each) if each.sum() > 0 else np.ones(len(each))
             kept = np.cumsum(each)[choice.levels[:, column] - 1]
             total += max(readers[index], 1) * (each.sum() - kept) / kept
         found.append(total)

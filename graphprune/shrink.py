@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .apply import apply
 from .budget import Chooser
 from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
+from .latency import reach, remembered
 from .plan import Plan, Survivors, make_plan
 from .scores import Criterion, Scores
 from .scores.attempts import attempts
@@ -35,6 +37,11 @@ def shrink(
     macs: float | None = None,
     size: float | None = None,
     memory: float | None = None,
+    latency: float | str | None = None,
+    speedup: float | None = None,
+    runtime: str = "eager",
+    threads: int | None = None,
+    measure: Callable[[nn.Module], float] | None = None,
     criterion: Criterion = "l2",
     batches: Iterable | None = None,
     loss: Callable | None = None,
@@ -64,15 +71,19 @@ def shrink(
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
     4
     """
-    aims = Aims(params, macs, size, memory)
+    aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
     choose = Chooser(ratio, scope, multiple_of, min_units, aims)
-    scored = attempts(model, criterion, batches, loss)
-    groups, kept, plan = decide(graph, model, choose, scored, held, ratios)
-    small = apply(model, plan)
+    scored = remembered(attempts(model, criterion, batches, loss))
+    propose = lambda more: decide(graph, model, replace(choose, more=more), scored, held, ratios)  # noqa: E731
+    if aims.timed:
+        small, plan = reach(model, graph, aims, propose)
+    else:
+        plan = propose({})[-1]
+        small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
     if inplace:

@@ -56,7 +56,7 @@ def test_imports_go_one_way():
     from pathlib import Path
 
     order = "errors labels sizes notation rules moves assemble laws symbols trees runtimes measure fuse trace probe groups links lengths cost"
-    later = "catalogue scores select targets space optimal budget align table plan apply zeroed latency shrink store"
+    later = "catalogue scores select targets operators table align space optimal budget plan apply zeroed latency shrink store"
     order = [*order.split(), *later.split()]
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
