@@ -5,12 +5,14 @@ from .apply import apply
 from .catalogue import available, register
 from .compose import compose
 from .distill import Distillation
+from .cost import Cost, cost, profile
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .history import History
 from .iterate import Result, iterate
 from .laws import check_rule
 from .optimizer import refresh_ema, refresh_optimizer
+from .measure import Measurement, measure
 from .plan import Plan
 from .rules import rule
 from .scores import Score, score
@@ -22,11 +24,13 @@ from .zeroed import zeroed
 
 __all__ = [
     "Distillation",
+    "Cost",
     "Graph",
     "GraphpruneError",
     "Group",
     "Groups",
     "History",
+    "Measurement",
     "Plan",
     "Result",
     "Score",
@@ -34,12 +38,15 @@ __all__ = [
     "available",
     "check_rule",
     "compose",
+    "cost",
     "couple",
     "expand",
     "iterate",
     "load",
     "refresh_ema",
     "refresh_optimizer",
+    "measure",
+    "profile",
     "register",
     "rule",
     "save",

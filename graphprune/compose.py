@@ -32,7 +32,9 @@ def compose(first: Plan, second: Plan) -> Plan:
         for axis, kept in axes.items():
             mine[axis] = [mine[axis][position] for position in kept] if axis in mine else list(kept)
     edits = {edit[:-1]: edit[-1] for edit in (*first.edits, *second.edits)}
-    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), _notes(first, second), _lines(cuts, shapes, second))
+    edited = tuple((*path, new) for path, new in edits.items())
+    rewrites = tuple(dict.fromkeys((*first.rewrites, *second.rewrites)))
+    return Plan(cuts, shapes, edited, _notes(first, second), _lines(cuts, shapes, second), rewrites=rewrites)
 
 
 def so_far(model: torch.nn.Module, plan: Plan) -> Plan:

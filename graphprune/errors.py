@@ -15,6 +15,14 @@ class BadRatio(GraphpruneError, ValueError):
     """A ratio (or another number that selects) is outside its range: ``shrink(m, x, ratio=1.0)``; use 0 <= ratio < 1."""
 
 
+class BadTarget(BadRatio):
+    """A target cannot be met or makes no sense: ``shrink(m, x, params=-1)``; the message says the smallest reachable value."""
+
+
+class BadMeasure(GraphpruneError, ValueError):
+    """Times cannot be taken: the runtime is missing, or ``measure=`` returns nonsense or scatters too much."""
+
+
 class BadInput(GraphpruneError, ValueError):
     """The example input does not fit the model, or the model raised on it; the original error is the cause."""
 

@@ -28,7 +28,9 @@ Axes = tuple[tuple[str, ...], ...]
 class Value:
     """What is known of one tensor of the run: its shape, its fields, and where it came from.
 
-    ``zero``: removed entries are exactly zero once the parameters are (a parameter, or a view of one).
+    ``zero``: removed entries are exactly zero once the parameters are (a parameter, or a view of one). ``storage`` is
+    the same for tensors that share their memory; ``order`` lists the axes from the outermost in memory to the innermost
+    when that is not their own order (channels last, a transposed weight).
     """
 
     shape: tuple[int, ...]
@@ -36,6 +38,9 @@ class Value:
     zero: bool = False
     node: int = -1
     leaf: str = ""
+    dtype: Any = None
+    storage: int = -1
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,9 @@ class Recorder(TorchDispatchMode):
         return value
 
     def keep(self, tensor: Tensor, value: Value) -> None:
+        value.dtype, value.storage = tensor.dtype, tensor.untyped_storage()._cdata
+        if not tensor.is_contiguous():
+            value.order = tuple(sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis)))
         self.values[id(tensor)] = value
         self.alive.append(tensor)
 

@@ -7,22 +7,26 @@ import difflib
 import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .apply import apply
+from .budget import Chooser
 from .compose import so_far
 from .errors import BadModel, GraphpruneError, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
+from .latency import reach, remembered
 from .plan import Plan, Survivors, make_plan
 from .rewrite import removed, spelled
 from .scores import Criterion, Scores
 from .scores.attempts import attempts
-from .select import check_ratio, select
+from .select import check_ratio
 from .sizes import leaves
 from .symbols import solve
+from .targets import Aims
 from .trace import Graph, trace
 from .trees import leaf_tensors, modules_of, tensors
 from .zeroed import zeroed
@@ -31,8 +35,17 @@ from .zeroed import zeroed
 def shrink(
     model: nn.Module,
     example_input: Any,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
+    params: float | None = None,
+    macs: float | None = None,
+    size: float | None = None,
+    memory: float | None = None,
+    latency: float | str | None = None,
+    speedup: float | None = None,
+    runtime: str = "eager",
+    threads: int | None = None,
+    measure: Callable[[nn.Module], float] | None = None,
     criterion: Criterion = "l2",
     batches: Iterable | None = None,
     loss: Callable | None = None,
@@ -50,9 +63,13 @@ def shrink(
     """A smaller model that computes what ``model`` computes with the removed units set to zero.
 
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
-    every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
-    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``criterion``, ``batches`` and ``loss``
-    are those of :func:`graphprune.score`. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
+    every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given). Targets are upper limits and hold together:
+    ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
+    to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere), ``"global"``,
+    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets). ``criterion``, ``batches``
+    and ``loss`` are those of :func:`graphprune.score`.
+    ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
+    ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
     code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.rewrite`).
     Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
@@ -60,13 +77,19 @@ def shrink(
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
     4
     """
-    check_ratio(ratio)
+    aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
+    ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    options = (ratio, attempts(model, criterion, batches, loss), scope, held, ratios, multiple_of, min_units)
-    plan = best(graph, model, options, rewrite, inplace)
-    small = apply(model, plan)
+    choose = Chooser(ratio, scope, multiple_of, min_units, aims)
+    scored = remembered(attempts(model, criterion, batches, loss))
+    propose = lambda more: decide(graph, model, replace(choose, more=more), scored, held, ratios)  # noqa: E731
+    if aims.timed:
+        small, plan = reach(model, graph, aims, propose)
+    else:
+        plan = best(graph, model, (choose, scored, held, ratios), rewrite, inplace)
+        small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
     if inplace:
@@ -78,13 +101,10 @@ def shrink(
 def decide(
     graph: Graph,
     model: nn.Module,
-    ratio: float,
+    choose: Chooser,
     scored: Callable[[Groups], Iterator[Scores]],
-    scope: str,
     keep: list[str],
     ratios: Mapping[Any, float] | None,
-    multiple_of: int,
-    min_units: int,
     literals: set[str] | None = None,
 ) -> tuple[Groups, list, Plan]:
     """Couple, score and select; whatever no attribute can express is left whole, with the reason.
@@ -101,10 +121,10 @@ def decide(
             raise NothingToPrune(_nothing(groups))
         own = overrides(groups, model, ratios)
         # Within each group a draft without scores finds what no attribute can express; the weights are read for what is left.
-        draft = [[torch.zeros(group.size) for group in groups]] if scope == "layer" else []
+        draft = [[torch.zeros(group.size) for group in groups]] if choose.scope == "layer" and not choose.aims.any else []
         for scores in itertools.chain(draft, scored(groups)):
             while True:
-                kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
+                kept = choose(groups, scores, own, ties)
                 edits, wrong = solve(graph, Survivors(groups, kept).length)
                 tied = _tie(groups, wrong, ties)
                 if tied == ties:

@@ -243,6 +243,7 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
 def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     twin, held = shadow(model, real)
     names = {id(tensor): name for tensor, name in held}
+    parameters = frozenset(name for tensor, name in held if isinstance(tensor, nn.Parameter))
     labels, stack, calls = Labels(), [], []
     recorder = Recorder(labels, names, stack, real)
     for tensor, name in held:
@@ -268,5 +269,5 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
             labels.lock(held, reason)
     uses = Size.floats, Size.equals, Size.outcomes
     found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
-    found.__dict__.update(constants=recorder.constants, real=real)
+    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters)
     return found

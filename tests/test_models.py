@@ -55,7 +55,9 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record trace probe groups links sums catalogue scores select plan rewrite apply compose zeroed shrink store optimizer schedule history checkpoint iterate distill".split()
+    order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure fuse trace probe groups links"
+    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget plan rewrite apply compose zeroed latency"
+    order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
         if path == root / "__init__.py":
