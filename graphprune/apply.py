@@ -12,8 +12,13 @@ import torch
 from torch import nn
 
 from .errors import BadPlan
+from .kernels import apply_kernel
+from .masks import apply_mask
+from .passthrough import apply_skip
 from .plan import Plan
 from .trees import leaf_tensors
+
+PARTS = {"mask": apply_mask, "kernel": apply_kernel, "columns": apply_kernel, "skip": apply_skip}
 
 
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
@@ -43,6 +48,8 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
         _follow(module)
     for edit in plan.edits:
         _edit(small, edit[:-1], edit[-1])
+    for part in plan.parts:
+        PARTS[part.kind](small, part, plan.shapes.get(part.name, ()))
     return small
 
 

@@ -15,7 +15,9 @@ from torch import nn
 
 from .errors import BadInput
 from .groups import couple
+from .masks import parameter_name
 from .notation import Value
+from .passthrough import passed
 from .plan import Plan
 from .trace import Graph, trace
 from .trees import leaf_tensors, replace, tensors
@@ -25,6 +27,8 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
     """A function of the model's inputs that returns the list of output tensors of the zeroed original."""
 
     def run(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        if plan.parts:
+            return _skipping(model, plan, args, kwargs)
         given = list(tensors((args, kwargs), torch.Tensor))
         fits = graph is not None and [tuple(t.shape) for t in given] == [v.shape for v in graph.inputs]
         found = graph if fits and graph else trace(model, args, kwargs)
@@ -35,11 +39,23 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
     return run
 
 
+def _skipping(model: nn.Module, plan: Plan, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Beyond cut axes nothing changes shape on the way: the original runs as it is, on zeroed weights, and hooks skip modules."""
+    twin = _masked(model, plan).eval()
+    for part in plan.parts:
+        if part.kind == "skip":
+            hook = lambda _, a, k, out, part=part: passed(part, a, k, out)  # noqa: E731
+            twin.get_submodule(part.name).register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        return [t.clone() for t in tensors(twin(*args, **kwargs), torch.Tensor)]
+
+
 def _masked(model: nn.Module, plan: Plan) -> nn.Module:
-    memo = {}
-    for name, _, _, tensor in leaf_tensors(model):
+    memo, known = {}, {*plan.cuts, *(part.name for part in plan.parts)}
+    for leaf, _, _, tensor in leaf_tensors(model):
+        name = leaf if leaf in known else parameter_name(leaf)
         data = tensor.detach().clone()
-        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in plan.cuts else data
+        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in known else data
         memo.setdefault(id(tensor), nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
     return copy.deepcopy(model, memo)
 
