@@ -97,7 +97,7 @@ def meet(labels: Labels, rule: Expr, results: Sequence[tuple[int, ...]], reason:
 def _operand(labels: Labels, axes: Axes, value: Value, sizes: dict, order: dict, reason: int) -> _Operand:
     if len(axes) != len(value.shape):
         raise BadRule(f"{len(axes)} axes named, the tensor has shape {tuple(value.shape)}")
-    names, lengths = _factors(axes, value.shape, sizes)
+    names, lengths = factors(axes, value.shape, sizes)
     found: dict[tuple[str, ...], Array] = {}
     for array in value.fields:
         shape = []
@@ -131,7 +131,8 @@ def _names(group: tuple[str, ...], dim: int) -> list[str]:
     return [f"_{dim}" if name == "_" else name.strip("[]") for name in group]
 
 
-def _factors(axes: Axes, shape: tuple[int, ...], sizes: dict) -> tuple[list[str], dict[str, int]]:
+def factors(axes: Axes, shape: tuple[int, ...], sizes: dict) -> tuple[list[str], dict[str, int]]:
+    """The names of all factors of a tensor's axes, in order, and their lengths."""
     names, lengths = [], {}
     for dim, (group, size) in enumerate(zip(axes, shape, strict=True)):
         inner = _names(group, dim)

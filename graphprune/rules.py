@@ -179,8 +179,9 @@ def grid_sample(x, grid, *args):
 
 @rule("_weight_norm_interface")
 def weight_norm(v, g, dim=0):
-    axes = [LETTERS[i] if i == dim % len(v.shape) else f"[{LETTERS[i]}]" for i in range(len(v.shape))]
-    scale = " ".join(LETTERS[i] for i in range(len(g.shape)))
+    # dim == -1 is torch's word for one norm over everything.
+    axes = [LETTERS[i] if i == dim else f"[{LETTERS[i]}]" for i in range(len(v.shape))]
+    scale = " ".join(LETTERS[i] if i == dim else "1" for i in range(len(g.shape)))
     return expr(f"{' '.join(axes)}, {scale} -> {' '.join(axes)}, {scale}", v, g)
 
 

@@ -38,6 +38,8 @@ UNTAGGED = frozenset(
 )
 # Calls that turn a size into a factor of the function: it may not change.
 FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
+# What asks a tensor for a property: these calls are no steps of the model.
+UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
 HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
@@ -52,6 +54,16 @@ class Node:
     module: str
     line: str
     reduces: bool = False
+    step: int = -1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the Python code: its name, and the values of its tensor arguments and of its results, in order."""
+
+    name: str
+    args: tuple[Value | None, ...]
+    results: tuple[Value | None, ...]
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Graph:
     """What a model computes: the calls in order, the leaves (parameters, buffers, constants) and all labels."""
 
     nodes: list[Node]
+    steps: list[Step]
     leaves: dict[str, Value]
     labels: Labels
     inputs: list[Value]
@@ -112,7 +125,7 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
-        self.whole = False
+        self.step = -1
 
     def leaf(self, tensor: torch.Tensor, name: str) -> Value:
         held = free(self.labels, tuple(tensor.shape), range(tensor.ndim))
@@ -196,7 +209,7 @@ class Recorder(TorchDispatchMode):
             if before and tensor is before[0] and func._schema.is_mutable:
                 value.zero = False
             self.keep(tensor, value)
-        self.nodes.append(Node(func, seen[0], seen[1], values, module, line, reduces))
+        self.nodes.append(Node(func, seen[0], seen[1], values, module, line, reduces, self.step))
         return result
 
     def carry(self, func: Any, args: tuple, kwargs: dict, shapes: list, module: str, line: str) -> tuple[list[Fields], bool]:
@@ -223,7 +236,7 @@ class Recorder(TorchDispatchMode):
             weight = next((v for v in described.operands[1:] if isinstance(v, Value)), None)
             linear = "[" not in described.text and weight is not None and (weight.zero or described.operands[0].zero)
             return outs + [()] * (len(shapes) - len(outs)), reduces and not linear
-        if torch.Tag.pointwise in func.tags or _pointwise(func, name):
+        if torch.Tag.pointwise in func.tags or is_pointwise(func, name):
             ranked = [v for v in given if v.shape] or given
             if len(ranked) == 1 and len(ranked[0].shape) == len(shapes[0]):
                 return [ranked[0].fields for _ in shapes], False
@@ -257,7 +270,7 @@ class Recorder(TorchDispatchMode):
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
 
 
-def _pointwise(func: Any, name: str) -> bool:
+def is_pointwise(func: Any, name: str) -> bool:
     """In-place overloads and a few others lack the tag of their functional twin."""
     if name.rstrip("_") in UNTAGGED:
         return True
@@ -271,6 +284,7 @@ class Functions(TorchFunctionMode):
     def __init__(self, recorder: Recorder, calls: list[Call]) -> None:
         super().__init__()
         self.recorder, self.calls = recorder, calls
+        self.steps: list[Step] = []
         self.getter = torch.Tensor.shape
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -278,7 +292,10 @@ class Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "tensor" and str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
-        result = func(*args, **kwargs)
+        if name in UNSTEPPED:
+            result = func(*args, **kwargs)
+        else:
+            result = self.stepped(func, name, args, kwargs)
         if name == "__get__":
             if getattr(func, "__self__", None) is self.getter:
                 return self.sizes(args[0], result)
@@ -295,6 +312,15 @@ class Functions(TorchFunctionMode):
         calls_of(self.calls, self.recorder, name, args, kwargs, result, module)
         return result
 
+    def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        known = self.recorder.values
+        given = tuple(known.get(id(tensor)) for tensor in tensors((args, kwargs), torch.Tensor))
+        self.recorder.step = len(self.steps)
+        result = func(*args, **kwargs)
+        self.recorder.step = -1
+        self.steps.append(Step(name, given, tuple(known.get(id(tensor)) for tensor in tensors(result, torch.Tensor))))
+        return result
+
     def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
         value = self.recorder.values.get(id(tensor))
         if value is None or not value.fields:
@@ -304,20 +330,25 @@ class Functions(TorchFunctionMode):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep fused fast paths, and torch's own checks for function modes, out of the run."""
+def open_paths() -> Iterator[None]:
+    """Keep fused fast paths, and torch's own checks for function modes, out of the run: every call becomes visible."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     spaces = [(m, n, getattr(m, n)) for m in (nn.functional, torch.functional) for n in dir(m) if n.startswith("has_torch_function")]
     for space, name, _ in spaces:
         setattr(space, name, lambda *_: False)
     try:
-        with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for space, name, old in spaces:
             setattr(space, name, old)
+
+
+@contextmanager
+def _valueless() -> Iterator[None]:
+    with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        yield
 
 
 @contextmanager
@@ -371,7 +402,8 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         inputs.append(value)
     Size.floats, Size.equals = [], []
     with ExitStack() as scopes:
-        for scope in (_quiet(), _where(twin, stack), recorder, Functions(recorder, calls)):
+        functions = Functions(recorder, calls)
+        for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
     outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
@@ -379,6 +411,6 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for value in outputs:
         for held in value.fields:
             labels.lock(held, reason)
-    found = Graph(recorder.nodes, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
+    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
     found.__dict__.update(constants=recorder.constants, real=real)
     return found
