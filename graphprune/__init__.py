@@ -4,6 +4,7 @@ from .apply import apply
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .laws import check_rule
+from .masks import bake, masked, semi_structured
 from .plan import Plan
 from .rules import rule
 from .score import score
@@ -20,14 +21,17 @@ __all__ = [
     "Groups",
     "Plan",
     "apply",
+    "bake",
     "check_rule",
     "couple",
     "expand",
     "load",
+    "masked",
     "rule",
     "save",
     "score",
     "select",
+    "semi_structured",
     "shrink",
     "trace",
     "zeroed",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import BadInput, BadRatio, UnknownName
+from .errors import BadRatio, BadScore, UnknownName
 from .weights import Weight
 
 EntryScorer = Callable[[torch.Tensor], torch.Tensor]
@@ -99,7 +99,7 @@ def _custom(weight: Weight, shape: tuple, inside: tuple, found: torch.Tensor) ->
     flat = [n for a, n in enumerate(shape) if a not in inside]
     if not isinstance(found, torch.Tensor) or tuple(found.shape) not in (weight.shape, tuple(lengths), tuple(flat)):
         got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise BadInput(f"the score of {weight.name} has shape {got}; it is {weight.shape} (one per entry) or {tuple(flat)} (one per unit)")
+        raise BadScore(f"the score of {weight.name} has shape {got}; it is {weight.shape} (one per entry) or {tuple(flat)} (one per unit)")
     if tuple(found.shape) != weight.shape:
         return found.detach().reshape(lengths)
     seen = found.detach().reshape(shape)
@@ -128,7 +128,7 @@ def choose(units: Mapping[Weight, torch.Tensor], spec: Spec, ratio: float, scope
     """For every weight, which units go (True). ``scope="global"`` ranks all together and leaves each weight its best unit."""
     for weight, scores in units.items():
         if not bool(torch.isfinite(scores).all()):
-            raise BadInput(f"the scores of {weight.name} are not finite (nan or inf); look at its weights and gradients")
+            raise BadScore(f"the scores of {weight.name} are not finite (nan or inf); look at its weights and gradients")
     scores = {weight: _dead_first(weight, spec, found) for weight, found in units.items()}
     if spec.threshold is not None:
         gone = {weight: found < spec.threshold for weight, found in scores.items()}

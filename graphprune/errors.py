@@ -46,5 +46,17 @@ class BadRule(GraphpruneError, ValueError):
     """A rule's text does not fit its operation."""
 
 
+class NeedsBatches(GraphpruneError, ValueError):
+    """A score needs data and got none, or fewer than one batch: ``score(groups, model, "apoz", batches=loader)``."""
+
+
+class BadLoss(GraphpruneError, ValueError):
+    """The loss is missing, is not one number, is not finite, or does not depend on the model's parameters."""
+
+
+class BadScore(GraphpruneError, ValueError):
+    """A score has the wrong shape or is not finite, or a group lacks what the score measures; the message says where."""
+
+
 class NeedsValues(GraphpruneError):
     """Internal: control flow asked for a value that a run without values cannot give; trace with real values."""

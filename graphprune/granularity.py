@@ -17,13 +17,15 @@ from torch import nn
 from .catalogue import register
 from .depth import plan_depth
 from .entries import ENTRYWISE, Spec, check_criterion, choose, n_of_m, stays, unit_scores, views
-from .errors import BadRatio, NothingToPrune, UnknownName
+from .errors import BadRatio, NeedsBatches, NothingToPrune, UnknownName
 from .notation import Value
 from .parts import Part, pack
 from .plan import Plan
 from .positions import best_box, realise
 from .rules import RULES
-from .trace import Graph
+from .scores.data import Data, undisturbed
+from .scores.data import gradients as data_gradients
+from .trace import Graph, is_pointwise
 from .trees import leaf_tensors, tensors
 from .weights import THROUGH, Weight, weights
 
@@ -169,8 +171,16 @@ def _plan(decided: dict[Weight, tuple], left: dict[str, str]) -> Plan:
 
 
 def gradients(model: nn.Module, wanted: list[Weight], batches: Iterable | None, loss: Callable | None) -> dict[Weight, torch.Tensor]:
-    """The mean gradient of the loss over the batches, on a copy: the model's own ``.grad`` and statistics are untouched."""
-    raise NotImplementedError
+    """The mean gradient of the loss over all samples of the batches; the model and its ``.grad`` are left as they were."""
+    if batches is None:
+        raise NeedsBatches("the score 'taylor' needs data and a loss; give batches= (any iterable of batches) and loss=")
+    held = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
+    data, total, count = Data(model, batches, loss, name="taylor"), {}, 0
+    with undisturbed(model):
+        for found, size in data_gradients(data, {weight.leaf: held[weight.leaf] for weight in wanted}):
+            total = {leaf: total.get(leaf, 0) + grad * size for leaf, grad in found.items()}
+            count += size
+    return {weight: total[weight.leaf] / count for weight in wanted}
 
 
 def scale_of(graph: Graph, weight: Weight, data: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -185,7 +195,8 @@ def scale_of(graph: Graph, weight: Weight, data: Mapping[str, torch.Tensor]) -> 
             return gamma.detach() if fits else None
         given = list(tensors((node.args, node.kwargs)))
         one = len(given) == 1 and len(given[0].shape) == len(value.shape) and given[0].shape[1:2] == value.shape[1:2]
-        if not one or not (name in THROUGH or torch.Tag.pointwise in node.func.tags or name.rstrip("_") in ("relu", "silu", "gelu", "hardswish") or name in RULES):
+        pooled = name in RULES and "pool" in name
+        if not one or not (name in THROUGH or pooled or torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, name)):
             return None
         value = given[0]
     return None

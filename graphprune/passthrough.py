@@ -20,19 +20,21 @@ class Passthrough(nn.Module):
     """Returns the argument ``source`` (a position or a keyword), or zeros of its shape, in the form the module had.
 
     ``form`` is ``()`` for a tensor, or ``(kind, length, place)`` for a "tuple" or "list" with None everywhere else.
-    Plain attributes of the module that was here (numbers, strings) can still be read, since parents look at them.
+    Plain attributes of the module that was here (numbers, strings) can still be read, since parents look at them; what it
+    held is None.
     """
 
     def __init__(self, was: nn.Module, source: int | str, form: tuple = (), zero: bool = False) -> None:
         super().__init__()
         kept = {k: v for k, v in was.__dict__.items() if not k.startswith("_") and isinstance(v, int | float | str | None)}
         self.__dict__.update(kept)
+        for name in (*was._parameters, *was._buffers, *was._modules):
+            self.register_parameter(name, None)  # a parent that asks sees that it is gone
         self.was, self.source, self.form, self.zero = type(was).__name__, source, form, zero
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = args[self.source] if isinstance(self.source, int) else kwargs[self.source]
-        # Zeros that take no memory: whoever adds them sees the right shape.
-        given = given.new_zeros(()).expand(given.shape) if self.zero else given
+        given = torch.zeros_like(given) if self.zero else given
         if not self.form:
             return given
         kind, length, place = self.form

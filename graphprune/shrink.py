@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import nn
 
 from .apply import apply
 from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
+from .granularity import COARSE, finer, parse
 from .groups import Groups, couple
+from .heads import others
 from .plan import Plan, Survivors, make_plan
 from .score import Scorer, score
 from .select import check_ratio, select
@@ -28,7 +30,10 @@ def shrink(
     example_input: Any,
     ratio: float = 0.5,
     *,
+    granularity: str = "channel",
     criterion: str | Scorer = "l2",
+    batches: Iterable | None = None,
+    loss: Callable | None = None,
     scope: str = "layer",
     keep: Sequence[Any] | str = (),
     ratios: Mapping[Any, float] | None = None,
@@ -43,7 +48,8 @@ def shrink(
 
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
-    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with
+    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``granularity`` says what a unit is:
+    "channel", "head", "block", "layer", "group", "kernel", "vector", "weight" or n:m (:mod:`graphprune.granularity`). ``verify`` compares with
     :func:`zeroed` on the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -54,7 +60,12 @@ def shrink(
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    groups, kept, plan = decide(graph, model, ratio, criterion, scope, held, ratios, multiple_of, min_units)
+    if parse(granularity).name in COARSE:
+        heads = granularity == "head"
+        groups, kept, plan = decide(graph, model, ratio, criterion, scope, held, ratios, multiple_of, min_units, heads)
+    else:
+        own = _by_tensor(model, ratios)
+        plan = finer(graph, model, granularity, ratio, criterion=criterion, scope=scope, keep=held, ratios=own, batches=batches, loss=loss)
     small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
@@ -74,6 +85,7 @@ def decide(
     ratios: Mapping[Any, float] | None,
     multiple_of: int,
     min_units: int,
+    heads: bool = False,
 ) -> tuple[Groups, list, Plan]:
     """Couple, score and select; whatever no attribute can express is left whole, with the reason."""
     locks: list = []
@@ -81,9 +93,12 @@ def decide(
     ties: list[frozenset[int]] = []
     whole = tuple((name, None) for name in keep if name in graph.leaves)
     groups = couple(graph, whole)
+    if heads:
+        locks += others(groups)
+        groups = couple(graph, whole, tuple(locks))
     for _ in range(40):
         if not len(groups):
-            raise NothingToPrune(_nothing(groups))
+            raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
         own = _overrides(groups, model, ratios)
         scores = score(groups, model, criterion)
         while True:
@@ -212,6 +227,11 @@ def _overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | N
             if any(name in mine and axis == 0 for name, axis in group.places):
                 own[group.index] = ratio
     return own
+
+
+def _by_tensor(model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[str, float]:
+    """The ratios of single tensors."""
+    return {name: check_ratio(ratio, f"the ratio of {key!r}") for key, ratio in (ratios or {}).items() for name in named(model, [key])}
 
 
 def _nothing(groups: Groups) -> str:

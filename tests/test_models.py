@@ -55,7 +55,7 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links score select plan apply zeroed shrink store".split()
+    order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores score select parts plan masks kernels passthrough apply zeroed weights heads entries positions blocks depth granularity shrink store".split()
     for path in Path(graphprune.__file__).parent.glob("*.py"):
         if path.stem == "__init__":
             continue

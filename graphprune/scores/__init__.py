@@ -1,0 +1,1 @@
+"""What matters: scores, and the data they run on."""

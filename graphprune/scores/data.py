@@ -1,0 +1,158 @@
+"""Batches and the loss, as scores use them: any iterable, one pass at a time, and a model that is left as it was.
+
+>>> net = torch.nn.Linear(3, 2)
+>>> data = Data(net, [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))], torch.nn.functional.cross_entropy)
+>>> [(samples(batch), data.loss_of(batch).ndim) for batch in data]
+[(4, 0)]
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..errors import BadLoss, BadRatio, NeedsBatches
+from ..probe import batch_inputs
+from ..trees import replace, tensors
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches for one score.
+
+    ``loss`` is a function ``(output, labels)`` for batches ``(inputs, labels)`` (for any other batch it gets the batch
+    itself), or a function whose first argument is called ``model``: then ``loss(model, batch)``. Without one, the
+    output's own ``loss`` is taken where it has one. ``reduction`` says how the loss joins the samples of a batch.
+    """
+
+    model: nn.Module
+    batches: Iterable
+    loss: Callable | None = None
+    reduction: str = "mean"
+    progress: bool = True
+    name: str = "score"
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise BadRatio(f"reduction is {self.reduction!r}; it says whether the loss is the 'mean' or the 'sum' over the samples of a batch")
+        if not isinstance(self.batches, Iterable) or isinstance(self.batches, torch.Tensor | str | Mapping):
+            raise NeedsBatches(f"batches is a {type(self.batches).__name__}; give an iterable of batches, such as [x] or a DataLoader")
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches in order, with a progress bar when they take more than a few seconds."""
+        count = 0
+        for batch in tqdm(self.batches, desc=self.name, delay=5, leave=False, disable=not self.progress):
+            count += 1
+            yield batch
+        if not count:
+            hint = "the iterator is used up" if self.once else "the iterable is empty"
+            raise NeedsBatches(f"the score {self.name!r} needs at least one batch; {hint}")
+
+    @property
+    def once(self) -> bool:
+        """Whether the batches can be read only once."""
+        return iter(self.batches) is self.batches
+
+    def twice(self) -> None:
+        """Refuse batches that cannot be read again, for a score that passes over them more than once."""
+        if self.once:
+            raise NeedsBatches(f"the score {self.name!r} passes over the batches more than once; give a list or a DataLoader, not an iterator")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the loss is a forward function ``(model, batch)``."""
+        try:
+            return self.loss is not None and next(iter(inspect.signature(self.loss).parameters), "") == "model"
+        except ValueError:  # some built-in functions have no signature
+            return False
+
+    def run(self, batch: Any) -> Any:
+        """One forward pass of the model on a batch."""
+        if self.loss is not None and self.whole:
+            return self.loss(self.model, batch)
+        args, kwargs = batch_inputs(batch)
+        return self.model(*args, **kwargs)
+
+    def loss_of(self, batch: Any) -> Tensor:
+        """The loss of a batch: one finite number that depends on the model, or BadLoss."""
+        found = self.run(batch)
+        if not self.whole:
+            if self.loss is not None:
+                labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
+                found = self.loss(found, labels)
+            elif getattr(found, "loss", None) is not None:
+                found = found.loss
+            else:
+                raise BadLoss(f"the score {self.name!r} needs a loss; give loss=, a function (output, labels) or (model, batch)")
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+            raise BadLoss(f"the loss must be one number, it has {kind}; take its mean or its sum")
+        if not bool(torch.isfinite(found)):
+            raise BadLoss(f"the loss is {float(found.detach())}; look at the batch and at the model's output")
+        if not found.requires_grad:
+            raise BadLoss("the loss does not depend on the model's parameters; was it detached, or computed from the labels alone?")
+        return found.reshape(())
+
+
+def samples(batch: Any) -> int:
+    """How many samples a batch holds: the first length of its first input."""
+    first = next((t for t in tensors(batch_inputs(batch), torch.Tensor) if t.ndim), None)
+    return len(first) if first is not None else 1
+
+
+def one_by_one(batch: Any) -> Iterator[Any]:
+    """The batches of one sample each: every tensor with the batch's first length is split along it."""
+    count = samples(batch)
+    for index in range(count):
+        yield replace(batch, lambda t, i=index: t[i : i + 1] if t.ndim and len(t) == count else t)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Eval mode and a seed while a score runs the model; modes, buffers, ``requires_grad`` and random states are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+def gradients(data: Data, parameters: Mapping[str, Tensor], create_graph: bool = False) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """For every batch, the gradient of its mean loss by name, and its number of samples; ``.grad`` is never touched."""
+    for batch in data:
+        yield gradient(data, parameters, batch, create_graph), samples(batch)
+
+
+def gradient(data: Data, parameters: Mapping[str, Tensor], batch: Any, create_graph: bool = False) -> dict[str, Tensor]:
+    """The gradient of a batch's mean loss with respect to every parameter (zero where the loss does not reach it)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        loss = data.loss_of(batch)
+        loss = loss / samples(batch) if data.reduction == "sum" else loss
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, create_graph=create_graph)
+    if all(grad is None for grad in found):
+        raise BadLoss("the loss does not depend on any parameter that could be cut")
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
