@@ -1,17 +1,23 @@
 """Keep a cut model and get it back: safetensors for the weights, JSON for the plan, no pickle anywhere.
 
+Of a masked weight the surviving entries are stored, and the mask as one bit per entry.
+
 :func:`expand` undoes the cut's shapes: the original model with zeros where entries were removed.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from .apply import apply
 from .errors import BadPlan
+from .masks import mask_of, parameter_name
+from .parts import Part, pack, unpack
 from .plan import Plan
 from .trees import leaf_tensors
 
@@ -27,12 +33,32 @@ def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     stored: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
+    plan = _plan(small, plan)
+    masks = _masks(small, plan)
     for name, _, _, tensor in leaf_tensors(small):
+        if any(tensor is keep for keep in masks.values()):
+            continue
         if stored.setdefault(id(tensor), name) == name:
-            tensors[name] = tensor.detach().contiguous().clone()
+            keep = masks.get(parameter_name(name))
+            tensors[name] = (tensor.detach() if keep is None else tensor.detach()[keep]).contiguous().clone()
+    tensors |= {f"{name}.mask": torch.from_numpy(np.frombuffer(pack(keep), np.uint8).copy()) for name, keep in masks.items()}
     save_file(tensors, folder / "model.safetensors")
-    (folder / "plan.json").write_text(_plan(small, plan).to_json())
+    parts = tuple(Part("mask", part.name, None) if part.name in masks else part for part in plan.parts)
+    (folder / "plan.json").write_text(replace(plan, parts=parts).to_json())
     return folder
+
+
+def _masks(small: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """The masks that a plan put on a model, as they are now."""
+    found = {}
+    for part in plan.parts:
+        if part.kind == "mask":
+            path, _, name = part.name.rpartition(".")
+            held = mask_of(small.get_submodule(path), name)
+            if held is None:
+                raise BadPlan(f"the plan masks {part.name}, the model does not; bake() a model rather than removing parametrizations by hand")
+            found[part.name] = held.mask
+    return found
 
 
 def load(folder: str | Path, base: nn.Module) -> nn.Module:
@@ -48,10 +74,23 @@ def load(folder: str | Path, base: nn.Module) -> nn.Module:
         weights = load_file(folder / "model.safetensors")
     except OSError as error:
         raise BadPlan(f"{folder} holds no model saved by graphprune: {error}") from error
-    small = apply(base, plan)
+    try:
+        bits = {part.name: weights.pop(f"{part.name}.mask").numpy().tobytes() for part in plan.parts if part.kind == "mask" and part.data is None}
+        plan = replace(plan, parts=tuple(replace(part, data=bits.get(part.name, part.data)) for part in plan.parts))
+        small = apply(base, plan)
+    except BadPlan:
+        raise
+    except (KeyError, ValueError) as error:
+        raise BadPlan(f"the masks in {folder} do not fit the plan: {error}") from error
     with torch.no_grad():
         for name, _, _, tensor in leaf_tensors(small):
             if name in weights:
+                if parameter_name(name) in bits:
+                    keep = unpack(bits[parameter_name(name)], tuple(tensor.shape)).to(tensor.device)
+                    if weights[name].shape != tensor[keep].shape:
+                        raise BadPlan(f"{name} was saved with {weights[name].numel()} entries, its mask keeps {int(keep.sum())}")
+                    tensor.masked_scatter_(keep, weights[name].to(tensor))
+                    continue
                 if tensor.shape != weights[name].shape:
                     raise BadPlan(f"{name} was saved with shape {tuple(weights[name].shape)}, the base gives {tuple(tensor.shape)}")
                 tensor.copy_(weights[name])
@@ -63,8 +102,19 @@ def expand(small: nn.Module, plan: Plan | None = None) -> dict[str, torch.Tensor
     """The weights padded back to the original shapes, zero where entries were removed: a state by tensor name."""
     plan = _plan(small, plan)
     wide: dict[str, torch.Tensor] = {}
-    for name, _, _, tensor in leaf_tensors(small):
+    thin = {part.name: unpack(part.data, tuple(plan.shapes[part.name][1:])) for part in plan.parts if part.kind == "columns"}
+    masks = _masks(small, plan)
+    for leaf, _, _, tensor in leaf_tensors(small):
+        name = leaf if leaf in plan.cuts else parameter_name(leaf)
         data = tensor.detach()
+        own = leaf.rpartition(".")
+        if any(tensor is keep for keep in masks.values()) or (own[2] == "channels" and f"{own[0]}{own[1]}weight" in thin):
+            continue
+        if name in thin:
+            full = data.new_zeros(plan.shapes[name])
+            full.permute(0, 2, 3, 1)[:, thin[name].permute(1, 2, 0)] = data
+            wide[name] = full
+            continue
         for axis, kept in plan.cuts.get(name, {}).items():
             shape = list(data.shape)
             shape[axis] = plan.shapes[name][axis]
