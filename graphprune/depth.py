@@ -54,7 +54,9 @@ def plan_depth(
     owned = {one.name: [n for part in one.skips for n, _ in _tensors(model, part.name)] for one in found}
     free = [one for one in found if not held & set(owned[one.name])]
     if not free:
-        raise NothingToPrune(f"no {kind} of this model can be removed: none returns the shape it takes and is residual, in a chain, or only added; {len(found)} are kept")
+        raise NothingToPrune(
+            f"no {kind} of this model can be removed: none returns the shape it takes and is residual, in a chain, or only added; {len(found)} are kept"
+        )
     pools: dict[float | None, list[Removable]] = {}
     for one in free:
         own = {(ratios or {}).get(name) for name in owned[one.name]}
@@ -119,7 +121,8 @@ def _streams(graph: Graph, model: nn.Module, pool: list[Removable], data: Data, 
 
     def see(value: Any, tensor: torch.Tensor) -> torch.Tensor | None:
         if loss and tensor.requires_grad:
-            tensor.register_hook(lambda grad, key=id(value): slopes.__setitem__(key, grad))
+            key = id(value)
+            tensor.register_hook(lambda grad: slopes.__setitem__(key, grad))
         seen[id(value)] = tensor.detach().clone()  # what follows may write into it
         return None
 

@@ -60,7 +60,9 @@ def views(weight: Weight, spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (weight.groups, shape[0] // weight.groups, *shape[1:]), (1,)
 
 
-def unit_scores(weight: Weight, view: tuple, data: torch.Tensor, criterion: str | EntryScorer, grad: torch.Tensor | None, gamma: torch.Tensor | None) -> torch.Tensor:
+def unit_scores(
+    weight: Weight, view: tuple, data: torch.Tensor, criterion: str | EntryScorer, grad: torch.Tensor | None, gamma: torch.Tensor | None
+) -> torch.Tensor:
     """The score of every unit, with length 1 along the axes inside a unit; float64 in, float64 out.
 
     ``l1``, ``l2``, ``linf``: norm of the unit; ``synaptic``: ``|gamma_c| * ||W_oc||`` (Lin et al. 2018); ``taylor``:

@@ -45,6 +45,7 @@ NAMES = {
 for _name, _line in NAMES.items():
     register("granularity", _name, _line)
 OPTIONS = {"group": ("box",), "vector": ("row", "column")}
+WHOLE = "stays whole at this ratio"
 SLOW = "note: masked entries are stored and multiplied as zeros: stock hardware will not run the model faster for them"
 
 
@@ -94,13 +95,15 @@ def finer(
         decided = _boxes(mine, left, graph, model, ratio, own, criterion, batches, loss)
     else:
         decided = _entries(mine, left, graph, model, spec, ratio, own, scope, criterion, batches, loss)
-    if not decided:
+    if not decided and WHOLE not in left.values():
         rows = "\n".join(f"  {name} {why}" for name, why in list(left.items())[:8])
         raise NothingToPrune(f"no weight of this model can be pruned with granularity {granularity!r}" + (f":\n{rows}" if rows else ""))
     return _plan(decided, left)
 
 
-def _entries(mine: list, left: dict, graph: Graph, model: nn.Module, spec: Spec, ratio: float, own: dict, scope: str, criterion: Any, batches: Any, loss: Any) -> dict:
+def _entries(
+    mine: list, left: dict, graph: Graph, model: nn.Module, spec: Spec, ratio: float, own: dict, scope: str, criterion: Any, batches: Any, loss: Any
+) -> dict:
     """Masks (or what the positions of a group become) for single weights, vectors, kernels, groups and n:m."""
     shaped = Spec("weight") if spec.name == "n:m" else spec
     usable = {weight: views(weight, shaped) for weight in mine}
@@ -118,7 +121,9 @@ def _entries(mine: list, left: dict, graph: Graph, model: nn.Module, spec: Spec,
         tensor = data[weight.leaf] if weight.mask is None else data[weight.leaf].detach() * weight.mask
         scores[weight] = unit_scores(weight, view, tensor, criterion, grads.get(weight), gamma)
     if spec.name == "n:m":
-        return {weight: (Part("mask", weight.name, pack(keep)), keep, "masked") for weight in usable if (keep := n_of_m(weight, spec, scores[weight])) is not None}
+        return {
+            weight: (Part("mask", weight.name, pack(keep)), keep, "masked") for weight in usable if (keep := n_of_m(weight, spec, scores[weight])) is not None
+        }
     decided = {}
     for weight, gone in choose(scores, spec, ratio, scope, own).items():
         keep = stays(weight, spec, gone)
@@ -127,7 +132,7 @@ def _entries(mine: list, left: dict, graph: Graph, model: nn.Module, spec: Spec,
         elif not keep.all() or weight.mask is not None:
             decided[weight] = (Part("mask", weight.name, pack(keep)), keep, "masked")
         else:
-            left[weight.name] = "stays whole at this ratio"
+            left[weight.name] = WHOLE
     return decided
 
 
@@ -150,7 +155,7 @@ def _boxes(mine: list, left: dict, graph: Graph, model: nn.Module, ratio: float,
         keep = torch.zeros(weight.shape, dtype=torch.bool)
         keep[(slice(None), slice(None), *torch.meshgrid(*map(torch.tensor, box), indexing="ij"))] = True
         if keep.all():
-            left[weight.name] = "stays whole at this ratio"
+            left[weight.name] = WHOLE
         else:
             decided[weight] = _realised(weight, keep, graph, model)
     return decided

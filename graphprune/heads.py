@@ -46,5 +46,3 @@ def others(groups: Groups) -> tuple[tuple[Array, str], ...]:
     if not mine:
         raise NothingToPrune("no group of this model is made of attention heads: no softmax weighs values head by head along an axis that can be cut")
     return tuple((np.asarray(group.units), "only attention heads are cut") for group in groups if group.index not in mine)
-
-

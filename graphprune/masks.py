@@ -27,6 +27,7 @@ class Mask(nn.Module):
     """Zero where ``mask`` (boolean, of the weight's shape) is False; the gradient is zero there, too."""
 
     mask: torch.Tensor
+    order: tuple[str, ...] = ()  # of the module's parameters, before
 
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()
@@ -38,6 +39,14 @@ class Mask(nn.Module):
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
+
+
+def _own_class(module: nn.Module) -> None:
+    """Copies of a parametrised module share the class that torch made for it, and it holds the properties: changing one would break the others."""
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        inner = {key: held for key, held in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, inner)
 
 
 def mask_of(module: nn.Module, name: str) -> Mask | None:
@@ -56,7 +65,10 @@ def mask(module: nn.Module, name: str, keep: torch.Tensor) -> None:
     if old:
         old.mask = keep
     else:
-        parametrize.register_parametrization(module, name, Mask(keep))
+        added = Mask(keep)
+        added.order = tuple(module._parameters)
+        _own_class(module)
+        parametrize.register_parametrization(module, name, added)
 
 
 def masked(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -104,7 +116,7 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     >>> layer = nn.Linear(2, 1)
     >>> mask(layer, "weight", torch.tensor([[True, False]]))
     >>> list(bake(layer).state_dict()), type(bake(layer)) is nn.Linear
-    (['bias', 'weight'], True)
+    (['weight', 'bias'], True)
     """
     names = list(masked(model))
     if not names:
@@ -112,7 +124,12 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     baked = model if inplace else copy.deepcopy(model)
     for name in names:
         path, _, own = name.rpartition(".")
-        parametrize.remove_parametrizations(baked.get_submodule(path), own, leave_parametrized=True)
+        module = baked.get_submodule(path)
+        order = mask_of(module, own).order
+        _own_class(module)
+        parametrize.remove_parametrizations(module, own, leave_parametrized=True)
+        if set(order) == set(module._parameters):
+            module._parameters = {key: module._parameters[key] for key in order}
     plan = baked.__dict__.get("graphprune_plan")
     if plan is not None:
         baked.__dict__["graphprune_plan"] = replace(plan, parts=tuple(p for p in plan.parts if p.kind != "mask"))

@@ -26,7 +26,15 @@ from .trace import Graph, Node
 from .trees import leaf_tensors, tensors
 
 # Where the weight stands among an operation's arguments, and which of its axes is summed: (position, axis from the end).
-CONTRACTIONS = {"mm": ((0, -1), (1, -2)), "addmm": ((1, -1), (2, -2)), "bmm": ((0, -1), (1, -2)), "baddbmm": ((1, -1), (2, -2)), "linear": ((1, -1),), "mv": ((0, -1),)}
+CONTRACTIONS = {
+    "mm": ((0, -1), (1, -2)),
+    "addmm": ((1, -1), (2, -2)),
+    "bmm": ((0, -1), (1, -2)),
+    "baddbmm": ((1, -1), (2, -2)),
+    "linear": ((1, -1),),
+    "mv": ((0, -1),),
+}
+RECURRENT = "belongs to a recurrent layer, which reads its weights all at once"
 THROUGH = frozenset((*MOVES, "expand"))
 
 
@@ -58,7 +66,7 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
     found, left = {}, {}
     for index, node in enumerate(graph.nodes):
         for value, axis in _operands(node):
-            leaf = source(graph, value, masks)
+            leaf, anchor = source(graph, value, masks)
             if leaf is None or leaf in found or leaf in left:
                 continue
             module, own, tensor = held.get(leaf, (None, "", None))
@@ -66,11 +74,11 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
                 continue
             name = parameter_name(leaf)
             shared = [other for other in owners[id(tensor)] if other != leaf]
-            inputs = _along(graph.leaves[leaf], value, axis)
+            inputs = _along(anchor, value, axis)
             if shared:
                 left[leaf] = f"is tied to {shared[0]}"
             elif isinstance(module, nn.RNNBase):
-                left[leaf] = "belongs to a recurrent layer, which reads its weights all at once"
+                left[leaf] = RECURRENT
             elif inputs is None:
                 left[leaf] = "is summed over several of its axes at once"
             else:
@@ -80,7 +88,12 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
     for prefix, module in model.named_modules():
         for own in module.parametrizations if parametrize.is_parametrized(module) else ():
             if mask_of(module, own) is None:
-                left[f"{prefix}.{own}".lstrip(".")] = f"is already parametrised ({type(module.parametrizations[own][-1]).__name__}): remove_parametrizations first"
+                left[f"{prefix}.{own}".lstrip(".")] = (
+                    f"is already parametrised ({type(module.parametrizations[own][-1]).__name__}): remove_parametrizations first"
+                )
+    for leaf, (module, _, tensor) in held.items():
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and leaf not in found and "parametrizations." not in leaf:
+            left.setdefault(leaf, RECURRENT if isinstance(module, nn.RNNBase) else "is no operand of a product")
     return list(found.values()), left
 
 
@@ -93,21 +106,22 @@ def _operands(node: Node) -> list[tuple[Value, int]]:
     return [(node.args[at], len(node.args[at].shape) + axis) for at, axis in spots if len(node.args) > at and isinstance(node.args[at], Value)]
 
 
-def source(graph: Graph, value: Value, masks: dict[str, torch.Tensor] | None = None) -> str | None:
-    """The leaf that a tensor of the run is, seen through movements and our own masks."""
+def source(graph: Graph, value: Value, masks: dict[str, torch.Tensor]) -> tuple[str | None, Value]:
+    """The leaf that a tensor of the run is, seen through movements and our own masks; and the last value that has the leaf's axes."""
+    anchor = None
     while not value.leaf:
         if value.node < 0:
-            return None
+            return None, value
         node = graph.nodes[value.node]
         given = list(tensors((node.args, node.kwargs)))
         name = node.func._schema.name.rpartition("::")[2]
-        if name == "where" and len(given) > 1 and _masks(given[0].leaf, masks or {}):
-            value = given[1]
+        if name == "where" and len(given) > 1 and _masks(given[0].leaf, masks):
+            anchor, value = value, given[1]
         elif name in THROUGH and len(given) == 1:
             value = given[0]
         else:
-            return None
-    return value.leaf
+            return None, value
+    return value.leaf, anchor or value
 
 
 def _masks(leaf: str, masks: dict[str, torch.Tensor]) -> bool:

@@ -226,7 +226,9 @@ def test_bake_makes_zeros_permanent(tmp_path):
     assert wide.keys() == model.state_dict().keys() and torch.equal(wide["0.weight"], baked[0].weight)
     with pytest.raises(BadModel, match="nothing to bake"):
         graphprune.bake(baked)
-    assert copy.deepcopy(small)(X).equal(small(X))
+    twin = copy.deepcopy(small)
+    graphprune.bake(twin, inplace=True)
+    assert twin(X).equal(small(X)) and graphprune.masked(small) and not graphprune.masked(twin)
 
 
 def test_channels_of_a_masked_model_can_be_cut():

@@ -55,7 +55,8 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores score select parts plan masks kernels passthrough apply zeroed weights heads entries positions blocks depth granularity shrink store".split()
+    order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores score select".split()
+    order += "parts plan masks kernels passthrough apply zeroed weights heads entries positions blocks depth granularity shrink store".split()
     for path in Path(graphprune.__file__).parent.glob("*.py"):
         if path.stem == "__init__":
             continue
