@@ -1,13 +1,15 @@
 """graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
 
+from . import scores
 from .apply import apply
+from .catalogue import available, register
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .laws import check_rule
 from .masks import bake, masked, semi_structured
 from .plan import Plan
 from .rules import rule
-from .score import score
+from .scores import Score, score
 from .select import select
 from .shrink import shrink
 from .store import expand, load, save
@@ -20,16 +22,20 @@ __all__ = [
     "Group",
     "Groups",
     "Plan",
+    "Score",
     "apply",
+    "available",
     "bake",
     "check_rule",
     "couple",
     "expand",
     "load",
     "masked",
+    "register",
     "rule",
     "save",
     "score",
+    "scores",
     "select",
     "semi_structured",
     "shrink",

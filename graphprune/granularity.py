@@ -23,6 +23,7 @@ from .parts import Part, pack
 from .plan import Plan
 from .positions import best_box, realise
 from .rules import RULES
+from .scores import Score
 from .scores.data import Data, undisturbed
 from .scores.data import gradients as data_gradients
 from .trace import Graph, is_pointwise
@@ -82,6 +83,7 @@ def finer(
 ) -> Plan:
     """The plan for a granularity other than channels and heads; ``keep`` and ``ratios`` name tensors."""
     spec = parse(granularity)
+    criterion = criterion.name if isinstance(criterion, Score) else criterion
     if scope not in ("layer", "global", "isomorphic"):
         raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic'")
     if spec.name in ("layer", "block"):

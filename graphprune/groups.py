@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .labels import Array, Joint, Partition, Reason
+from .labels import rows as rows_of
 from .notation import Value
 from .trace import Graph
 
@@ -107,17 +108,12 @@ def _name_slices(parts: Partition, joints: list[Joint]) -> None:
     for joint in joints:
         if joint.slices is None:
             continue
-        rows = np.sort(parts.find(_rows(joint.array, joint.axes)), axis=1)
+        rows = np.sort(parts.find(joint.rows()), axis=1)
         for row, label in zip(rows, joint.slices.ravel(), strict=True):
             first = names.setdefault(np.unique(row).tobytes(), int(label))
             left.append(first)
             right.append(label)
     parts.union(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
-
-
-def _rows(array: Array, axes: tuple[int, ...]) -> Array:
-    lead = np.moveaxis(array, axes, range(len(axes)))
-    return lead.reshape(int(np.prod(lead.shape[: len(axes)])), -1)
 
 
 def _decide(parts: Partition, members: list[Joint]) -> None:
@@ -126,10 +122,10 @@ def _decide(parts: Partition, members: list[Joint]) -> None:
         for axis in range(joint.array.ndim):
             named = joint.slices is not None and joint.axes == (axis,)
             rank = (0 if named and joint.carried else 1 if named else 2, axis, number)
-            key = np.sort(parts.find(_rows(joint.array, (axis,))), axis=1).tobytes()
+            key = np.sort(parts.find(rows_of(joint.array, (axis,))), axis=1).tobytes()
             candidates[key] = min(candidates.get(key, (rank, joint, axis)), (rank, joint, axis), key=lambda c: c[0])
     for _, joint, axis in sorted(candidates.values(), key=lambda c: c[0]):
-        rows = parts.find(_rows(joint.array, (axis,)))
+        rows = parts.find(rows_of(joint.array, (axis,)))
         if _choices(parts, rows, members) >= 2:
             parts.union(np.repeat(rows[:, 0], rows.shape[1]), rows.ravel())
             break
@@ -151,7 +147,7 @@ def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
     for joint in members:
         if joint.slices is None:
             continue
-        inner = _rows(joint.array, joint.axes)
+        inner = joint.rows()
         inside = trial.find(np.searchsorted(every, parts.find(inner)).astype(np.int32).clip(0, len(every) - 1))
         same = (inside == inside[:, :1]).all(axis=1)
         closed = parts.is_locked(joint.slices.ravel())
@@ -168,7 +164,7 @@ def _follow(parts: Partition, joint: Joint) -> None:
         parts.lock(rows.ravel())
     if joint.slices is None:
         return
-    rows = parts.find(_rows(joint.array, joint.axes))
+    rows = parts.find(joint.rows())
     same = (rows == rows[:, :1]).all(axis=1)
     flat = joint.slices.ravel()
     parts.union(flat[same], rows[same, 0])

@@ -47,6 +47,10 @@ class Joint:
     slices: Array | None = None
     carried: bool = False
 
+    def rows(self) -> Array:
+        """The labels of each slice, one row a slice."""
+        return rows(self.array, self.axes)
+
 
 class Partition:
     """Sets of labels that stay or go together (union-find over arrays; a set's name is its smallest label)."""
@@ -159,6 +163,16 @@ class Labels:
         for labels, _ in self.locks:
             parts.lock(labels.ravel())
         return parts
+
+
+def rows(array: Array, axes: tuple[int, ...]) -> Array:
+    """An array with one row for each position along ``axes``.
+
+    >>> rows(np.arange(6).reshape(2, 3), (1,)).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    lead = np.moveaxis(array, axes, range(len(axes)))
+    return lead.reshape(int(np.prod(lead.shape[: len(axes)])), -1)
 
 
 def varying(array: Array) -> tuple[int, ...]:

@@ -60,7 +60,7 @@ def _view(array, shape, out, *args, **kwargs):
     return [reshape(array, shape, out[0])]
 
 
-@move("squeeze", "unsqueeze", "flatten")
+@move("squeeze", "unsqueeze", "flatten", "squeeze_", "unsqueeze_")
 def _squeeze(array, shape, out, *args, **kwargs):
     return [reshape(array, shape, out[0])]
 
@@ -70,12 +70,12 @@ def _permute(array, shape, out, dims):
     return [array.transpose([_wrap(d, len(shape)) for d in dims])]
 
 
-@move("transpose")
+@move("transpose", "transpose_")
 def _transpose(array, shape, out, dim0, dim1):
     return [array.swapaxes(_wrap(dim0, len(shape)), _wrap(dim1, len(shape)))]
 
 
-@move("t")
+@move("t", "t_")
 def _t(array, shape, out):
     return [array.T]
 
@@ -146,3 +146,10 @@ def _pixel_unshuffle(array, shape, out, factor):
     n = len(lead)
     moved = wide.transpose([*range(n), n, n + 2, n + 4, n + 1, n + 3])
     return [reshape(moved, (*lead, c, factor, factor, h // factor, w // factor), out[0])]
+
+
+@move("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(array, shape, out, groups):
+    b, c, *space = shape
+    parts = reshape(array, shape, (b, groups, c // groups, *space)).swapaxes(1, 2)
+    return [reshape(parts, (b, c // groups, groups, *space), out[0])]

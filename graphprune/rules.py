@@ -90,7 +90,7 @@ def mv(x, y):
     return expr("n i, i -> n", x, y)
 
 
-@rule("dot")
+@rule("dot", "vdot")
 def dot(x, y):
     return expr("i, i -> ", x, y)
 
@@ -103,6 +103,13 @@ def addmm(bias, x, y, **kwargs):
 @rule("baddbmm")
 def baddbmm(bias, x, y, **kwargs):
     return expr(f"{' '.join('bno'[-len(bias.shape) :])}, b n i, b i o -> b n o", bias, x, y)
+
+
+@rule("_trilinear")
+def trilinear(x, y, z, expand1, expand2, expand3, sumdim, unroll_dim=1):
+    every = LETTERS[: len(x.shape) + len(expand1)]
+    axes = [" ".join(a for i, a in enumerate(every) if i not in expanded) for expanded in (expand1, expand2, expand3, sumdim)]
+    return expr(f"{', '.join(axes[:3])} -> {axes[3]}", x, y, z)
 
 
 @rule("linear")
@@ -164,6 +171,35 @@ def pooling(x, *args, **kwargs):
     lead = " ".join(LETTERS[: len(x.shape) - space])
     axes = lead + " _" * space
     return expr(f"{axes} -> {axes}, {axes}", x)
+
+
+@rule("im2col")
+def unfold(x, kernel, *args):
+    return expr("b c _ _ -> b (c k) _", x, k=kernel[0] * kernel[1])
+
+
+@rule("col2im")
+def fold(x, size, kernel, *args):
+    return expr("b (c k) _ -> b c _ _", x, k=kernel[0] * kernel[1])
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fft(x, dim, *args):
+    over = _dims(dim, len(x.shape))
+    axes = " ".join("_" if i in over else LETTERS[i] for i in range(len(x.shape)))
+    return expr(f"{axes} -> {axes}", x)
+
+
+@rule("view_as_complex")
+def view_as_complex(x):
+    axes = " ".join(LETTERS[: len(x.shape) - 1])
+    return expr(f"{axes} _ -> {axes}", x)
+
+
+@rule("view_as_real")
+def view_as_real(x):
+    axes = " ".join(LETTERS[: len(x.shape)])
+    return expr(f"{axes} -> {axes} _", x)
 
 
 @rule("reflection_pad1d", "replication_pad1d")

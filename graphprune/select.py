@@ -15,7 +15,7 @@ import torch
 
 from .errors import BadRatio
 from .groups import Group, Groups
-from .score import Scores
+from .scores import Scores, kind
 
 Kept = list[torch.Tensor]
 
@@ -59,7 +59,7 @@ def select(
     pools: dict[object, list[Group]] = defaultdict(list)
     for group in groups:
         alone = scope == "layer" or group.index in own
-        pools[group.index if alone else None if scope == "global" else _kind(groups, group)].append(group)
+        pools[group.index if alone else None if scope == "global" else kind(groups, group)].append(group)
     counts = {}
     for pool in pools.values():
         shares = _shares(pool, scores, [own.get(group.index, ratio) for group in pool])
@@ -87,9 +87,3 @@ def _shares(pool: Sequence[Group], scores: Scores, ratios: Sequence[float]) -> l
     owner = torch.cat([torch.full((group.size,), i) for i, group in enumerate(pool)])
     order = torch.sort(every, descending=True, stable=True).indices[: width(len(every), ratios[0])]
     return torch.bincount(owner[order], minlength=len(pool)).tolist()
-
-
-def _kind(groups: Groups, group: Group) -> tuple:
-    """The ordered kinds of places: tensor rank, axis, and the last part of the tensor's name."""
-    leaves = groups.graph.leaves
-    return tuple((len(leaves[name].shape), axis, name.rpartition(".")[2]) for name, axis in group.places)

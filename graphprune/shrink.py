@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from .granularity import COARSE, finer, parse
 from .groups import Groups, couple
 from .heads import others
 from .plan import Plan, Survivors, make_plan
-from .score import Scorer, score
+from .scores import Criterion, Scores
+from .scores.attempts import attempts
 from .select import check_ratio, select
 from .sizes import leaves
 from .symbols import solve
@@ -31,7 +32,7 @@ def shrink(
     ratio: float = 0.5,
     *,
     granularity: str = "channel",
-    criterion: str | Scorer = "l2",
+    criterion: Criterion = "l2",
     batches: Iterable | None = None,
     loss: Callable | None = None,
     scope: str = "layer",
@@ -49,8 +50,9 @@ def shrink(
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
     ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``granularity`` says what a unit is:
-    "channel", "head", "block", "layer", "group", "kernel", "vector", "weight" or n:m (:mod:`graphprune.granularity`). ``verify`` compares with
-    :func:`zeroed` on the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
+    "channel", "head", "block", "layer", "group", "kernel", "vector", "weight" or n:m (:mod:`graphprune.granularity`).
+    ``criterion``, ``batches`` and ``loss`` are those of :func:`graphprune.score`. ``verify`` compares with :func:`zeroed` on
+    the example. Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
@@ -61,8 +63,8 @@ def shrink(
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
     if parse(granularity).name in COARSE:
-        heads = granularity == "head"
-        groups, kept, plan = decide(graph, model, ratio, criterion, scope, held, ratios, multiple_of, min_units, heads)
+        scored = attempts(model, criterion, batches, loss)
+        groups, kept, plan = decide(graph, model, ratio, scored, scope, held, ratios, multiple_of, min_units, granularity == "head")
     else:
         own = _by_tensor(model, ratios)
         plan = finer(graph, model, granularity, ratio, criterion=criterion, scope=scope, keep=held, ratios=own, batches=batches, loss=loss)
@@ -79,7 +81,7 @@ def decide(
     graph: Graph,
     model: nn.Module,
     ratio: float,
-    criterion: str | Scorer,
+    scored: Callable[[Groups], Iterator[Scores]],
     scope: str,
     keep: list[str],
     ratios: Mapping[Any, float] | None,
@@ -100,18 +102,20 @@ def decide(
         if not len(groups):
             raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
         own = _overrides(groups, model, ratios)
-        scores = score(groups, model, criterion)
-        while True:
-            kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
-            edits, wrong = solve(graph.symbols, graph.calls, graph.floats, graph.equals, Survivors(groups, kept).length)
-            tied = _tie(groups, wrong, ties)
-            if tied == ties:
+        for scores in scored(groups):
+            while True:
+                kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
+                edits, wrong = solve(graph, Survivors(groups, kept).length)
+                tied = _tie(groups, wrong, ties)
+                if tied == ties:
+                    break
+                ties = tied
+            if wrong:
                 break
-            ties = tied
-        if not wrong:
+        else:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
-            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor depends on this size"
+            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")

@@ -27,12 +27,33 @@ OPERATORS: dict[str, Callable] = {
 }
 
 
+COMPARISONS: dict[str, Callable] = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def _compared(symbol: str) -> Callable:
+    """A comparison that writes down its outcome: the code may have branched on it."""
+    compute = COMPARISONS[symbol]
+
+    def method(self: Size, other: object) -> bool:
+        if not isinstance(other, int):
+            return compute(int(self), other) if isinstance(other, float) else NotImplemented
+        outcome = compute(int(self), int(other))
+        Size.outcomes.append((symbol, self.expr, expression(other), outcome))
+        return outcome
+
+    return method
+
+
 class Size(int):
-    """An integer with the expression that made it; ``floats`` and ``equals`` collect uses that must stay true."""
+    """An integer with the expression that made it.
+
+    ``floats``, ``equals`` and ``outcomes`` collect uses that must stay true: factors, equal sizes, and branches taken.
+    """
 
     expr: Expr
     floats: list[Expr] = []
     equals: list[tuple[Expr, Expr]] = []
+    outcomes: list[tuple[str, Expr, Expr, bool]] = []
 
     def __new__(cls, value: int, expr: Expr) -> Size:
         size = super().__new__(cls, value)
@@ -43,7 +64,7 @@ class Size(int):
         return int.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
-        same = int.__eq__(self, other) if isinstance(other, int) else NotImplemented
+        same = _compared("==")(self, other)
         if same is True and isinstance(other, Size):
             Size.equals.append((self.expr, other.expr))
         return same
@@ -96,6 +117,8 @@ def _binary(symbol: str, reverse: bool) -> Callable:
     return method
 
 
+for _symbol, _name in (("<", "lt"), ("<=", "le"), (">", "gt"), (">=", "ge")):
+    setattr(Size, f"__{_name}__", _compared(_symbol))
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
     setattr(Size, f"__{_name}__", _binary(_symbol, reverse=False))
     setattr(Size, f"__r{_name}__", _binary(_symbol, reverse=True))

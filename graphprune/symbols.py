@@ -7,7 +7,7 @@ returns the calls that no attribute can satisfy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from .notation import Value
-from .sizes import Expr, Size, evaluate, expression, leaves
+from .sizes import COMPARISONS, Expr, Size, evaluate, expression, leaves
 
 # Modules whose attributes follow from the shapes of their own weights (see apply.py).
 SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Embedding, nn.GroupNorm)
 SHAPED += (nn.RMSNorm, nn.PReLU)
+# … and which axis of their weight such an attribute repeats.
+REPEATS = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0}
+REPEATS |= {"embedding_dim": 1, "num_embeddings": 0, "num_parameters": 0}
 COUNTS = ("groups", "num_groups", "normalized_shape")
 
 
@@ -44,8 +47,11 @@ class Call:
     line: str
 
 
-def plant(model: nn.Module) -> dict[tuple, int]:
-    """Replace integer attributes (also inside lists, tuples and plain objects) by sizes; return what they were."""
+def plant(model: nn.Module, values: Mapping[int, Value]) -> dict[tuple, int]:
+    """Replace integer attributes (also inside lists, tuples and plain objects) by sizes; return what they were.
+
+    ``values`` finds the value of a tensor by its id: attributes that repeat the shape of a weight speak of that weight.
+    """
     symbols: dict[tuple, int] = {}
 
     def size(path: tuple, value: Any) -> Any:
@@ -59,12 +65,25 @@ def plant(model: nn.Module) -> dict[tuple, int]:
     for name, module in model.named_modules():
         for key, value in list(module.__dict__.items()):
             known = isinstance(module, SHAPED) and type(module).__module__.startswith("torch.nn.")
+            if known and key in REPEATS and type(value) is int:
+                _repeat(module, key, values)
             if key.startswith("_") or (known and key not in COUNTS):
                 continue
             planted = size((name, key), value)
             if planted is not value:
                 module.__dict__[key] = planted
     return symbols
+
+
+def _repeat(module: nn.Module, key: str, values: Mapping[int, Value]) -> None:
+    weight = module._parameters.get("weight")
+    weight = module._buffers.get("running_mean") if weight is None else weight
+    axis = REPEATS[key]
+    if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
+        axis = 1 - axis
+    found = values.get(id(weight))
+    if found is not None and axis < len(found.shape) and found.shape[axis] == module.__dict__[key]:
+        module.__dict__[key] = Size(found.shape[axis], ("dim", found, axis))
 
 
 def _ints(items: Any) -> list:
@@ -116,8 +135,6 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
                 add(given, known(part), "size", dim)
     elif name == "chunk":
         _even(recorder, result, args[2] if len(args) > 2 else kwargs.get("dim", 0))
-    elif name == "lstm" or name == "gru":
-        pass
     elif name == "__getitem__" and known(args[0]):
         _getitem(add, known(args[0]), args[1])
     elif name == "narrow" and known(args[0]):
@@ -126,9 +143,7 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
     elif name == "group_norm":
         add(args[1], known(args[0]), "blocks", 1, int(args[1]))
     elif name.startswith("conv") and known(args[0]):
-        at = 8 if "transpose" in name else 6
-        at = at - 1 if "transpose" in name else at
-        groups = kwargs.get("groups", args[at] if len(args) > at else 1)
+        groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
         if isinstance(groups, int) and groups > 1:
             add(groups, known(args[0]), "blocks", 1 if args[0].ndim == args[1].ndim else 0, int(groups))
     elif name == "layer_norm":
@@ -142,8 +157,9 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
         for index, given in enumerate(args[1]):
             dim = len(out.shape) - 1 - index // 2
             add(given, out, "after" if index % 2 else "before", dim, int(given))
-    elif name in ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
-        pass
+    elif name in ("channel_shuffle", "native_channel_shuffle"):
+        groups = args[1] if len(args) > 1 else kwargs["groups"]
+        add(groups, known(args[0]), "blocks", 1, int(groups))
     elif name == "scaled_dot_product_attention" and kwargs.get("scale") is None and known(args[0]):
         Size.floats.append(("dim", known(args[0]), args[0].dim() - 1))
 
@@ -180,8 +196,12 @@ def _getitem(add: Callable, value: Value, index: Any) -> None:
         dim += 1 if not isinstance(item, torch.Tensor) or item.dtype != torch.bool else item.ndim
 
 
-def solve(symbols: dict, calls: list[Call], floats: list, equals: list, length: Callable[[Need], int]) -> tuple[dict, list]:
-    """New values of attributes, and the (labels' place, why) of what they cannot satisfy."""
+def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list]:
+    """New values of attributes, and the (need, expression, call) of what they cannot satisfy.
+
+    Sizes given to calls must be the cut lengths, factors must keep their value, and comparisons their outcome.
+    """
+    symbols: dict[tuple, int] = graph.symbols
     new: dict[tuple, int] = {}
 
     def dims(leaf: Expr) -> int:
@@ -189,8 +209,8 @@ def solve(symbols: dict, calls: list[Call], floats: list, equals: list, length: 
             return length(Need("size", leaf[1], leaf[2]))
         return new.get(leaf[1], symbols.get(leaf[1], 0))
 
-    wanted = [(call.expr, length(call.need), call) for call in calls]
-    for left, right in equals:
+    wanted = [(call.expr, length(call.need), call) for call in graph.calls]
+    for left, right in graph.equals:
         for mine, other in ((left, right), (right, left)):
             if mine[0] == "attr" and other[0] == "dim":
                 need = Need("size", other[1], other[2])
@@ -210,7 +230,10 @@ def solve(symbols: dict, calls: list[Call], floats: list, equals: list, length: 
         else:
             del new[path]
     wrong = [(call.need, expr, call) for expr, value, call in wanted if evaluate(expr, dims) != value]
-    frozen = [expr for expr in floats if evaluate(expr, dims) != evaluate(expr, _old(symbols))]
+    frozen = [expr for expr in graph.floats if evaluate(expr, dims) != evaluate(expr, _old(symbols))]
+    for symbol, left, right, outcome in graph.outcomes:
+        if COMPARISONS[symbol](evaluate(left, dims), evaluate(right, dims)) != outcome:
+            frozen.append(("-", left, right))
     return {path: value for path, value in new.items() if value != symbols[path]}, wrong + [(None, e, None) for e in frozen]
 
 

@@ -38,6 +38,8 @@ UNTAGGED = frozenset(
 )
 # Calls that turn a size into a factor of the function: it may not change.
 FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
+# Moves that take parts of an axis.
+PARTS = frozenset("slice split split_with_sizes unsafe_split unsafe_split_with_sizes split_with_sizes_copy narrow".split())
 # What asks a tensor for a property: these calls are no steps of the model.
 UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
 HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
@@ -79,6 +81,7 @@ class Graph:
     calls: list[Call]
     floats: list
     equals: list
+    outcomes: list
     symbols: dict
     example: tuple[tuple, dict]
 
@@ -228,7 +231,8 @@ class Recorder(TorchDispatchMode):
             moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
             outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
             self.box(outs)
-            self.singled(source, outs, shapes, reason)
+            if name in PARTS:
+                self.singled(source, outs, shapes, reason)
             return outs, False
         if plain in RULES:
             described = RULES[plain](*args, **kwargs)
@@ -309,7 +313,9 @@ class Functions(TorchFunctionMode):
         if name in FACTORS:
             Size.floats += [arg.expr for arg in args if type(arg) is Size]
         module = self.recorder.stack[-1] if self.recorder.stack else ""
+        own = len(Size.outcomes)
         calls_of(self.calls, self.recorder, name, args, kwargs, result, module)
+        del Size.outcomes[own:]  # what was compared here is no branch of the model
         return result
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
@@ -347,8 +353,14 @@ def open_paths() -> Iterator[None]:
 
 @contextmanager
 def _valueless() -> Iterator[None]:
-    with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        yield
+    """No gradients, and no fused kernels whose parts could not be seen."""
+    fused = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = fused
 
 
 @contextmanager
@@ -392,7 +404,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for name, _, _, tensor in leaf_tensors(twin):
         if id(tensor) not in recorder.values:
             recorder.leaf(tensor, name)
-    symbols = plant(twin)
+    symbols = plant(twin, recorder.values)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to("meta")  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
     inputs = []
@@ -400,7 +412,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         value = Value(tuple(tensor.shape), leaf=f"<input {len(inputs)}>")
         recorder.keep(tensor, value)
         inputs.append(value)
-    Size.floats, Size.equals = [], []
+    Size.floats, Size.equals, Size.outcomes = [], [], []
     with ExitStack() as scopes:
         functions = Functions(recorder, calls)
         for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
@@ -411,6 +423,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for value in outputs:
         for held in value.fields:
             labels.lock(held, reason)
-    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, Size.floats, Size.equals, symbols, example)
+    uses = Size.floats, Size.equals, Size.outcomes
+    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
     found.__dict__.update(constants=recorder.constants, real=real)
     return found

@@ -10,11 +10,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .errors import BadInput
-from .groups import couple
 from .masks import parameter_name
 from .notation import Value
 from .passthrough import passed
@@ -61,19 +61,28 @@ def _masked(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 class _Masks:
-    """The surviving positions along every axis of every value, from the plan's cuts of the leaves."""
+    """The surviving positions along every axis of every value, from the plan's cuts of the leaves.
+
+    It asks nothing of how groups were settled: a cut position takes the labels joined to it, and a slice (a head, a convolution group) goes with the
+    last of its entries.
+    """
 
     def __init__(self, graph: Graph, plan: Plan) -> None:
-        groups = couple(graph)
-        self.root = torch.from_numpy(groups.root.copy()).long()
-        self.stays = torch.ones(len(self.root), dtype=torch.bool)
+        root = graph.labels.partition().parent
+        gone = np.zeros(len(root), dtype=bool)
         for name, axes in plan.cuts.items():
             for axis, kept in axes.items():
                 field = next(f for f in graph.leaves[name].fields if f.shape[axis] > 1)
-                units = self.root[torch.from_numpy(field.ravel().copy()).long()]
-                gone = torch.ones(len(units), dtype=torch.bool)
-                gone[kept] = False
-                self.stays[units[gone]] = False
+                removed = np.ones(field.size, dtype=bool)
+                removed[kept] = False
+                gone[root[field.ravel()[removed]]] = True
+        slices = [(root[joint.rows()], root[joint.slices.ravel()]) for joint in graph.labels.joints if joint.slices is not None]
+        before = -1
+        while before != (before := int(gone.sum())):
+            for rows, names in slices:
+                gone[names[gone[rows].all(axis=1)]] = True
+                gone[rows[gone[names]]] = True
+        self.stays = ~gone[root]
 
     def kept(self, value: Value) -> dict[int, torch.Tensor]:
         found = {}
@@ -81,8 +90,8 @@ class _Masks:
             mask = torch.ones(size, dtype=torch.bool)
             for field in value.fields:
                 if field.shape[dim] > 1:
-                    stays = self.stays[self.root[torch.from_numpy(field.copy()).long()]].movedim(dim, 0)
-                    mask &= stays.reshape(size, -1).any(dim=1)
+                    stays = np.moveaxis(self.stays[field], dim, 0)
+                    mask &= torch.from_numpy(stays.reshape(size, -1).any(axis=1))
             if not mask.all():
                 found[dim] = mask.nonzero().ravel()
         return found

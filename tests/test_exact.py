@@ -25,7 +25,7 @@ def gap(left, right):
 @settings(max_examples=DRAWS, deadline=None, suppress_health_check=list(HealthCheck))
 @given(networks(), st.sampled_from([0.25, 0.5, 0.75]), st.sampled_from(["layer", "global", "isomorphic"]), st.integers(0, 99))
 def test_removed_equals_zeroed(net, ratio, scope, seed):
-    criterion = lambda groups, tensors: graphprune.score.__globals__["random"](groups, tensors, seed)  # noqa: E731
+    criterion = graphprune.scores.random.with_(seed=seed)
     small, plan = graphprune.shrink(net, X, ratio, criterion=criterion, scope=scope, return_plan=True, verify=False)
     (zero,) = graphprune.zeroed(net, plan)(X)
     assert gap(small(X), zero) < 1e-9

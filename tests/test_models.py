@@ -46,7 +46,7 @@ def test_nothing_in_the_package_knows_a_model():
     import re
     from pathlib import Path
 
-    for path in Path(graphprune.__file__).parent.glob("*.py"):
+    for path in Path(graphprune.__file__).parent.rglob("*.py"):
         code = re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S)
         assert not re.search(r"resnet|densenet|swin|llama|convnext|yolo|mobilenet|timm|transformers", code, re.I), path
 
@@ -55,10 +55,24 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores score select".split()
+    order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores select".split()
     order += "parts plan masks kernels passthrough apply zeroed weights heads entries positions blocks depth granularity shrink store".split()
-    for path in Path(graphprune.__file__).parent.glob("*.py"):
-        if path.stem == "__init__":
+    root = Path(graphprune.__file__).parent
+    for path in root.rglob("*.py"):
+        if path == root / "__init__.py":
             continue
-        for name in re.findall(r"^from \.(\w+) import", path.read_text(), flags=re.M):
-            assert order.index(name) < order.index(path.stem), f"{path.stem} imports {name}"
+        inner = path.parent != root  # a package's files stand where the package does
+        mine, dots = (path.parent.name, r"\.\.") if inner else (path.stem, r"\.")
+        for name in re.findall(rf"^from {dots}(\w+)(?:\.\w+)? import", path.read_text(), flags=re.M):
+            assert order.index(name) < order.index(mine), f"{path} imports {name}"
+
+
+def test_imports_inside_a_package_go_one_way():
+    import re
+    from pathlib import Path
+
+    orders = {"scores": "normalise data task registry fold norm others __init__ attempts".split()}
+    for package, order in orders.items():
+        for path in (Path(graphprune.__file__).parent / package).glob("*.py"):
+            for name in re.findall(r"^from \.(\w*) import", path.read_text(), flags=re.M):
+                assert order.index(name or "__init__") < order.index(path.stem), f"{path} imports {name}"

@@ -1,1 +1,52 @@
-"""What matters: scores, and the data they run on."""
+"""What matters: every score by its literature name, and :func:`score` that computes one for all groups.
+
+>>> from graphprune import couple, trace
+>>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+>>> groups = couple(trace(net, torch.zeros(1, 4)))
+>>> [found.shape for found in score(groups, net, "l1")]
+[torch.Size([8])]
+>>> [found.shape for found in score(groups, net, l1.with_(reduce="mean", normalise="max"))]
+[torch.Size([8])]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..errors import UnknownName
+from ..groups import Groups
+from .fold import bn_scale, synaptic
+from .norm import filter_norm, group_norm, l1, l2, lamp, linf, product
+from .normalise import kind, normalise
+from .others import ensemble, random
+from .registry import SCORES, Score, checked, named
+from .task import Scores
+
+Criterion = str | Score | Callable[..., Scores]
+
+__all__ = ["Criterion", "Score", "Scores", "kind", "named", "normalise", "score", *SCORES]
+
+
+def score(
+    groups: Groups, model: torch.nn.Module, criterion: Criterion = "l2", batches: Iterable | None = None, loss: Callable | None = None, **options: Any
+) -> Scores:
+    """A float64 tensor of shape (units,) for each group; larger means more important.
+
+    ``criterion`` is a name of :func:`graphprune.available`, a :class:`Score` such as ``scores.l2.with_(reduce="mean")``,
+    or any function ``(groups, model, batches) -> list of tensors``. ``batches`` is any iterable (a DataLoader, a list),
+    ``loss`` a function ``(output, labels)`` or ``(model, batch)``; the model, its ``.grad``, its mode and the random state
+    are left as they were. Raises :class:`~graphprune.errors.UnknownName`, :class:`~graphprune.errors.NeedsBatches`,
+    :class:`~graphprune.errors.BadLoss` or :class:`~graphprune.errors.BadScore`.
+    """
+    if isinstance(criterion, str):
+        criterion = named(criterion)
+    if isinstance(criterion, Score):
+        return criterion(groups, model, batches, loss, **options)
+    if not callable(criterion):
+        raise UnknownName(f"criterion is {criterion!r}; it is a name, a score, or a function (groups, model, batches) -> tensors")
+    found = criterion(groups, model, batches, **options)
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    return [tensor.detach().double().cpu() for tensor in checked(groups, model, found, name)]

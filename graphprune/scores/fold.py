@@ -1,0 +1,136 @@
+"""Batch norms folded into their producers, for scoring: the weights of the same function without batch norm.
+
+``K̃_c = γ_c/σ_c · K_c`` and ``b̃_c = β_c + γ_c/σ_c (b_c − μ_c)``. A norm of these does not change when a filter is rescaled
+and the statistics follow; the product of producer and consumer norms does not change either when γ, β are rescaled and
+the next layer's columns undo it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import BadScore
+from ..groups import Group
+from ..notation import Value
+from ..trace import Graph, Node
+from .registry import scorer
+from .task import Scores, Task
+
+Tensor = torch.Tensor
+PRODUCERS = {"convolution": 1, "addmm": 2, "mm": 1, "linear": 1}
+
+
+def operation(node: Node) -> str:
+    return node.func._schema.name.rpartition("::")[2]
+
+
+def batch_norms(graph: Graph) -> list[Node]:
+    """The recorded batch norms with fixed statistics."""
+    return [n for n in graph.nodes if "batch_norm" in operation(n) and len([v for v in n.args[1:5] if isinstance(v, Value)]) >= 2]
+
+
+def _leaf(graph: Graph, value: Value) -> str:
+    """The parameter that a value is, or whose transpose it is."""
+    if value.leaf or value.node < 0:
+        return value.leaf
+    node = graph.nodes[value.node]
+    return node.args[0].leaf if operation(node) in ("t", "transpose", "detach", "alias") else ""
+
+
+def folded(task: Task) -> dict[str, Tensor]:
+    """The parameters with every batch norm that directly follows a convolution or a linear layer folded into it.
+
+    γ disappears; the folded bias stands in β's place (the running mean's, where there is no β).
+    """
+    return _fold(task)[0]
+
+
+def _fold(task: Task) -> tuple[dict[str, Tensor], set[str]]:
+    """The folded parameters, and the names under which folded biases stand."""
+    graph, held = task.groups.graph, task.tensors
+    shifts: set[str] = set()
+    done: set[str] = set()
+    found: dict[str, Tensor] = {name: tensor.detach() for name, tensor in task.parameters.items()}
+    for norm in batch_norms(graph):
+        made = norm.args[0]
+        maker = graph.nodes[made.node] if isinstance(made, Value) and made.node >= 0 else None
+        if maker is None or operation(maker) not in PRODUCERS:
+            continue
+        weight = _leaf(graph, maker.args[PRODUCERS[operation(maker)]])
+        gamma, beta, mean, var = (v.leaf if isinstance(v, Value) else "" for v in norm.args[1:5])
+        if weight not in held or mean not in held or held[weight].is_meta or weight in done:
+            continue
+        bias = {"convolution": 2, "addmm": 0, "linear": 2}.get(operation(maker))
+        bias = maker.args[bias].leaf if bias is not None and isinstance(maker.args[bias], Value) else ""
+        scale = (held[var].detach().double() + norm.args[-1]).rsqrt() * (held[gamma].detach().double() if gamma else 1.0)
+        shift = (held[bias].detach().double() if bias else 0.0) - held[mean].detach().double()
+        axis = 1 if operation(maker) == "convolution" and maker.args[6] else 0
+        if held[weight].shape[axis] != len(scale):
+            continue
+        done.add(weight)
+        shifts.add(beta or mean)
+        found[weight] = held[weight].detach().double() * scale.reshape([-1 if a == axis else 1 for a in range(held[weight].ndim)])
+        found.pop(gamma, None)
+        found.pop(bias, None)
+        found[beta or mean] = scale * shift + (held[beta].detach().double() if beta else 0.0)
+    return found, shifts
+
+
+def product_norm(task: Task) -> Scores:
+    """``‖P̃_c‖₂ · ‖W_c‖₂`` of folded weights."""
+    weights, shifts = _fold(task)
+    sides = [task.slices(weights, over, by=torch.square) for over in ("produces", "consumes")]
+    biases = task.slices({name: weights[name] for name in shifts}, "passes", by=torch.square)
+    found = []
+    for group, made, used, moved in zip(task.groups, *sides, biases, strict=True):
+        factors = [torch.stack(parts).sum(0).sqrt() for parts in (made + moved, used) if parts]
+        found.append(torch.stack(factors).prod(0) if factors else torch.zeros(group.size, dtype=torch.float64))
+    return found
+
+
+def _scales(task: Task, group: Group) -> list[Tensor]:
+    """``|γ|`` of every batch norm that passes a group's units, as (units,) tensors."""
+    gammas = {v.leaf for node in batch_norms(task.groups.graph) if isinstance(v := node.args[1], Value)}
+    parts = []
+    for name, _, units in task.places(group, "passes"):
+        if name in gammas:
+            index = torch.from_numpy(units)
+            size = task.tensors[name].detach().double().abs().cpu()
+            parts.append(torch.zeros(group.size, dtype=torch.float64).index_add_(0, index[index >= 0], size[index >= 0]))
+    return parts
+
+
+def lacking(task: Task, found: list[Tensor | None], otherwise: str | None, name: str, what: str) -> Scores:
+    """Fill the groups that lack what is measured by another score, or say which they are."""
+    missing = [group for group, mine in zip(task.groups, found, strict=True) if mine is None]
+    if not missing:
+        return found
+    if otherwise is None:
+        names = ", ".join(group.name for group in missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise BadScore(
+            f"the score {name!r} measures {what}, and {len(missing)} of {len(found)} groups have none ({names}); "
+            f"name a score for those, graphprune.scores.{name}.with_(otherwise='l2'), or keep= them"
+        )
+    spare = task.by(otherwise)
+    return [spare[i] if mine is None else mine for i, mine in enumerate(found)]
+
+
+@scorer("norm", "absolute scale of the batch norms that pass the unit", "Liu et al. 2017 (network slimming)", cost="reads the scales only")
+def bn_scale(task: Task, otherwise: str | None = None) -> Scores:
+    """``|γ_c|``, summed over the batch norms of a group; ``otherwise`` names the score of groups without batch norm."""
+    scales = [_scales(task, group) for group in task.groups]
+    return lacking(task, [torch.stack(parts).sum(0) if parts else None for parts in scales], otherwise, "bn_scale", "batch-norm scales")
+
+
+@scorer("norm", "batch-norm scale times the norms of the kernels it feeds", "Lin et al. 2018 (synaptic strength)", cost="one pass over the consumers")
+def synaptic(task: Task, otherwise: str | None = None) -> Scores:
+    """``Σ_o |γ_c| · ‖W_oc‖_F`` over the kernels that read channel c; unchanged by both rescaling symmetries.
+
+    Where several batch norms (or consumers) share a group, their scales (their kernel norms) are summed first.
+    """
+    kernels = task.slices(task.parameters, "consumes", by=lambda w: w.flatten(2).norm(dim=2) if w.ndim > 2 else w.abs())
+    found: list[Tensor | None] = []
+    for group, parts in zip(task.groups, kernels, strict=True):
+        scales = _scales(task, group)
+        found.append(torch.stack(scales).sum(0) * torch.stack(parts).sum(0) if scales and parts else None)
+    return lacking(task, found, otherwise, "synaptic", "a batch-norm scale and the kernels it feeds")

@@ -1,0 +1,131 @@
+"""A score by its literature name: :class:`Score` says what it needs and what it costs, and computes itself.
+
+A family's file decorates plain functions of a :class:`~graphprune.scores.task.Task` with :func:`scorer`; the name, the
+line and the reference are entered in the catalogue.
+
+>>> found = named("l2")
+>>> found.family, found.needs
+('norm', 'nothing')
+>>> named("l2").with_(reduce="mean").options
+{'reduce': 'mean'}
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..catalogue import register
+from ..errors import BadScore, NeedsBatches, UnknownName
+from ..groups import Groups
+from .data import Data, undisturbed
+from .normalise import normalised
+from .task import Scores, Task
+
+NEEDS = ("nothing", "inputs", "loss")
+GENERAL = ("normalise", "within", "seed", "progress", "reduction")
+SCORES: dict[str, Score] = {}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of the catalogue. ``needs`` is "nothing", "inputs" (batches) or "loss" (batches and a loss).
+
+    Call it as ``score(groups, model, batches=…, loss=…, **options)``, give it to ``shrink(criterion=…)``, or fix options
+    with :meth:`with_`. Options of every score: ``normalise`` ("none", "mean", "max", "l2", "standardise") with ``within``
+    ("group", "class"), ``seed``, ``progress``, and ``reduction`` ("mean" or "sum": how the loss joins the samples of a batch).
+    """
+
+    name: str
+    family: str
+    line: str
+    reference: str
+    needs: str
+    cost: str
+    function: Callable[..., Scores]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def with_(self, **options: Any) -> Score:
+        """The same score with options fixed; raises UnknownName for an option it does not have."""
+        known = [*_options(self.function), *GENERAL]
+        for name in options:
+            if name not in known:
+                near = ", ".join(difflib.get_close_matches(name, known, 3) or known)
+                raise UnknownName(f"the score {self.name!r} has no option {name!r}; the nearest are {near}")
+        return replace(self, options={**self.options, **options})
+
+    def __call__(self, groups: Groups, model: nn.Module, batches: Iterable | None = None, loss: Callable | None = None, **options: Any) -> Scores:
+        given = dict(self.with_(**options).options)
+        general = {name: given.pop(name) for name in GENERAL if name in given}
+        seed = general.get("seed", 0)
+        if "seed" in _options(self.function):
+            given["seed"] = seed
+        data = None
+        if self.needs_now(given) != "nothing":
+            if batches is None:
+                raise NeedsBatches(f"the score {self.name!r} needs {_what(self.needs_now(given))}; give batches= (any iterable of batches)")
+            data = Data(model, batches, loss, general.get("reduction", "mean"), general.get("progress", True), self.name)
+        with undisturbed(model, seed):
+            found = self.function(Task(groups, model, data), **given)
+        checked(groups, model, found, self.name)
+        return normalised(groups, found, general.get("normalise", "none"), general.get("within", "group"))
+
+    def needs_now(self, options: dict[str, Any] | None = None) -> str:
+        """What it needs under its options (an ensemble needs what its members need)."""
+        asked = getattr(self.function, "needs", None)
+        return asked({**self.options, **(options or {})}) if asked else self.needs
+
+
+def _what(needs: str) -> str:
+    return "input data" if needs == "inputs" else "data and a loss"
+
+
+def _options(function: Callable) -> list[str]:
+    return list(inspect.signature(function).parameters)[1:]
+
+
+def scorer(family: str, line: str, reference: str, *, needs: str = "nothing", cost: str, default: dict[str, Any] | None = None) -> Callable:
+    """Enter a function ``(task, **options) -> Scores`` under its own name."""
+
+    def enter(function: Callable[..., Scores]) -> Score:
+        found = Score(function.__name__, family, line, reference, needs, cost, function, dict(default or {}))
+        found.__dict__["__doc__"] = function.__doc__
+        SCORES[found.name] = found
+        register("score", found.name, f"{line} ({reference})")
+        return found
+
+    return enter
+
+
+def named(name: str) -> Score:
+    """The score of that name; raises UnknownName with the nearest ones."""
+    if name not in SCORES:
+        near = difflib.get_close_matches(name, SCORES, 3)
+        hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(SCORES)}"
+        raise UnknownName(f"no score named {name!r}; {hint}; or give a function (groups, model, batches) -> tensors")
+    return SCORES[name]
+
+
+def checked(groups: Groups, model: nn.Module, scores: Any, name: str) -> Scores:
+    """The scores, when there is a finite float64 tensor of shape (units,) for every group; else BadScore with the place."""
+    if not isinstance(scores, list | tuple) or len(scores) != len(groups):
+        count = f"{len(scores)} of them" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
+        raise BadScore(f"the score {name!r} must be a list of {len(groups)} tensors, one for each group; got {count}")
+    for group, found in zip(groups, scores, strict=True):
+        where = f"group {group.index} ({group.name})"
+        if not isinstance(found, torch.Tensor) or tuple(found.shape) != (group.size,):
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise BadScore(f"the score {name!r} of {where} must be a tensor of shape ({group.size},), one entry for each unit; got {shape}")
+        wrong = (~torch.isfinite(found)).nonzero().ravel().tolist()
+        if wrong:
+            held = {place for place, _ in group.places}
+            broken = [n for n, p in model.state_dict(keep_vars=True).items() if n in held and not bool(torch.isfinite(p).all())]
+            cause = f"these tensors are not finite: {', '.join(broken[:3])}" if broken else "its tensors are finite: look at the data and the loss"
+            raise BadScore(f"the score {name!r} is not finite for {len(wrong)} of {group.size} units of {where}, first unit {wrong[0]}; {cause}")
+    return list(scores)

@@ -1,0 +1,97 @@
+"""What a score works on: :class:`Task` holds the groups, the model's parameters by the graph's names, the links, and the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnknownName
+from ..groups import Group, Groups
+from ..links import Link, links
+from ..trees import leaf_tensors
+from .data import Data
+
+Tensor = torch.Tensor
+Scores = list[Tensor]
+ROLES = ("all", "produces", "consumes", "passes")
+
+
+@dataclass(frozen=True)
+class Task:
+    groups: Groups
+    model: nn.Module
+    data: Data | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor the model holds, by the name that the graph knows."""
+        return {name: tensor for name, _, _, tensor in leaf_tensors(self.model) if name in self.groups.graph.leaves}
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The floating parameters with values that some group cuts."""
+        held = {name for group in self.groups for name, _ in group.places}
+        return {n: t for n, t in self.tensors.items() if n in held and isinstance(t, nn.Parameter) and t.is_floating_point() and not t.is_meta}
+
+    @cached_property
+    def links(self) -> list[list[Link]]:
+        return links(self.groups)
+
+    def slices(self, values: Mapping[str, Tensor], over: str = "all", how: str = "sum", by: Callable | None = None) -> list[list[Tensor]]:
+        """For every group, a float64 tensor (units,) for each coupled slice: the sum ("amax": largest) of ``by(values)`` over it.
+
+        ``values`` maps names to tensors of the parameters' shapes; ``by`` works entry by entry (it may drop trailing axes
+        that are never cut). Each tensor is read once and reduced along every axis that is cut, and the result is scattered
+        by unit. ``over`` names the slices that count by their role.
+        """
+        places = [self.places(group, over) for group in self.groups]
+        axes: dict[str, set[int]] = {}
+        for name, axis, _ in (place for mine in places for place in mine):
+            axes.setdefault(name, set()).add(axis)
+        reduced = {name: _reduce(values[name], mine, how, by) for name, mine in axes.items() if name in values}
+        return [[_scatter(reduced[n][a], units, g.size, how) for n, a, units in mine if n in reduced] for g, mine in zip(self.groups, places, strict=True)]
+
+    def total(self, values: Mapping[str, Tensor], over: str = "all", by: Callable | None = None) -> Scores:
+        """The sum of ``by(values)`` over all coupled slices of every unit."""
+        parts = self.slices(values, over, by=by)
+        return [sum(mine, torch.zeros(g.size, dtype=torch.float64)) for g, mine in zip(self.groups, parts, strict=True)]
+
+    def places(self, group: Group, over: str = "all") -> list[tuple[str, int, Any]]:
+        """The (tensor, axis, unit of each position) in which a group stands, for all roles or one."""
+        if over == "all":
+            return [(name, axis, units) for (name, axis), units in group.places.items()]
+        if over not in ROLES:
+            raise UnknownName(f"over is {over!r}; it is one of {', '.join(ROLES)}")
+        return [(link.leaf, link.axis, link.units) for link in self.links[group.index] if link.role == over]
+
+    def by(self, name: str) -> Scores:
+        """The scores that another criterion gives for the same task."""
+        from .registry import named  # a score may ask for another by name; the registry knows them all
+
+        found = named(name)
+        return found(self.groups, self.model, self.data and self.data.batches, self.data and self.data.loss)
+
+
+def _reduce(tensor: Tensor, axes: set[int], how: str, by: Callable | None) -> dict[int, Tensor]:
+    """The sum (or maximum) of all entries at each position of the axes; the two leading axes share one pass."""
+    tensor = tensor.detach()
+    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+    tensor = by(tensor) if by else tensor
+    if how == "amax":
+        return {axis: tensor.movedim(axis, 0).flatten(1).amax(1).double().cpu() if tensor.ndim > 1 else tensor.double().cpu() for axis in axes}
+    plane = tensor.flatten(2).sum(2, dtype=torch.float64) if tensor.ndim > 2 and axes <= {0, 1} else tensor
+    return {axis: plane.sum([a for a in range(plane.ndim) if a != axis], dtype=torch.float64).cpu() if plane.ndim > 1 else plane.double().cpu() for axis in axes}
+
+
+def _scatter(sums: Tensor, units: Any, size: int, how: str) -> Tensor:
+    index = torch.from_numpy(units)
+    mine = index >= 0
+    found = torch.zeros(size, dtype=torch.float64)
+    if how == "amax":
+        return found.scatter_reduce(0, index[mine], sums[mine], "amax", include_self=False)
+    return found.index_add_(0, index[mine], sums[mine])
