@@ -12,6 +12,7 @@ from .rules import rule
 from .scores import Score, score
 from .select import select
 from .shrink import shrink
+from .sparse import SparseTraining
 from .store import expand, load, save
 from .trace import Graph, trace
 from .zeroed import zeroed
@@ -23,6 +24,7 @@ __all__ = [
     "Groups",
     "Plan",
     "Score",
+    "SparseTraining",
     "apply",
     "available",
     "bake",

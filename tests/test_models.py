@@ -56,7 +56,7 @@ def test_imports_go_one_way():
     from pathlib import Path
 
     order = "errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores select".split()
-    order += "parts plan masks kernels passthrough apply zeroed weights heads entries positions blocks depth granularity shrink store".split()
+    order += "parts plan masks kernels passthrough apply zeroed weights heads entries positions blocks depth granularity shrink sparse store".split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
         if path == root / "__init__.py":

@@ -85,7 +85,9 @@ def _reduce(tensor: Tensor, axes: set[int], how: str, by: Callable | None) -> di
     if how == "amax":
         return {axis: tensor.movedim(axis, 0).flatten(1).amax(1).double().cpu() if tensor.ndim > 1 else tensor.double().cpu() for axis in axes}
     plane = tensor.flatten(2).sum(2, dtype=torch.float64) if tensor.ndim > 2 and axes <= {0, 1} else tensor
-    return {axis: plane.sum([a for a in range(plane.ndim) if a != axis], dtype=torch.float64).cpu() if plane.ndim > 1 else plane.double().cpu() for axis in axes}
+    return {
+        axis: plane.sum([a for a in range(plane.ndim) if a != axis], dtype=torch.float64).cpu() if plane.ndim > 1 else plane.double().cpu() for axis in axes
+    }
 
 
 def _scatter(sums: Tensor, units: Any, size: int, how: str) -> Tensor:
