@@ -96,7 +96,7 @@ def _checked(seconds: Any) -> float:
     return found
 
 
-def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: int = 1) -> tuple[nn.Module, Plan]:
+def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str = "layer", align: int = 1) -> tuple[nn.Module, Plan]:
     """The cut model that takes as long as asked, and its plan, which says what was asked, predicted and measured.
 
     ``propose`` plans under a limit on predicted time. Raises :class:`~graphprune.errors.BadTarget` when the narrowest
@@ -107,13 +107,16 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: i
     with using_threads(watch.threads):
         make = times(graph, table, align)
         full = _predicted(*propose({"time": (math.inf, make)})[:1], None, make)
-    learnt = table.known.setdefault("corrections", {}).setdefault(_name(graph, aims), [])
-    points: list[tuple[float, float]] = [(0.0, 0.0), *((x, y) for x, y in learnt)]
+    label = _name(graph, aims, scope)
+    learnt = table.known.setdefault("corrections", {}).get(label, [])
+    points: list[tuple[float, float]] = [(0.0, 0.0)]
     target = aims.share(0.0) if not isinstance(aims.latency, str) else aims.share(_alone(watch))
     best: tuple | None = None
     tried: list[float] = []
     for _ in range(ATTEMPTS):
-        x = _next(points, math.log(min(target, 1.0)))
+        # Earlier searches give the first guess; from then on only what was measured now counts.
+        known = points if len(points) > 1 else points + [(a, b) for a, b in learnt]
+        x = _next(known, math.log(min(target, 1.0)))
         groups, kept, plan = propose({"time": (full * math.exp(x), make)})
         predicted = _predicted(groups, kept, make) / full
         if any(abs(predicted / other - 1) < 1e-9 for other in tried):
@@ -121,7 +124,7 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: i
         tried.append(predicted)
         small = apply(model, plan)
         timing = watch(small)
-        points = [(a, b) for a, b in points if abs(a - math.log(predicted)) > 1e-3] + [(math.log(predicted), math.log(timing.share))]
+        points.append((math.log(predicted), math.log(timing.share)))
         error = abs(timing.share / target - 1)
         if best is None or error < best[0]:
             best = error, small, plan, predicted, timing
@@ -134,7 +137,7 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: i
                 "multiple_of may help; plan.explain() of a smaller target says what stays whole"
             )
     assert best is not None
-    table.known["corrections"][_name(graph, aims)] = points[1:][-6:]
+    table.known["corrections"][label] = [*learnt, *points[1:]][-6:]
     table.save()
     _, small, plan, predicted, timing = best
     return small, dataclasses.replace(plan, notes=(*plan.notes, _line(aims, predicted, timing, watch)))
@@ -169,10 +172,10 @@ def _alone(watch: Stopwatch) -> float:
     return found.seconds
 
 
-def _name(graph: Graph, aims: Aims) -> str:
+def _name(graph: Graph, aims: Aims, scope: str) -> str:
     """A model's own correction: its operations and shapes, and whose clock it is."""
     text = "".join(f"{operation(node)}{[v.shape for v in node.outs]}" for node in graph.nodes)
-    return hashlib.sha256((text + ("own" if aims.measure else "")).encode()).hexdigest()[:16]
+    return hashlib.sha256((text + scope + ("own" if aims.measure else "")).encode()).hexdigest()[:16]
 
 
 def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str:

@@ -80,7 +80,7 @@ def shrink(
     scored = remembered(attempts(model, criterion, batches, loss))
     propose = lambda more: decide(graph, model, replace(choose, more=more), scored, held, ratios)  # noqa: E731
     if aims.timed:
-        small, plan = reach(model, graph, aims, propose)
+        small, plan = reach(model, graph, aims, propose, scope)
     else:
         plan = propose({})[-1]
         small = apply(model, plan)
