@@ -12,13 +12,14 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .align import alignments
 from .apply import apply
 from .cost import costs, operation
 from .errors import BadMeasure, BadTarget
@@ -96,7 +97,7 @@ def _checked(seconds: Any) -> float:
     return found
 
 
-def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str = "layer", align: int = 1) -> tuple[nn.Module, Plan]:
+def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str = "layer") -> tuple[nn.Module, Plan]:
     """The cut model that takes as long as asked, and its plan, which says what was asked, predicted and measured.
 
     ``propose`` plans under a limit on predicted time. Raises :class:`~graphprune.errors.BadTarget` when the narrowest
@@ -105,7 +106,7 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
     watch = Stopwatch(model, graph, aims)
     table = Table(watch.device, aims.runtime, watch.threads)
     with using_threads(watch.threads):
-        make = times(graph, table, align)
+        make = times(graph, table)
         full = _predicted(*propose({"time": (math.inf, make)})[:1], None, make)
     label = _name(graph, aims, scope)
     learnt = table.known.setdefault("corrections", {}).get(label, [])
@@ -185,6 +186,24 @@ def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str
         f"latency: asked {aims.asked}, predicted {1 / predicted:.2f}x, measured {1 / timing.share:.2f}x ({low:.2f} to {high:.2f}; "
         f"{timing.seconds * 1e3:.2f} ms; the original against itself {timing.control:.3f}); {where}"
     )
+
+
+def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups], Mapping[int, int]]:
+    """What widths are multiples of: the number given, or ("auto", and by default where a time is asked for) what the device likes."""
+    if multiple_of is None:
+        multiple_of = "auto" if aims.timed else 1
+    if multiple_of != "auto":
+        if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
+            raise BadTarget(f'multiple_of is {multiple_of!r}; it is a whole number from 1 on, or "auto"')
+        return multiple_of
+    watch = Stopwatch(nn.Identity(), graph, aims)
+    table = Table(watch.device, aims.runtime, watch.threads)
+
+    def learnt(groups: Groups) -> Mapping[int, int]:
+        with using_threads(watch.threads):
+            return alignments(groups, table)
+
+    return learnt
 
 
 def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:

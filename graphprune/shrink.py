@@ -15,7 +15,7 @@ from .apply import apply
 from .budget import Chooser
 from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
-from .latency import reach, remembered
+from .latency import reach, remembered, steps
 from .plan import Plan, Survivors, make_plan
 from .scores import Criterion, Scores
 from .scores.attempts import attempts
@@ -48,7 +48,7 @@ def shrink(
     scope: str = "layer",
     keep: Sequence[Any] | str = (),
     ratios: Mapping[Any, float] | None = None,
-    multiple_of: int = 1,
+    multiple_of: int | str | None = None,
     min_units: int = 1,
     example_kwargs: dict | None = None,
     inplace: bool = False,
@@ -76,7 +76,7 @@ def shrink(
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    choose = Chooser(ratio, scope, multiple_of, min_units, aims)
+    choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
     scored = remembered(attempts(model, criterion, batches, loss))
     propose = lambda more: decide(graph, model, replace(choose, more=more), scored, held, ratios)  # noqa: E731
     if aims.timed:
