@@ -3,11 +3,17 @@
 from . import scores
 from .apply import apply
 from .catalogue import available, register
+from .compose import compose
+from .distill import Distillation
+from .cost import Cost, cost, profile
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
+from .history import History
+from .iterate import Result, iterate
 from .laws import check_rule
+from .optimizer import refresh_ema, refresh_optimizer
+from .measure import Measurement, measure
 from .plan import Plan
-from .repair import repair
 from .rules import rule
 from .scores import Score, score
 from .select import select
@@ -17,20 +23,31 @@ from .trace import Graph, trace
 from .zeroed import zeroed
 
 __all__ = [
+    "Distillation",
+    "Cost",
     "Graph",
     "GraphpruneError",
     "Group",
     "Groups",
+    "History",
+    "Measurement",
     "Plan",
+    "Result",
     "Score",
     "apply",
     "available",
     "check_rule",
+    "compose",
+    "cost",
     "couple",
     "expand",
+    "iterate",
     "load",
+    "refresh_ema",
+    "refresh_optimizer",
+    "measure",
+    "profile",
     "register",
-    "repair",
     "rule",
     "save",
     "score",

@@ -5,15 +5,17 @@ Shapes of known torch modules follow from their own weights; other attributes ar
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from .copies import duplicate
 from .errors import BadPlan
 from .plan import Plan
-from .trees import leaf_tensors
+from .rewrite import spell
+from .trees import leaf_tensors, modules_of
 
 
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
@@ -21,35 +23,46 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
 
     Raises :class:`~graphprune.errors.BadPlan` when the plan was made for other shapes.
     """
-    cut, memo = {}, {}
-    for name, _, _, tensor in leaf_tensors(model):
+    cut, memo, indices = {}, {}, {}
+    held = list(leaf_tensors(model))
+    for name, _, _, tensor in held:
         if name in plan.cuts:
             if tuple(tensor.shape) != tuple(plan.shapes[name]):
                 raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")
-            cut.setdefault(id(tensor), _cut(tensor, plan.cuts[name]))
+            if id(tensor) not in cut:
+                cut[id(tensor)] = cut_tensor(tensor, plan.cuts[name], indices)
         elif not inplace and not tensor.is_leaf:
             memo[id(tensor)] = tensor.detach().clone()
-    missing = set(plan.cuts) - {name for name, *_ in leaf_tensors(model)}
+    missing = plan.cuts.keys() - {name for name, *_ in held}
     if missing:
         raise BadPlan(f"the plan cuts {sorted(missing)[0]}, which this model does not have")
     if inplace:
         small = model
-        for _, module, name, tensor in list(leaf_tensors(model)):
+        for _, module, name, tensor in held:
             if id(tensor) in cut:
-                _put(module, name, cut[id(tensor)])
+                _put(module, name, tensor, cut[id(tensor)])
     else:
-        small = copy.deepcopy(model, {**memo, **cut})
-    for module in small.modules():
+        small = duplicate(model, {**memo, **cut})
+    if plan.rewrites:
+        if inplace and "" in plan.rewrites:
+            raise BadPlan("the model's own code is rewritten, which gives a new object; use inplace=False")
+        small = spell(small, plan.rewrites)
+    for _, module in modules_of(small):
         _follow(module)
     for edit in plan.edits:
         _edit(small, edit[:-1], edit[-1])
     return small
 
 
-def _cut(tensor: torch.Tensor, axes: dict[int, list[int]]) -> torch.Tensor:
+def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """The given positions of the given axes, in the same kind of tensor and the same memory format."""
+    indices = {} if indices is None else indices
     data = tensor.detach()
     for axis, kept in axes.items():
-        data = data.index_select(axis, torch.tensor(kept, device=data.device))
+        index = indices.get(id(kept))
+        if index is None:
+            index = indices[id(kept)] = torch.from_numpy(np.array(kept)).to(data.device)
+        data = data.index_select(axis, index)
     last = data.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     data = data.contiguous(memory_format=torch.channels_last) if last else data.contiguous()
     if not isinstance(tensor, nn.Parameter):
@@ -59,10 +72,15 @@ def _cut(tensor: torch.Tensor, axes: dict[int, list[int]]) -> torch.Tensor:
     return small
 
 
-def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _put(module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    """A parameter stays the same object with less in it, so whoever holds it (an optimizer, a hook) holds the cut one."""
+    if isinstance(old, nn.Parameter):
+        old.grad = None
+        old.data = new.data
+        return
     for held in (module._parameters, module._buffers, module.__dict__):
         if name in held:
-            held[name] = tensor
+            held[name] = new
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, weight) for weight in module._flat_weights_names]
 

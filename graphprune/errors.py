@@ -15,6 +15,14 @@ class BadRatio(GraphpruneError, ValueError):
     """A ratio (or another number that selects) is outside its range: ``shrink(m, x, ratio=1.0)``; use 0 <= ratio < 1."""
 
 
+class BadTarget(BadRatio):
+    """A target cannot be met or makes no sense: ``shrink(m, x, params=-1)``; the message says the smallest reachable value."""
+
+
+class BadMeasure(GraphpruneError, ValueError):
+    """Times cannot be taken: the runtime is missing, or ``measure=`` returns nonsense or scatters too much."""
+
+
 class BadInput(GraphpruneError, ValueError):
     """The example input does not fit the model, or the model raised on it; the original error is the cause."""
 
@@ -42,6 +50,14 @@ class BadPlan(GraphpruneError, ValueError):
     """A plan does not belong to this model, or its file is damaged."""
 
 
+class BadOptimizer(GraphpruneError, ValueError):
+    """An optimizer does not belong to the model, or holds state that no plan can cut: ``refresh_optimizer(other, plan, small)``."""
+
+
+class BadLoop(GraphpruneError, ValueError):
+    """``iterate`` cannot go on: ``train`` or ``evaluate`` fails, a floor nothing can reach, a checkpoint of another run."""
+
+
 class BadRule(GraphpruneError, ValueError):
     """A rule's text does not fit its operation."""
 
@@ -56,10 +72,6 @@ class BadLoss(GraphpruneError, ValueError):
 
 class BadScore(GraphpruneError, ValueError):
     """A score has the wrong shape or is not finite, or a group lacks what the score measures; the message says where."""
-
-
-class BadCalibration(GraphpruneError, ValueError):
-    """Calibration batches do not fit the model, are too few, constant or not finite: the message says where in the model it shows."""
 
 
 class NeedsValues(GraphpruneError):

@@ -7,6 +7,7 @@ that leaves a choice.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,32 +74,47 @@ def couple(graph: Graph, keep: tuple[tuple[str, int | None], ...] = (), locks: t
     for array, text in locks:
         reasons.append(Reason(text))
         held.append((array.ravel(), len(reasons) - 1))
-    for array, _ in held[len(labels.locks) :]:
-        parts.lock(array)
-    _settle(parts, labels.joints)
-    parts.flatten()
+    if len(held) > len(labels.locks):
+        parts.lock(np.concatenate([array for array, _ in held[len(labels.locks) :]]))
+    if labels.joints:
+        _settle(parts, labels.joints)
+        parts.flatten()
     root = parts.parent
     why = np.full(labels.count, -1, dtype=np.int64)
-    for array, reason in reversed(held):
-        why[root[array.ravel()]] = reason
+    if held:
+        arrays = [array.ravel() for array, _ in reversed(held)]  # the first reason is written last
+        why[root[np.concatenate(arrays)]] = np.repeat([reason for _, reason in reversed(held)], [array.size for array in arrays])
     return _collect(graph, root, parts, why, reasons)
 
 
 def _settle(parts: Partition, joints: list[Joint]) -> None:
-    classes: dict[bytes, list[Joint]] = defaultdict(list)
-    seen = set()
-    for joint in joints:
-        key = (id(joint.array), joint.axes, joint.carried)
-        if key not in seen:
-            seen.add(key)
-            classes[np.unique(parts.find(joint.array)).tobytes()].append(joint)
+    joints = _distinct(parts, joints)
     _name_slices(parts, joints)
+    classes: dict[bytes, list[Joint]] = defaultdict(list)
+    for joint in joints:
+        classes[np.unique(joint.array).tobytes()].append(joint)
     named = [c for c in classes.values() if any(j.slices is not None for j in c)]
     rest = [c for c in classes.values() if all(j.slices is None for j in c)]
     for members in named + rest:
         _decide(parts, members)
     for joint in joints:  # what was settled later may have changed what a slice holds
         _follow(parts, joint)
+
+
+def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
+    """The joints as sets of labels, each once (a field is recorded anew by every operation that it passes)."""
+    found: dict[tuple, Joint] = {}
+    roots = parts.find(np.concatenate([a.ravel() for j in joints for a in (j.array, j.slices) if a is not None]))
+    at = 0
+    for joint in joints:
+        array, at = roots[at : at + joint.array.size].reshape(joint.array.shape), at + joint.array.size
+        slices = None
+        if joint.slices is not None:
+            slices, at = roots[at : at + joint.slices.size].reshape(joint.slices.shape), at + joint.slices.size
+        key = (array.tobytes(), array.shape, joint.axes, joint.carried, None if slices is None else slices.tobytes())
+        if key not in found:
+            found[key] = Joint(array, joint.axes, slices, joint.carried)
+    return list(found.values())
 
 
 def _name_slices(parts: Partition, joints: list[Joint]) -> None:
@@ -108,10 +124,10 @@ def _name_slices(parts: Partition, joints: list[Joint]) -> None:
     for joint in joints:
         if joint.slices is None:
             continue
-        rows = np.sort(parts.find(joint.rows()), axis=1)
-        for row, label in zip(rows, joint.slices.ravel(), strict=True):
-            first = names.setdefault(np.unique(row).tobytes(), int(label))
-            left.append(first)
+        rows = np.sort(joint.rows(), axis=1)
+        twice = (rows[:, 1:] == rows[:, :-1]).any(axis=1).tolist()
+        for row, again, label in zip(rows, twice, joint.slices.ravel().tolist(), strict=True):
+            left.append(names.setdefault((np.unique(row) if again else row).tobytes(), label))
             right.append(label)
     parts.union(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
 
@@ -119,13 +135,15 @@ def _name_slices(parts: Partition, joints: list[Joint]) -> None:
 def _decide(parts: Partition, members: list[Joint]) -> None:
     candidates: dict[tuple, tuple] = {}
     for number, joint in enumerate(members):
-        for axis in range(joint.array.ndim):
+        local = parts.find(joint.array)
+        for axis in range(local.ndim):
             named = joint.slices is not None and joint.axes == (axis,)
             rank = (0 if named and joint.carried else 1 if named else 2, axis, number)
-            key = np.sort(parts.find(rows_of(joint.array, (axis,))), axis=1).tobytes()
-            candidates[key] = min(candidates.get(key, (rank, joint, axis)), (rank, joint, axis), key=lambda c: c[0])
-    for _, joint, axis in sorted(candidates.values(), key=lambda c: c[0]):
-        rows = parts.find(rows_of(joint.array, (axis,)))
+            rows = rows_of(local, (axis,))
+            key = np.sort(rows, axis=1).tobytes()
+            if key not in candidates or rank < candidates[key][0]:
+                candidates[key] = (rank, rows)
+    for _, rows in sorted(candidates.values(), key=lambda c: c[0]):
         if _choices(parts, rows, members) >= 2:
             parts.union(np.repeat(rows[:, 0], rows.shape[1]), rows.ravel())
             break
@@ -147,65 +165,86 @@ def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
     for joint in members:
         if joint.slices is None:
             continue
-        inner = joint.rows()
-        inside = trial.find(np.searchsorted(every, parts.find(inner)).astype(np.int32).clip(0, len(every) - 1))
+        inner = rows_of(parts.find(joint.array), joint.axes)
+        inside = trial.find(np.minimum(np.searchsorted(every, inner), len(every) - 1))
         same = (inside == inside[:, :1]).all(axis=1)
         closed = parts.is_locked(joint.slices.ravel())
         trial.locked[inside[same & closed, 0]] = True
-    roots = np.unique(trial.find(np.arange(len(every), dtype=np.int32)))
+    roots = np.unique(trial.find(trial.parent))
     return int((~trial.locked[roots]).sum())
 
 
 def _follow(parts: Partition, joint: Joint) -> None:
     """A slice whose entries are one unit goes with it; any other slice stays. What is not a box is locked."""
-    rows = parts.find(joint.array)
-    whole = [axis for axis in range(rows.ndim) if (rows == rows.take([0], axis=axis)).all()]
-    if len(whole) < rows.ndim - 1:
-        parts.lock(rows.ravel())
+    local = parts.find(joint.array)
+    whole = sum((local == local[(slice(None),) * axis + (slice(0, 1),)]).all() for axis in range(local.ndim))
+    if whole < local.ndim - 1:
+        parts.lock(local.ravel())
     if joint.slices is None:
         return
-    rows = parts.find(joint.rows())
+    rows = rows_of(local, joint.axes)
     same = (rows == rows[:, :1]).all(axis=1)
     flat = joint.slices.ravel()
+    if same.all():
+        parts.union(flat, rows[:, 0])
+        return
     parts.union(flat[same], rows[same, 0])
-    if (~same).any():
-        parts.lock(flat[~same])
+    parts.lock(flat[~same])
 
 
 def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: list[Reason]) -> Groups:
-    rng = np.random.default_rng(0)
+    slots = [(name, field.shape.index(field.size)) for name, leaf in graph.leaves.items() for field in leaf.fields]
+    if not slots:
+        return Groups(graph, root, (), {}, np.full(len(root), -1, dtype=np.int64))
+    fields = [field.ravel() for leaf in graph.leaves.values() for field in leaf.fields]
+    units = root[np.concatenate(fields)]
+    ends = np.cumsum([field.size for field in fields])
+    starts = ends - [field.size for field in fields]
+    hashed = np.random.default_rng(0).integers(1, 2**62, len(slots))
     signature = np.zeros(len(root), dtype=np.int64)
-    slots: dict[tuple[str, int], Array] = {}
+    np.add.at(signature, units, np.repeat(hashed, ends - starts))
+    closed = parts.locked[units]
     locked: dict[tuple[str, int], Reason] = {}
-    for name, leaf in graph.leaves.items():
-        for field in leaf.fields:
-            axis = int(np.argmax(field.shape))
-            units = root[field.ravel()]
-            slots[name, axis] = units
-            hashed = int(rng.integers(1, 2**62))
-            np.add.at(signature, units, hashed)
-            if parts.locked[units].any():
-                known = why[units[parts.locked[units]]]
-                known = known[known >= 0]
-                locked[name, axis] = reasons[int(known[0])] if known.size else Reason("its slices go with another axis")
-    real = np.unique(np.concatenate(list(slots.values()))) if slots else np.zeros(0, dtype=np.int32)
-    free = real[~parts.locked[real]]
-    order: dict[int, list[int]] = defaultdict(list)
-    for unit in free:
-        order[int(signature[unit])].append(int(unit))
-    local = np.full(len(root), -1, dtype=np.int64)
-    owner = np.full(len(root), -1, dtype=np.int64)
-    for index, units in enumerate(order.values()):
-        local[units] = np.arange(len(units))
-        owner[units] = index
-    places: list[dict] = [{} for _ in order]
-    for slot, units in slots.items():
-        mine = owner[units]
-        for index in np.unique(mine[mine >= 0]):
-            places[index][slot] = np.where(mine == index, local[units], -1)
-    several = [i for i, units in enumerate(order.values()) if len(units) > 1]
-    members = list(order.values())
-    groups = tuple(Group(n, next(iter(places[i]))[0], np.array(members[i]), places[i]) for n, i in enumerate(several))
+    for index in np.flatnonzero(np.logical_or.reduceat(closed, starts)):
+        mine = units[starts[index] : ends[index]]
+        known = why[mine[closed[starts[index] : ends[index]]]]
+        known = known[known >= 0]
+        locked[slots[index]] = reasons[int(known[0])] if known.size else Reason("its slices go with another axis")
+    stands = np.zeros(len(root), dtype=bool)
+    stands[units[~closed]] = True
+    free = np.flatnonzero(stands)
+    local, owner, members = _same_places(signature, free)
+    places: list[dict] = [{} for _ in members]
+    mine, inner = owner[units], local[units]
+    if len(free):
+        low, high = np.minimum.reduceat(mine, starts), np.maximum.reduceat(mine, starts)
+        for index, slot in enumerate(slots):
+            at = slice(starts[index], ends[index])
+            if low[index] == high[index] >= 0:
+                places[low[index]][slot] = inner[at]
+                continue
+            if high[index] < 0:
+                continue
+            for group in np.unique(mine[at][mine[at] >= 0]):
+                places[group][slot] = np.where(mine[at] == group, inner[at], -1)
+    several = [index for index, units in enumerate(members) if len(units) > 1]
+    groups = tuple(Group(n, next(iter(places[i]))[0], members[i], places[i]) for n, i in enumerate(several))
     renumber = np.full(len(members) + 1, -1, dtype=np.int64)
     renumber[several] = np.arange(len(several))
     return Groups(graph, root, groups, locked, renumber[owner])
+
+
+def _same_places(signature: Array, free: Array) -> tuple[Array, Array, list[Array]]:
+    """Units with the same signature form a group, in the order of their first unit: position within, group, members."""
+    local = np.full(len(signature), -1, dtype=np.int64)
+    owner = np.full(len(signature), -1, dtype=np.int64)
+    _, first, which = np.unique(signature[free], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    group = rank[which.ravel()]
+    order = np.argsort(group, kind="stable")
+    counts = np.bincount(group, minlength=len(first))
+    ends = np.cumsum(counts)
+    owner[free] = group
+    local[free[order]] = np.arange(len(free)) - np.repeat(ends - counts, counts)
+    return local, owner, np.split(free[order], ends[:-1]) if len(first) else []

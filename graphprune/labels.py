@@ -16,7 +16,10 @@ label for each slice of a field that varies over several axes: "head h", when th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,18 +27,21 @@ Array = np.ndarray
 Fields = tuple[Array, ...]
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why an axis is left whole: the operation, the module that called it, the source line, and a sentence."""
+class Reason(NamedTuple):
+    """Why an axis is left whole: a sentence, the operation, the module that called it, and where in the source."""
 
     text: str
     op: str = ""
     module: str = ""
-    line: str = ""
+    where: tuple[str, int] | None = None
+
+    @property
+    def line(self) -> str:
+        return f"{PurePath(self.where[0]).name}:{self.where[1]}" if self.where else ""
 
     def __str__(self) -> str:
-        where = ", ".join(part for part in (self.op, self.module, self.line) if part)
-        return f"{self.text} ({where})" if where else self.text
+        told = ", ".join(part for part in (self.op, self.module, self.line) if part)
+        return f"{self.text} ({told})" if told else self.text
 
 
 @dataclass
@@ -63,7 +69,7 @@ class Partition:
         root = self.parent[labels]
         while True:
             above = self.parent[root]
-            if np.array_equal(above, root):
+            if (above == root).all():
                 return root
             root = above
 
@@ -95,6 +101,7 @@ class Labels:
     """Hands out labels and records what is asked of them; :meth:`partition` answers all joins and locks at once."""
 
     count: int = 0
+    starts: list[int] = field(default_factory=list)
     pairs: list[tuple[Array, Array]] = field(default_factory=list)
     locks: list[tuple[Array, int]] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
@@ -102,18 +109,23 @@ class Labels:
     _names: dict[bytes, int] = field(default_factory=dict)
     _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
     _seen: set[tuple[int, int]] = field(default_factory=set)
+    _alive: list[tuple[Array, Array]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Array:
+        if size:
+            self.starts.append(self.count)
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int32)
 
     def join(self, left: Array, right: Array) -> None:
+        if left is right:
+            return
         key = (id(left), id(right))
-        if left is right or key in self._seen:
+        if key in self._seen:
             return
         self._seen.add(key)
-        self.pairs.append(tuple(np.broadcast_arrays(left, right)))
-        self._cache[key[0], (-1, key[1])] = (left, right)  # keeps both arrays, so that their ids stay theirs
+        self._alive.append((left, right))  # so that their ids stay theirs
+        self.pairs.append((left, right) if left.shape == right.shape else tuple(np.broadcast_arrays(left, right)))
 
     def reason(self, reason: Reason) -> int:
         self.reasons.append(reason)
@@ -158,11 +170,32 @@ class Labels:
         if self.pairs:
             left = np.concatenate([pair[0].ravel() for pair in self.pairs])
             right = np.concatenate([pair[1].ravel() for pair in self.pairs])
-            parts.union(left, right)
+            rest = self._whole(parts, left, right)
+            parts.union(left[rest], right[rest])
         parts.flatten()
-        for labels, _ in self.locks:
-            parts.lock(labels.ravel())
+        if self.locks:
+            parts.lock(np.concatenate([labels.ravel() for labels, _ in self.locks]))
         return parts
+
+    def _whole(self, parts: Partition, left: Array, right: Array) -> Array:
+        """Join labels that were handed out together as one (most joins are of this kind); return which pairs are left over."""
+        starts = np.array(self.starts, dtype=np.int32)
+        sizes = np.diff(starts, append=np.int32(self.count))
+        counts = np.array([pair[0].size for pair in self.pairs])
+        begins = np.cumsum(counts) - counts
+        block = np.repeat(np.arange(len(starts), dtype=np.int32), sizes)
+        whole = np.ones(len(counts), dtype=bool)
+        for side in (left, right):
+            steps = np.ones(len(side), dtype=bool)
+            np.equal(side[1:] - side[:-1], 1, out=steps[1:])
+            steps[begins] = True
+            first = side[begins]
+            whole &= np.logical_and.reduceat(steps, begins) & (starts[block[first]] == first) & (sizes[block[first]] == counts)
+        blocks = Partition(len(starts))
+        blocks.union(block[left[begins[whole]]], block[right[begins[whole]]])
+        root = blocks.find(np.arange(len(starts), dtype=np.int32))
+        parts.parent += np.repeat(starts[root] - starts, sizes)
+        return np.repeat(~whole, counts)
 
 
 def rows(array: Array, axes: tuple[int, ...]) -> Array:
@@ -171,8 +204,11 @@ def rows(array: Array, axes: tuple[int, ...]) -> Array:
     >>> rows(np.arange(6).reshape(2, 3), (1,)).tolist()
     [[0, 3], [1, 4], [2, 5]]
     """
-    lead = np.moveaxis(array, axes, range(len(axes)))
-    return lead.reshape(int(np.prod(lead.shape[: len(axes)])), -1)
+    if axes == (1,) and array.ndim == 2:
+        return array.T
+    if axes != tuple(range(len(axes))):
+        array = np.moveaxis(array, axes, range(len(axes)))
+    return array.reshape(math.prod(array.shape[: len(axes)]), -1)
 
 
 def varying(array: Array) -> tuple[int, ...]:

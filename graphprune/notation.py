@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,9 @@ Axes = tuple[tuple[str, ...], ...]
 class Value:
     """What is known of one tensor of the run: its shape, its fields, and where it came from.
 
-    ``zero``: removed entries are exactly zero once the parameters are (a parameter, or a view of one).
+    ``zero``: removed entries are exactly zero once the parameters are (a parameter, or a view of one). ``storage`` is
+    the same for tensors that share their memory; ``order`` lists the axes from the outermost in memory to the innermost
+    when that is not their own order (channels last, a transposed weight).
     """
 
     shape: tuple[int, ...]
@@ -35,6 +38,9 @@ class Value:
     zero: bool = False
     node: int = -1
     leaf: str = ""
+    dtype: Any = None
+    storage: int = -1
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,113 @@ class _Operand:
 
 
 def meet(labels: Labels, rule: Expr, results: Sequence[tuple[int, ...]], reason: int) -> tuple[list[Fields], bool]:
-    """Apply a rule: join, lock and name slices; return the fields of every result, and whether an axis is reduced."""
+    """Apply a rule: join, lock and name slices; return the fields of every result, and whether an axis is reduced.
+
+    Where every field varies over one axis, what is done depends on the form alone: it is worked out once, then replayed.
+    """
+    form = _form(rule, results)
+    if form is None:
+        return _meet(labels, rule, results, reason)
+    if form not in _RECIPES:
+        _RECIPES[form] = _recipe(rule, results)
+    recipe = _RECIPES[form]
+    return recipe.replay(labels, rule, reason) if recipe else _meet(labels, rule, results, reason)
+
+
+_RECIPES: dict[tuple, Recipe | None] = {}
+
+
+def _form(rule: Expr, results: Sequence[tuple[int, ...]]) -> tuple | None:
+    """All that the outcome of a rule depends on, or None where it depends on the labels themselves."""
+    form: list[Any] = [rule.text, len(results)]
+    sizes = rule.sizes.values()
+    for value in rule.operands:
+        if value.__class__ is not Value:
+            form.append(None)
+            continue
+        whole = value.shape
+        for array in value.fields:
+            size = array.size
+            if size < 2 or size not in array.shape or array.item(0) == array.item(-1):
+                return None
+            form.append(array.shape.index(size))
+        form.append(len(whole))
+        if 1 in whole:
+            form.append(tuple([n == 1 for n in whole]))
+        for size in sizes:
+            form.append((size == 1, *[n == size for n in whole]))
+    return tuple(form)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a rule does to fields over one axis, by their number: pairs to join, fields to lock, fields of the results."""
+
+    joins: tuple[tuple[int, int], ...]
+    locks: tuple[int, ...]
+    outs: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+    reduces: bool
+
+    def replay(self, labels: Labels, rule: Expr, reason: int) -> tuple[list[Fields], bool]:
+        flat = [array.ravel() for value in rule.operands if isinstance(value, Value) for array in value.fields]
+        for left, right in self.joins:
+            labels.join(flat[left], flat[right])
+        for index in self.locks:
+            labels.lock(flat[index], reason)
+        return [tuple([flat[index].reshape(view) for index, view in out]) for out in self.outs], self.reduces
+
+
+class _Told(Exception):
+    """The outcome depends on more than the form."""
+
+
+class _Listener:
+    """Stands in for the labels while a recipe is worked out on fields that are known by their memory."""
+
+    def __init__(self) -> None:
+        self.fields: dict[int, tuple[int, int]] = {}
+        self.joins: list[tuple[int, int]] = []
+        self.locks: list[int] = []
+
+    def of(self, array: Array) -> int:
+        index, size = self.fields.get(array.__array_interface__["data"][0], (-1, 0))
+        if size != array.size:
+            raise _Told
+        return index
+
+    def join(self, left: Array, right: Array) -> None:
+        if left is not right:
+            self.joins.append((self.of(left), self.of(right)))
+
+    def lock(self, array: Array, reason: int) -> None:
+        self.locks.append(self.of(array))
+
+    def joint(self, *args: Any) -> None:
+        raise _Told
+
+    marginal = fresh = joint
+
+
+def _recipe(rule: Expr, results: Sequence[tuple[int, ...]]) -> Recipe | None:
+    listener, operands = _Listener(), []
+    for value in rule.operands:
+        if isinstance(value, Value):
+            twins = tuple(np.arange(a.size, dtype=np.int32).reshape(a.shape) for a in value.fields)
+            for twin in twins:
+                listener.fields[twin.__array_interface__["data"][0]] = (len(listener.fields), twin.size)
+            value = Value(value.shape, twins)
+        operands.append(value)
+    try:
+        outs, reduces = _meet(listener, Expr(rule.text, tuple(operands), rule.sizes), results, 0)
+        told = tuple(tuple((listener.of(f), tuple(-1 if n > 1 else 1 for n in f.shape)) for f in held) for held in outs)
+    except _Told:
+        return None
+    if any(view.count(-1) != 1 for held in told for _, view in held):
+        return None
+    return Recipe(tuple(listener.joins), tuple(listener.locks), told, reduces)
+
+
+def _meet(labels: Labels, rule: Expr, results: Sequence[tuple[int, ...]], reason: int) -> tuple[list[Fields], bool]:
     lefts, rights = parse(rule.text)
     operands, order = [], {}
     for axes, value in zip(lefts, rule.operands, strict=True):

@@ -6,6 +6,7 @@ It holds, for every tensor axis that is cut, the surviving positions, and the at
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +23,17 @@ from .symbols import Need
 
 @dataclass(frozen=True)
 class Plan:
-    """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new)."""
+    """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new).
+
+    ``rewrites``: the modules whose code holds sizes as literals; they come back as ``torch.fx.GraphModule``.
+    """
 
     cuts: dict[str, dict[int, list[int]]]
     shapes: dict[str, tuple[int, ...]]
     edits: tuple[tuple, ...] = ()
     notes: tuple[str, ...] = ()
     lines: tuple[str, ...] = field(default=(), compare=False)
+    rewrites: tuple[str, ...] = ()
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
@@ -50,6 +55,7 @@ class Plan:
     def to_json(self) -> str:
         cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
         data = {"version": 1, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
+        data |= {"rewrites": self.rewrites} if self.rewrites else {}
         return json.dumps(data)
 
     @classmethod
@@ -59,7 +65,7 @@ class Plan:
             data = json.loads(text)
             cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
             shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]))
+            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
 
@@ -103,24 +109,30 @@ class Survivors:
 
 def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[str, ...]) -> Plan:
     """Turn kept units into cuts of tensors."""
-    survivors = Survivors(groups, kept)
+    masks: dict[tuple[str, int], Array] = {}
+    for group, stay in zip(groups, kept, strict=True):
+        stays = np.zeros(group.size + 1, dtype=bool)
+        stays[stay.numpy()] = stays[-1] = True  # position -1: of no unit of this group
+        for slot, units in group.places.items():
+            mask = stays[units]
+            masks[slot] = masks[slot] & mask if slot in masks else mask
+    lists: dict[bytes, list[int]] = {}  # equal cuts share one list
     cuts: dict[str, dict[int, list[int]]] = {}
-    for name, leaf in groups.graph.leaves.items():
-        for dim in range(len(leaf.shape)):
-            mask = survivors.axis(leaf, dim)
-            if not mask.all():
-                cuts.setdefault(name, {})[dim] = np.flatnonzero(mask).tolist()
-    shapes = {name: leaf.shape for name, leaf in groups.graph.leaves.items() if name in cuts}
+    leaves = groups.graph.leaves
+    for (name, axis), mask in sorted(masks.items(), key=lambda item: item[0][1]):
+        if not mask.all():
+            key = mask.tobytes()
+            if key not in lists:
+                lists[key] = np.flatnonzero(mask).tolist()
+            cuts.setdefault(name, {})[axis] = lists[key]
+    cuts = {name: cuts[name] for name in leaves if name in cuts}
+    shapes = {name: leaves[name].shape for name in cuts}
     lines = []
     for group, stay in zip(groups, kept, strict=True):
         lines.append(f"group {group.index} ({group.name}): {len(stay)} of {group.size} units stay")
-        lines += [f"  {name} axis {axis}: {leaf_cut(cuts, groups, name, axis)}" for name, axis in group.places]
+        for name, axis in group.places:
+            size = leaves[name].shape[axis]
+            lines.append(f"  {name} axis {axis}: {size} -> {len(cuts.get(name, {}).get(axis, range(size)))}")
     for (name, axis), reason in groups.locked.items():
-        cost = int(np.prod(groups.graph.leaves[name].shape))
-        lines.append(f"whole: {name} axis {axis} ({cost} entries): {reason}")
+        lines.append(f"whole: {name} axis {axis} ({math.prod(leaves[name].shape)} entries): {reason}")
     return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines))
-
-
-def leaf_cut(cuts: dict, groups: Groups, name: str, axis: int) -> str:
-    size = groups.graph.leaves[name].shape[axis]
-    return f"{size} -> {len(cuts.get(name, {}).get(axis, range(size)))}"

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .apply import apply
-from .errors import BadModel, NotEqual, NothingToPrune, UnknownName
+from .budget import Chooser
+from .compose import so_far
+from .errors import BadModel, GraphpruneError, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
+from .latency import reach, remembered
 from .plan import Plan, Survivors, make_plan
-from .repair import after_cut, refill
+from .rewrite import removed, spelled
 from .scores import Criterion, Scores
 from .scores.attempts import attempts
-from .select import check_ratio, select
+from .select import check_ratio
 from .sizes import leaves
 from .symbols import solve
+from .targets import Aims
 from .trace import Graph, trace
-from .trees import leaf_tensors, tensors
+from .trees import leaf_tensors, modules_of, tensors
 from .zeroed import zeroed
 
 
 def shrink(
     model: nn.Module,
     example_input: Any,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
+    params: float | None = None,
+    macs: float | None = None,
+    size: float | None = None,
+    memory: float | None = None,
+    latency: float | str | None = None,
+    speedup: float | None = None,
+    runtime: str = "eager",
+    threads: int | None = None,
+    measure: Callable[[nn.Module], float] | None = None,
     criterion: Criterion = "l2",
     batches: Iterable | None = None,
     loss: Callable | None = None,
@@ -39,53 +55,62 @@ def shrink(
     multiple_of: int = 1,
     min_units: int = 1,
     example_kwargs: dict | None = None,
-    calibration: Iterable | None = None,
-    repair: str | Sequence[str] = "auto",
     inplace: bool = False,
     return_plan: bool = False,
     verify: bool = True,
+    rewrite: bool = True,
 ) -> Any:
     """A smaller model that computes what ``model`` computes with the removed units set to zero.
 
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
-    every group, 0 <= ratio < 1. ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate
-    ``(name, module) -> bool``; ``ratios`` overrides the ratio by the same kinds of key. ``criterion``, ``batches`` and ``loss``
-    are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs) the cut model is repaired: :func:`graphprune.repair`
-    says which steps ``repair`` may name. ``verify`` compares with :func:`zeroed` on the example.
+    every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given). Targets are upper limits and hold together:
+    ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
+    to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere), ``"global"``,
+    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets). ``criterion``, ``batches``
+    and ``loss`` are those of :func:`graphprune.score`.
+    ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
+    ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
+    code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.rewrite`).
     Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
     4
     """
-    check_ratio(ratio)
+    aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
+    ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    scored = attempts(model, criterion, batches, loss)
-    groups, kept, plan = decide(graph, model, ratio, scored, scope, held, ratios, multiple_of, min_units)
-    small = apply(model, plan)
+    choose = Chooser(ratio, scope, multiple_of, min_units, aims)
+    scored = remembered(attempts(model, criterion, batches, loss))
+    propose = lambda more: decide(graph, model, replace(choose, more=more), scored, held, ratios)  # noqa: E731
+    if aims.timed:
+        small, plan = reach(model, graph, aims, propose)
+    else:
+        plan = best(graph, model, (choose, scored, held, ratios), rewrite, inplace)
+        small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
-    small, plan = after_cut(small, model, plan, calibration, repair, graph)
     if inplace:
-        small = refill(apply(model, plan, inplace=True), small)
-    small.__dict__["graphprune_plan"] = plan
+        small = apply(model, plan, inplace=True)
+    small.__dict__["graphprune_plan"] = so_far(model, plan)
     return (small, plan) if return_plan else small
 
 
 def decide(
     graph: Graph,
     model: nn.Module,
-    ratio: float,
+    choose: Chooser,
     scored: Callable[[Groups], Iterator[Scores]],
-    scope: str,
     keep: list[str],
     ratios: Mapping[Any, float] | None,
-    multiple_of: int,
-    min_units: int,
+    literals: set[str] | None = None,
 ) -> tuple[Groups, list, Plan]:
-    """Couple, score and select; whatever no attribute can express is left whole, with the reason."""
+    """Couple, score and select; whatever no attribute can express is left whole, with the reason.
+
+    ``literals`` collects the modules whose code holds such a size as a literal.
+    """
     locks: list = []
     notes: list[str] = []
     ties: list[frozenset[int]] = []
@@ -94,10 +119,12 @@ def decide(
     for _ in range(40):
         if not len(groups):
             raise NothingToPrune(_nothing(groups))
-        own = _overrides(groups, model, ratios)
-        for scores in scored(groups):
+        own = overrides(groups, model, ratios)
+        # Within each group a draft without scores finds what no attribute can express; the weights are read for what is left.
+        draft = [[torch.zeros(group.size) for group in groups]] if choose.scope == "layer" and not choose.aims.any else []
+        for scores in itertools.chain(draft, scored(groups)):
             while True:
-                kept = select(groups, scores, ratio, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=own, ties=ties)
+                kept = choose(groups, scores, own, ties)
                 edits, wrong = solve(graph, Survivors(groups, kept).length)
                 tied = _tie(groups, wrong, ties)
                 if tied == ties:
@@ -108,12 +135,40 @@ def decide(
         else:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
+            if call and literals is not None and isinstance(call.expr, int):
+                literals.add(call.module)
             text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")
         groups, ties = couple(graph, whole, tuple(locks)), []
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
+
+
+def best(graph: Graph, model: nn.Module, options: tuple, rewrite: bool, inplace: bool) -> Plan:
+    """The plan; where literals in the code hold axes back, the one for the rewritten code, if that frees more and proves right."""
+    literals: set[str] = set()
+    plan = nothing = None
+    try:
+        plan = decide(graph, model, *options, literals)[2]
+    except NothingToPrune as error:
+        if not rewrite or not literals or (inplace and "" in literals):
+            raise
+        nothing = error
+    if not rewrite or not literals or (inplace and "" in literals):
+        return plan
+    paths = tuple(sorted(literals))
+    try:
+        other = spelled(model, paths)
+        found = decide(trace(other, *graph.example), other, *options)[2]
+        note = f"note: sizes are literals in the code of {', '.join(name or 'the model' for name in paths)}; it is rewritten as torch.fx.GraphModule"
+        found = dataclasses.replace(found, rewrites=paths, notes=(*found.notes, note))
+        check(graph, model, apply(model, found), found)
+    except GraphpruneError as error:
+        if plan is None:
+            raise nothing from error
+        return dataclasses.replace(plan, notes=(*plan.notes, f"note: not rewritten: {error}"))
+    return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
 
 
 def _tie(groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
@@ -181,10 +236,10 @@ def check_model(model: Any) -> None:
         raise BadModel("the model is compiled; shrink model._orig_mod and compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise BadModel("the model is wrapped for parallel training; shrink model.module and wrap the result")
-    devices = {str(tensor.device) for _, _, _, tensor in leaf_tensors(model)}
+    devices = {tensor.device for _, _, _, tensor in leaf_tensors(model)}
     if len(devices) > 1:
-        raise BadModel(f"the model lies on several devices ({', '.join(sorted(devices))}); move it to one")
-    for name, module in model.named_modules():
+        raise BadModel(f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
+    for name, module in modules_of(model):
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise BadModel(f"{name or 'the model'} is quantised; shrink the floating-point model and quantise the result")
 
@@ -212,7 +267,10 @@ def named(model: nn.Module, keep: Any) -> list[str]:
     return found
 
 
-def _overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[int, float]:
+def overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Callable | None) -> dict[int, float]:
+    """The ratio of every group that has one of its own; ``ratios`` may also be a function of the groups that returns just this."""
+    if callable(ratios):
+        return dict(ratios(groups))
     own: dict[int, float] = {}
     for key, ratio in (ratios or {}).items():
         check_ratio(ratio, f"the ratio of {key!r}")

@@ -16,14 +16,21 @@ from torch import nn
 
 from .notation import Value
 from .sizes import COMPARISONS, Expr, Size, evaluate, expression, leaves
+from .trees import modules_of
 
 # Modules whose attributes follow from the shapes of their own weights (see apply.py).
 SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Embedding, nn.GroupNorm)
 SHAPED += (nn.RMSNorm, nn.PReLU)
+PLANTED = frozenset((int, list, tuple))
 # … and which axis of their weight such an attribute repeats.
 REPEATS = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0}
 REPEATS |= {"embedding_dim": 1, "num_embeddings": 0, "num_parameters": 0}
 COUNTS = ("groups", "num_groups", "normalized_shape")
+# The functions whose sizes are written down (and every convolution).
+SIZED = frozenset(
+    "view reshape expand unflatten broadcast_to zeros ones full empty randn rand new_zeros new_ones new_full new_empty split "
+    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad channel_shuffle native_channel_shuffle scaled_dot_product_attention".split()
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,13 @@ def plant(model: nn.Module, values: Mapping[int, Value]) -> dict[tuple, int]:
             return type(value)(size((*path, i), v) for i, v in enumerate(value))
         return value
 
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
+        kind = type(module)
+        known = issubclass(kind, SHAPED) and kind.__module__.startswith("torch.nn.")
         for key, value in list(module.__dict__.items()):
-            known = isinstance(module, SHAPED) and type(module).__module__.startswith("torch.nn.")
             if known and key in REPEATS and type(value) is int:
                 _repeat(module, key, values)
-            if key.startswith("_") or (known and key not in COUNTS):
+            if type(value) not in PLANTED or key[0] == "_" or (known and key not in COUNTS):
                 continue
             planted = size((name, key), value)
             if planted is not value:

@@ -12,42 +12,78 @@ from torch import nn
 from .notation import Value
 
 
+PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
+
+
 def tensors(tree: Any, kind: type = Value) -> Iterator[Any]:
     """All tensors (or values) in nested tuples, lists, dictionaries and dataclasses."""
+    found: list[Any] = []
+    _collect(tree, kind, found)
+    return iter(found)
+
+
+def _collect(tree: Any, kind: type, found: list[Any]) -> None:
+    if type(tree) in PLAIN:
+        return
     if isinstance(tree, kind):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from tensors(item, kind)
+        found.append(tree)
     elif isinstance(tree, list | tuple | set):
         for item in tree:
-            yield from tensors(item, kind)
+            if isinstance(item, kind):
+                found.append(item)
+            elif type(item) not in PLAIN:
+                _collect(item, kind, found)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            _collect(item, kind, found)
     elif is_dataclass(tree) and not isinstance(tree, type):
         for entry in fields(tree):
-            yield from tensors(getattr(tree, entry.name, None), kind)
+            _collect(getattr(tree, entry.name, None), kind, found)
 
 
 def replace(tree: Any, swap: Any) -> Any:
     """The same nest with every tensor (or value) exchanged."""
+    kind = type(tree)
+    if kind in PLAIN:
+        return tree
     if isinstance(tree, torch.Tensor | Value):
         return swap(tree)
+    if kind is tuple or kind is list:
+        return kind([item if type(item) in PLAIN else replace(item, swap) for item in tree])
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(replace(item, swap) for item in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(replace(item, swap) for item in tree) if type(tree) in (list, tuple) else tree
-    if type(tree) is dict:
+        return kind(*(replace(item, swap) for item in tree))
+    if kind is dict:
         return {key: replace(item, swap) for key, item in tree.items()}
     return tree
 
 
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module once, with its path: ``list(model.named_modules())`` in one walk."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        seen.add(id(module))
+        found.append((path, module))
+        for name, child in module.__dict__["_modules"].items():
+            if child is not None and id(child) not in seen:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
+    return found
+
+
 def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """Every tensor a model holds, by qualified name: parameters, buffers, and plain attributes."""
-    for prefix, module in model.named_modules():
+    for prefix, module in modules_of(model):
         dot = f"{prefix}." if prefix else ""
-        held = {**module._parameters, **module._buffers}
-        held |= {k: v for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
-        for name, tensor in held.items():
-            if tensor is not None:
+        own = module.__dict__
+        for held in (own["_parameters"], own["_buffers"]):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    yield dot + name, module, name, tensor
+        for name, tensor in own.items():
+            if isinstance(tensor, torch.Tensor):
                 yield dot + name, module, name, tensor
 
 

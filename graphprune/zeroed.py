@@ -44,7 +44,7 @@ def _masked(model: nn.Module, plan: Plan) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class _Masks:
+class Masks:
     """The surviving positions along every axis of every value, from the plan's cuts of the leaves.
 
     It asks nothing of how groups were settled: a cut position takes the labels joined to it, and a slice (a head, a convolution group) goes with the
@@ -83,7 +83,7 @@ class _Masks:
 
 def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Run the recorded calls on the zeroed leaves."""
-    masks = _Masks(graph, plan)
+    masks = Masks(graph, plan)
     held: dict[int, torch.Tensor] = {}
     shared: dict[int, torch.Tensor] = {}
     for name, _, _, tensor in leaf_tensors(model):
@@ -116,7 +116,7 @@ def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor
     return [held[id(value)] for value in graph.outputs]
 
 
-def _call(node: Any, held: dict, masks: _Masks, device: torch.device) -> list[torch.Tensor]:
+def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[torch.Tensor]:
     kwargs = dict(node.kwargs)
     if "device" in kwargs:
         kwargs["device"] = device

@@ -55,8 +55,9 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = """errors labels sizes notation rules moves assemble laws symbols trees trace probe groups links catalogue scores select plan apply repair zeroed
-    shrink store""".split()
+    order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure fuse trace probe groups links"
+    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget plan rewrite apply compose zeroed latency"
+    order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
         if path == root / "__init__.py":
@@ -73,8 +74,7 @@ def test_imports_inside_a_package_go_one_way():
 
     orders = {
         "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy reconstruct start expansion
-        __init__ attempts""".split(),
-        "repair": "moments solve sites rows paced sequential statistics effect __init__".split(),
+        __init__ attempts""".split()
     }
     for package, order in orders.items():
         for path in (Path(graphprune.__file__).parent / package).glob("*.py"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from .activations import _filled
+from .fold import operation
 from .registry import scorer
 from .seen import Place, observe_samples, places
 from .task import Scores, Task
@@ -14,28 +16,21 @@ from .task import Scores, Task
 Tensor = torch.Tensor
 
 
-def _first(every: list[list[Place]]) -> list[list[Place]]:
-    return [mine[:1] for mine in every]
-
-
 @scorer("activation", "mean rank of the feature map", "Lin et al. 2020 (HRank)", needs="inputs", cost="a forward pass and one SVD for each map")
 def hrank(task: Task, otherwise: str | None = None) -> Scores:
-    """``E_n[rank(A_{n,c})]`` of the h x w map of each unit, at the first activation of the group.
+    """``E_n[rank(A_{n,c})]`` of the h x w map of each unit, at the first activation of the group (before it is flattened).
 
-    A unit of several positions (a head) has the matrix of its positions over space; without space or positions a map's rank is 0 or 1.
+    A unit of several positions (a head) has the matrix of its positions over space; without either, the rank is 0 or 1.
     """
-    every = _first(places(task))
+    every = [[unflattened(task, place) for place in mine[:1]] for mine in places(task)]
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups]
 
     def see(place: Place, parts: Tensor) -> None:
-        size = len(sums[place.group])
-        order = torch.argsort(place.along, stable=True)
-        order = order[place.along[order] >= 0]
-        maps = parts[:, order].unflatten(1, (size, -1))  # (samples, units, positions, space)
-        space = place.value.shape[2:] if place.dim == 1 and len(place.value.shape) == 4 else ()
-        if maps.shape[2] == 1 and len(space) == 2:
-            sides = (round(math.sqrt(maps.shape[3] * space[0] / space[1])), -1)  # the batch may have another resolution than the example
-            maps = maps.squeeze(2).unflatten(2, sides if maps.shape[3] % sides[0] == 0 else (1, -1))
+        maps = units_first(place, parts, len(sums[place.group]))  # (samples, units, positions, space)
+        if maps.shape[2] == 1 and place.dim == 1 and len(place.value.shape) == 4:
+            high, wide = place.value.shape[2:]
+            high = round(math.sqrt(maps.shape[3] * high / wide))  # the batch may have another resolution than the example
+            maps = maps.squeeze(2).unflatten(2, (high, -1)) if maps.shape[3] % high == 0 else maps
         sums[place.group] += torch.linalg.matrix_rank(maps).double().sum(0).cpu()
 
     count = observe_samples(task, every, see)
@@ -44,16 +39,36 @@ def hrank(task: Task, otherwise: str | None = None) -> Scores:
 
 @scorer("activation", "nuclear norm lost without the channel", "Sui et al. 2021 (CHIP)", needs="inputs", cost="a forward pass and an SVD for each sample")
 def chip(task: Task, otherwise: str | None = None) -> Scores:
-    """``E_n[‖A_n‖_* − ‖A_n with row c zero‖_*]`` of the channels x space matrix, at the first activation of the group."""
-    every = _first(places(task))
+    """``E_n[‖A_n‖_* − ‖A_n with row c zero‖_*]`` of the units x (positions, space) matrix, at the first activation of the group."""
+    every = [mine[:1] for mine in places(task)]
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups]
 
     def see(place: Place, parts: Tensor) -> None:
-        for rows in parts.double():
-            sums[place.group] += place.by_unit(without_each_row(rows), len(sums[place.group]))
+        for rows in units_first(place, parts, len(sums[place.group])).flatten(2).double():
+            sums[place.group] += without_each_row(rows).cpu()
 
     count = observe_samples(task, every, see)
     return _filled(task, every, [total / count for total in sums], otherwise, "chip")
+
+
+def units_first(place: Place, parts: Tensor, size: int) -> Tensor:
+    """(samples, positions, space) as (samples, units, positions of each, space)."""
+    order = torch.argsort(place.along, stable=True)
+    return parts[:, order[place.along[order] >= 0]].unflatten(1, (size, -1))
+
+
+def unflattened(task: Task, place: Place) -> Place:
+    """The same place before a flattening, where the map still has two axes of space."""
+    graph, owner, value = task.groups.graph, task.groups, place.value
+    shown = {id(v) for step in graph.steps for v in (*step.args, *step.results) if v is not None}
+    local = torch.full((len(owner.root),), -1)
+    local[torch.from_numpy(owner.groups[place.group].units)] = torch.arange(owner.groups[place.group].size)
+    while len(value.shape) < 4 and value.node >= 0 and operation(graph.nodes[value.node]) in ("view", "_unsafe_view", "reshape", "flatten", "alias"):
+        value = graph.nodes[value.node].args[0]
+        field = next((f for f in value.fields if f.shape[1:2] == value.shape[1:2] and f.size == value.shape[1]), None)
+        if len(value.shape) == 4 and id(value) in shown and field is not None:
+            return replace(place, value=value, dim=1, along=local[torch.from_numpy(owner.root[field.ravel()]).long()])
+    return place
 
 
 def without_each_row(rows: Tensor, step: float = 0.3) -> Tensor:
@@ -63,16 +78,15 @@ def without_each_row(rows: Tensor, step: float = 0.3) -> Tensor:
     ``M + t`` by ``1 / [(M + t)⁻¹]_cc`` and so the loss is ``−1/2π ∫ t^{-1/2} log(t [(M + t)⁻¹]_cc) dt``. With
     ``t = e^{2s}`` the trapezoid rule converges like ``exp(−π²/step)``.
     """
-    left, values, _ = torch.linalg.svd(rows, full_matrices=False)
+    left, values, _ = torch.linalg.svd(rows, full_matrices=len(rows) > rows.shape[1])
     scale = values.max()
     if scale == 0:
         return torch.zeros(len(rows), dtype=rows.dtype)
-    weights = left.square()
-    rest = (1 - weights.sum(1)).clamp(min=0)
-    rest = rest * (rest > 1e-12) if len(values) == len(rows) else rest
+    weights, rest = left[:, : len(values)].square(), left[:, len(values) :].square().sum(1)
     nodes = torch.arange(-34.0, 34.0, step, dtype=rows.dtype).exp() * scale
-    share = values.square()[:, None] / (values.square()[:, None] + nodes.square())
-    lost = weights @ share  # 1 − t [(M + t)⁻¹]_cc: small for large t, where the logarithm must not cancel
-    left_over = (weights @ (1 - share) + rest[:, None]).clamp(min=torch.finfo(rows.dtype).tiny)
+    whole = values.square()[:, None] + nodes.square()
+    # t [(M + t)⁻¹]_cc and one minus it, each from positive terms: neither may cancel where it is small.
+    lost = weights @ (values.square()[:, None] / whole)
+    left_over = (weights @ (nodes.square() / whole) + rest[:, None]).clamp(min=torch.finfo(rows.dtype).tiny)
     logs = torch.where(lost < 0.5, torch.log1p(-lost), left_over.log())
     return -(logs @ nodes) * step / math.pi

@@ -116,9 +116,7 @@ def _surgery(mine: list[Form], damping: float) -> Tensor:
     inverses = []
     for form in mine:
         hessian = form.gram.clone()
-        dead = hessian.diagonal() <= 0
-        hessian.diagonal()[dead] = 1.0
-        hessian.diagonal().add_(damping * hessian.diagonal().mean())
+        hessian.diagonal().add_(damping * float(hessian.diagonal().mean()) or 1.0)
         inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(hessian)))
     if all(form.columns.shape[1] == 1 for form in mine):
         return surgeon(inverses, [form.reads for form in mine])

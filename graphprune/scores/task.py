@@ -34,9 +34,8 @@ class Task:
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The floating parameters with values that some group cuts."""
-        held = {name for group in self.groups for name, _ in group.places}
-        return {n: t for n, t in self.tensors.items() if n in held and isinstance(t, nn.Parameter) and t.is_floating_point() and not t.is_meta}
+        """The floating parameters, cut or not, by the name that the graph knows."""
+        return {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point() and not t.is_meta}
 
     @cached_property
     def links(self) -> list[list[Link]]:

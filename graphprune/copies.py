@@ -1,0 +1,75 @@
+"""Copying a tree of modules without walking every container twice: :func:`duplicate`.
+
+What ``copy.deepcopy`` gives, for modules that copy in the ordinary way (their ``__dict__``); any module that has its own
+idea of copying is handed to ``copy.deepcopy``.
+
+>>> twin = duplicate(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), {})
+>>> twin[0].out_features, len(twin)
+(3, 2)
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
+                   types.BuiltinFunctionType, type(...), type(NotImplemented), range, property})  # fmt: skip
+OWN = frozenset(key for key, value in nn.Module().__dict__.items() if type(value) in (dict, OrderedDict, set))
+_ORDINARY: dict[type, bool] = {}
+
+
+def ordinary(kind: type) -> bool:
+    """Whether modules of this class copy by their ``__dict__`` alone."""
+    if kind not in _ORDINARY:
+        base = nn.Module
+        same = getattr(kind, "__getstate__", None) is getattr(base, "__getstate__", None) and kind.__reduce_ex__ is base.__reduce_ex__
+        slots = any(getattr(c, "__slots__", ()) for c in kind.__mro__)
+        _ORDINARY[kind] = same and kind.__reduce__ is base.__reduce__ and not hasattr(kind, "__deepcopy__") and not slots and kind.__new__ is object.__new__
+    return _ORDINARY[kind]
+
+
+def duplicate(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; ``memo`` maps the id of what was copied (or is to be exchanged) to its copy, as in ``copy.deepcopy``."""
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    found = memo.get(id(value), memo)
+    if found is not memo:
+        return found
+    if kind is dict or kind is OrderedDict:
+        twin = memo[id(value)] = kind()
+        for key, item in value.items():
+            twin[duplicate(key, memo)] = duplicate(item, memo)
+        return twin
+    if kind is list:
+        twin = memo[id(value)] = []
+        twin.extend([duplicate(item, memo) for item in value])
+        return twin
+    if kind is tuple:
+        items = [duplicate(item, memo) for item in value]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else memo.setdefault(id(value), tuple(items))
+    if isinstance(value, nn.Module) and ordinary(kind):
+        return _module(value, kind, memo)
+    return copy.deepcopy(value, memo)
+
+
+def _module(module: nn.Module, kind: type, memo: dict[int, Any]) -> nn.Module:
+    twin = memo[id(module)] = kind.__new__(kind)
+    state = module.__dict__.copy()
+    state.pop("_compiled_call_impl", None)  # as nn.Module's own copying does
+    for key, value in state.items():
+        if type(value) in PLAIN:
+            continue
+        # Every module owns these containers, so that an empty one needs no note in the memo.
+        state[key] = type(value)() if key in OWN and not value else duplicate(value, memo)
+    if kind.__setstate__ is nn.Module.__setstate__:
+        twin.__dict__.update(state)
+    else:
+        twin.__setstate__(state)
+    return twin

@@ -1,0 +1,276 @@
+"""What a model costs, exactly, as functions of how many units each group keeps: nothing is run.
+
+MACs are those of all products: convolutions, matrix products and attention (taken apart into its two products); a FLOP
+count is twice that. ``size`` is the bytes of all parameters and buffers. ``memory`` is the largest sum of bytes of
+activations alive at one time, inputs and outputs included, when every tensor is freed after its last use; attention is
+counted with its matrix of weights, which fused kernels avoid.
+
+Every cost is a sum of products of axis lengths (:mod:`graphprune.lengths`), so one evaluation is a few array operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import BadTarget
+from .groups import Groups, couple
+from .labels import Array
+from .lengths import Lengths
+from .notation import Value
+from .trace import Graph, Node, trace
+from .trees import tensors
+
+FACTORS = 4
+NAMES = ("params", "macs", "size", "memory")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, multiply-accumulates of one call on the example, bytes of the weights, peak bytes of the activations."""
+
+    params: int
+    macs: int
+    size: int
+    memory: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.macs
+
+    def __str__(self) -> str:
+        params, macs, flops = (_unit(n) for n in (self.params, self.macs, self.flops))
+        return f"{params} params, {macs}MACs ({flops}FLOPs), {self.size / 2**20:.0f} MiB, peak activations {self.memory / 2**20:.1f} MiB"
+
+
+def _unit(number: float) -> str:
+    """
+    >>> _unit(138_357_544), _unit(15_470_264_320), _unit(999)
+    ('138.36 M', '15.47 G', '999 ')
+    """
+    for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= power:
+            return f"{number / power:.2f} {letter}"
+    return f"{number:.0f} "
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of products of lengths: ``factors`` (terms,), ``forms`` (terms, 4), padded by form 0, which is 1."""
+
+    factors: Array
+    forms: Array
+
+    def terms(self, lengths: Array) -> Array:
+        """(rows, terms) for lengths (rows, forms)."""
+        found = lengths[:, self.forms[:, 0]] * self.factors
+        for column in range(1, FACTORS):
+            if self.forms[:, column].any():
+                found = found * lengths[:, self.forms[:, column]]
+        return found
+
+    def __call__(self, lengths: Array) -> Array:
+        return self.terms(lengths).sum(axis=1)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The peak of what is alive: bytes of every storage, and when it is made and used last."""
+
+    size: Sum
+    born: Array
+    dies: Array
+    births: Array
+    deaths: Array
+
+    def __call__(self, lengths: Array) -> Array:
+        bytes_ = self.size.terms(lengths)
+        if not bytes_.shape[1]:
+            return np.zeros(len(lengths))
+        made = np.cumsum(bytes_[:, self.born], axis=1)[:, self.births - 1]
+        gone = np.concatenate([np.zeros((len(lengths), 1)), np.cumsum(bytes_[:, self.dies], axis=1)], axis=1)[:, self.deaths]
+        return (made - gone).max(axis=1)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of a graph under any choice of units. Made by :func:`costs`."""
+
+    lengths: Lengths
+    constant: Array
+    slopes: Array
+    parts: Mapping[str, Callable[[Array], Array]]
+
+    def at(self, widths: Array, names: Sequence[str] = NAMES) -> dict[str, Array]:
+        """The named costs, (rows,) each, for numbers of kept units (rows, groups).
+
+        Exact when all units of a group have equally many positions wherever they stand (``lengths.even``), the usual
+        case; otherwise the mean over the units.
+        """
+        found = self.constant + widths @ self.slopes.T
+        for number, values in self.lengths.expected(widths).items():
+            found[:, number] = values
+        return {name: self.parts[name](found) for name in names}
+
+    def of(self, kept: Sequence[torch.Tensor]) -> Cost:
+        """The exact costs when these units stay."""
+        found = self.lengths.of(kept)[None]
+        return Cost(*(round(float(self.parts[name](found)[0])) for name in NAMES))
+
+    @property
+    def full(self) -> Cost:
+        """What the uncut model costs."""
+        return self.of([torch.arange(group.size) for group in self.lengths.groups])
+
+
+def cost(groups: Groups, kept: Sequence[torch.Tensor] | None = None) -> Cost:
+    """What a coupled graph costs when the ``kept`` units (a tensor of indices per group; default all) stay.
+
+    >>> from graphprune.groups import couple
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> groups = couple(trace(net, torch.zeros(3, 4)))
+    >>> cost(groups).macs, cost(groups, [torch.arange(4)]).macs
+    (144, 72)
+    """
+    found = costs(groups)
+    if kept is None:
+        return found.full
+    if len(kept) != len(groups):
+        raise BadTarget(f"{len(kept)} sets of kept units were given for {len(groups)} groups")
+    return found.of(kept)
+
+
+def profile(model: nn.Module, example_input: Any, example_kwargs: dict | None = None) -> Cost:
+    """Parameters, MACs, bytes and peak activation memory of a model on an example; raises what :func:`trace` raises.
+
+    >>> print(profile(nn.Linear(1000, 500), torch.zeros(1, 1000)))
+    500.50 k params, 500.00 kMACs (1.00 MFLOPs), 2 MiB, peak activations 0.0 MiB
+    """
+    return cost(couple(trace(model, example_input, example_kwargs)))
+
+
+def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]] | None = None) -> Costs:
+    """The cost functions of a coupled graph; ``more`` makes further ones, functions of lengths (rows, forms)."""
+    graph, lengths = groups.graph, Lengths(groups)
+    own = {name: leaf for name, leaf in graph.leaves.items() if not name.startswith("<")}
+    trained = [leaf for name, leaf in own.items() if name in graph.__dict__["parameters"]]
+    volumes = {id(leaf): _volume(lengths, leaf.shape, leaf) for leaf in own.values()}
+    params = _sum([volumes[id(leaf)] for leaf in trained])
+    size = _sum([(leaf.dtype.itemsize * volumes[id(leaf)][0], volumes[id(leaf)][1]) for leaf in own.values()])
+    macs = _sum([term for node in graph.nodes for term in products(node, lengths)])
+    live = _live(graph, lengths, {leaf.storage for leaf in own.values()})
+    others = {name: make(lengths) for name, make in (more or {}).items()}
+    constant, slopes = lengths.matrix()
+    return Costs(lengths, constant, slopes, {"params": params, "macs": macs, "size": size, "memory": live, **others})
+
+
+Term = tuple[float, tuple[int, ...]]
+
+
+def _volume(lengths: Lengths, shape: Sequence[int], value: Value, dims: Sequence[int] | None = None) -> Term:
+    factor, forms = 1, []
+    for dim in range(len(shape)) if dims is None else dims:
+        scale, form = lengths.form(value, dim)
+        factor *= scale
+        if form:
+            forms.append(form)
+    return factor, tuple(sorted(forms))
+
+
+def _sum(terms: Sequence[Term]) -> Sum:
+    """Equal products are added up."""
+    merged: dict[tuple[int, ...], float] = {}
+    for factor, forms in terms:
+        merged[forms] = merged.get(forms, 0) + factor
+    return _array([(factor, forms) for forms, factor in merged.items()])
+
+
+def _array(terms: Sequence[Term]) -> Sum:
+    table = np.zeros((len(terms), FACTORS), dtype=np.int64)
+    for row, (_, forms) in enumerate(terms):
+        table[row, : len(forms)] = forms
+    return Sum(np.array([factor for factor, _ in terms], dtype=float), table)
+
+
+# For each product: which axes of which arguments are multiplied (as in the operation's own arguments).
+Axes = list[tuple[int, tuple[int, ...]]]
+PRODUCTS: dict[str, Axes] = {
+    "mm": [(0, (0, 1)), (1, (1,))],
+    "addmm": [(1, (0, 1)), (2, (1,))],
+    "bmm": [(0, (0, 1, 2)), (1, (2,))],
+    "baddbmm": [(1, (0, 1, 2)), (2, (2,))],
+    "addbmm": [(1, (0, 1, 2)), (2, (2,))],
+    "mv": [(0, (0, 1))],
+    "addmv": [(1, (0, 1))],
+    "dot": [(0, (0,))],
+    "addr": [(1, (0,)), (2, (0,))],
+}
+
+
+def products(node: Node, lengths: Lengths) -> Iterator[Term]:
+    """The multiply-accumulates of one call, as products of lengths."""
+    name = operation(node)
+    if name in PRODUCTS:
+        yield _product(lengths, [(node.args[at], dims) for at, dims in PRODUCTS[name]])
+    elif name == "linear":
+        x, weight = node.args[:2]
+        yield _product(lengths, [(x, tuple(range(len(x.shape)))), (weight, (0,))])
+    elif name == "convolution":
+        x, weight, transposed = node.args[0], node.args[1], node.args[6]
+        space = x.shape[2:] if transposed else node.outs[0].shape[2:]
+        factor, forms = _volume(lengths, weight.shape, weight)
+        batch, more = _volume(lengths, x.shape, x, (0,))
+        yield factor * batch * math.prod(space), forms + more
+    elif name.startswith("_scaled_dot_product") or name == "scaled_dot_product_attention":
+        query, key, value = node.args[:3]
+        yield _product(lengths, [(query, (0, 1, 2, 3)), (key, (2,))])
+        yield _product(lengths, [(query, (0, 1, 2)), (key, (2,)), (value, (3,))])
+
+
+def operation(node: Node) -> str:
+    """The ATen name without its overload: "addmm", "convolution", "relu_" …"""
+    return node.func._schema.name.rpartition("::")[2]
+
+
+def _product(lengths: Lengths, axes: Sequence[tuple[Value, tuple[int, ...]]]) -> Term:
+    factor, forms = 1.0, []
+    for value, dims in axes:
+        scale, more = _volume(lengths, value.shape, value, dims)
+        factor *= scale
+        forms += more
+    return factor, tuple(sorted(forms))
+
+
+def _live(graph: Graph, lengths: Lengths, weights: set[int]) -> Live:
+    owner: dict[int, Value] = {}
+    made: dict[int, int] = {}
+    last: dict[int, int] = {}
+    end = len(graph.nodes)
+    for value in graph.inputs:
+        owner.setdefault(value.storage, value)
+        made[value.storage], last[value.storage] = 0, end
+    read = {value.storage for value in (*graph.outputs, *tensors([(node.args, node.kwargs) for node in graph.nodes]))}
+    for index, node in enumerate(graph.nodes):
+        for value in node.outs:
+            if value is not node.outs[0] and value.storage not in read:
+                continue  # statistics that a norm leaves for its backward pass
+            if value.storage not in weights and value.storage not in owner and math.prod(value.shape):
+                owner[value.storage], made[value.storage] = value, index
+        for value in (*node.outs, *tensors((node.args, node.kwargs))):
+            if value.storage in owner:
+                last[value.storage] = max(last.get(value.storage, 0), index)
+    last.update({value.storage: end for value in graph.outputs if value.storage in owner})
+    terms = [_volume(lengths, value.shape, value) for value in owner.values()]
+    size = _array([(value.dtype.itemsize * factor, forms) for value, (factor, forms) in zip(owner.values(), terms, strict=True)])
+    start, stop = (np.array([times[key] for key in owner], dtype=np.int64) for times in (made, last))
+    moments = np.arange(max(end, 1))
+    born, dies = np.argsort(start, kind="stable"), np.argsort(stop, kind="stable")
+    births = np.searchsorted(start[born], moments, side="right")
+    deaths = np.searchsorted(stop[dies], moments, side="left")
+    return Live(size, born, dies, births, deaths)

@@ -1,0 +1,199 @@
+"""A time that is asked for, and met: :func:`reach` predicts, cuts, measures end to end, corrects, and tries again.
+
+Predictions are sums over the operations (:mod:`graphprune.table`); what they miss (memory traffic between operations,
+fusion, the runtime's own overhead) is learnt from the measurements: the search is a bracketed secant method on the
+logarithms of predicted and measured time, both as shares of the original's. Each measurement is interleaved with the
+original, so that what disturbs the machine disturbs both. The correction is kept on disk next to the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .apply import apply
+from .cost import costs, operation
+from .errors import BadMeasure, BadTarget
+from .groups import Groups
+from .measure import clock_for, interleave, middle_of, using_threads
+from .plan import Plan
+from .runtimes import evaluating, prepare
+from .scores import Scores
+from .table import Table, times
+from .targets import Aims
+from .trace import Graph
+from .trees import tensors
+
+TOLERANCE = 0.015
+ATTEMPTS = 8
+NOISE = 0.1
+Propose = Callable[[dict], tuple[Groups, list, Plan]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One end-to-end comparison: seconds of the new model, its share of the original's time with a band, the control."""
+
+    seconds: float
+    share: float
+    band: tuple[float, float]
+    control: float
+
+    @property
+    def noise(self) -> float:
+        return (self.band[1] - self.band[0]) / 2 / self.share
+
+
+class Stopwatch:
+    """Times models against the original on the runtime that was asked for."""
+
+    def __init__(self, model: nn.Module, graph: Graph, aims: Aims, seconds: float = 4.0) -> None:
+        self.model, self.aims, self.seconds = model, aims, seconds
+        self.args, self.kwargs = graph.example
+        self.device = next((t.device for t in tensors(graph.example, torch.Tensor)), torch.device("cpu"))
+        self.threads = aims.threads or torch.get_num_threads()
+        self.call: Any = None
+
+    def __call__(self, small: nn.Module) -> Timing:
+        """Raises :class:`~graphprune.errors.BadMeasure` when the times make no sense or scatter too much."""
+        with using_threads(self.threads), evaluating(self.model), evaluating(small):
+            rows = self._own(small) if self.aims.measure else self._runtime(small)
+        share, band = middle_of(rows[:, 1] / rows[:, [0, 2]].mean(axis=1))
+        found = Timing(float(statistics.median(rows[:, 1])), share, band, middle_of(rows[:, 0] / rows[:, 2])[0])
+        if found.noise > NOISE:
+            raise BadMeasure(
+                f"the measured time scatters too much: {share:.3f} of the original's, between {band[0]:.3f} and {band[1]:.3f}; "
+                "run on a quiet machine, on one thread (threads=1), or time more work per call (a larger batch)"
+            )
+        return found
+
+    def _runtime(self, small: nn.Module) -> Any:
+        self.call = self.call or prepare(self.model, self.args, self.kwargs, self.aims.runtime, self.threads)
+        call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads)
+        return interleave([self.call, call, self.call], clock_for(self.device, self.threads)[1], self.seconds, 0.007)
+
+    def _own(self, small: nn.Module) -> Any:
+        models = {1: self.model, 2: small}
+        clock = lambda call, repeats: _checked(self.aims.measure(models[call()]))  # noqa: E731
+        return interleave([lambda: 1, lambda: 2, lambda: 1], clock, self.seconds, 0.01, warm=False)
+
+
+def _checked(seconds: Any) -> float:
+    try:
+        found = float(seconds)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found) or found <= 0:
+        raise BadMeasure(f"measure returned {seconds!r}; it has to return the seconds of one call, a number above 0")
+    return found
+
+
+def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: int = 1) -> tuple[nn.Module, Plan]:
+    """The cut model that takes as long as asked, and its plan, which says what was asked, predicted and measured.
+
+    ``propose`` plans under a limit on predicted time. Raises :class:`~graphprune.errors.BadTarget` when the narrowest
+    widths are not fast enough, and :class:`~graphprune.errors.BadMeasure`.
+    """
+    watch = Stopwatch(model, graph, aims)
+    table = Table(watch.device, aims.runtime, watch.threads)
+    with using_threads(watch.threads):
+        make = times(graph, table, align)
+        full = _predicted(*propose({"time": (math.inf, make)})[:1], None, make)
+    learnt = table.known.setdefault("corrections", {}).setdefault(_name(graph, aims), [])
+    points: list[tuple[float, float]] = [(0.0, 0.0), *((x, y) for x, y in learnt)]
+    target = aims.share(0.0) if not isinstance(aims.latency, str) else aims.share(_alone(watch))
+    best: tuple | None = None
+    tried: list[float] = []
+    for _ in range(ATTEMPTS):
+        x = _next(points, math.log(min(target, 1.0)))
+        groups, kept, plan = propose({"time": (full * math.exp(x), make)})
+        predicted = _predicted(groups, kept, make) / full
+        if any(abs(predicted / other - 1) < 1e-9 for other in tried):
+            break  # the same widths again: the next ones are a whole unit away
+        tried.append(predicted)
+        small = apply(model, plan)
+        timing = watch(small)
+        points = [(a, b) for a, b in points if abs(a - math.log(predicted)) > 1e-3] + [(math.log(predicted), math.log(timing.share))]
+        error = abs(timing.share / target - 1)
+        if best is None or error < best[0]:
+            best = error, small, plan, predicted, timing
+        if error <= TOLERANCE:
+            break
+        if predicted > math.exp(x) * 1.02 and timing.share > target:
+            raise BadTarget(
+                f"{aims.asked}: the narrowest widths that the rules allow take {timing.share:.3f} of the original's time "
+                f"({1 / timing.share:.2f}x faster); that is the most that can be reached. Fewer keep rules, a smaller min_units or "
+                "multiple_of may help; plan.explain() of a smaller target says what stays whole"
+            )
+    assert best is not None
+    table.known["corrections"][_name(graph, aims)] = points[1:][-6:]
+    table.save()
+    _, small, plan, predicted, timing = best
+    return small, dataclasses.replace(plan, notes=(*plan.notes, _line(aims, predicted, timing, watch)))
+
+
+def _next(points: list[tuple[float, float]], wanted: float) -> float:
+    """Where predicted time (log) should give the ``wanted`` measured one: between neighbours, or beyond the last by its slope.
+
+    >>> _next([(0.0, 0.0)], -1.0), round(_next([(0.0, 0.0), (-1.0, -0.8)], -1.0), 3)
+    (-1.0, -1.25)
+    """
+    below = [p for p in points if p[1] <= wanted]
+    above = [p for p in points if p[1] > wanted] or [(0.0, 0.0)]
+    right = min(above, key=lambda p: p[1])
+    if below:
+        left = max(below, key=lambda p: p[1])
+        part = (wanted - right[1]) / (left[1] - right[1])
+        return right[0] + part * (left[0] - right[0])
+    slope = min(max(right[1] / right[0], 0.4), 2.0) if right[0] else 1.0
+    return right[0] + (wanted - right[1]) / slope
+
+
+def _predicted(groups: Groups, kept: Any, make: Callable) -> float:
+    known = costs(groups, {"time": make})
+    chosen = [torch.arange(group.size) for group in groups] if kept is None else kept
+    return float(known.parts["time"](known.lengths.of(chosen)[None])[0])
+
+
+def _alone(watch: Stopwatch) -> float:
+    """Seconds of the original."""
+    found = watch(watch.model)
+    return found.seconds
+
+
+def _name(graph: Graph, aims: Aims) -> str:
+    """A model's own correction: its operations and shapes, and whose clock it is."""
+    text = "".join(f"{operation(node)}{[v.shape for v in node.outs]}" for node in graph.nodes)
+    return hashlib.sha256((text + ("own" if aims.measure else "")).encode()).hexdigest()[:16]
+
+
+def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str:
+    low, high = 1 / timing.band[1], 1 / timing.band[0]
+    where = "own measure" if aims.measure else f"{aims.runtime}, {watch.threads} thread{'s' if watch.threads > 1 else ''}"
+    return (
+        f"latency: asked {aims.asked}, predicted {1 / predicted:.2f}x, measured {1 / timing.share:.2f}x ({low:.2f} to {high:.2f}; "
+        f"{timing.seconds * 1e3:.2f} ms; the original against itself {timing.control:.3f}); {where}"
+    )
+
+
+def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:
+    """Scores of equal groups are computed once, however many widths are tried."""
+    known: dict[tuple, tuple[list[Scores], Iterator[Scores]]] = {}
+
+    def tried(groups: Groups) -> Iterator[Scores]:
+        key = tuple((group.size, tuple(group.places)) for group in groups)
+        done, rest = known.setdefault(key, ([], scored(groups)))
+        yield from done
+        for each in rest:
+            done.append(each)
+            yield each
+
+    return tried

@@ -1,0 +1,88 @@
+"""Timing: what interleaved medians recover from a synthetic clock, and that the user's state survives."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import graphprune
+from graphprune.errors import BadMeasure
+from graphprune.measure import interleave, middle_of
+
+X = torch.randn(4, 8)
+NET = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 2))
+
+
+class Clock:
+    """A machine that drifts to half its speed while it is watched; every call has a true cost."""
+
+    def __init__(self, seed=0, noise=0.02, drift=1.0):
+        self.rng, self.noise, self.drift, self.calls = np.random.default_rng(seed), noise, drift, 0
+
+    def __call__(self, call, repeats):
+        self.calls += 1
+        return call() * (1 + self.drift * self.calls / 100) * np.exp(self.noise * self.rng.standard_normal())
+
+
+def test_interleaving_cancels_a_drift_and_a_block_order_does_not():
+    rows = interleave([lambda: 2.0, lambda: 1.0], Clock(), seconds=0.05, tolerance=0.0, least=40)[:40]
+    assert abs(middle_of(rows[:, 0] / rows[:, 1])[0] - 2) < 0.05
+    clock = Clock()
+    first, second = [clock(lambda: 2.0, 1) for _ in range(40)], [clock(lambda: 1.0, 1) for _ in range(40)]
+    assert abs(np.median(first) / np.median(second) - 2) > 0.3
+
+
+def test_the_band_holds_the_median_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        low, high = middle_of(rng.exponential(size=21))[1]
+        hits += low <= np.log(2) <= high
+    assert 0.92 < hits / 400 < 0.995
+
+
+def test_measuring_leaves_the_models_and_torch_alone():
+    net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 2)).train()
+    net[0].eval()
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    found = graphprune.measure(net, X, NET, threads=1, seconds=0.05)
+    assert (net.training, net[0].training, net[1].training) == (True, False, True)
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+    assert found.band[0] <= found.speedup <= found.band[1] and found.low <= found.seconds <= found.high
+    assert "reference against itself" in str(found) and graphprune.measure(NET, X, seconds=0.02).speedup is None
+
+
+def test_memory_format_goes_to_both_sides_and_not_to_the_users():
+    net = nn.Conv2d(3, 8, 3)
+    found = graphprune.measure(net, torch.randn(1, 3, 8, 8), net, memory_format=torch.channels_last, seconds=0.02)
+    assert found.memory_format == "channels_last"
+    assert not net.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_other_runtimes_compute_the_same(runtime):
+    pytest.importorskip(runtime)
+    pytest.importorskip("onnx")
+    from graphprune.runtimes import prepare
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 3)
+
+        def forward(self, pair, scale):
+            return {"sum": self.a(pair[0]) * scale, "first": pair[1] + 1}
+
+    net, given = Nested().eval(), ((X, X + 1),)
+    found = prepare(net, given, {"scale": torch.tensor(2.0)}, runtime, 1)()
+    wanted = net(*given, torch.tensor(2.0))
+    for mine, theirs in zip(list(found.values()) if hasattr(found, "values") else found, wanted.values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(np.array(mine)), theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_bad_measures_say_what_to_do():
+    with pytest.raises(BadMeasure, match="eager, compile"):
+        graphprune.measure(NET, X, runtime="tensorrt")
+    with pytest.raises(BadMeasure, match="whole number"):
+        graphprune.measure(NET, X, threads=0)
+    with pytest.raises(BadMeasure, match="larger batch"):
+        interleave([lambda: 0.0, lambda: 0.0], lambda call, repeats: call(), 0.01, 0.01)
