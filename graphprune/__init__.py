@@ -14,6 +14,7 @@ from .laws import check_rule
 from .optimizer import refresh_ema, refresh_optimizer
 from .measure import Measurement, measure
 from .plan import Plan
+from .repair import repair
 from .rules import rule
 from .scores import Score, score
 from .select import select
@@ -48,6 +49,7 @@ __all__ = [
     "measure",
     "profile",
     "register",
+    "repair",
     "rule",
     "save",
     "score",

@@ -74,5 +74,9 @@ class BadScore(GraphpruneError, ValueError):
     """A score has the wrong shape or is not finite, or a group lacks what the score measures; the message says where."""
 
 
+class BadCalibration(GraphpruneError, ValueError):
+    """Calibration batches do not fit the model, are too few, constant or not finite: the message says where in the model it shows."""
+
+
 class NeedsValues(GraphpruneError):
     """Internal: control flow asked for a value that a run without values cannot give; trace with real values."""

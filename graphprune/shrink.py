@@ -20,6 +20,7 @@ from .errors import BadModel, GraphpruneError, NotEqual, NothingToPrune, Unknown
 from .groups import Groups, couple
 from .latency import reach, remembered
 from .plan import Plan, Survivors, make_plan
+from .repair import after_cut, refill
 from .rewrite import removed, spelled
 from .scores import Criterion, Scores
 from .scores.attempts import attempts
@@ -54,6 +55,8 @@ def shrink(
     ratios: Mapping[Any, float] | None = None,
     multiple_of: int = 1,
     min_units: int = 1,
+    calibration: Iterable | None = None,
+    repair: str | Sequence[str] = "auto",
     example_kwargs: dict | None = None,
     inplace: bool = False,
     return_plan: bool = False,
@@ -67,7 +70,8 @@ def shrink(
     ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
     to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere), ``"global"``,
     ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets). ``criterion``, ``batches``
-    and ``loss`` are those of :func:`graphprune.score`.
+    and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
+    :func:`graphprune.repair` says which steps ``repair`` may name.
     ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
     ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
     code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.rewrite`).
@@ -92,8 +96,9 @@ def shrink(
         small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
+    small, plan = after_cut(small, model, plan, calibration, repair, graph)
     if inplace:
-        small = apply(model, plan, inplace=True)
+        small = refill(apply(model, plan, inplace=True), small)
     small.__dict__["graphprune_plan"] = so_far(model, plan)
     return (small, plan) if return_plan else small
 

@@ -56,7 +56,7 @@ def test_imports_go_one_way():
     from pathlib import Path
 
     order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure fuse trace probe groups links"
-    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget plan rewrite apply compose zeroed latency"
+    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget plan rewrite apply compose repair zeroed latency"
     order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
@@ -74,7 +74,8 @@ def test_imports_inside_a_package_go_one_way():
 
     orders = {
         "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy reconstruct start expansion
-        __init__ attempts""".split()
+        __init__ attempts""".split(),
+        "repair": "moments solve sites rows paced effect sequential statistics __init__".split(),
     }
     for package, order in orders.items():
         for path in (Path(graphprune.__file__).parent / package).glob("*.py"):

@@ -1,0 +1,222 @@
+"""Repair a cut model from a few unlabelled inputs, in closed form: :func:`repair`.
+
+Slicing alone collapses trained networks; what remains can say most of what was removed. Steps by name:
+
+- ``"least-squares"``: every weight behind the first cut is fitted, with intercept and ridge, to the original's activations;
+- ``"variance"``, ``"bias"``: only the scale and the mean of every output, or only the mean;
+- ``"bn"``: batch-norm statistics measured anew, exactly.
+
+Each step keeps its result only where it is no worse on calibration kept out of it, and says what it did.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadCalibration, UnknownName
+from ..plan import Plan
+from ..probe import batch_inputs
+from ..trace import Graph, open_paths, trace
+from ..trees import leaf_tensors, tensors
+from ..trees import replace as exchange
+from .effect import effect
+from .sequential import Repaired, Setting, repair_weights
+from .statistics import reestimate
+
+__all__ = ["Repaired", "effect", "repair"]
+
+WEIGHTS = ("bias", "variance", "least-squares")
+STEPS = (*WEIGHTS, "bn")
+LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network
+
+
+def repair(
+    small: nn.Module,
+    original: nn.Module,
+    plan: Plan | None = None,
+    calibration: Iterable | None = None,
+    steps: str | Sequence[str] = "auto",
+    *,
+    graph: Graph | None = None,
+    target: str = "block",
+    spare: float = 0.25,
+    rows: int = 16384,
+    progress: bool = True,
+) -> nn.Module:
+    """A repaired copy of ``small``, the model that ``plan`` cut from ``original``; both are left as they were.
+
+    ``calibration`` is any iterable of batches as a training loop has them (labels are not used); the last ``spare`` share is kept out of
+    the fits to judge them. ``steps``: "auto" (least squares, then batch-norm statistics if that helps), "none", or a list of names.
+    ``target="block"`` fits what is added to a residual stream to what the stream lacks, ``"layer"`` to the layer's own output. ``rows`` is
+    how many positions each fit sees. The plan of the result (``.graphprune_plan``) records what was done.
+    Raises :class:`~graphprune.errors.BadCalibration` and :class:`~graphprune.errors.UnknownName`.
+
+    >>> import graphprune
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    >>> small, plan = graphprune.shrink(net, torch.zeros(1, 4), return_plan=True)
+    >>> better = repair(small, net, plan, [torch.randn(64, 4) for _ in range(4)])
+    >>> better.graphprune_plan.lines[-1].startswith("repair least-squares: 2.weight")
+    True
+    """
+    names = _named(steps)
+    plan = plan or small.__dict__.get("graphprune_plan")
+    if plan is None:
+        raise BadCalibration("the cut model carries no plan; pass the one that shrink(..., return_plan=True) returned")
+    result = copy.deepcopy(small)
+    if not names:
+        return result
+    fits, checks = _parts(calibration, spare)
+    with _quiet(original, result):
+        anew = _held(original, [*fits, *checks]) > LIMIT
+        graph = graph or trace(original, *_example(fits[0]))
+        done: list[Repaired] = []
+        with open_paths(), torch.no_grad():
+            weights = tuple(name for name in names if name in WEIGHTS)
+            if weights:
+                try:
+                    done += repair_weights(original, result, graph, plan, fits, checks, Setting(weights, target, rows, anew), progress)
+                except (RuntimeError, TypeError, IndexError) as error:
+                    raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
+            if "bn" in names:
+                done += _statistics(original, result, graph, fits, checks, anew)
+    found = replace(plan, lines=(*plan.lines, *map(str, done)))
+    result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
+    return result
+
+
+def after_cut(
+    small: nn.Module, original: nn.Module, plan: Plan, calibration: Iterable | None, steps: str | Sequence[str], graph: Graph
+) -> tuple[nn.Module, Plan]:
+    """What :func:`graphprune.shrink` does after the cut: the repaired model and its plan, or both as they were without calibration."""
+    if calibration is None:
+        if steps not in ("auto", "none"):
+            raise BadCalibration(f"repair={steps!r} needs calibration=, any iterable of input batches")
+        return small, plan
+    better = repair(small, original, plan, calibration, steps, graph=graph)
+    return better, better.__dict__.get("graphprune_plan", plan)
+
+
+def refill(model: nn.Module, repaired: nn.Module) -> nn.Module:
+    """Copy the repaired weights and statistics into a model of the same shapes."""
+    held = {name: tensor for name, _, _, tensor in leaf_tensors(repaired)}
+    with torch.no_grad():
+        for name, _, _, tensor in leaf_tensors(model):
+            tensor.copy_(held[name])
+    return model
+
+
+def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
+    if steps == "none":
+        return ()
+    names = ("least-squares", "bn") if steps == "auto" else (steps,) if isinstance(steps, str) else tuple(steps)
+    for name in names:
+        if name not in STEPS:
+            raise UnknownName(f"no repair named {name!r}; there are auto, none, {', '.join(STEPS)}")
+    return names
+
+
+def _parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
+    """The batches for the fits and those kept out; one batch alone is parted by samples."""
+    if calibration is None or isinstance(calibration, torch.Tensor | str | dict):
+        raise BadCalibration("calibration is any iterable of batches, such as [x1, x2] or a DataLoader")
+    batches = list(calibration)
+    if not batches:
+        raise BadCalibration("calibration is empty (a used-up iterator?); give at least one batch")
+    for index, batch in enumerate(batches):
+        if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors(batch_inputs(batch), torch.Tensor)):
+            raise BadCalibration(f"calibration batch {index} holds values that are not finite")
+    if spare <= 0:
+        return batches, []
+    if len(batches) > 1:
+        count = max(1, round(spare * len(batches)))
+        return batches[:-count], batches[-count:]
+    args, kwargs = batch_inputs(batches[0])
+    sizes = {len(t) for t in tensors((args, kwargs), torch.Tensor) if t.ndim}
+    size = sizes.pop() if len(sizes) == 1 else 1
+    if size < 2:
+        warnings.warn("one calibration sample: nothing can be kept out, repairs are judged on it itself", stacklevel=3)
+        return batches, []
+    at = size - max(1, round(spare * size))
+    pieces = [exchange((args, kwargs), lambda t, part=part: t[part] if t.ndim else t) for part in (slice(at), slice(at, size))]
+    return [_batch(pieces[0])], [_batch(pieces[1])]
+
+
+def _batch(piece: tuple[tuple, dict]) -> Any:
+    args, kwargs = piece
+    return (args, None) if args else kwargs
+
+
+def _example(batch: Any) -> tuple[tuple, dict]:
+    """One sample of a batch, or the whole batch where its tensors do not share a first length."""
+    args, kwargs = batch_inputs(batch)
+    sizes = {len(t) for t in tensors((args, kwargs), torch.Tensor) if t.ndim}
+    return exchange((args, kwargs), lambda t: t[:1] if t.ndim else t) if len(sizes) == 1 else (args, kwargs)
+
+
+def _held(model: nn.Module, batches: list) -> int:
+    """A bound, from the modules of one sample, on the bytes that wait when all batches stand in the middle of the network."""
+    largest = [0]
+
+    def see(_: nn.Module, __: Any, out: Any) -> None:
+        sizes = [t.numel() * t.element_size() for t in tensors(out, torch.Tensor)]
+        largest[0] = max(largest[0], *sizes, 0)
+
+    hooks = [module.register_forward_hook(see) for module in model.modules()]
+    try:
+        args, kwargs = _example(batches[0])
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    samples = sum(next((len(t) for t in tensors(batch_inputs(b), torch.Tensor) if t.ndim), 1) for b in batches)
+    return largest[0] * samples * 8  # a few tensors are alive in each of two models
+
+
+def _statistics(original: nn.Module, small: nn.Module, graph: Graph, fits: list, checks: list, anew: bool) -> list[Repaired]:
+    before = _distance(original, small, checks or fits)
+    old = {name: tensor.clone() for name, _, _, tensor in leaf_tensors(small)}
+    if not reestimate(small, graph, [*fits, *checks], anew):
+        return []
+    after = _distance(original, small, checks or fits)
+    better = after <= before
+    if not better:
+        for name, _, _, tensor in leaf_tensors(small):
+            tensor.copy_(old[name])
+    return [Repaired("bn", "outputs of the model", before, after, better)]
+
+
+def _distance(original: nn.Module, small: nn.Module, batches: list) -> float:
+    """Mean squared difference of the floating outputs over their own variance."""
+    gap = spread = 0.0
+    for batch in batches:
+        args, kwargs = batch_inputs(batch)
+        wanted, found = (list(tensors(m(*args, **kwargs), torch.Tensor)) for m in (original, small))
+        for one, two in zip(wanted, found, strict=True):
+            if one.is_floating_point():
+                gap += float((one.double() - two.double()).square().sum())
+                spread += float((one.double() - one.double().mean()).square().sum())
+    return gap / max(spread, torch.finfo(torch.float64).tiny)
+
+
+@contextmanager
+def _quiet(*models: nn.Module) -> Any:
+    """Evaluation mode for the time being."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,166 @@
+"""A score made for repair: what the removal of a unit costs at the model's output once the weights behind it are refitted.
+
+The optimal brain surgeon's loss of a layer, ``tr(B W_S ((H⁻¹)_SS)⁻¹ W_Sᵀ)``, with ``H`` the covariance of what the layer reads (all taps of a
+kernel apart where affordable) and ``B = E[g gᵀ]`` that of the gradient of a random projection of the outputs, so that it is the squared
+change of the output to first order (Kronecker factors as in Wang et al. 2019 and van der Ouderaa et al. 2024). No labels are needed, and
+units of different layers can be compared: ``per="macs"`` divides by the operations a unit costs, which under ``scope="global"`` gives
+each group the width where the next unit's loss per operation is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..probe import watch
+from ..scores.data import samples
+from ..scores.fold import lacking
+from ..scores.greedy import surgeon_in_blocks
+from ..scores.registry import scorer
+from ..scores.task import Scores, Task
+from ..trees import tensors
+from .moments import Moments, moments
+from .rows import chosen, outputs, read
+from .sites import Site, sites
+
+Tensor = torch.Tensor
+LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs
+ROWS = 16384
+
+
+@dataclass
+class _Seen:
+    """What is added up for a site: moments of its rows, and the gradient's second moment."""
+
+    data: Moments | None = None
+    grads: Tensor | float = 0.0
+
+
+@scorer(
+    "reconstruction",
+    "change of the model's output after the best refit, greedy, per operation",
+    "optimal brain surgeon with Kronecker factors: Wang et al. 2019 (EigenDamage), van der Ouderaa et al. 2024 (LLM Surgeon)",
+    needs="inputs",
+    cost="a forward and a backward pass with Gram matrices of kernel taps, then O(C³) a group",
+)
+def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str | None = None) -> Scores:
+    """``Σ_q tr(B_q W_S ((H_q⁻¹)_SS)⁻¹ W_Sᵀ)`` at the moment of removal, summed over the consumers q of a group; ``per``: "macs" or "unit"."""
+    graph = task.groups.graph
+    every = {site.weight: site for site in sites(graph)[0]}
+    seen = _observe(task, every)
+    found: list[Tensor | None] = []
+    for group, mine in zip(task.groups, task.links, strict=True):
+        parts = []
+        for link in mine:
+            site = every.get(link.leaf)
+            if link.role == "consumes" and site is not None and seen[link.leaf].data is not None:
+                parts.append(_form(task, site, seen[link.leaf], torch.from_numpy(link.units), group.size, damping))
+        parts = [part for part in parts if part is not None]
+        if not parts:
+            found.append(None)
+            continue
+        losses = surgeon_in_blocks([p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts])
+        found.append(losses / _cost(task, every, mine) if per == "macs" else losses)
+    return lacking(task, found, otherwise, "effect", "a weight that sums over the units of an activation")
+
+
+def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
+    """One forward and one backward pass for every batch."""
+    seen = {name: _Seen() for name in every}
+    held = {name: task.tensors[name] for name in every}
+    for weight in held.values():
+        weight.requires_grad_(True)
+    readers: dict[int, list[Site]] = {}
+    for site in every.values():
+        readers.setdefault(id(site.x), []).append(site)
+        readers.setdefault(id(site.y), []).append(site)
+    values = {id(v): v for site in every.values() for v in (site.x, site.y)}
+    total = 0
+    for batch in task.data:
+        count = samples(batch)
+        total += count
+
+        def see(value: object, tensor: Tensor, count: int = count) -> None:
+            for site in readers[id(value)]:
+                if site.x is value:
+                    part = _rows(site, tensor.detach(), held[site.weight], count)
+                    mine = seen[site.weight]
+                    mine.data = part if part is None or mine.data is None else mine.data + part
+                if site.y is value and tensor.requires_grad:
+                    tensor.register_hook(lambda grad, site=site: _add(seen[site.weight], grad, site))
+
+        with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, values.values(), see):
+            outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
+            centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
+            loss = sum((o * torch.randn_like(o)).sum() for o in centred)
+        torch.autograd.grad(loss, list(held.values()), allow_unused=True)
+    for mine in seen.values():
+        mine.grads = mine.grads / max(total, 1)
+    return seen
+
+
+def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Moments | None:
+    """Moments of the rows that a site reads; None where its input comes in several groups."""
+    kernel = tuple(weight.shape[2:]) if site.shape is not None else ()
+    if site.shape is None:
+        every = math.prod(x.shape[:-1])
+        at = chosen(site, every, ROWS / max(every, 1) / 4, 4)
+    else:
+        if weight.shape[1] != x.shape[1]:
+            return None
+        every = math.prod(outputs(site, tuple(x.shape), kernel))
+        at = chosen(site, every, ROWS / count / every / 4, 4)
+    rows = read(site, x, kernel, at)
+    if rows.shape[2] > LARGEST and kernel:
+        taps = math.prod(kernel)
+        rows = rows.reshape(rows.shape[1], -1, taps).transpose(1, 2).reshape(1, -1, x.shape[1])
+    return moments(rows, rows[:, :, :1])
+
+
+def _add(mine: _Seen, grad: Tensor, site: Site) -> None:
+    flat = grad.detach().movedim(1 if site.shape is not None else -1, 0).flatten(1).float()
+    mine.grads = mine.grads + (flat @ flat.T).double()
+
+
+def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``H⁻¹``, ``Wᵀ B W`` and the columns of each unit."""
+    weight = task.tensors[site.weight].detach().double().cpu()
+    weight = weight.T if site.turned else weight
+    columns = mine.data.xx.shape[1]
+    flat = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]  # (outputs, inputs, taps)
+    if units.numel() != flat.shape[1] or isinstance(mine.grads, float):
+        return None
+    both = mine.grads.cpu()
+    if columns == flat.shape[1] * flat.shape[2]:
+        spread, each = flat.flatten(1), flat.shape[2]
+        reads = spread.T @ both @ spread
+    else:
+        each = 1
+        reads = sum(flat[:, :, t].T @ both @ flat[:, :, t] for t in range(flat.shape[2]))
+    hessian = mine.data.xx[0].cpu() / mine.data.count
+    scale = hessian.diagonal().mean()
+    hessian = hessian + torch.eye(columns, dtype=hessian.dtype) * (damping * scale if scale > 0 else 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    order = torch.argsort(units, stable=True)
+    order = order[units[order] >= 0]
+    if len(order) % size:
+        return None
+    places = order.reshape(size, -1)
+    return inverse, reads, (places[:, :, None] * each + torch.arange(each)).flatten(1)
+
+
+def _cost(task: Task, every: dict[str, Site], mine: list) -> float:
+    """Multiplications that one unit takes part in."""
+    total = 0.0
+    for link in mine:
+        site = every.get(link.leaf)
+        if site is None:
+            continue
+        weight = task.tensors[link.leaf]
+        length = weight.shape[link.axis]
+        outs = weight.shape[site.axis]
+        there = math.prod(site.y.shape) / outs
+        total += weight.numel() * there * (link.units >= 0).sum() / length / max(int(link.units.max()) + 1, 1)
+    return max(total, 1.0)

@@ -1,0 +1,132 @@
+"""Runs of a model that wait: the original and the cut model go through their calls side by side, repair after repair.
+
+A repair in the middle of a network needs what the repaired part before it makes of the whole calibration set. Starting anew for
+each would cost layers², so every batch has a run of its own (:class:`Paced`) that stops where a watched value passes; a weight is
+set while all runs wait before it. Where the calibration set is too large to be held in the middle of a network, :class:`Again`
+starts anew instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadCalibration
+from ..notation import Value
+from ..probe import batch_inputs, watch
+from ..trace import Graph
+
+Tensor = torch.Tensor
+Take = Callable[[Tensor], Any]
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+class _Stop(BaseException):
+    """Ends a run that nobody needs any longer."""
+
+
+class Again:
+    """Runs the model from its start for every value asked for."""
+
+    def __init__(self, model: nn.Module, graph: Graph, batch: Any, takes: dict[int, tuple[Value, Take]]) -> None:
+        self.model, self.graph, self.batch, self.takes = model, graph, batch, takes
+
+    def until(self, value: Value) -> Any:
+        """What is taken from the tensor of a watched value."""
+        held: list[Any] = []
+
+        def see(_: Value, tensor: Tensor) -> None:
+            held.append(self.takes[id(value)][1](tensor))
+            raise _Stop
+
+        try:
+            with torch.no_grad(), watch(self.model, self.graph, [value], see):
+                args, kwargs = batch_inputs(self.batch)
+                self.model(*args, **kwargs)
+        except _Stop:
+            pass
+        return held[0]
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+
+class Paced:
+    """Runs the model once, in a thread that waits at every watched value."""
+
+    def __init__(self, model: nn.Module, graph: Graph, batch: Any, takes: dict[int, tuple[Value, Take]]) -> None:
+        self.model, self.graph, self.batch, self.takes = _own_hooks(model), graph, batch, takes
+        self.held: dict[int, Any] = {}
+        self.go, self.ready = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+        self.over = self.stopped = False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self.go.acquire()
+        try:
+            if not self.stopped:
+                with torch.no_grad(), watch(self.model, self.graph, [value for value, _ in self.takes.values()], self._see):
+                    args, kwargs = batch_inputs(self.batch)
+                    self.model(*args, **kwargs)
+        except _Stop:
+            pass
+        except BaseException as error:
+            self.error = error
+        self.over = True
+        self.ready.release()
+
+    def _see(self, value: Value, tensor: Tensor) -> None:
+        self.held[id(value)] = self.takes[id(value)][1](tensor)
+        self.ready.release()
+        self.go.acquire()
+        if self.stopped:
+            raise _Stop
+
+    def until(self, value: Value) -> Any:
+        """What is taken from the tensor of a watched value; the run goes on until it passes."""
+        while id(value) not in self.held:
+            if self.over:
+                raise BadCalibration("a calibration batch takes another path through the model than the example")
+            self.go.release()
+            self.ready.acquire()
+            if self.error is not None:
+                raise self.error
+        return self.held[id(value)]
+
+    def forget(self, value: Value) -> None:
+        self.held.pop(id(value), None)
+
+    def close(self) -> None:
+        """End the run where it stands."""
+        self.stopped = True
+        while not self.over:
+            self.go.release()
+            self.ready.acquire()
+        self.thread.join()
+
+
+def _own_hooks(model: nn.Module) -> nn.Module:
+    """The same model with a top level of its own, so that runs side by side do not meet in its hooks."""
+    top = copy.copy(model)
+    for name in HOOKS:
+        top.__dict__[name] = OrderedDict(top.__dict__[name])
+    return top
+
+
+@contextmanager
+def side_by_side(runs: Sequence[Any]) -> Iterator[None]:
+    """All runs are ended on the way out, whatever happened."""
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.close()

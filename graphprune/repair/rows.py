@@ -1,0 +1,68 @@
+"""The rows of a linear fit out of the tensors of a run: what a weight reads and writes, at some of the output positions.
+
+A convolution reads the taps of its kernel around each position (im2col, gathered at the sampled positions only); positions
+beside each other say nearly the same, so a few thousand rows for each repair suffice. The same positions are taken from
+every tensor of a site, in both models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .sites import Site
+
+Tensor = torch.Tensor
+
+
+def outputs(site: Site, x_shape: tuple[int, ...], kernel: tuple[int, ...]) -> list[int]:
+    """How many output positions a convolution has along each axis of space."""
+    stride, padding, dilation = site.shape
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x_shape[2:], kernel, stride, padding, dilation, strict=True)]
+
+
+def chosen(site: Site, every: int, share: float, at_least: int) -> Tensor | None:
+    """Some of the output positions of a batch (None: all): pixels of every image, or rows of a flattened batch."""
+    count = max(at_least, math.ceil(every * share))
+    if count >= every:
+        return None
+    generator = torch.Generator().manual_seed(site.step)
+    return torch.randperm(every, generator=generator)[:count].sort().values
+
+
+def written(site: Site, y: Tensor, at: Tensor | None) -> Tensor:
+    """The outputs at the positions, (rows, outputs)."""
+    if site.shape is None:
+        flat = y.reshape(-1, y.shape[-1])
+        return flat.clone() if at is None else flat[at.to(y.device)]
+    flat = y.flatten(2)
+    flat = flat if at is None else flat[:, :, at.to(y.device)]
+    return flat.transpose(1, 2).reshape(-1, y.shape[1])
+
+
+def read(site: Site, x: Tensor, kernel: tuple[int, ...], at: Tensor | None, groups: int = 1) -> Tensor:
+    """The inputs at the positions, (groups, rows, inputs of a group x taps), in the order of the weight's entries.
+
+    >>> site = Site(0, "w", None, None, None, False, ([1], [1], [1]), None, None)
+    >>> read(site, torch.tensor([[[1.0, 2.0, 3.0]]]), (3,), None)[0].tolist()
+    [[0.0, 1.0, 2.0], [1.0, 2.0, 3.0], [2.0, 3.0, 0.0]]
+    """
+    if site.shape is None:
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat.clone() if at is None else flat[at.to(x.device)])[None]
+    stride, padding, dilation = site.shape
+    outs = outputs(site, tuple(x.shape), kernel)
+    x = torch.nn.functional.pad(x, [n for p in reversed(padding) for n in (p, p)])
+    sizes = x.shape[2:]
+    at = torch.arange(math.prod(outs)) if at is None else at
+    index, rest = torch.zeros(len(at), math.prod(kernel), dtype=torch.long), at
+    taps = torch.arange(math.prod(kernel))
+    unit = 1
+    for size, k, s, d, out in reversed(list(zip(sizes, kernel, stride, dilation, outs, strict=True))):
+        index += ((rest % out * s)[:, None] + (taps % k * d)[None]) * unit
+        rest, taps, unit = rest // out, taps // k, unit * size
+    found = x.flatten(2)[:, :, index.to(x.device)]  # (n, channels, positions, taps)
+    n, channels = found.shape[:2]
+    found = found.reshape(n, groups, channels // groups, len(at), -1).permute(1, 0, 3, 2, 4)
+    return found.reshape(groups, n * len(at), -1)

@@ -1,0 +1,227 @@
+"""One weight after the other, in the order of the run: each is fitted to the original's outputs on what the repaired cut model feeds it.
+
+Inputs come from the cut model with everything before already repaired, targets from the original (AIMET, SlimGPT), so a fit also
+corrects what earlier ones left over. Where the result is added to a residual stream, the target is what the stream lacks. Part of
+the calibration is kept out of the fits, and a fit that does worse there is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..errors import BadCalibration
+from ..notation import Value
+from ..plan import Plan
+from ..trace import Graph
+from ..trees import leaf_tensors, tensors
+from .moments import Moments, moments
+from .paced import Again, Paced, side_by_side
+from .rows import chosen, outputs, read, written
+from .sites import Site, sites
+from .solve import least_squares, means, residual, variances
+
+Tensor = torch.Tensor
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What one step did: the mean squared error of the outputs at ``where`` over their variance, on calibration kept out of the fit."""
+
+    step: str
+    where: str
+    before: float
+    after: float
+    kept: bool
+
+    def __str__(self) -> str:
+        verdict = "" if self.kept else " (not kept)"
+        return f"repair {self.step}: {self.where}: {self.before:.4f} -> {self.after:.4f}{verdict}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How fits are made: the steps in order, the target ("block": with the residual stream, "layer"), and how many rows each sees."""
+
+    steps: tuple[str, ...]
+    target: str = "block"
+    rows: int = 16384
+    anew: bool = False
+
+
+def repair_weights(
+    original: nn.Module, small: nn.Module, graph: Graph, plan: Plan, batches: Sequence[Any], spare: Sequence[Any], setting: Setting, progress: bool = True
+) -> list[Repaired]:
+    """Fit every weight of ``small`` behind the first cut, in place; what was done, and why some weights were left."""
+    if not batches:
+        raise BadCalibration("repair needs at least one calibration batch")
+    places, left = sites(graph)
+    work = _Work(original, small, graph, plan, setting, [s for s in places if s.weight in dict(small.named_parameters(remove_duplicate=False))])
+    done: list[Repaired] = []
+    counts = [_samples(batch) for batch in (*batches, *spare)]
+    share = setting.rows / max(1, sum(counts[: len(batches)]))
+    kind = Again if setting.anew else Paced
+    wide = [kind(original, graph, batch, work.takes(share, cut=False)) for batch in (*batches, *spare)]
+    tight = [kind(small, graph, batch, work.takes(share, cut=True)) for batch in (*batches, *spare)]
+    with side_by_side([*wide, *tight]):
+        for site in tqdm(work.sites, desc="repair", delay=5, leave=False, disable=not progress):
+            parts = [work.moments(site, a, b) for a, b in zip(wide, tight, strict=True)]
+            data = reduce(add, parts[: len(batches)])
+            check = reduce(add, parts[len(batches) :]) if spare else data
+            done += work.fit(site, data, check)
+    return done + [Repaired("left", f"{name}: {reason}", math.nan, math.nan, False) for name, reason in left.items()]
+
+
+def _samples(batch: Any) -> int:
+    first = next((t for t in tensors(batch, torch.Tensor) if t.ndim), None)
+    return len(first) if first is not None else 1
+
+
+class _Work:
+    """Two models, their tensors by name, and the sites."""
+
+    def __init__(self, original: nn.Module, small: nn.Module, graph: Graph, plan: Plan, setting: Setting, places: list[Site]) -> None:
+        self.plan, self.setting, self.sites = plan, setting, places
+        self.wide = {name: t.detach() for name, _, _, t in leaf_tensors(original)}
+        self.tight = {name: t.detach() for name, _, _, t in leaf_tensors(small)}
+
+    def kept(self, site: Site) -> Tensor | None:
+        """The outputs of the original that are left."""
+        kept = self.plan.cuts.get(site.weight, {}).get(site.axis)
+        return None if kept is None else torch.tensor(kept)
+
+    def takes(self, share: float, cut: bool) -> dict[int, tuple[Value, Any]]:
+        """What to keep of every watched value: the rows that each site needs of it."""
+        wanted: dict[int, tuple[Value, list]] = {}
+        for site in self.sites:
+            values = [("x", site.x)] if cut else [("y", site.y)]
+            if site.other is not None and self.setting.target == "block":
+                values.append(("other", site.other))
+            for role, value in values:
+                wanted.setdefault(id(value), (value, []))[1].append((site, role))
+
+        def take(users: list) -> Any:
+            return lambda tensor: {(site.step, role): self.rows(site, role, tensor, share) for site, role in users}
+
+        return {key: (value, take(users)) for key, (value, users) in wanted.items()}
+
+    def rows(self, site: Site, role: str, tensor: Tensor, share: float) -> Tensor:
+        tensor = tensor.detach()
+        weight = self.tight[site.weight]
+        if site.shape is None:
+            every = math.prod(tensor.shape[:-1])
+            share = share * tensor.shape[0] / every if tensor.ndim > 1 else 1.0
+        else:
+            every = math.prod(outputs(site, tuple(tensor.shape), tuple(weight.shape[2:])) if role == "x" else tensor.shape[2:])
+            share = share / every
+        at = chosen(site, every, share, 4)
+        if role == "x":
+            return read(site, tensor, tuple(weight.shape[2:]), at, self.groups(site, tensor))
+        return written(site, tensor, at)
+
+    def groups(self, site: Site, x: Tensor) -> int:
+        return 1 if site.shape is None else x.shape[1] // self.tight[site.weight].shape[1]
+
+    def moments(self, site: Site, wide: Any, tight: Any) -> Moments:
+        """Of a batch: inputs of the cut model against what the original makes at the outputs that are left."""
+        keep = self.kept(site)
+        y = wide.until(site.y)[site.step, "y"]
+        x = tight.until(site.x)[site.step, "x"]
+        y = y if keep is None else y[:, keep.to(y.device)]
+        if site.other is not None and self.setting.target == "block":
+            theirs, mine = wide.until(site.other)[site.step, "other"], tight.until(site.other)[site.step, "other"]
+            theirs = theirs if keep is None else theirs[:, keep.to(y.device)]
+            y = y + (theirs - mine) * self.gain(site).to(y.dtype)
+        found = moments(x, y.reshape(len(y), x.shape[0], -1).transpose(0, 1))
+        if not all(bool(torch.isfinite(t).all()) for t in (found.xx, found.yx, found.yy)):
+            raise BadCalibration(f"calibration gives values that are not finite at {site.weight}; look at the batches and at the model before it")
+        return found
+
+    def gain(self, site: Site) -> Tensor:
+        """What a step of the stream is worth in outputs of the site: one over the scale of the batch norm between them."""
+        if site.norm is None:
+            return torch.ones(())
+        var = self.kept_of(site, site.norm.var)
+        scale = (self.kept_of(site, site.norm.weight) if site.norm.weight else torch.ones_like(var)) / (var + site.norm.eps).sqrt()
+        dead = scale.abs() < 1e-3 * scale.abs().max()
+        return torch.where(dead, torch.zeros_like(scale), 1 / torch.where(dead, torch.ones_like(scale), scale))
+
+    def kept_of(self, site: Site, name: str) -> Tensor:
+        keep = self.kept(site)
+        return self.wide[name] if keep is None else self.wide[name][keep.to(self.wide[name].device)]
+
+    def fit(self, site: Site, data: Moments, check: Moments) -> list[Repaired]:
+        """The steps, one by one; each is kept where it does not do worse on the part kept out."""
+        weight, bias = self.now(site, data)
+        spread = (check.yy / check.count).sum().clamp(min=torch.finfo(torch.float64).tiny)
+        error = float(residual(check, weight, bias).sum() / spread)
+        if error < 1e-6:  # nothing before this weight was cut
+            return []
+        if float(data.xx.diagonal(dim1=1, dim2=2).abs().max()) == 0:
+            raise BadCalibration(f"calibration gives the same input everywhere at {site.weight}; give varied batches")
+        if "least-squares" in self.setting.steps and data.count <= data.xx.shape[1]:
+            warnings.warn(
+                f"{site.weight}: {data.count} calibration rows for {data.xx.shape[1]} inputs; the ridge decides, more calibration would do better", stacklevel=6
+            )
+        done = []
+        for step in self.setting.steps:
+            best = min(self.tries(site, step, data, weight), key=lambda fit: float(residual(check, *fit[:2]).sum()))
+            after = float(residual(check, *best[:2]).sum() / spread)
+            better = after <= error
+            done.append(Repaired(step, site.weight, error, after, better))
+            if better:
+                again = best[2](data + check if check is not data else data)
+                weight, bias, error = again[0], again[1], after
+        if any(step.kept for step in done):
+            self.put(site, weight, bias)
+        return done
+
+    def tries(self, site: Site, step: str, data: Moments, weight: Tensor) -> list[tuple]:
+        carried = self.carries(site)
+        if step == "bias":
+            makers = [lambda d: (weight, means(d, weight))] if carried else []
+        elif step == "variance":
+            makers = [lambda d: variances(d, weight)] if carried else []
+        else:
+            small = RIDGES[2:] if data.count <= data.xx.shape[1] else RIDGES
+            makers = [lambda d, r=ridge: least_squares(d, r, weight, carried) for ridge in small]
+        found = [(*make(data), make) for make in makers]
+        return found or [(weight, torch.zeros_like(data.y), lambda d: (weight, torch.zeros_like(d.y)))]
+
+    def carries(self, site: Site) -> bool:
+        return site.bias is not None or site.norm is not None
+
+    def now(self, site: Site, data: Moments) -> tuple[Tensor, Tensor]:
+        """The weight (groups, outputs, inputs) and the bias (groups, outputs) as they are."""
+        weight = self.tight[site.weight]
+        weight = (weight.T if site.turned else weight).double().flatten(1).reshape(data.y.shape[0], data.y.shape[1], -1)
+        bias = torch.zeros_like(data.y)
+        if site.bias is not None:
+            bias = bias + self.tight[site.bias].double().reshape(bias.shape)
+        if site.norm is not None:
+            bias = bias + (self.kept_of(site, site.norm.mean) - self.tight[site.norm.mean]).double().reshape(bias.shape)
+        return weight, bias
+
+    def put(self, site: Site, weight: Tensor, bias: Tensor) -> None:
+        """Write a fit into the cut model; an intercept without a bias goes into the running mean behind."""
+        held = self.tight[site.weight]
+        flat = weight.flatten(0, 1)
+        held.copy_((flat.T if site.turned else flat).reshape(held.shape))
+        bias = bias.flatten()
+        if site.norm is not None:
+            mean = self.tight[site.norm.mean]
+            if site.bias is not None:
+                bias = bias - self.tight[site.bias].double()
+            mean.copy_(self.kept_of(site, site.norm.mean).double() - bias)
+        elif site.bias is not None:
+            self.tight[site.bias].copy_(bias)

@@ -1,0 +1,163 @@
+"""Where a repair can work: every weight of the run that maps one activation to the next, and what stands around it.
+
+A :class:`Site` is one call of a convolution or a matrix product whose weight is a parameter used once. Behind it may stand a
+batch norm (which then carries the intercept), and an addition: what is added there belongs to the target.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ..notation import Value
+from ..trace import Graph, Node
+
+# Calls of the Python code and the places of input, weight and bias among their tensors; whether the weight is (in, out).
+CALLS = {
+    "conv1d": (0, 1, 2, False),
+    "conv2d": (0, 1, 2, False),
+    "conv3d": (0, 1, 2, False),
+    "linear": (0, 1, 2, False),
+    "addmm": (1, 2, 0, True),
+    "matmul": (0, 1, None, True),
+    "__matmul__": (0, 1, None, True),
+    "mm": (0, 1, None, True),
+}
+PASSING = ("dropout", "dropout_", "feature_dropout", "contiguous")
+ADDITIONS = ("add", "__add__", "add_", "__iadd__")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The parameters and statistics of a batch norm, by name (None where it has none)."""
+
+    weight: str | None
+    bias: str | None
+    mean: str
+    var: str
+    eps: float
+    x: Value
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call that a weight makes: ``y = W x + b``. ``shape``: (stride, padding, dilation) of a convolution."""
+
+    step: int
+    weight: str
+    bias: str | None
+    x: Value
+    y: Value
+    turned: bool
+    shape: tuple[list, list, list] | None
+    norm: Norm | None
+    other: Value | None
+
+    @property
+    def axis(self) -> int:
+        """The axis of the weight along which the outputs stand."""
+        return 1 if self.turned else 0
+
+
+def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
+    """The sites in the order of the run, and why a weight that looks like one is none."""
+    reader = _Reader(graph)
+    found: list[Site] = []
+    left: dict[str, str] = {}
+    for at, step in enumerate(graph.steps):
+        places = CALLS.get(step.name)
+        if places is None or len(step.args) <= places[1]:
+            if step.name.startswith("conv_transpose") and len(step.args) > 1 and step.args[1] is not None:
+                left[step.args[1].leaf or f"call {at}"] = "a transposed convolution"
+            continue
+        x, weight = step.args[places[0]], step.args[places[1]]
+        if x is None or weight is None or x.leaf in graph.leaves or not step.results or step.results[0] is None:
+            continue
+        reason = reader.unfit(weight)
+        if reason:
+            left[weight.leaf or f"call {at} ({step.name})"] = reason
+            continue
+        bias = step.args[places[2]] if places[2] is not None and len(step.args) > places[2] else None
+        shape, reason = reader.geometry(at, x)
+        if reason or (bias is not None and reader.unfit(bias)):
+            left[weight.leaf] = reason or "its bias is shared or computed"
+            continue
+        norm, other = reader.behind(step.results[0], at)
+        found.append(Site(at, weight.leaf, bias.leaf if bias is not None else None, x, step.results[0], places[3], shape, norm, other))
+    return found, left
+
+
+class _Reader:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.leaf = {id(value): name for name, value in graph.leaves.items()}
+        uses = Counter(id(v) for step in graph.steps for v in {id(v): v for v in step.args if v is not None}.values())
+        self.uses = uses
+        self.first: dict[int, int] = {}
+        self.readers: dict[int, list[int]] = {}
+        for at, step in enumerate(graph.steps):
+            for value in step.args:
+                if value is not None:
+                    self.first.setdefault(id(value), at)
+                    self.readers.setdefault(id(value), []).append(at)
+            for value in step.results:
+                if value is not None:
+                    self.first.setdefault(id(value), at + 1)  # a result is there for the next call
+        self.nodes: dict[int, list[Node]] = {}
+        for node in graph.nodes:
+            self.nodes.setdefault(node.step, []).append(node)
+
+    def unfit(self, value: Value) -> str | None:
+        if id(value) not in self.leaf:
+            return "computed from other parameters"
+        if value.leaf.startswith("<"):
+            return "a constant"
+        return "used more than once" if self.uses[id(value)] > 1 else None
+
+    def geometry(self, at: int, x: Value) -> tuple[tuple[list, list, list] | None, str | None]:
+        name = self.graph.steps[at].name
+        if not name.startswith("conv"):
+            return None, None
+        nodes = [n for n in self.nodes.get(at, []) if n.func._schema.name == "aten::convolution"]
+        if len(nodes) != 1:
+            return None, "a convolution in several parts"
+        _, _, _, stride, padding, dilation, transposed, *_ = nodes[0].args
+        rank = len(x.shape) - 2
+        wide = [list(v) * (rank if len(v) == 1 else 1) for v in (stride, padding, dilation)]
+        if transposed or tuple(nodes[0].args[0].shape) != tuple(x.shape):
+            return None, "padded in a way of its own"
+        return (wide[0], wide[1], wide[2]), None
+
+    def behind(self, y: Value, at: int) -> tuple[Norm | None, Value | None]:
+        """A batch norm that alone reads y, and what is then added to its result, if that is known before the call."""
+        norm, value = None, y
+        readers = self.readers.get(id(value), [])
+        if len(readers) == 1 and self.graph.steps[readers[0]].name == "batch_norm":
+            norm = self.norm(readers[0])
+            value = self.graph.steps[readers[0]].results[0] if norm is not None else None
+            readers = self.readers.get(id(value), []) if value is not None else []
+        while len(readers) == 1 and self.graph.steps[readers[0]].name in PASSING and self.graph.steps[readers[0]].results:
+            value = self.graph.steps[readers[0]].results[0]
+            readers = self.readers.get(id(value), []) if value is not None else []
+        if len(readers) != 1 or self.graph.steps[readers[0]].name not in ADDITIONS:
+            return norm, None
+        others = [v for v in self.graph.steps[readers[0]].args if v is not None and v is not value]
+        fits = len(others) == 1 and others[0].shape == y.shape and not others[0].leaf and self.first.get(id(others[0]), at) <= at
+        return norm, others[0] if fits else None
+
+    def norm(self, at: int) -> Norm | None:
+        nodes = [n for n in self.nodes.get(at, []) if "batch_norm" in n.func._schema.name]
+        if len(nodes) != 1:
+            return None
+        x, weight, bias, mean, var, *_ = nodes[0].args
+        held = [self.leaf.get(id(v)) if isinstance(v, Value) else None for v in (weight, bias, mean, var)]
+        if held[2] is None or held[3] is None or any(self.uses[id(v)] > 1 for v in (mean, var)):
+            return None
+        return Norm(held[0], held[1], held[2], held[3], float(nodes[0].args[-1 if "no_training" in nodes[0].func._schema.name else 7]), x)
+
+
+def norms(graph: Graph) -> list[tuple[int, Norm]]:
+    """Every batch norm with statistics of its own, with its call."""
+    reader = _Reader(graph)
+    found = [(at, reader.norm(at)) for at, step in enumerate(graph.steps) if step.name == "batch_norm"]
+    return [(at, norm) for at, norm in found if norm is not None]

@@ -1,0 +1,283 @@
+"""Repairs equal slow references, never touch the original, and are no worse on calibration kept out of them."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graphprune
+from graphprune.errors import BadCalibration, UnknownName
+from graphprune.repair.moments import moments
+from graphprune.repair.rows import read
+from graphprune.repair.sequential import Setting, repair_weights
+from graphprune.repair.sites import Site, norms, sites
+from graphprune.repair.solve import least_squares, means, residual, variances
+from graphprune.repair.statistics import reestimate
+
+F64 = torch.float64
+
+
+class Residual(nn.Module):
+    def __init__(self, width=12, bias=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv1 = nn.Conv2d(6, width, 3, stride=1, padding=1, bias=bias)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 6, 3, padding=1, bias=bias)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return self.head(torch.relu(x).mean((2, 3)))
+
+
+def trained(seed=0, **options):
+    torch.manual_seed(seed)
+    net = Residual(**options).double()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    return net.eval()
+
+
+def batches(count=4, size=16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 3, 8, 8, dtype=F64, generator=generator) for _ in range(count)]
+
+
+def distance(one, two, data):
+    with torch.no_grad():
+        return float(sum((one(x) - two(x)).square().sum() for x in data))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(0, 10**6))
+def test_least_squares_equals_the_stacked_system(inputs, outputs, blocks, intercept, seed):
+    torch.manual_seed(seed)
+    x, y = torch.randn(blocks, 40, inputs, dtype=F64) + 3, torch.randn(blocks, 40, outputs, dtype=F64) - 2
+    prior, ridge = torch.randn(blocks, outputs, inputs, dtype=F64), 1e-2
+    data = moments(x[:, :7], y[:, :7]) + moments(x[:, 7:], y[:, 7:])
+    weight, bias = least_squares(data, ridge, prior, intercept)
+    for b in range(blocks):
+        mean = x[b].mean(0) if intercept else torch.zeros(inputs, dtype=F64)
+        gram = (x[b] - mean).T @ (x[b] - mean)
+        root = (ridge * gram.diagonal().mean()).sqrt()
+        ones = torch.ones(40, 1, dtype=F64) if intercept else torch.zeros(40, 0, dtype=F64)
+        left = torch.cat([torch.cat([x[b], ones], 1), torch.cat([root * torch.eye(inputs, dtype=F64), torch.zeros(inputs, ones.shape[1], dtype=F64)], 1)])
+        slow = torch.linalg.lstsq(left, torch.cat([y[b], root * prior[b].T])).solution
+        assert torch.allclose(weight[b].T, slow[:inputs], atol=1e-8)
+        assert torch.allclose(bias[b], slow[inputs:].sum(0) if intercept else torch.zeros(outputs, dtype=F64), atol=1e-8)
+        direct = (y[b] - x[b] @ weight[b].T - bias[b]).square().mean(0)
+        assert torch.allclose(residual(data, weight, bias)[b], direct, atol=1e-8)
+        assert float(residual(data, weight + 0.1, bias)[b].sum()) > float(direct.sum()) or ridge > 0
+
+
+def test_removing_and_refitting_is_the_surgeon_update():
+    """The restricted fit equals ``W − W_S ((H⁻¹)_SS)⁻¹ (H⁻¹)_S`` and its loss ``tr(W_S ((H⁻¹)_SS)⁻¹ W_Sᵀ)``."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 300, 9, dtype=F64) @ torch.randn(9, 9, dtype=F64)
+    full = torch.randn(5, 9, dtype=F64)
+    y = x @ full.T
+    gone, stay = [2, 3, 7], [0, 1, 4, 5, 6, 8]
+    data = moments(x, y)
+    inverse = torch.linalg.inv(data.xx[0] / 300)
+    ratio = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+    slow = full - full[:, gone] @ ratio
+    loss = torch.trace(full[:, gone] @ torch.linalg.solve(inverse[gone][:, gone], full[:, gone].T))
+    part = moments(x[:, :, stay], y)
+    weight, bias = least_squares(part, 0.0)
+    assert torch.allclose(weight[0], slow[:, stay], atol=1e-8)
+    assert torch.allclose(residual(part, weight, bias).sum(), loss, atol=1e-8)
+    assert not torch.allclose(weight[0], full[:, stay], atol=1e-3)
+
+
+def test_means_and_variances_are_those_of_the_target():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 50, 3, dtype=F64), torch.randn(2, 50, 2, dtype=F64) * 3 + 1
+    data = moments(x, y)
+    weight, bias = variances(data, torch.randn(2, 2, 3, dtype=F64))
+    found = x @ weight.transpose(1, 2) + bias[:, None]
+    assert torch.allclose(found.mean(1), y.mean(1), atol=1e-10) and torch.allclose(found.var(1), y.var(1), atol=1e-10)
+    assert torch.allclose((x @ weight.transpose(1, 2)).mean(1) + means(data, weight), y.mean(1), atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("stride, padding, dilation", [((1, 1), (1, 1), (1, 1)), ((2, 1), (0, 2), (1, 2))])
+def test_rows_times_weight_is_the_convolution(groups, stride, padding, dilation):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 12, (3, 2), stride, padding, dilation, groups, bias=False).double()
+    x = torch.randn(4, 6, 9, 8, dtype=F64)
+    site = Site(0, "w", None, None, None, False, (list(stride), list(padding), list(dilation)), None, None)
+    rows = read(site, x, (3, 2), None, groups)
+    found = rows @ conv.weight.detach().flatten(1).reshape(groups, 12 // groups, -1).transpose(1, 2)
+    wanted = conv(x).flatten(2).transpose(1, 2).reshape(-1, 12).reshape(-1, groups, 12 // groups).transpose(0, 1)
+    assert torch.allclose(found, wanted, atol=1e-10)
+
+
+def test_batch_norm_statistics_are_the_two_pass_ones():
+    net, data = trained(), batches()
+    graph = graphprune.trace(net, data[0][:1])
+    found = copy.deepcopy(net)
+    assert reestimate(found, graph, data) == len(norms(graph)) == 2
+    x = torch.relu(net.stem(torch.cat(data)))
+    for conv, norm, new in ((net.conv1, net.bn1, found.bn1), (net.conv2, net.bn2, found.bn2)):
+        y = conv(x)
+        mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3))
+        assert torch.allclose(new.running_mean, mean, atol=1e-8) and torch.allclose(new.running_var, var, atol=1e-8)
+        assert not torch.allclose(new.running_mean, norm.running_mean, atol=1e-2)
+        x = torch.relu((y - mean[:, None, None]) / (var + norm.eps).sqrt()[:, None, None] * norm.weight[:, None, None] + norm.bias[:, None, None])
+    again = copy.deepcopy(net)
+    reestimate(again, graph, data, anew=True)
+    assert torch.equal(again.bn2.running_var, found.bn2.running_var)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_duplicated_channels_are_lossless(bias):
+    """Half of the channels repeat the other half; whichever goes, the fit gives its weight to its twin."""
+    net = trained(bias=bias)
+    with torch.no_grad():
+        for tensor in (net.conv1.weight, net.bn1.weight, net.bn1.bias, net.bn1.running_mean, net.bn1.running_var, *([net.conv1.bias] if bias else [])):
+            tensor[6:] = tensor[:6]
+    keep_first = lambda groups, model, batches: [torch.arange(g.size, 0, -1.0) for g in groups]  # noqa: E731
+    small, plan = graphprune.shrink(net, batches()[0][:1], criterion=keep_first, keep=["stem", "head", "bn2"], return_plan=True)
+    assert small.conv1.out_channels == 6
+    better = graphprune.repair(small, net, plan, batches())
+    fresh = batches(seed=5)
+    assert distance(better, net, fresh) < 1e-6 * distance(small, net, fresh)
+
+
+def test_the_order_of_runs_does_not_matter_and_nothing_else_changes():
+    net, data = trained(), batches()
+    net.train()
+    before = copy.deepcopy(net.state_dict())
+    small, plan = graphprune.shrink(net, data[0][:1], return_plan=True, keep=["stem", "bn2"])
+    one, two = copy.deepcopy(small).eval(), copy.deepcopy(small).eval()
+    graph = graphprune.trace(net, data[0][:1])
+    random = torch.get_rng_state()
+    net.eval()
+    reports = [repair_weights(net, m, graph, plan, data[:3], data[3:], Setting(("least-squares",), anew=a), False) for m, a in ((one, False), (two, True))]
+    assert reports[0] == reports[1] and all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    net.train()
+    cut = copy.deepcopy(small.state_dict())
+    better = graphprune.repair(small, net, plan, data)
+    assert all(torch.equal(a, before[n]) for n, a in net.state_dict().items()) and all(torch.equal(a, cut[n]) for n, a in small.state_dict().items())
+    assert net.training and better.training == small.training and torch.equal(random, torch.get_rng_state())
+    assert all(p.grad is None for p in net.parameters()) and not net._forward_hooks and not net._forward_pre_hooks
+
+
+def test_a_repair_helps_and_no_step_is_worse_where_it_was_not_fitted():
+    net, data, fresh = trained(), batches(6), batches(seed=9)
+    small, plan = graphprune.shrink(net, data[0][:1], return_plan=True, keep=["stem", "bn2"])
+    cut = distance(small, net, fresh)
+    for steps in ("auto", ["bias"], ["variance"], ["bias", "least-squares"], ["bn"]):
+        better = graphprune.repair(small, net, plan, data, steps)
+        done = [r for r in better.graphprune_repairs if r.step != "left"]
+        assert done and all(r.after <= r.before for r in done if r.kept)
+        if steps == "auto":
+            assert distance(better, net, fresh) < 0.5 * cut
+    assert str(done[0]) in better.graphprune_plan.explain()
+
+
+def test_fits_on_the_repaired_prefix_beat_fits_on_the_originals():
+    """Two layers cut: the second fit has to see what the first one left."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    data, fresh = [torch.randn(64, 6, dtype=F64) for _ in range(4)], [torch.randn(256, 6, dtype=F64)]
+    small, plan = graphprune.shrink(net, data[0][:1], return_plan=True)
+    better = graphprune.repair(small, net, plan, data)
+    alone = copy.deepcopy(small)
+    x = y = torch.cat(data)
+    kept = {name: torch.tensor(plan.cuts[name][1]) for name in ("2.weight", "4.weight")}
+    with torch.no_grad():
+        for layer in (0, 2, 4):
+            y = net[layer](x)
+            if layer:
+                rows = plan.cuts.get(f"{layer}.weight", {}).get(0)
+                target = y if rows is None else y[:, torch.tensor(rows)]
+                weight, bias = least_squares(moments(x[None, :, kept[f"{layer}.weight"]], target[None]))
+                alone[layer].weight.copy_(weight[0])
+                alone[layer].bias.copy_(bias[0])
+            x = torch.tanh(y)
+    assert distance(better, net, fresh) < distance(alone, net, fresh) < distance(small, net, fresh)
+
+
+def test_save_and_load_keep_what_was_repaired(tmp_path):
+    net, data = trained(), batches()
+    small = graphprune.shrink(net, data[0][:1], calibration=data, keep=["stem", "bn2"])
+    assert any(line.startswith("repair least-squares") for line in small.graphprune_plan.lines)
+    back = graphprune.load(graphprune.save(small, tmp_path / "m"), trained(seed=4))
+    assert distance(back.eval(), small.eval(), data) == 0
+    place = copy.deepcopy(net)
+    assert graphprune.shrink(place, data[0][:1], calibration=data, keep=["stem", "bn2"], inplace=True) is place
+    assert distance(place, small, data) == 0
+
+
+def test_one_batch_is_parted_and_labels_are_ignored():
+    net, data = trained(), torch.cat(batches())
+    small, plan = graphprune.shrink(net, data[:1], return_plan=True, keep=["stem", "bn2"])
+    better = graphprune.repair(small, net, plan, [(data, torch.zeros(len(data)))])
+    assert distance(better, net, [data]) < distance(small, net, [data])
+
+
+def test_shared_and_computed_weights_are_left_with_a_reason():
+    torch.manual_seed(0)
+    twice = nn.Linear(8, 8)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), twice, nn.ReLU(), twice, nn.Linear(8, 2))
+    places, left = sites(graphprune.trace(net, torch.zeros(1, 4)))
+    assert [site.weight for site in places] == ["0.weight", "5.weight"] and left == {"2.weight": "used more than once"}
+
+
+@pytest.mark.parametrize(
+    "calibration, says",
+    [
+        ([], "empty"),
+        (None, "iterable"),
+        ([torch.full((8, 4), float("nan"), dtype=F64)], "batch 0"),
+        ([torch.zeros(8, 4, dtype=F64)], "same input everywhere at 2.weight"),
+        ([torch.randn(8, 5, dtype=F64)], "does not fit"),
+    ],
+)
+def test_bad_calibration_says_what_and_where(calibration, says):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    small, plan = graphprune.shrink(net, torch.randn(1, 4, dtype=F64), return_plan=True)
+    with pytest.raises(BadCalibration, match=says):
+        graphprune.repair(small, net, plan, calibration)
+
+
+def test_what_is_not_finite_inside_is_found():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    small, plan = graphprune.shrink(net, torch.randn(1, 4, dtype=F64), return_plan=True)
+    with pytest.raises(BadCalibration, match="not finite at 0.weight"):
+        graphprune.repair(small, net, plan, [torch.full((8, 4), 1e308, dtype=F64) * torch.randn(8, 1, dtype=F64)])
+
+
+def test_few_rows_warn_and_unknown_steps_are_named():
+    net = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 3)).double()
+    small, plan = graphprune.shrink(net, torch.randn(1, 4, dtype=F64), return_plan=True)
+    with pytest.warns(UserWarning, match="2.weight: 12 calibration rows for 20 inputs"):
+        better = graphprune.repair(small, net, plan, [torch.randn(16, 4, dtype=F64)])
+    assert all(bool(torch.isfinite(p).all()) for p in better.parameters())
+    with pytest.raises(UnknownName, match="least-squares"):
+        graphprune.repair(small, net, plan, [torch.randn(16, 4)], ["magic"])
+    with pytest.raises(BadCalibration, match="needs calibration"):
+        graphprune.shrink(net, torch.randn(1, 4, dtype=F64), repair=["bn"])
+
+
+def test_of_two_equal_channels_one_costs_nothing_at_the_output():
+    net = trained()
+    with torch.no_grad():
+        for tensor in (net.conv1.weight, net.bn1.weight, net.bn1.bias, net.bn1.running_mean, net.bn1.running_var):
+            tensor[7] = tensor[2]
+    groups = graphprune.couple(graphprune.trace(net, batches()[0][:1]), tuple((name, None) for name in ("stem.weight", "bn2.weight")))
+    (scores,) = (s for g, s in zip(groups, graphprune.score(groups, net, "effect", batches(), progress=False), strict=True) if g.size == 12)
+    pair, rest = sorted(scores[[2, 7]].tolist()), scores[[0, 1, 3, 4, 5, 6, 8, 9, 10, 11]]
+    assert pair[0] < 1e-2 * float(rest.min()) and pair[1] > float(rest.min())
+    assert all(p.grad is None for p in net.parameters())
