@@ -285,3 +285,33 @@ def test_of_two_equal_channels_one_costs_nothing_at_the_output():
     (scores,) = (s for g, s in zip(groups, graphprune.score(groups, net, "effect", batches(), progress=False), strict=True) if g.size == 12)
     assert float(scores[[2, 7]].min()) > 1e2 * first
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_effect_equals_refits_of_every_candidate():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.randn(64, 4, dtype=F64)
+    groups = graphprune.couple(graphprune.trace(net, x[:1]))
+    (found,) = graphprune.score(groups, net, "effect", [x], progress=False, per="unit")
+    torch.manual_seed(0)
+    project = torch.randn(64, 3, dtype=F64)
+    project -= project.mean(1, keepdim=True)
+    with torch.no_grad():
+        weight, hidden = net[2].weight.detach(), net[1](net[0](x))
+    cov = torch.cov(hidden.T, correction=0)
+    cov = cov + 1e-4 * cov.diagonal().mean() * torch.eye(6, dtype=F64)
+
+    def loss(stay):
+        """The least ``tr(B (W − W') H (W − W')ᵀ)`` when only some columns of W' are not zero."""
+        rest = cov - cov[:, stay] @ torch.linalg.solve(cov[stay][:, stay], cov[stay]) if stay else cov
+        return float((project.T @ project / 64 @ weight @ rest @ weight.T).trace())
+
+    stay, before, slow = list(range(6)), 0.0, torch.zeros(6, dtype=F64)
+    floor = 0.0
+    while stay:
+        gone = min(stay, key=lambda c: loss([s for s in stay if s != c]))
+        stay.remove(gone)
+        floor = max(floor, loss(stay) - before)
+        slow[gone], before = floor, loss(stay)
+    assert torch.allclose(found, slow, rtol=1e-6, atol=1e-12)
+    assert not torch.allclose(found, slow.roll(1), rtol=1e-2)

@@ -448,8 +448,8 @@ def test_equals_the_reference(reference):
         equal([m.roll(1) for m in mine], expected)
 
 
-def test_no_score_is_without_reference():
-    assert {f.__name__ for f in REFERENCES} | {"random"} == set(scores.SCORES) == set(graphprune.available()["score"])
+def test_no_score_is_without_reference():  # that of "effect" is in test_repair.py
+    assert {f.__name__ for f in REFERENCES} | {"random", "effect"} == set(scores.SCORES) == set(graphprune.available()["score"])
 
 
 REDUCE = {"sum": sum, "mean": lambda v: sum(v) / len(v), "max": max, "prod": math.prod}
