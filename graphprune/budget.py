@@ -31,22 +31,24 @@ SCOPES = ("layer", "global", "isomorphic", "optimal")
 class Chooser:
     """Chooses the units of a coupled graph by a ratio, or under the limits that ``aims`` and ``more`` set.
 
+    ``multiple_of`` is one number or a function of the groups.
     ``more`` maps the name of a further cost to (its limit, how to make it; see :func:`~graphprune.cost.costs`).
     """
 
     ratio: float
     scope: str = "layer"
-    multiple_of: int = 1
+    multiple_of: int | Callable[[Groups], Mapping[int, int]] = 1
     min_units: int = 1
     aims: Aims = Aims()
     more: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
 
     def __call__(self, groups: Groups, scores: Scores, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
-        rules = {"scope": self.scope, "multiple_of": self.multiple_of, "min_units": self.min_units, "ratios": ratios, "ties": ties}
+        step = self.multiple_of if isinstance(self.multiple_of, int) else self.multiple_of(groups)
+        rules = {"scope": self.scope, "multiple_of": step, "min_units": self.min_units, "ratios": ratios, "ties": ties}
         if not self.more and not any(getattr(self.aims, name) is not None for name in NAMES):
             if self.scope == "optimal" and not self.aims.timed:
                 raise BadTarget("scope='optimal' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
-            return select(groups, scores, self.ratio, **rules)
+            return select(groups, scores, self.ratio, **rules) if isinstance(step, int) else fit(groups, scores, {}, costs(groups), self.ratio, **rules)
         known = costs(groups, {name: make for name, (_, make) in self.more.items()})
         asked = self.aims.limits(known.full) | {name: limit for name, (limit, _) in self.more.items()}
         return fit(groups, scores, asked, known, self.ratio, **rules)

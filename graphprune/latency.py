@@ -12,13 +12,14 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .align import alignments
 from .apply import apply
 from .cost import costs, operation
 from .errors import BadMeasure, BadTarget
@@ -96,7 +97,7 @@ def _checked(seconds: Any) -> float:
     return found
 
 
-def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: int = 1) -> tuple[nn.Module, Plan]:
+def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str = "layer") -> tuple[nn.Module, Plan]:
     """The cut model that takes as long as asked, and its plan, which says what was asked, predicted and measured.
 
     ``propose`` plans under a limit on predicted time. Raises :class:`~graphprune.errors.BadTarget` when the narrowest
@@ -105,15 +106,18 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: i
     watch = Stopwatch(model, graph, aims)
     table = Table(watch.device, aims.runtime, watch.threads)
     with using_threads(watch.threads):
-        make = times(graph, table, align)
+        make = times(graph, table)
         full = _predicted(*propose({"time": (math.inf, make)})[:1], None, make)
-    learnt = table.known.setdefault("corrections", {}).setdefault(_name(graph, aims), [])
-    points: list[tuple[float, float]] = [(0.0, 0.0), *((x, y) for x, y in learnt)]
+    label = _name(graph, aims, scope)
+    learnt = table.known.setdefault("corrections", {}).get(label, [])
+    points: list[tuple[float, float]] = [(0.0, 0.0)]
     target = aims.share(0.0) if not isinstance(aims.latency, str) else aims.share(_alone(watch))
     best: tuple | None = None
     tried: list[float] = []
     for _ in range(ATTEMPTS):
-        x = _next(points, math.log(min(target, 1.0)))
+        # Earlier searches give the first guess; from then on only what was measured now counts.
+        known = points if len(points) > 1 else points + [(a, b) for a, b in learnt]
+        x = _next(known, math.log(min(target, 1.0)))
         groups, kept, plan = propose({"time": (full * math.exp(x), make)})
         predicted = _predicted(groups, kept, make) / full
         if any(abs(predicted / other - 1) < 1e-9 for other in tried):
@@ -121,7 +125,7 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: i
         tried.append(predicted)
         small = apply(model, plan)
         timing = watch(small)
-        points = [(a, b) for a, b in points if abs(a - math.log(predicted)) > 1e-3] + [(math.log(predicted), math.log(timing.share))]
+        points.append((math.log(predicted), math.log(timing.share)))
         error = abs(timing.share / target - 1)
         if best is None or error < best[0]:
             best = error, small, plan, predicted, timing
@@ -134,7 +138,7 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, align: i
                 "multiple_of may help; plan.explain() of a smaller target says what stays whole"
             )
     assert best is not None
-    table.known["corrections"][_name(graph, aims)] = points[1:][-6:]
+    table.known["corrections"][label] = [*learnt, *points[1:]][-6:]
     table.save()
     _, small, plan, predicted, timing = best
     return small, dataclasses.replace(plan, notes=(*plan.notes, _line(aims, predicted, timing, watch)))
@@ -169,10 +173,10 @@ def _alone(watch: Stopwatch) -> float:
     return found.seconds
 
 
-def _name(graph: Graph, aims: Aims) -> str:
+def _name(graph: Graph, aims: Aims, scope: str) -> str:
     """A model's own correction: its operations and shapes, and whose clock it is."""
     text = "".join(f"{operation(node)}{[v.shape for v in node.outs]}" for node in graph.nodes)
-    return hashlib.sha256((text + ("own" if aims.measure else "")).encode()).hexdigest()[:16]
+    return hashlib.sha256((text + scope + ("own" if aims.measure else "")).encode()).hexdigest()[:16]
 
 
 def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str:
@@ -182,6 +186,24 @@ def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str
         f"latency: asked {aims.asked}, predicted {1 / predicted:.2f}x, measured {1 / timing.share:.2f}x ({low:.2f} to {high:.2f}; "
         f"{timing.seconds * 1e3:.2f} ms; the original against itself {timing.control:.3f}); {where}"
     )
+
+
+def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups], Mapping[int, int]]:
+    """What widths are multiples of: the number given, or ("auto", and by default where a time is asked for) what the device likes."""
+    if multiple_of is None:
+        multiple_of = "auto" if aims.timed else 1
+    if multiple_of != "auto":
+        if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
+            raise BadTarget(f'multiple_of is {multiple_of!r}; it is a whole number from 1 on, or "auto"')
+        return multiple_of
+    watch = Stopwatch(nn.Identity(), graph, aims)
+    table = Table(watch.device, aims.runtime, watch.threads)
+
+    def learnt(groups: Groups) -> Mapping[int, int]:
+        with using_threads(watch.threads):
+            return alignments(groups, table)
+
+    return learnt
 
 
 def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:

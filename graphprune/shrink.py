@@ -18,7 +18,7 @@ from .budget import Chooser
 from .compose import so_far
 from .errors import BadModel, GraphpruneError, NotEqual, NothingToPrune, UnknownName
 from .groups import Groups, couple
-from .latency import reach, remembered
+from .latency import reach, remembered, steps
 from .plan import Plan, Survivors, make_plan
 from .repair import after_cut, refill
 from .rewrite import removed, spelled
@@ -53,7 +53,7 @@ def shrink(
     scope: str = "layer",
     keep: Sequence[Any] | str = (),
     ratios: Mapping[Any, float] | None = None,
-    multiple_of: int = 1,
+    multiple_of: int | str | None = None,
     min_units: int = 1,
     calibration: Iterable | None = None,
     repair: str | Sequence[str] = "auto",
@@ -86,11 +86,11 @@ def shrink(
     check_model(model)
     held = [model_part for model_part in named(model, keep)]
     graph = trace(model, example_input, example_kwargs)
-    choose = Chooser(ratio, scope, multiple_of, min_units, aims)
+    choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
     scored = remembered(attempts(model, criterion, batches, loss))
     propose = lambda more: decide(graph, model, replace(choose, more=more), scored, held, ratios)  # noqa: E731
     if aims.timed:
-        small, plan = reach(model, graph, aims, propose)
+        small, plan = reach(model, graph, aims, propose, scope)
     else:
         plan = best(graph, model, (choose, scored, held, ratios), rewrite, inplace)
         small = apply(model, plan)

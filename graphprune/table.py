@@ -179,7 +179,7 @@ class Times:
         return self.fixed + (low * (1 - part[0]) + high * part[0]).sum(axis=1)
 
 
-def times(graph: Graph, table: Table, align: int = 1) -> Callable[[Lengths], Times]:
+def times(graph: Graph, table: Table, align: int = 16) -> Callable[[Lengths], Times]:
     """How to make the cost function "time" of a coupled graph (see :func:`~graphprune.cost.costs`)."""
 
     def make(lengths: Lengths) -> Times:
