@@ -29,6 +29,7 @@ from zoo_models import build, names  # noqa: E402
 from zoo_support import declare_operators, randomise  # noqa: E402
 
 import graphprune  # noqa: E402
+from graphprune.verify import check  # noqa: E402
 
 
 def macs(model: torch.nn.Module, args: tuple, kwargs: dict) -> int:
@@ -84,7 +85,7 @@ def one(name: str, send) -> None:
         row |= {"class": type(small) is type(model), "params": count(model) / count(small), "notes": len(plan.notes)}
         try:
             graph = graphprune.trace(model, args, kwargs)
-            row["gap"] = sys.modules["graphprune.shrink"].check(graph, model, small, plan, tolerance=limit)
+            row["gap"] = check(graph, model, small, plan, tolerance=limit)
             row["verdict"] = "EXACT"
         except graphprune.errors.NotEqual as error:
             row |= {"verdict": "INEXACT" if "differs" in str(error) or "shape" in str(error)[:20] else "FAIL", "why": str(error)[:300]}

@@ -4,15 +4,15 @@ from . import scores
 from .apply import apply
 from .catalogue import available, register
 from .compose import compose
-from .distill import Distillation
 from .cost import Cost, cost, profile
+from .distill import Distillation
 from .errors import GraphpruneError
 from .groups import Group, Groups, couple
 from .history import History
 from .iterate import Result, iterate
 from .laws import check_rule
-from .optimizer import refresh_ema, refresh_optimizer
 from .measure import Measurement, measure
+from .optimizer import refresh_ema, refresh_optimizer
 from .plan import Plan
 from .repair import repair
 from .rules import rule

@@ -25,11 +25,12 @@ from .compose import compose
 from .errors import BadLoop, BadRatio, NothingToPrune
 from .groups import Groups, couple
 from .history import History, Row
+from .names import named, overrides
 from .optimizer import refresh_optimizer
 from .plan import Plan
 from .schedule import check_steps, share, toward
 from .select import check_ratio
-from .shrink import named, overrides, shrink
+from .shrink import shrink
 from .trace import trace
 from .trees import normal_inputs
 

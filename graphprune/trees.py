@@ -11,7 +11,6 @@ from torch import nn
 
 from .notation import Value
 
-
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 

@@ -1027,6 +1027,21 @@ def test_what_cannot_be_cut_stays_whole_with_a_reason(cls):
         graphprune.shrink(drawn(cls), X, 0.5, rewrite=False)
 
 
+@pytest.mark.parametrize("cls", [c for c in HAZARDS if c.__name__ in WHOLE | PARTLY | {"Einsum"}], ids=lambda c: c.__name__)
+@torch.no_grad()
+def test_with_rewritten_code_the_cut_still_equals_zeroed(cls):
+    """On another batch than the one that was checked; what stays whole says so."""
+    net = drawn(cls)
+    try:
+        small, plan = graphprune.shrink(net, X, 0.5, return_plan=True)
+    except NothingToPrune:
+        return
+    for mine, theirs in zip(tensors(small(Y), torch.Tensor), graphprune.zeroed(net, plan)(Y), strict=True):
+        assert float((mine - theirs).abs().max()) < 1e-9 * float(theirs.abs().max())
+    for mine, theirs in zip(tensors(small(Y), torch.Tensor), tensors(net(Y), torch.Tensor), strict=True):
+        assert float((mine - theirs).abs().max()) > 1e-6  # the control: something was really removed
+
+
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("both", [False, True])

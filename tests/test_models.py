@@ -56,7 +56,8 @@ def test_imports_go_one_way():
     from pathlib import Path
 
     order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure fuse trace probe groups links"
-    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget plan rewrite apply compose repair zeroed latency"
+    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names plan rewrite"
+    order += " apply compose repair zeroed latency verify decide"
     order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):

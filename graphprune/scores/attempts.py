@@ -11,17 +11,18 @@ from . import Criterion, Score, Scores, named, score
 
 
 def attempts(
-    model: torch.nn.Module, criterion: Criterion, batches: Iterable | None = None, loss: Callable | None = None
+    model: torch.nn.Module, criterion: Criterion, batches: Iterable | None = None, loss: Callable | None = None, draft: bool = False
 ) -> Callable[[Groups], Iterator[Scores]]:
-    """A function of groups that yields the scores to try in turn: equal ones first where the real ones cost a run of the model.
+    """A function of groups that yields the scores to try in turn: equal ones first, as a draft, then the real ones.
 
-    Which sizes the code allows hardly depends on the scores; a pass over the data for every attempt would cost as much as the
-    one that counts.
+    Which sizes the code allows hardly depends on the scores; a pass over the data for every attempt would cost as much as
+    the one that counts, so scores that need one are always drafted. ``draft`` asks for it where reading the weights is
+    all there is to save: within each group the widths, and so what the code allows, are the same for any scores.
     """
     found = named(criterion) if isinstance(criterion, str) else criterion
 
     def tried(groups: Groups) -> Iterator[Scores]:
-        if not isinstance(found, Score) or found.needs_now() != "nothing":
+        if draft or not isinstance(found, Score) or found.needs_now() != "nothing":
             yield [torch.zeros(group.size, dtype=torch.float64) for group in groups]
         yield score(groups, model, found, batches, loss)
 

@@ -1,0 +1,134 @@
+"""From groups to a plan that the model's own code allows: choose, solve for the attributes, tie or lock, and choose again.
+
+Where a size in the code cannot follow its axis, groups that the code derives from each other keep the same share; where that
+does not help, the axis is left whole with the reason, or, if the size is a literal, the module that holds it is rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .apply import apply
+from .budget import Chooser
+from .errors import GraphpruneError, NothingToPrune
+from .groups import Groups, couple
+from .names import overrides
+from .plan import Plan, Survivors, make_plan
+from .rewrite import removed, spelled
+from .scores import Scores
+from .sizes import leaves
+from .symbols import solve
+from .trace import Graph, trace
+from .verify import check
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for: how to choose, the scores to try for given groups, the tensors to keep, and ratios of their own."""
+
+    choose: Chooser
+    scored: Callable[[Groups], Iterator[Scores]]
+    keep: list[str]
+    ratios: Mapping[Any, float] | Callable | None = None
+
+
+def decide(graph: Graph, model: nn.Module, wishes: Wishes, literals: set[str] | None = None) -> tuple[Groups, list, Plan]:
+    """Couple, score and select; whatever no attribute can express is left whole, with the reason.
+
+    ``literals`` collects the modules whose code holds such a size as a literal.
+    """
+    locks: list = []
+    notes: list[str] = []
+    ties: list[frozenset[int]] = []
+    whole = tuple((name, None) for name in wishes.keep if name in graph.leaves)
+    groups = couple(graph, whole)
+    for _ in range(40):
+        if not len(groups):
+            raise NothingToPrune(_nothing(groups))
+        own = overrides(groups, model, wishes.ratios)
+        for scores in wishes.scored(groups):
+            while True:
+                kept = wishes.choose(groups, scores, own, ties)
+                edits, wrong = solve(graph, Survivors(groups, kept).length)
+                tied = _tie(groups, wrong, ties)
+                if tied == ties:
+                    break
+                ties = tied
+            if wrong:
+                break
+        else:
+            return groups, kept, make_plan(groups, kept, edits, tuple(notes))
+        for need, expr, call in wrong:
+            if call and literals is not None and isinstance(call.expr, int):
+                literals.add(call.module)
+            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
+            for value, dim in _places(graph, need, expr):
+                locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
+            notes.append(f"note: {text}")
+        groups, ties = couple(graph, whole, tuple(locks)), []
+    raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
+
+
+def best(graph: Graph, model: nn.Module, wishes: Wishes, rewrite: bool, inplace: bool) -> Plan:
+    """The plan; where literals in the code hold axes back, the one for the rewritten code, if that frees more and proves right."""
+    literals: set[str] = set()
+    plan = nothing = None
+    try:
+        plan = decide(graph, model, wishes, literals)[2]
+    except NothingToPrune as error:
+        if not rewrite or not literals or (inplace and "" in literals):
+            raise
+        nothing = error
+    if not rewrite or not literals or (inplace and "" in literals):
+        return plan
+    paths = tuple(sorted(literals))
+    try:
+        other = spelled(model, paths)
+        found = decide(trace(other, *graph.example), other, wishes)[2]
+        note = f"note: sizes are literals in the code of {', '.join(name or 'the model' for name in paths)}; it is rewritten as torch.fx.GraphModule"
+        found = replace(found, rewrites=paths, notes=(*found.notes, note))
+        check(graph, model, apply(model, found), found)
+    except GraphpruneError as error:
+        if plan is None:
+            raise nothing from error
+        return replace(plan, notes=(*plan.notes, f"note: not rewritten: {error}"))
+    return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
+
+
+def _tie(groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
+    """Groups whose widths the code derives from each other have to keep the same share."""
+    for need, expr, _ in wrong:
+        if need is None:
+            continue
+        places = [(need.value, need.dim)] + [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
+        mine = frozenset(index for value, dim in places for index in groups.along(value, dim))
+        if len(mine) < 2 or any(mine <= tie for tie in ties):
+            continue
+        touching = [tie for tie in ties if tie & mine]
+        ties = [tie for tie in ties if not tie & mine] + [mine.union(*touching)]
+    return ties
+
+
+def _places(graph: Graph, need: Any, expr: Any) -> list:
+    """The axes that a size which cannot be expressed stands for."""
+    dims = [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
+    return [(need.value, need.dim), *dims] if need else dims + _behind(graph, expr)
+
+
+def _behind(graph: Graph, expr: Any) -> list:
+    """The axes whose sizes a factor's attributes stand for."""
+    paths = {leaf[1] for leaf in leaves(expr) if leaf[0] == "attr"}
+    calls = [c for c in graph.calls if any(leaf[0] == "attr" and leaf[1] in paths for leaf in leaves(c.expr))]
+    return [(call.need.value, call.need.dim) for call in calls]
+
+
+def _nothing(groups: Groups) -> str:
+    sizes = {place: groups.graph.leaves[place[0]].shape for place in groups.locked}
+    large = sorted(groups.locked.items(), key=lambda item: -torch.Size(sizes[item[0]]).numel())[:5]
+    rows = [f"  {name} axis {axis}: {reason}" for (name, axis), reason in large]
+    return "no axis of this model can be removed. The largest that stay whole:\n" + "\n".join(rows)
