@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .assemble import ASSEMBLE, free
+from .assemble import ASSEMBLE, free, merged
 from .errors import GraphpruneError
 from .labels import Fields, Labels, Reason
 from .moves import MOVES
@@ -108,6 +108,9 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
+        self.extra: list[Node] = []  # of a second run, in training mode
+        self.spans: list[tuple[int, int]] = []  # the locks that each call made
+        self.read: set[int] = set()  # values that the Python code looked into
         self.constants: dict[str, Tensor] = {}
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
         self.step = -1
@@ -200,7 +203,9 @@ class Recorder(TorchDispatchMode):
         result = self.run(func, known, args, kwargs, given)
         results = [result] if isinstance(result, Tensor) else list(tensors(result, Tensor))
         if not results:
+            self.read.update(id(value) for value in held)
             return result
+        first_lock = len(self.labels.locks)
         shapes = [tuple(t.shape) for t in results]
         module, where = (self.stack[-1] if self.stack else ""), place()
         try:
@@ -218,6 +223,7 @@ class Recorder(TorchDispatchMode):
                 value.zero = False
             self.keep(tensor, value)
         self.nodes.append(Node(func, seen, named, values, module, where, reduces, self.step))
+        self.spans.append((first_lock, len(self.labels.locks)))
         return result
 
     def carry(self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
@@ -237,6 +243,8 @@ class Recorder(TorchDispatchMode):
             source, rest = args[0], args[1:]
             moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
             outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
+            if len(outs) == 1:
+                outs = [merged(self.labels, outs[0], reason)]
             self.box(outs)
             if name in PARTS:
                 self.singled(source, outs, shapes, reason)

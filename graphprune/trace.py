@@ -25,6 +25,7 @@ from .record import META, Node, Recorder, is_pointwise
 from .sizes import Size
 from .symbols import SIZED, Call, calls_of, plant
 from .trees import leaf_tensors, modules_of, normal_inputs, replace, tensors
+from .unused import forget, hold, train_run, unread
 
 __all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
 
@@ -262,12 +263,17 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
-    outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
+        outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
+        steps, others = list(functions.steps), []
+        if parameters.intersection(unread(recorder, recorder.nodes)):
+            others = train_run(recorder, twin, lambda: twin(*args, **kwargs))
+    forget(recorder, outputs)
+    hold(recorder, unread(recorder, recorder.nodes + recorder.extra))
     reason = labels.reason(Reason("an output of the model keeps its size"))
-    for value in outputs:
+    for value in outputs + others:
         for held in value.fields:
             labels.lock(held, reason)
     uses = Size.floats, Size.equals, Size.outcomes
-    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
+    found = Graph(recorder.nodes, steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
     found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters)
     return found
