@@ -230,7 +230,9 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
     """
     example = normal_inputs(example_input, example_kwargs)
     try:
-        return _run(model, example, real=False)
+        found = _run(model, example, real=False)
+        stale = any("[" in name for name in found.__dict__["unread"])  # a cache that the run looked for under another device
+        return _run(model, example, real=True) if stale else found
     except Exception as first:
         try:
             return _run(model, example, real=True)
@@ -268,12 +270,13 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         if parameters.intersection(unread(recorder, recorder.nodes)):
             others = train_run(recorder, twin, lambda: twin(*args, **kwargs))
     forget(recorder, outputs)
-    hold(recorder, unread(recorder, recorder.nodes + recorder.extra))
+    idle = unread(recorder, recorder.nodes + recorder.extra)
+    hold(recorder, idle)
     reason = labels.reason(Reason("an output of the model keeps its size"))
     for value in outputs + others:
         for held in value.fields:
             labels.lock(held, reason)
     uses = Size.floats, Size.equals, Size.outcomes
     found = Graph(recorder.nodes, steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
-    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters)
+    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters, unread=idle)
     return found

@@ -11,6 +11,7 @@ from torch import nn
 
 from .notation import Value
 
+HOLDERS = frozenset((list, tuple, dict))
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
@@ -73,7 +74,10 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """Every tensor a model holds, by qualified name: parameters, buffers, and plain attributes."""
+    """Every tensor a model holds, by qualified name: parameters, buffers, plain attributes, and those in lists and dictionaries.
+
+    The last have a name with brackets, ``"attn.cache[cpu]"``; a fresh model may lack them.
+    """
     for prefix, module in modules_of(model):
         dot = f"{prefix}." if prefix else ""
         own = module.__dict__
@@ -84,6 +88,21 @@ def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
         for name, tensor in own.items():
             if isinstance(tensor, torch.Tensor):
                 yield dot + name, module, name, tensor
+            elif type(tensor) in HOLDERS and tensor and name[0] != "_":
+                for path, inner in _held(tensor, name):
+                    yield dot + path, module, path, inner
+
+
+def _held(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested lists, tuples and dictionaries (caches), but for parameters, which belong to a module."""
+    pairs = list(holder.items() if isinstance(holder, dict) else enumerate(holder))
+    if type(pairs[0][1]) in PLAIN:
+        return
+    for key, item in pairs:
+        if isinstance(item, torch.Tensor) and not isinstance(item, nn.Parameter):
+            yield f"{path}[{key}]", item
+        elif type(item) in HOLDERS and item:
+            yield from _held(item, f"{path}[{key}]")
 
 
 def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:
