@@ -139,10 +139,16 @@ def _edit(model: nn.Module, path: tuple, new: int) -> None:
 
 
 def _set(holder: Any, key: Any, rest: tuple, new: int) -> None:
-    if rest:
-        inner = holder[key]
+    """Set ``holder[key]…``, through lists and tuples (made anew), dictionaries and objects (changed)."""
+    if not rest:
+        holder[key] = new
+        return
+    inner = holder[key]
+    if isinstance(inner, dict):
+        _set(inner, rest[0], rest[1:], new)
+    elif isinstance(inner, list | tuple):
         items = list(inner)
         _set(items, rest[0], rest[1:], new)
         holder[key] = type(inner)(items)
     else:
-        holder[key] = new
+        _set(inner.__dict__, rest[0], rest[1:], new)

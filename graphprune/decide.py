@@ -55,7 +55,7 @@ def decide(graph: Graph, model: nn.Module, wishes: Wishes, literals: set[str] | 
             while True:
                 kept = wishes.choose(groups, scores, own, ties)
                 edits, wrong = solve(graph, Survivors(groups, kept).length)
-                tied = _tie(groups, wrong, ties)
+                tied = _tie(graph, groups, wrong, ties)
                 if tied == ties:
                     break
                 ties = tied
@@ -100,12 +100,14 @@ def best(graph: Graph, model: nn.Module, wishes: Wishes, rewrite: bool, inplace:
     return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
 
 
-def _tie(groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
+def _tie(graph: Graph, groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
     """Groups whose widths the code derives from each other have to keep the same share."""
     for need, expr, _ in wrong:
         if need is None:
             continue
-        places = [(need.value, need.dim)] + [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
+        dims = [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
+        # One attribute (of a configuration that layers share) stands for several axes.
+        places = [(need.value, need.dim), *(dims or _behind(graph, expr))]
         mine = frozenset(index for value, dim in places for index in groups.along(value, dim))
         if len(mine) < 2 or any(mine <= tie for tie in ties):
             continue

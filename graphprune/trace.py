@@ -251,7 +251,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     recorder = Recorder(labels, names, stack, real)
     for tensor, name in held:
         recorder.leaf(tensor, name)
-    symbols = plant(twin, recorder.values)
+    symbols = plant(twin, recorder.values, model)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
     inputs = []
