@@ -201,6 +201,9 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
         for index, given in enumerate(args[1]):
             dim = len(out.shape) - 1 - index // 2
             add(given, out, "after" if index % 2 else "before", dim, int(given))
+            before = args[1][index - 1]
+            if index % 2 and type(given) is Size and type(before) is Size and given.expr == before.expr:
+                _both_ends(recorder, out, dim, int(given))
     elif name in ("channel_shuffle", "native_channel_shuffle"):
         groups = args[1] if len(args) > 1 else kwargs["groups"]
         add(groups, known(args[0]), "blocks", 1, int(groups))
@@ -218,6 +221,14 @@ def _even(recorder: Any, parts: Any, dim: int) -> None:
         for left, right in zip(first.fields, value.fields, strict=False):
             if left.shape == right.shape and left.shape[dim] > 1:
                 recorder.labels.join(left, right)
+
+
+def _both_ends(recorder: Any, value: Value, dim: int, count: int) -> None:
+    """One size gives the padding on both sides: as much must stay before as after."""
+    for field in value.fields:
+        if field.shape[dim] > 1 and field.size == field.shape[dim]:
+            flat = field.ravel()
+            recorder.labels.join(flat[:count], flat[len(flat) - count :])
 
 
 def _getitem(add: Callable, value: Value, index: Any) -> None:
