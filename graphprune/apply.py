@@ -26,6 +26,12 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
     cut, memo, indices = {}, {}, {}
     held = list(leaf_tensors(model))
     for name, _, _, tensor in held:
+        if name in plan.numbers and id(tensor) not in cut:
+            told = torch.tensor(plan.numbers[name], device=tensor.device, dtype=tensor.dtype)
+            left = cut_tensor(tensor, plan.cuts.get(name, {}), indices).long()
+            if len(left) and not -len(told) <= int(left.min()) <= int(left.max()) < len(told):
+                raise BadPlan(f"{name} numbers positions that the plan does not know: is it the same model?")
+            cut[id(tensor)] = told[left]
         if name in plan.cuts:
             if tuple(tensor.shape) != tuple(plan.shapes[name]):
                 raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")

@@ -17,6 +17,7 @@ from .errors import BadPlan
 from .groups import Groups
 from .labels import Array
 from .notation import Value
+from .picks import renumber
 from .select import Kept
 from .symbols import Need
 
@@ -25,6 +26,7 @@ from .symbols import Need
 class Plan:
     """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new).
 
+    ``numbers``: for buffers that number positions of a cut axis, the new number of every old one (-1: gone).
     ``rewrites``: the modules whose code holds sizes as literals; they come back as ``torch.fx.GraphModule``.
     """
 
@@ -34,6 +36,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     lines: tuple[str, ...] = field(default=(), compare=False)
     rewrites: tuple[str, ...] = ()
+    numbers: dict[str, list[int]] = field(default_factory=dict)
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
@@ -56,6 +59,7 @@ class Plan:
         cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
         data = {"version": 1, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
         data |= {"rewrites": self.rewrites} if self.rewrites else {}
+        data |= {"numbers": self.numbers} if self.numbers else {}
         return json.dumps(data)
 
     @classmethod
@@ -65,7 +69,8 @@ class Plan:
             data = json.loads(text)
             cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
             shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
+            numbers = {name: [int(i) for i in new] for name, new in data.get("numbers", {}).items()}
+            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())), numbers)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
 
@@ -135,4 +140,10 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
             lines.append(f"  {name} axis {axis}: {size} -> {len(cuts.get(name, {}).get(axis, range(size)))}")
     for (name, axis), reason in groups.locked.items():
         lines.append(f"whole: {name} axis {axis} ({math.prod(leaves[name].shape)} entries): {reason}")
-    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines))
+    numbers, stays = {}, Survivors(groups, kept)
+    for name, (value, dim) in groups.graph.__dict__.get("picks", {}).items():
+        mask = stays.axis(value, dim)
+        if not mask.all():
+            numbers[name] = renumber(mask)
+            lines.append(f"  {name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
+    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines), numbers=numbers)

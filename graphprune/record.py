@@ -18,6 +18,7 @@ from .errors import GraphpruneError
 from .labels import Fields, Labels, Reason
 from .moves import MOVES
 from .notation import Value, meet
+from .picks import INTEGERS, pick, picked
 from .rules import RULES, pointwise
 from .shapes import SHAPES
 from .trees import PLAIN, replace, tensors
@@ -110,6 +111,8 @@ class Recorder(TorchDispatchMode):
         self.nodes: list[Node] = []
         self.extra: list[Node] = []  # of a second run, in training mode
         self.spans: list[tuple[int, int]] = []  # the locks that each call made
+        self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
+        self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
         self.read: set[int] = set()  # values that the Python code looked into
         self.constants: dict[str, Tensor] = {}
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
@@ -120,6 +123,8 @@ class Recorder(TorchDispatchMode):
         value = Value(size, free(self.labels, size, range(len(size))), zero=True, leaf=name)
         self.leaves[name] = value
         self.keep(tensor, value)
+        if tensor.dtype in INTEGERS and tensor.ndim == 1 and not tensor.is_meta:
+            self.numbers[name] = tensor
         return value
 
     def keep(self, tensor: Tensor, value: Value) -> None:
@@ -237,6 +242,14 @@ class Recorder(TorchDispatchMode):
             else:
                 return [()] * len(shapes), False
         reason = self.reason(name, module, where)
+        if name in ("index_select", "index"):
+            found = picked(name, args, self.numbers)
+            if found:
+                x, dim, index = found
+                self.picks.setdefault(index.leaf, []).append((x, dim))
+                outs = pick(self.labels, x, dim, index, self.numbers[index.leaf], reason)
+                self.box(outs)
+                return outs, False
         if name in ASSEMBLE:
             return ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs), False
         if name in MOVES:

@@ -65,6 +65,9 @@ def expand(small: nn.Module, plan: Plan | None = None) -> dict[str, torch.Tensor
     wide: dict[str, torch.Tensor] = {}
     for name, _, _, tensor in leaf_tensors(small):
         data = tensor.detach()
+        if name in plan.numbers:
+            old = [i for i, n in enumerate(plan.numbers[name]) if n >= 0]
+            data = torch.tensor(old, device=data.device, dtype=data.dtype)[data.long()]
         for axis, kept in plan.cuts.get(name, {}).items():
             shape = list(data.shape)
             shape[axis] = plan.shapes[name][axis]

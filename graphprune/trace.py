@@ -21,6 +21,7 @@ from .copies import duplicate
 from .errors import BadInput
 from .labels import Labels, Reason
 from .notation import Value
+from .picks import settle
 from .record import META, Node, Recorder, is_pointwise
 from .sizes import Size
 from .symbols import SIZED, Call, calls_of, plant
@@ -270,6 +271,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         if parameters.intersection(unread(recorder, recorder.nodes)):
             others = train_run(recorder, twin, lambda: twin(*args, **kwargs))
     forget(recorder, outputs)
+    numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
     idle = unread(recorder, recorder.nodes + recorder.extra)
     hold(recorder, idle)
     reason = labels.reason(Reason("an output of the model keeps its size"))
@@ -278,5 +280,5 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
             labels.lock(held, reason)
     uses = Size.floats, Size.equals, Size.outcomes
     found = Graph(recorder.nodes, steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
-    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters, unread=idle)
+    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters, unread=idle, picks=numbered)
     return found
