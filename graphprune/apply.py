@@ -16,13 +16,21 @@ from .errors import BadPlan
 from .plan import Plan
 from .rewrite import spell
 from .trees import leaf_tensors, modules_of
+from .undo import undone
 
 
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
     """The smaller model, of the same class; ``model`` is untouched unless ``inplace``.
 
-    Raises :class:`~graphprune.errors.BadPlan` when the plan was made for other shapes.
+    Raises :class:`~graphprune.errors.BadPlan` when the plan was made for other shapes. What fails in place leaves the model as it was.
     """
+    if inplace:
+        with undone(model, plan.edits):
+            return _apply(model, plan, inplace=True)
+    return _apply(model, plan, inplace=False)
+
+
+def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     cut, memo, indices = {}, {}, {}
     held = list(leaf_tensors(model))
     for name, _, _, tensor in held:

@@ -20,6 +20,7 @@ from .scores.attempts import attempts
 from .select import check_ratio
 from .targets import Aims
 from .trace import trace
+from .undo import undone
 from .verify import check, check_model
 
 
@@ -89,6 +90,7 @@ def shrink(
         check(graph, model, small, plan)
     small, plan = after_cut(small, model, plan, calibration, repair, graph)
     if inplace:
-        small = refill(apply(model, plan, inplace=True), small)
+        with undone(model, plan.edits):
+            small = refill(apply(model, plan, inplace=True), small)
     small.__dict__["graphprune_plan"] = so_far(model, plan)
     return (small, plan) if return_plan else small
