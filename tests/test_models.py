@@ -55,7 +55,9 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation picks rules moves assemble laws trees symbols copies shapes record runtimes measure fuse unused trace probe groups links"
+    order = (
+        "errors labels sizes notation picks rules moves assemble laws trees symbols copies shapes record runtimes measure fuse unused trace probe groups links"
+    )
     order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names plan rewrite"
     order += " undo apply compose repair zeroed latency verify decide"
     order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
