@@ -1,5 +1,6 @@
 """All or nothing: :func:`undone` puts a model back as it was when changing it in place fails half-way.
 
+>>> import torch
 >>> net = nn.Linear(2, 3)
 >>> with contextlib.suppress(ValueError), undone(net):
 ...     net.weight.data = torch.zeros(1, 2)
