@@ -372,13 +372,13 @@ class Flat(nn.Module):
 
 
 @st.composite
-def networks(draw):
+def networks(draw, blocks=BLOCKS):
     """A stem, one to four blocks, a head; every weight random."""
     torch.manual_seed(draw(st.integers(0, 10**6)))
     c = draw(WIDTHS)
-    blocks = [draw(st.sampled_from(BLOCKS))(c, draw(WIDTHS)) for _ in range(draw(st.integers(1, 4)))]
+    chosen = [draw(st.sampled_from(blocks))(c, draw(WIDTHS)) for _ in range(draw(st.integers(1, 4)))]
     head = Flat(c) if draw(st.booleans()) else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 3))
-    net = nn.Sequential(nn.Conv2d(2, c, 3, padding=1), *blocks, head).double().eval()
+    net = nn.Sequential(nn.Conv2d(2, c, 3, padding=1), *chosen, head).double().eval()
     with torch.no_grad():
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             if tensor.is_floating_point():
