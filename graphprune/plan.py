@@ -17,6 +17,7 @@ from .errors import BadPlan
 from .groups import Groups
 from .labels import Array
 from .notation import Value
+from .parts import Part, survivors
 from .select import Kept
 from .symbols import Need
 
@@ -26,6 +27,7 @@ class Plan:
     """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new).
 
     ``rewrites``: the modules whose code holds sizes as literals; they come back as ``torch.fx.GraphModule``.
+    ``parts``: changes beyond cutting axes (masks, smaller kernels, skipped modules).
     """
 
     cuts: dict[str, dict[int, list[int]]]
@@ -34,6 +36,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     lines: tuple[str, ...] = field(default=(), compare=False)
     rewrites: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
@@ -46,6 +49,9 @@ class Plan:
             along = torch.zeros(shape[axis], dtype=torch.bool)
             along[kept] = True
             mask &= along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        for part in self.parts:
+            if part.name == name and part.kind != "skip":
+                mask &= survivors(part, shape)
         return mask
 
     def explain(self) -> str:
@@ -56,6 +62,7 @@ class Plan:
         cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
         data = {"version": 1, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
         data |= {"rewrites": self.rewrites} if self.rewrites else {}
+        data |= {"parts": [part.to_json() for part in self.parts]} if self.parts else {}
         return json.dumps(data)
 
     @classmethod
@@ -65,7 +72,8 @@ class Plan:
             data = json.loads(text)
             cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
             shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
+            parts = tuple(Part.from_json(part) for part in data.get("parts", ()))
+            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())), parts)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
 

@@ -1,0 +1,200 @@
+"""Fewer layers: which blocks or branches go, and by which score.
+
+``influence`` is ShortGPT's block influence ``1 - E cos(x, y)`` between the stream before and after (Men et al. 2024);
+``taylor`` the first-order change of the loss ``|E <dL/dy, y - x>|``; ``reconstruction`` the relative squared error of the
+model's output without the block, greedily, one at a time (as SLEB does; Song et al. 2024); ``l1``, ``l2`` the norm of its
+weights, ``random`` the baseline. A score may also be a function ``(name, module) -> float``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import Modules, Removable
+from .errors import BadScore, NeedsBatches, NothingToPrune, UnknownName
+from .parts import Part
+from .passthrough import passed
+from .plan import Plan
+from .probe import batch_inputs, watch
+from .scores.data import Data, undisturbed
+from .select import width
+from .trace import Graph
+from .trees import tensors
+
+DEPTH = ("influence", "taylor", "reconstruction", "l1", "l2", "random")
+
+
+def plan_depth(
+    graph: Graph,
+    model: nn.Module,
+    kind: str,
+    ratio: float,
+    *,
+    criterion: Any = "influence",
+    keep: Sequence[str] = (),
+    ratios: Mapping[str, float] | None = None,
+    batches: Iterable | None = None,
+    loss: Callable | None = None,
+) -> Plan:
+    """The plan that removes the share ``ratio`` of a model's blocks ("block") or of its branches and hidden layers ("layer").
+
+    ``keep`` and ``ratios`` name tensors; a module with a kept tensor stays, one with a ratio of its own is chosen apart.
+    """
+    if not callable(criterion) and criterion not in DEPTH:
+        raise UnknownName(f"no score named {criterion!r} for whole {kind}s; there are {', '.join(DEPTH)}, or give a function (name, module) -> float")
+    modules = Modules(graph, model)
+    found = modules.blocks() if kind == "block" else modules.layers()
+    held = set(keep)
+    owned = {one.name: [n for part in one.skips for n, _ in _tensors(model, part.name)] for one in found}
+    free = [one for one in found if not held & set(owned[one.name])]
+    if not free:
+        raise NothingToPrune(
+            f"no {kind} of this model can be removed: none returns the shape it takes and is residual, in a chain, or only added; {len(found)} are kept"
+        )
+    pools: dict[float | None, list[Removable]] = {}
+    for one in free:
+        own = {(ratios or {}).get(name) for name in owned[one.name]}
+        pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
+    gone: list[Removable] = []
+    for own, pool in pools.items():
+        count = len(pool) - width(len(pool), ratio if own is None else own)
+        gone += _lowest(graph, model, pool, count, criterion, batches, loss)
+    order = [one for one in free if one in gone]
+    parts = {part.name: part for one in order for part in one.skips}
+    lines = [f"{one.name}: {'removed' if one in gone else 'stays'} ({_size(model, one)} weights)" for one in free]
+    lines += [f"{one.name}: stays, kept on request" for one in found if one not in free]
+    return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()))
+
+
+def _tensors(model: nn.Module, name: str) -> list[tuple[str, torch.Tensor]]:
+    return [(f"{name}.{own}", tensor) for own, tensor in model.get_submodule(name).named_parameters()]
+
+
+def _size(model: nn.Module, one: Removable) -> int:
+    return sum(tensor.numel() for part in one.skips for _, tensor in _tensors(model, part.name))
+
+
+def _lowest(graph: Graph, model: nn.Module, pool: list[Removable], count: int, criterion: Any, batches: Any, loss: Any) -> list[Removable]:
+    if criterion == "reconstruction":
+        return _greedy(model, pool, count, _batches(batches, criterion))
+    scores = scores_of(graph, model, pool, criterion, batches, loss)
+    order = sorted(range(len(pool)), key=lambda i: (scores[i], -i))
+    return [pool[i] for i in order[:count]]
+
+
+def scores_of(graph: Graph, model: nn.Module, pool: list[Removable], criterion: Any, batches: Any = None, loss: Any = None) -> list[float]:
+    """A number for each removable module; larger means more important. Raises BadScore when one is not finite."""
+    if callable(criterion):
+        found = [float(criterion(one.name, model.get_submodule(one.name))) for one in pool]
+    elif criterion == "random":
+        found = torch.rand(len(pool), generator=torch.Generator().manual_seed(0)).tolist()
+    elif criterion in ("l1", "l2"):
+        power = 1 if criterion == "l1" else 2
+        found = [sum(float(t.detach().double().abs().pow(power).sum()) for p in one.skips for _, t in _tensors(model, p.name)) ** (1 / power) for one in pool]
+    else:
+        data = Data(model, _batches(batches, criterion), loss, name=criterion)
+        with undisturbed(model):
+            found = _streams(graph, model, pool, data, criterion == "taylor")
+    wrong = [one.name for one, score in zip(pool, found, strict=True) if not math.isfinite(score)]
+    if wrong:
+        raise BadScore(f"the score of {wrong[0]} is not finite; look at its weights and at the data")
+    return found
+
+
+def _batches(batches: Any, criterion: str) -> Any:
+    if batches is None:
+        raise NeedsBatches(f"the score {criterion!r} needs data; give batches= (any iterable of batches), or take 'l2'")
+    return batches
+
+
+def _streams(graph: Graph, model: nn.Module, pool: list[Removable], data: Data, loss: bool) -> list[float]:
+    """Influence, or first-order change of the loss, from the stream before and after each module."""
+    ends = {id(value): value for one in pool for value in (one.before, one.after)}
+    seen: dict[int, torch.Tensor] = {}
+    totals, count = [0.0] * len(pool), 0
+
+    def see(value: Any, tensor: torch.Tensor) -> torch.Tensor | None:
+        if loss and tensor.requires_grad:
+            key = id(value)
+            tensor.register_hook(lambda grad: slopes.__setitem__(key, grad))
+        seen[id(value)] = tensor.detach().clone()  # what follows may write into it
+        return None
+
+    for batch in data:
+        slopes: dict[int, torch.Tensor] = {}
+        with watch(model, graph, ends.values(), see), torch.set_grad_enabled(loss):
+            if loss:
+                for parameter in model.parameters():
+                    parameter.requires_grad_(True)
+                found = data.loss_of(batch)
+                torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            else:
+                data.run(batch)
+        for index, one in enumerate(pool):
+            before, after = seen[id(one.before)].double(), seen[id(one.after)].double()
+            if loss:
+                slope = slopes.get(id(one.after))
+                totals[index] += 0.0 if slope is None else float((slope.double() * (after - before)).sum())
+            else:
+                totals[index] += float(influence(before, after))
+        count += 1
+    return [abs(total) / count if loss else total / count for total in totals]
+
+
+def influence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """``1 - mean cos`` over tokens of (batch, tokens, width), or over the samples of anything else.
+
+    >>> float(influence(torch.ones(2, 3, 4), 2 * torch.ones(2, 3, 4)).round(decimals=6))
+    0.0
+    """
+    flat = 2 if before.ndim == 3 else 1
+    return 1 - nn.functional.cosine_similarity(before.flatten(flat), after.flatten(flat), dim=-1).mean()
+
+
+@contextmanager
+def without(model: nn.Module, parts: Iterable[Part]) -> Any:
+    """While active, the model runs as if the modules of ``skip`` parts were gone (they still run; hooks replace what they return)."""
+    handles = []
+    for part in parts:
+        hook = lambda _, args, kwargs, out, part=part: passed(part, args, kwargs, out)  # noqa: E731
+        handles.append(model.get_submodule(part.name).register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _greedy(model: nn.Module, pool: list[Removable], count: int, batches: Iterable) -> list[Removable]:
+    """Remove, one at a time, the module whose absence changes the output least."""
+    data = Data(model, batches, name="reconstruction")
+    data.twice()
+    gone: list[Removable] = []
+    with undisturbed(model), torch.no_grad():
+        wanted = [_outputs(model, batch) for batch in data]
+        for _ in range(count):
+            errors = []
+            for one in pool:
+                if one in gone:
+                    continue
+                parts = [part for each in (*gone, one) for part in each.skips]
+                with without(model, parts):
+                    error = sum(_error(_outputs(model, batch), target) for batch, target in zip(batches, wanted, strict=True))
+                errors.append((error if math.isfinite(error) else math.inf, pool.index(one)))
+            gone.append(pool[min(errors)[1]])
+    return gone
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[torch.Tensor]:
+    args, kwargs = batch_inputs(batch)
+    return [t.detach().clone() for t in tensors(model(*args, **kwargs), torch.Tensor) if t.is_floating_point()]
+
+
+def _error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    return sum(float((a.double() - b.double()).square().sum() / b.double().square().sum().clamp(min=1e-30)) for a, b in zip(found, wanted, strict=True))
