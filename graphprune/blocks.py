@@ -204,7 +204,7 @@ class Modules:
 
     def skips(self, gone: dict[str, bool]) -> tuple[Part, ...] | None:
         """The parts that remove modules (True: their output becomes zero) and whatever only they needed; None where weights would be left over."""
-        live = self._live(gone)
+        live = self.live(gone)
         dead: list[str] = []
         self._dead("", self.model, live, gone, dead)
         if any(name not in self.shaped for name in dead):
@@ -212,7 +212,7 @@ class Modules:
         order = [*gone, *dead]
         return tuple(Part("skip", name, (self.shaped[name].source, self.shaped[name].form, gone.get(name, False))) for name in order)
 
-    def _live(self, gone: dict[str, bool]) -> set[int]:
+    def live(self, gone: dict[str, bool]) -> set[int]:
         """The calls whose results still reach an output."""
         jump = {}
         for name, zero in gone.items():
@@ -223,7 +223,8 @@ class Modules:
         while todo:
             value = todo.pop()
             if id(value) in jump:
-                todo += jump.pop(id(value))
+                todo += jump[id(value)]
+                jump[id(value)] = ()  # once is enough; it stays a way past what is gone
                 continue
             if value.node < 0 or value.node in live:
                 continue

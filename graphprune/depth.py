@@ -9,48 +9,42 @@ weights, ``random`` the baseline. A score may also be a function ``(name, module
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from .blocks import Modules, Removable
+from .cost import macs_by_call
 from .errors import BadScore, NeedsBatches, NothingToPrune, UnknownName
 from .parts import Part
 from .passthrough import passed
 from .plan import Plan
 from .probe import batch_inputs, watch
+from .request import Request, holds, reached, unmet
 from .scores.data import Data, undisturbed
 from .select import width
 from .trace import Graph
-from .trees import tensors
+from .trees import leaf_tensors, tensors
 
 DEPTH = ("influence", "taylor", "reconstruction", "l1", "l2", "random")
 
 
-def plan_depth(
-    graph: Graph,
-    model: nn.Module,
-    kind: str,
-    ratio: float,
-    *,
-    criterion: Any = "influence",
-    keep: Sequence[str] = (),
-    ratios: Mapping[str, float] | None = None,
-    batches: Iterable | None = None,
-    loss: Callable | None = None,
-) -> Plan:
-    """The plan that removes the share ``ratio`` of a model's blocks ("block") or of its branches and hidden layers ("layer").
+def plan_depth(graph: Graph, model: nn.Module, kind: str, request: Request) -> Plan:
+    """The plan that removes a share of a model's blocks ("block") or of its branches and hidden layers ("layer"), and more until its limits hold.
 
-    ``keep`` and ``ratios`` name tensors; a module with a kept tensor stays, one with a ratio of its own is chosen apart.
+    A module with a kept tensor stays, one with a ratio of its own is chosen apart.
     """
+    criterion = request.criterion
     if not callable(criterion) and criterion not in DEPTH:
         raise UnknownName(f"no score named {criterion!r} for whole {kind}s; there are {', '.join(DEPTH)}, or give a function (name, module) -> float")
+    limits = request.limits(graph, kind, ("params", "macs", "size"))
     modules = Modules(graph, model)
     found = modules.blocks() if kind == "block" else modules.layers()
-    held = set(keep)
+    held = set(request.keep)
     owned = {one.name: [n for part in one.skips for n, _ in _tensors(model, part.name)] for one in found}
     free = [one for one in found if not held & set(owned[one.name])]
     if not free:
@@ -59,17 +53,39 @@ def plan_depth(
         )
     pools: dict[float | None, list[Removable]] = {}
     for one in free:
-        own = {(ratios or {}).get(name) for name in owned[one.name]}
+        own = {request.ratios.get(name) for name in owned[one.name]}
         pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
     gone: list[Removable] = []
+    left = Left(graph, model, modules)
     for own, pool in pools.items():
-        count = len(pool) - width(len(pool), ratio if own is None else own)
-        gone += _lowest(graph, model, pool, count, criterion, batches, loss)
+        count = len(pool) - width(len(pool), request.ratio if own is None else own)
+        for at, one in enumerate(_order(graph, model, pool, request)):
+            if at >= count and (own is not None or holds(left.costs(gone), limits)):
+                break
+            gone.append(one)
+    if limits and not holds(left.costs(gone), limits):
+        raise unmet(left.costs(gone), limits, kind)
     order = [one for one in free if one in gone]
     parts = {part.name: part for one in order for part in one.skips}
-    lines = [f"{one.name}: {'removed' if one in gone else 'stays'} ({_size(model, one)} weights)" for one in free]
+    lines = reached(left.costs(gone), limits) if limits else []
+    lines += [f"{one.name}: {'removed' if one in gone else 'stays'} ({_size(model, one)} weights)" for one in free]
     lines += [f"{one.name}: stays, kept on request" for one in found if one not in free]
     return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()))
+
+
+class Left:
+    """What a model costs without some of its modules: the parameters it still holds, and the calls that still reach an output."""
+
+    def __init__(self, graph: Graph, model: nn.Module, modules: Modules) -> None:
+        self.model, self.modules, self.macs = model, modules, macs_by_call(graph)
+
+    def costs(self, gone: Sequence[Removable]) -> dict[str, float]:
+        skipped = {part.name: bool(part.data[2]) for one in gone for part in one.skips}
+        inside = tuple(f"{name}." for name in skipped)
+        held = {id(t): t for name, _, _, t in leaf_tensors(self.model) if not name.startswith(inside)}.values()
+        params = sum(t.numel() for t in held if isinstance(t, nn.Parameter))
+        live = self.modules.live({one.name: bool(one.skips[0].data[2]) for one in gone})
+        return {"params": params, "macs": sum(self.macs[index] for index in live), "size": sum(t.numel() * t.element_size() for t in held)}
 
 
 def _tensors(model: nn.Module, name: str) -> list[tuple[str, torch.Tensor]]:
@@ -80,12 +96,13 @@ def _size(model: nn.Module, one: Removable) -> int:
     return sum(tensor.numel() for part in one.skips for _, tensor in _tensors(model, part.name))
 
 
-def _lowest(graph: Graph, model: nn.Module, pool: list[Removable], count: int, criterion: Any, batches: Any, loss: Any) -> list[Removable]:
-    if criterion == "reconstruction":
-        return _greedy(model, pool, count, _batches(batches, criterion))
-    scores = scores_of(graph, model, pool, criterion, batches, loss)
+def _order(graph: Graph, model: nn.Module, pool: list[Removable], request: Request) -> Iterator[Removable]:
+    """All but the last one that may go, the first to go first."""
+    if request.criterion == "reconstruction":
+        return islice(_greedy(model, pool, _batches(request.batches, request.criterion)), len(pool) - 1)
+    scores = scores_of(graph, model, pool, request.criterion, request.batches, request.loss)
     order = sorted(range(len(pool)), key=lambda i: (scores[i], -i))
-    return [pool[i] for i in order[:count]]
+    return (pool[i] for i in order[:-1])
 
 
 def scores_of(graph: Graph, model: nn.Module, pool: list[Removable], criterion: Any, batches: Any = None, loss: Any = None) -> list[float]:
@@ -171,24 +188,24 @@ def without(model: nn.Module, parts: Iterable[Part]) -> Any:
             handle.remove()
 
 
-def _greedy(model: nn.Module, pool: list[Removable], count: int, batches: Iterable) -> list[Removable]:
-    """Remove, one at a time, the module whose absence changes the output least."""
+def _greedy(model: nn.Module, pool: list[Removable], batches: Iterable) -> Iterator[Removable]:
+    """One module at a time, the one whose absence changes the output least."""
     data = Data(model, batches, name="reconstruction")
     data.twice()
-    gone: list[Removable] = []
     with undisturbed(model), torch.no_grad():
         wanted = [_outputs(model, batch) for batch in data]
-        for _ in range(count):
-            errors = []
-            for one in pool:
+    gone: list[Removable] = []
+    while len(gone) < len(pool):
+        errors = []
+        with undisturbed(model), torch.no_grad():
+            for index, one in enumerate(pool):
                 if one in gone:
                     continue
-                parts = [part for each in (*gone, one) for part in each.skips]
-                with without(model, parts):
+                with without(model, [part for each in (*gone, one) for part in each.skips]):
                     error = sum(_error(_outputs(model, batch), target) for batch, target in zip(batches, wanted, strict=True))
-                errors.append((error if math.isfinite(error) else math.inf, pool.index(one)))
-            gone.append(pool[min(errors)[1]])
-    return gone
+                errors.append((error if math.isfinite(error) else math.inf, index))
+        gone.append(pool[min(errors)[1]])
+        yield gone[-1]
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[torch.Tensor]:

@@ -1,24 +1,22 @@
-"""Which entries of which weights go: units of entries, their scores, and an exact choice.
+"""Units of entries of a weight, and their scores.
 
 A unit is a single weight, a row or column of a kernel (*vector*; Mao et al. 2017), a kernel (one filter x one input
 channel), or the same (channel, tap) in every filter (*group*; Lebedev & Lempitsky 2016). ``n:m`` keeps n of every m
-neighbours along the summed axis (Mishra et al. 2021). Counts are exact: ties go by position, later ones first.
+neighbours along the summed axis (Mishra et al. 2021).
 
->>> chosen = lowest(torch.tensor([3.0, 1.0, 1.0, 2.0]), 2)
->>> chosen.tolist()
-[False, True, True, False]
+>>> Spec("n:m", "2:4", 2, 4).text, Spec("weight", "0.01").threshold
+('2:4', 0.01)
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .errors import BadRatio, BadScore, UnknownName
+from .errors import BadScore, UnknownName
 from .weights import Weight
 
 EntryScorer = Callable[[torch.Tensor], torch.Tensor]
@@ -57,7 +55,7 @@ class Spec:
 def views(weight: Weight, spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """How a weight is seen as units: the shape to view it in, and the axes inside a unit; None where there are none."""
     shape, rank = weight.shape, len(weight.shape)
-    if spec.name == "weight":
+    if spec.name in ("weight", "n:m"):
         return shape, ()
     if not weight.kernel:
         return None
@@ -67,6 +65,8 @@ def views(weight: Weight, spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]
         return (shape, (rank - 2 if spec.option == "column" else rank - 1,)) if weight.kernel > 1 or spec.option != "column" else None
     if weight.inputs != 1:
         return None  # the filters of a transposed convolution do not share columns
+    if spec.option == "box":
+        return shape, (0, 1)
     return (weight.groups, shape[0] // weight.groups, *shape[1:]), (1,)
 
 
@@ -83,19 +83,25 @@ def unit_scores(
     data = data.detach()
     wide = data if data.dtype == torch.float64 else data.float()
     if callable(criterion):
-        return _custom(weight, shape, inside, criterion(data))
+        return _finite(weight, _custom(weight, shape, inside, criterion(data.clone())))
     if criterion == "random":
         generator = torch.Generator().manual_seed(weight.call)
         return torch.rand([1 if a in inside else n for a, n in enumerate(shape)], generator=generator, dtype=torch.float64)
     if criterion == "taylor":
         product = (wide * grad.to(wide.dtype)).reshape(shape)
-        return (product.sum(inside, keepdim=True) if inside else product).abs()
+        return _finite(weight, (product.sum(inside, keepdim=True) if inside else product).abs())
     if criterion == "synaptic" and gamma is not None:
         wide = wide * gamma.to(wide.dtype).abs().reshape([-1 if a == weight.inputs else 1 for a in range(wide.ndim)])
     seen = wide.reshape(shape)
     order = {"l1": 1, "linf": math.inf}.get(criterion, 2)
     norms = torch.linalg.vector_norm(seen, order, inside, keepdim=True) if inside else seen.abs()
-    return _lamp(norms) if criterion == "lamp" else norms
+    return _finite(weight, _lamp(norms) if criterion == "lamp" else norms)
+
+
+def _finite(weight: Weight, scores: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(scores).all()):
+        raise BadScore(f"the scores of {weight.name} are not finite (nan or inf); look at its weights and gradients")
+    return scores
 
 
 def _lamp(norms: torch.Tensor) -> torch.Tensor:
@@ -118,88 +124,20 @@ def _custom(weight: Weight, shape: tuple, inside: tuple, found: torch.Tensor) ->
     return seen.sum(inside, keepdim=True) if inside else seen
 
 
-def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """True for the ``count`` units of lowest score; of equal ones the later go first, as everywhere in graphprune."""
-    flat = scores.ravel()
-    gone = torch.zeros(flat.numel(), dtype=torch.bool)
-    if count:
-        order = torch.sort(flat, descending=True, stable=True).indices
-        gone[order[len(order) - count :]] = True
-    return gone.reshape(scores.shape)
-
-
-def share(size: int, ratio: float, name: str) -> int:
-    """How many of ``size`` units go; raises :class:`~graphprune.errors.BadRatio` when none would stay."""
-    count = math.ceil(ratio * size - 0.5)
-    if count >= size:
-        raise BadRatio(f"a ratio of {ratio} would empty {name}, which has {size} units; use a smaller ratio there (ratios=) or keep it (keep=)")
-    return max(0, count)
-
-
-def choose(units: Mapping[Weight, torch.Tensor], spec: Spec, ratio: float, scope: str, own: Mapping[str, float]) -> dict[Weight, torch.Tensor]:
-    """For every weight, which units go (True). ``scope="global"`` ranks all together and leaves each weight its best unit."""
-    for weight, scores in units.items():
-        if not bool(torch.isfinite(scores).all()):
-            raise BadScore(f"the scores of {weight.name} are not finite (nan or inf); look at its weights and gradients")
-    scores = {weight: _dead_first(weight, spec, found) for weight, found in units.items()}
-    if spec.threshold is not None:
-        gone = {weight: found < spec.threshold for weight, found in scores.items()}
-        empty = [weight.name for weight, mine in gone.items() if bool(mine.all())]
-        if empty:
-            raise BadRatio(f"a threshold of {spec.threshold} would empty {empty[0]}; use a smaller one, or keep it (keep=)")
-        return gone
-    pools = defaultdict(list)
-    for weight in scores:
-        alone = scope == "layer" or weight.name in own
-        kind = (len(weight.shape), weight.shape[2:], weight.kernel, weight.groups == 1)
-        pools[weight if alone else kind if scope == "isomorphic" else None].append(weight)
-    gone = {}
-    for pool in pools.values():
-        if len(pool) == 1:
-            weight = pool[0]
-            gone[weight] = lowest(scores[weight], share(scores[weight].numel(), own.get(weight.name, ratio), weight.name))
-            continue
-        flats = [scores[weight].ravel().double().clone() for weight in pool]
-        for flat in flats:
-            flat[flat.argmax()] = math.inf  # no layer is emptied
-        every = torch.cat(flats)
-        count = min(share(len(every), ratio, "the model"), len(every) - len(pool))
-        for weight, mine in zip(pool, lowest(every, count).split([len(f) for f in flats]), strict=True):
-            gone[weight] = mine.reshape(scores[weight].shape)
-    return gone
-
-
-def _dead_first(weight: Weight, spec: Spec, scores: torch.Tensor) -> torch.Tensor:
-    """What is masked already goes first, whatever its score: pruning twice to the same ratio changes nothing."""
-    view = views(weight, spec)
-    scores = scores.cpu()
-    if weight.mask is None or view is None:
-        return scores
-    shape, inside = view
-    alive = weight.mask.cpu().reshape(shape)
-    alive = alive.any(inside[0], keepdim=True) if len(inside) == 1 else alive.flatten(inside[0]).any(-1).reshape(scores.shape) if inside else alive
-    return scores.masked_fill(~alive, -math.inf)
-
-
 def stays(weight: Weight, spec: Spec, gone: torch.Tensor) -> torch.Tensor:
-    """The mask of a weight (True: the entry stays) from the units that go; entries masked before stay masked."""
+    """The mask of a weight (True: the entry stays) from the units that go."""
     shape, _ = views(weight, spec)
-    keep = (~gone).expand(shape).reshape(weight.shape)
-    return keep if weight.mask is None else keep & weight.mask.cpu()
+    return (~gone).expand(shape).reshape(weight.shape)
 
 
-def n_of_m(weight: Weight, spec: Spec, scores: torch.Tensor) -> torch.Tensor | None:
-    """The mask that keeps the ``n`` best of every ``m`` neighbours along the summed axis; None where m does not divide it."""
-    size = weight.shape[weight.inputs]
-    if size % spec.of:
-        return None
+def n_of_m(weight: Weight, spec: Spec, scores: torch.Tensor) -> torch.Tensor:
+    """The mask that keeps the ``n`` best of every ``m`` neighbours along the summed axis, which m divides."""
     lead = scores.cpu().movedim(weight.inputs, -1)
     if weight.mask is not None:
         lead = lead.masked_fill(~weight.mask.cpu().movedim(weight.inputs, -1), -math.inf)
     order = torch.sort(lead.unflatten(-1, (-1, spec.of)), dim=-1, descending=True, stable=True).indices
     keep = torch.zeros(order.shape, dtype=torch.bool).scatter_(-1, order[..., : spec.keep], True)
-    keep = keep.flatten(-2).movedim(-1, weight.inputs).contiguous()
-    return keep if weight.mask is None else keep & weight.mask.cpu()
+    return keep.flatten(-2).movedim(-1, weight.inputs).contiguous()
 
 
 def check_criterion(criterion: str | EntryScorer, known: tuple[str, ...]) -> None:

@@ -7,28 +7,29 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from .catalogue import register
+from .cost import cost
 from .depth import plan_depth
-from .entries import ENTRYWISE, Spec, check_criterion, choose, n_of_m, stays, unit_scores, views
-from .errors import BadRatio, NeedsBatches, NothingToPrune, UnknownName
-from .notation import Value
+from .entries import ENTRYWISE, Spec, check_criterion, n_of_m, stays, views
+from .errors import BadRatio, NothingToPrune, UnknownName
+from .evidence import scored
+from .groups import couple
 from .parts import Part, pack
 from .plan import Plan
 from .positions import best_box, realise
-from .rules import RULES
+from .ranking import below, ranked
+from .request import Request, reached, smallest
 from .scores import Score
-from .scores.data import Data, undisturbed
-from .scores.data import gradients as data_gradients
-from .trace import Graph, is_pointwise
-from .trees import leaf_tensors, tensors
-from .weights import THROUGH, Weight, weights
+from .trace import Graph
+from .weights import Weight, weights
 
 NAMES = {
     "channel": "whole channels and every slice coupled to them: dense and smaller (the default)",
@@ -67,103 +68,109 @@ def parse(granularity: str) -> Spec:
     return Spec(name, option)
 
 
-def finer(
-    graph: Graph,
-    model: nn.Module,
-    spec: Spec,
-    ratio: float,
-    *,
-    criterion: Any = "l2",
-    scope: str = "layer",
-    keep: Sequence[str] = (),
-    ratios: Mapping[str, float] | None = None,
-    batches: Iterable | None = None,
-    loss: Callable | None = None,
-) -> Plan:
-    """The plan for a granularity other than channels and heads; ``keep`` and ``ratios`` name tensors."""
-    criterion = criterion.name if isinstance(criterion, Score) else criterion
-    if scope not in ("layer", "global", "isomorphic"):
-        raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic'")
+def finer(graph: Graph, model: nn.Module, spec: Spec, request: Request) -> Plan:
+    """The plan for a granularity other than channels and heads."""
+    if isinstance(request.criterion, Score):
+        request = replace(request, criterion=request.criterion.name)
+    if request.scope not in ("layer", "global", "isomorphic"):
+        raise BadRatio(f"scope is {request.scope!r}; with granularity {spec.text!r} it is 'layer', 'global' or 'isomorphic'")
     if spec.name in ("layer", "block"):
-        return plan_depth(graph, model, spec.name, ratio, criterion=criterion, keep=keep, ratios=ratios or {}, batches=batches, loss=loss)
-    check_criterion(criterion, ENTRYWISE)
+        return plan_depth(graph, model, spec.name, request)
+    check_criterion(request.criterion, ENTRYWISE)
+    says_itself = spec.name == "n:m" or spec.threshold is not None
+    limits = request.limits(graph, spec.text, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
     found, left = weights(graph, model)
-    mine = [weight for weight in found if weight.leaf not in keep and weight.name not in keep]
-    own = {weight.name: ratios[weight.leaf] for weight in mine if ratios and weight.leaf in ratios}
+    mine = [weight for weight in found if weight.leaf not in request.keep and weight.name not in request.keep]
     left |= {weight.name: "kept on request" for weight in found if weight not in mine}
-    if spec.name == "group" and spec.option == "box":
-        decided = _boxes(mine, left, graph, model, ratio, own, criterion, batches, loss)
-    else:
-        decided = _entries(mine, left, graph, model, spec, ratio, own, scope, criterion, batches, loss)
-    if not decided and WHOLE not in left.values():
+    usable = _usable(mine, left, spec)
+    scores = scored(graph, model, usable, request.criterion, request.batches, request.loss)
+    keeps, notes = _box_keeps(scores, spec, request, limits, graph) if spec.option == "box" else _keeps(scores, spec, request, limits, graph)
+    decided = {}
+    for weight, keep in keeps.items():
+        keep = keep if weight.mask is None else keep & weight.mask.cpu()
+        if keep.all() and weight.mask is None:
+            left[weight.name] = WHOLE
+        elif spec.name == "group" and not keep.all():
+            decided[weight] = (keep, *realise(weight, keep, graph, model))
+        else:
+            decided[weight] = (keep, Part("mask", weight.name, pack(keep)), "masked")
+    if not usable:
         rows = "\n".join(f"  {name} {why}" for name, why in list(left.items())[:8])
         raise NothingToPrune(f"no weight of this model can be pruned with granularity {spec.text!r}" + (f":\n{rows}" if rows else ""))
-    return _plan(decided, left)
+    return _plan(decided, left, notes)
 
 
-def _entries(
-    mine: list, left: dict, graph: Graph, model: nn.Module, spec: Spec, ratio: float, own: dict, scope: str, criterion: Any, batches: Any, loss: Any
-) -> dict:
-    """Masks (or what the positions of a group become) for single weights, vectors, kernels, groups and n:m."""
-    shaped = Spec("weight") if spec.name == "n:m" else spec
-    usable = {weight: views(weight, shaped) for weight in mine}
-    left |= {weight.name: f"has no units of granularity {spec.name!r}" for weight, view in usable.items() if view is None}
-    if spec.name == "n:m":
-        odd = [weight for weight in mine if weight.shape[weight.inputs] % spec.of]
-        left |= {w.name: f"sums over {w.shape[w.inputs]} entries, which {spec.of} does not divide" for w in odd}
-        usable = {weight: view for weight, view in usable.items() if weight not in odd}
-    usable = {weight: view for weight, view in usable.items() if view is not None}
-    grads = gradients(model, list(usable), batches, loss) if criterion == "taylor" else {}
-    data = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
-    scores = {}
-    for weight, view in usable.items():
-        gamma = scale_of(graph, weight, data) if criterion == "synaptic" else None
-        tensor = data[weight.leaf] if weight.mask is None else data[weight.leaf].detach() * weight.mask
-        scores[weight] = unit_scores(weight, view, tensor, criterion, grads.get(weight), gamma)
-    if spec.name == "n:m":
-        return {
-            weight: (Part("mask", weight.name, pack(keep)), keep, "masked") for weight in usable if (keep := n_of_m(weight, spec, scores[weight])) is not None
-        }
-    decided = {}
-    for weight, gone in choose(scores, spec, ratio, scope, own).items():
-        keep = stays(weight, spec, gone)
-        if spec.name == "group" and not keep.all():
-            decided[weight] = (*_realised(weight, keep, graph, model),)
-        elif not keep.all() or weight.mask is not None:
-            decided[weight] = (Part("mask", weight.name, pack(keep)), keep, "masked")
+def _usable(mine: Sequence[Weight], left: dict[str, str], spec: Spec) -> dict[Weight, tuple]:
+    """How each weight is seen as units; ``left`` takes the reasons for those that have none."""
+    usable = {}
+    for weight in mine:
+        view = views(weight, spec)
+        if spec.option == "box" and (view is None or math.prod(weight.shape[2:]) == 1):
+            left[weight.name] = "has no kernel of more than one tap"
+        elif view is None:
+            left[weight.name] = f"has no units of granularity {spec.name!r}"
+        elif spec.name == "n:m" and weight.shape[weight.inputs] % spec.of:
+            left[weight.name] = f"sums over {weight.shape[weight.inputs]} entries, which {spec.of} does not divide"
         else:
-            left[weight.name] = WHOLE
-    return decided
+            usable[weight] = view
+    return usable
 
 
-def _realised(weight: Weight, keep: torch.Tensor, graph: Graph, model: nn.Module) -> tuple:
-    part, line = realise(weight, keep, graph, model)
-    return part, keep, line
+def _keeps(scores: dict[Weight, torch.Tensor], spec: Spec, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+    """Which entries of every weight stay, and a line for each limit."""
+    if spec.name == "n:m":
+        return {weight: n_of_m(weight, spec, found) for weight, found in scores.items()}, []
+    if spec.threshold is not None:
+        return {weight: stays(weight, spec, gone) for weight, gone in below(scores, spec).items()}, []
+    pools = ranked(scores, spec, request.scope, request.own(scores))
+    ratio, notes = request.ratio, []
+    if limits:
+        full = cost(couple(graph))
+
+        def costs(share: float) -> dict[str, float]:
+            saved = [pool.saved(share) for pool in pools]
+            return {name: getattr(full, name) - sum(each[name] for each in saved) for name in limits}
+
+        ratio = smallest(costs, limits, ratio, spec.text)
+        notes = reached(costs(ratio), limits)
+    gone = {weight: found for pool in pools for weight, found in pool.gone(ratio, strict=not limits).items()}
+    return {weight: stays(weight, spec, gone[weight]) for weight in scores}, notes
 
 
-def _boxes(mine: list, left: dict, graph: Graph, model: nn.Module, ratio: float, own: dict, criterion: Any, batches: Any, loss: Any) -> dict:
-    """Smaller kernels: rows and columns, the same for every filter and channel of a layer."""
-    decided = {}
-    usable = [weight for weight in mine if weight.kernel and weight.inputs == 1 and torch.Size(weight.shape[2:]).numel() > 1]
-    left |= {weight.name: "has no kernel of more than one tap" for weight in mine if weight not in usable}
-    grads = gradients(model, usable, batches, loss) if criterion == "taylor" else {}
-    data = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
-    for weight in usable:
-        scores = unit_scores(weight, (weight.shape, (0, 1)), data[weight.leaf], criterion, grads.get(weight), None)
-        taps = scores.reshape(weight.shape[2:]).cpu()
-        box = best_box(taps.square() if criterion == "l2" else taps, own.get(weight.name, ratio), weight.name)
-        keep = torch.zeros(weight.shape, dtype=torch.bool)
-        keep[(slice(None), slice(None), *torch.meshgrid(*map(torch.tensor, box), indexing="ij"))] = True
-        if keep.all():
-            left[weight.name] = WHOLE
-        else:
-            decided[weight] = _realised(weight, keep, graph, model)
-    return decided
+def _box_keeps(scores: dict[Weight, torch.Tensor], spec: Spec, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+    """Whole rows and columns of taps stay, the same for every filter and channel of a layer."""
+    own = request.own(scores)
+    taps = {weight: found.reshape(weight.shape[2:]).cpu() for weight, found in scores.items()}
+    taps = {weight: found.square() if request.criterion == "l2" else found for weight, found in taps.items()}
+    ratio, notes = request.ratio, []
+    if limits:
+        full = cost(couple(graph))
+        bytes_ = {weight: graph.leaves[weight.leaf].dtype.itemsize for weight in taps}
+
+        def costs(share: float) -> dict[str, float]:
+            left = {name: float(getattr(full, name)) for name in limits}
+            for weight, found in taps.items():
+                box = best_box(found, own.get(weight.name, min(share, 1 - 1 / found.numel())), weight.name)
+                gone = math.prod(weight.shape) * (1 - math.prod(map(len, box)) / found.numel())
+                each = {"params": gone, "macs": gone * weight.macs, "size": gone * bytes_[weight]}
+                left = {name: value - each[name] for name, value in left.items()}
+            return left
+
+        levels = [step / found.numel() for found in taps.values() for step in range(found.numel())]
+        ratio = smallest(costs, limits, ratio, spec.text, levels)
+        notes = reached(costs(ratio), limits)
+    keeps = {}
+    for weight, found in taps.items():
+        most = 1 - 1 / found.numel() if limits else 1.0
+        box = best_box(found, own.get(weight.name, min(ratio, most)), weight.name)
+        keeps[weight] = torch.zeros(weight.shape, dtype=torch.bool)
+        keeps[weight][(slice(None), slice(None), *torch.meshgrid(*map(torch.tensor, box), indexing="ij"))] = True
+    return keeps, notes
 
 
-def _plan(decided: dict[Weight, tuple], left: dict[str, str]) -> Plan:
-    parts, cuts, lines, slow = [], {}, [], False
-    for weight, (part, keep, how) in decided.items():
+def _plan(decided: dict[Weight, tuple], left: dict[str, str], notes: list[str]) -> Plan:
+    parts, cuts, lines, slow = [], {}, [*notes], False
+    for weight, (keep, part, how) in decided.items():
         parts.append(part)
         if part.kind == "kernel":
             cuts[weight.leaf] = {axis: list(taps) for axis, taps in enumerate(part.data, start=2) if len(taps) < weight.shape[axis]}
@@ -171,37 +178,5 @@ def _plan(decided: dict[Weight, tuple], left: dict[str, str]) -> Plan:
         count = int(keep.sum())
         lines.append(f"{weight.name}: {count} of {keep.numel()} weights stay ({1 - count / keep.numel():.2%} gone), {how}")
     lines += [f"whole: {name}: {why}" for name, why in left.items()]
-    shapes = {part.name: weight.shape for weight, (part, *_) in decided.items()}
+    shapes = {part.name: weight.shape for weight, (_, part, _) in decided.items()}
     return Plan(cuts, shapes, (), (SLOW,) if slow else (), tuple(lines), parts=tuple(parts))
-
-
-def gradients(model: nn.Module, wanted: list[Weight], batches: Iterable | None, loss: Callable | None) -> dict[Weight, torch.Tensor]:
-    """The mean gradient of the loss over all samples of the batches; the model and its ``.grad`` are left as they were."""
-    if batches is None:
-        raise NeedsBatches("the score 'taylor' needs data and a loss; give batches= (any iterable of batches) and loss=")
-    held = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
-    data, total, count = Data(model, batches, loss, name="taylor"), {}, 0
-    with undisturbed(model):
-        for found, size in data_gradients(data, {weight.leaf: held[weight.leaf] for weight in wanted}):
-            total = {leaf: total.get(leaf, 0) + grad * size for leaf, grad in found.items()}
-            count += size
-    return {weight: total[weight.leaf] / count for weight in wanted}
-
-
-def scale_of(graph: Graph, weight: Weight, data: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """The batch-norm scale of each channel a weight reads, when one stands before it with only pointwise steps between."""
-    value = graph.nodes[weight.call].args[0]
-    while isinstance(value, Value) and value.node >= 0:
-        node = graph.nodes[value.node]
-        name = node.func._schema.name.rpartition("::")[2]
-        if name in ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"):
-            gamma = data.get(node.args[1].leaf) if isinstance(node.args[1], Value) else None
-            fits = gamma is not None and gamma.numel() == weight.shape[weight.inputs] and weight.groups == 1
-            return gamma.detach() if fits else None
-        given = list(tensors((node.args, node.kwargs)))
-        one = len(given) == 1 and len(given[0].shape) == len(value.shape) and given[0].shape[1:2] == value.shape[1:2]
-        pooled = name in RULES and "pool" in name
-        if not one or not (name in THROUGH or pooled or torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, name)):
-            return None
-        value = given[0]
-    return None

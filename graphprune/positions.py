@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .entries import share
 from .kernels import apply_kernel, plain, steps
 from .parts import Part, pack
+from .ranking import share
 from .trace import Graph
 from .weights import Weight
 

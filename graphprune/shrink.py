@@ -17,6 +17,7 @@ from .heads import others
 from .latency import reach, remembered, steps
 from .names import by_tensor, named
 from .repair import after_cut, refill
+from .request import Request
 from .scores import Criterion
 from .scores.attempts import attempts
 from .select import check_ratio
@@ -82,8 +83,8 @@ def shrink(
     held = named(model, keep)
     graph = trace(model, example_input, example_kwargs)
     if not spec.coarse:
-        more = {"criterion": criterion, "scope": scope, "keep": held, "ratios": by_tensor(model, ratios), "batches": batches, "loss": loss}
-        plan = finer(graph, model, spec, ratio, **more)
+        request = Request(ratio, aims, criterion, scope, held, by_tensor(model, ratios), batches, loss, multiple_of, min_units)
+        plan = finer(graph, model, spec, request)
         small = apply(model, plan)
     else:
         choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)

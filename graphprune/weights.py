@@ -11,14 +11,16 @@ its axes the product sums over is read from its labels, so it does not matter ho
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .cost import macs_by_call
 from .kernels import Thin
 from .masks import mask_of, masked, parameter_name
 from .moves import MOVES
@@ -44,7 +46,8 @@ class Weight:
     """A parameter that a product multiplies with.
 
     ``name`` as the user knows it, ``leaf`` as the graph does (they differ when it is masked); ``inputs``: the axis summed
-    over; ``kernel``: how many of the last axes are a convolution's kernel; ``call``: the product's place in ``graph.nodes``.
+    over; ``kernel``: how many of the last axes are a convolution's kernel; ``call``: the first product's place in ``graph.nodes``;
+    ``macs``: how often each of its entries is multiplied with in one run on the example.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Weight:
     kernel: int
     groups: int
     call: int
+    macs: float = field(default=0.0, compare=False)
     mask: torch.Tensor | None = field(default=None, compare=False)
 
 
@@ -65,9 +69,11 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
         owners[id(tensor)].append(leaf)
     masks = masked(model)
     found, left = {}, {}
+    macs, spent = macs_by_call(graph), defaultdict(float)
     for index, node in enumerate(graph.nodes):
         for value, axis in _operands(node):
             leaf, anchor = source(graph, value, masks)
+            spent[leaf] += macs[index]
             if leaf is None or leaf in found or leaf in left:
                 continue
             module, own, tensor = held.get(leaf, (None, "", None))
@@ -87,7 +93,7 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
             else:
                 conv = node.func._schema.name.endswith("::convolution")
                 groups = node.args[8] if conv else 1
-                found[leaf] = Weight(name, leaf, tuple(tensor.shape), inputs, tensor.ndim - 2 if conv else 0, groups, index, masks.get(name))
+                found[leaf] = Weight(name, leaf, tuple(tensor.shape), inputs, tensor.ndim - 2 if conv else 0, groups, index, 0.0, masks.get(name))
     for prefix, module in model.named_modules():
         for own in module.parametrizations if parametrize.is_parametrized(module) else ():
             if mask_of(module, own) is None:
@@ -97,7 +103,7 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
     for leaf, (module, _, tensor) in held.items():
         if isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and leaf not in found and "parametrizations." not in leaf:
             left.setdefault(leaf, RECURRENT if isinstance(module, nn.RNNBase) else "is no operand of a product")
-    return list(found.values()), left
+    return [replace(weight, macs=spent[leaf] / math.prod(weight.shape)) for leaf, weight in found.items()], left
 
 
 def _operands(node: Node) -> list[tuple[Value, int]]:

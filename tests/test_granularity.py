@@ -12,10 +12,10 @@ from torch.nn.utils import parametrizations
 
 import graphprune
 from graphprune import positions
-from graphprune.entries import lowest
 from graphprune.errors import BadModel, BadPlan, BadRatio, BadScore, NeedsBatches, NothingToPrune, UnknownName
 from graphprune.granularity import NAMES, parse
 from graphprune.masks import Mask
+from graphprune.ranking import lowest
 from graphprune.weights import weights
 
 X = torch.randn(2, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -57,7 +57,8 @@ def test_imports_go_one_way():
 
     order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure fuse trace probe groups links"
     order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names parts plan rewrite"
-    order += " masks kernels passthrough apply compose repair zeroed latency verify weights heads entries positions blocks depth granularity decide"
+    order += " masks kernels passthrough apply compose repair zeroed latency verify weights heads request entries ranking evidence"
+    order += " positions blocks depth granularity decide"
     order = (order + " shrink sparse store optimizer schedule history checkpoint iterate distill").split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
