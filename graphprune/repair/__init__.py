@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..catalogue import register
 from ..errors import BadCalibration, UnknownName
 from ..plan import Plan
 from ..probe import batch_inputs
@@ -35,6 +36,15 @@ __all__ = ["Repaired", "effect", "repair"]
 
 WEIGHTS = ("bias", "variance", "least-squares")
 STEPS = (*WEIGHTS, "bn")
+for _name, _line in (
+    ("auto", "with calibration=: least squares, then batch-norm statistics, each kept only where it helps on inputs kept out of it"),
+    ("none", "nothing is repaired"),
+    ("least-squares", "every weight behind a cut is fitted, with intercept and ridge, to what the original computes there"),
+    ("variance", "scale and mean of every output behind a cut are those of the original"),
+    ("bias", "the mean of every output behind a cut is that of the original"),
+    ("bn", "batch-norm statistics are measured anew, exactly; also with masks, smaller kernels and removed modules"),
+):
+    register("repair", _name, _line)
 LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network
 
 
