@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .blocks import Modules, Removable
+from .catalogue import register
 from .cost import macs_by_call
 from .errors import BadScore, NeedsBatches, NothingToPrune, UnknownName
 from .parts import Part
@@ -30,6 +31,8 @@ from .select import width
 from .trace import Graph
 from .trees import leaf_tensors, tensors
 
+register("score", "influence", "how far a whole block turns the stream it adds to; granularity block or layer (Men et al. 2024 (ShortGPT))")
+register("score", "reconstruction", "change of the output without a whole block, greedy; granularity block or layer (Song et al. 2024 (SLEB))")
 DEPTH = ("influence", "taylor", "reconstruction", "l1", "l2", "random")
 
 
@@ -57,7 +60,7 @@ def plan_depth(graph: Graph, model: nn.Module, kind: str, request: Request) -> P
         pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
     gone: list[Removable] = []
     left = Left(graph, model, modules)
-    for own, pool in pools.items():
+    for own, pool in sorted(pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
         count = len(pool) - width(len(pool), request.ratio if own is None else own)
         for at, one in enumerate(_order(graph, model, pool, request)):
             if at >= count and (own is not None or holds(left.costs(gone), limits)):

@@ -40,6 +40,11 @@ class Spec:
         return self.name in ("channel", "head")
 
     @property
+    def masks(self) -> bool:
+        """Do entries become zero in a weight that keeps its size, so that a second ratio counts them again?"""
+        return not self.coarse and self.name not in ("block", "layer") and self.option != "box"
+
+    @property
     def text(self) -> str:
         """As the user wrote it."""
         return self.option if self.name == "n:m" else f"{self.name}:{self.option}" if self.option else self.name

@@ -92,7 +92,7 @@ def narrow(conv: nn.Module, kept: Sequence[Sequence[int]]) -> None:
             weight = weight.index_select(axis, torch.tensor(taps, device=weight.device))
         last = weight.ndim == 4 and conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
         weight = weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        _put(conv.weight, weight)
     conv.kernel_size, conv.dilation = tuple(len(taps) for taps in kept), tuple(dilation)
     if type(conv) in SHIFTED and conv.padding_mode == "zeros" and all(a == b >= 0 for a, b in pads):
         conv.padding = tuple(before for before, _ in pads)
@@ -101,6 +101,12 @@ def narrow(conv: nn.Module, kept: Sequence[Sequence[int]]) -> None:
     conv.pads = tuple(pads)
     # The object stays: hooks, names and whoever else holds this module go on; only its forward is another.
     conv.__class__ = SHIFTED.get(type(conv), type(conv))
+
+
+def _put(weight: nn.Parameter, data: torch.Tensor) -> None:
+    """The parameter stays the same object, so whoever holds it (an optimizer) holds the smaller one."""
+    weight.grad = None
+    weight.data = data
 
 
 class Thin(nn.Module):
@@ -136,17 +142,21 @@ class Thin(nn.Module):
         return f"{self.weight.shape[0]} filters of {self.weight.shape[1]} columns, kernel_size={self.kernel_size}, stride={self.stride}"
 
 
+def columns_of(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The (filters, pairs) of a kernel (filters, channels, height, width), tap by tap."""
+    return weight.permute(0, 2, 3, 1)[:, columns.permute(1, 2, 0).to(weight.device)]
+
+
 def thin(conv: nn.Module, columns: torch.Tensor) -> None:
     """Change a 2-d convolution (groups=1), in place, to the product over ``columns``: boolean, (channels, height, width)."""
-    weight = conv.weight.detach()
     order = columns.permute(1, 2, 0)  # tap by tap
     taps = order.any(-1).nonzero().tolist()
-    flat = weight.permute(0, 2, 3, 1)[:, order.to(weight.device)]
+    flat = columns_of(conv.weight.detach(), columns)
     conv.pads, conv.taps = pads_of(conv), tuple(map(tuple, taps))
-    conv.weight = nn.Parameter(flat.contiguous(), requires_grad=conv.weight.requires_grad)
+    _put(conv.weight, flat.contiguous())
     for at, (row, column) in enumerate(taps):
         if not order[row, column].all():
-            conv.register_buffer(f"channels{at}", order[row, column].nonzero().ravel().to(weight.device), persistent=False)
+            conv.register_buffer(f"channels{at}", order[row, column].nonzero().ravel().to(flat.device), persistent=False)
     conv.__class__ = Thin
 
 
