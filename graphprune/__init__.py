@@ -11,6 +11,7 @@ from .groups import Group, Groups, couple
 from .history import History
 from .iterate import Result, iterate
 from .laws import check_rule
+from .masks import bake, masked, semi_structured
 from .measure import Measurement, measure
 from .optimizer import refresh_ema, refresh_optimizer
 from .plan import Plan
@@ -19,6 +20,7 @@ from .rules import rule
 from .scores import Score, score
 from .select import select
 from .shrink import shrink
+from .sparse import SparseTraining
 from .store import expand, load, save
 from .trace import Graph, trace
 from .zeroed import zeroed
@@ -35,8 +37,10 @@ __all__ = [
     "Plan",
     "Result",
     "Score",
+    "SparseTraining",
     "apply",
     "available",
+    "bake",
     "check_rule",
     "compose",
     "cost",
@@ -44,6 +48,7 @@ __all__ = [
     "expand",
     "iterate",
     "load",
+    "masked",
     "refresh_ema",
     "refresh_optimizer",
     "measure",
@@ -55,6 +60,7 @@ __all__ = [
     "score",
     "scores",
     "select",
+    "semi_structured",
     "shrink",
     "trace",
     "zeroed",

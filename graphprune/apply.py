@@ -13,10 +13,21 @@ from torch import nn
 
 from .copies import duplicate
 from .errors import BadPlan
+from .kernels import apply_kernel, check_kernel
+from .masks import apply_mask, check_mask
+from .passthrough import apply_skip, check_skip
 from .plan import Plan
 from .rewrite import spell
 from .trees import leaf_tensors, modules_of
 from .undo import undone
+
+# What is checked before anything is touched, and what is done.
+PARTS = {
+    "mask": (check_mask, apply_mask),
+    "kernel": (check_kernel, apply_kernel),
+    "columns": (check_kernel, apply_kernel),
+    "skip": (check_skip, apply_skip),
+}
 
 
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
@@ -50,6 +61,10 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     missing = {name for name in plan.cuts.keys() - {name for name, *_ in held} if "[" not in name}  # a cache may be empty
     if missing:
         raise BadPlan(f"the plan cuts {sorted(missing)[0]}, which this model does not have")
+    for part in plan.parts:
+        if part.kind not in PARTS:
+            raise BadPlan(f"the plan asks for {part.kind!r}, which this version does not know")
+        PARTS[part.kind][0](model, part, plan.shapes.get(part.name, ()))
     if inplace:
         small = model
         for _, module, name, tensor in held:
@@ -65,6 +80,8 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
         _follow(module)
     for edit in plan.edits:
         _edit(small, edit[:-1], edit[-1])
+    for part in plan.parts:
+        PARTS[part.kind][1](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
     return small
 
 

@@ -23,6 +23,7 @@ from .apply import apply
 from .checkpoint import Checkpoint, set_random_states
 from .compose import compose
 from .errors import BadLoop, BadRatio, NothingToPrune
+from .granularity import parse
 from .groups import Groups, couple
 from .history import History, Row
 from .names import named, overrides
@@ -225,6 +226,9 @@ def _demand(job: _Job, work: _Work, number: int) -> dict[str, Any]:
         first, left = getattr(work.history[0], job.kind), getattr(work.history[-1], job.kind)
         return {**job.options, job.kind: min(1.0, (1 - now) * first / left)}
     options, given = dict(job.options), job.options.get("ratios")
+    spec = parse(options.get("granularity", "channel"))
+    if not spec.coarse:
+        return {**options, **_finer(job, number, spec.masks)}
 
     def shares(groups: Groups) -> dict[int, tuple[float, float]]:
         own = overrides(groups, work.model, given)
@@ -237,6 +241,16 @@ def _demand(job: _Job, work: _Work, number: int) -> dict[str, Any]:
         total, left = _units(job, job.original), _units(job, work.model)
         ratio = max(0.0, 1 - (1 - now) * total / left)
     return {**options, "ratio": ratio, "ratios": toward(work.plan, shares)}
+
+
+def _finer(job: _Job, number: int, masks: bool) -> dict[str, Any]:
+    """Ratios of a granularity that cuts no axes: masked entries are still there and counted again, what is gone is not."""
+
+    def at(final: float) -> float:
+        now, last = (share(final, step, job.steps, job.schedule) for step in (number, number - 1))
+        return now if masks else 1 - (1 - now) / (1 - last)
+
+    return {"ratio": at(job.final), "ratios": {key: at(final) for key, final in (job.options.get("ratios") or {}).items()}}
 
 
 def _units(job: _Job, model: nn.Module) -> int:

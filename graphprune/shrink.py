@@ -12,9 +12,12 @@ from .apply import apply
 from .budget import Chooser
 from .compose import so_far
 from .decide import Wishes, best, decide
+from .granularity import finer, parse
+from .heads import others
 from .latency import reach, remembered, steps
-from .names import named
+from .names import by_tensor, named
 from .repair import after_cut, refill
+from .request import Request
 from .scores import Criterion
 from .scores.attempts import attempts
 from .select import check_ratio
@@ -29,6 +32,7 @@ def shrink(
     example_input: Any,
     ratio: float | None = None,
     *,
+    granularity: str = "channel",
     params: float | None = None,
     macs: float | None = None,
     size: float | None = None,
@@ -75,17 +79,23 @@ def shrink(
     """
     aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
+    spec = parse(granularity)
     check_model(model)
     held = named(model, keep)
     graph = trace(model, example_input, example_kwargs)
-    choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
-    scored = remembered(attempts(model, criterion, batches, loss, draft=scope == "layer" and not aims.any))
-    wishes = Wishes(choose, scored, held, ratios)
-    if aims.timed:
-        small, plan = reach(model, graph, aims, lambda more: decide(graph, model, replace(wishes, choose=replace(choose, more=more))), scope)
-    else:
-        plan = best(graph, model, wishes, rewrite, inplace)
+    if not spec.coarse:
+        request = Request(ratio, aims, criterion, scope, held, by_tensor(model, ratios), batches, loss, multiple_of, min_units)
+        plan = finer(graph, model, spec, request)
         small = apply(model, plan)
+    else:
+        choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
+        scored = remembered(attempts(model, criterion, batches, loss, draft=scope == "layer" and not aims.any))
+        wishes = Wishes(choose, scored, held, ratios, others if spec.name == "head" else None)
+        if aims.timed:
+            small, plan = reach(model, graph, aims, lambda more: decide(graph, model, replace(wishes, choose=replace(choose, more=more))), scope)
+        else:
+            plan = best(graph, model, wishes, rewrite, inplace)
+            small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
     small, plan = after_cut(small, model, plan, calibration, repair, graph)

@@ -56,9 +56,10 @@ def test_imports_go_one_way():
     from pathlib import Path
 
     order = "errors labels sizes notation picks rules moves assemble laws trees symbols copies shapes record runtimes measure fuse unused trace probe groups links"
-    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names plan rewrite"
-    order += " undo apply compose repair zeroed latency verify decide"
-    order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
+    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names parts plan rewrite"
+    order += " masks kernels passthrough undo apply compose repair zeroed latency verify weights heads request entries ranking evidence"
+    order += " positions blocks depth granularity decide"
+    order = (order + " shrink sparse store optimizer schedule history checkpoint iterate distill").split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
         if path == root / "__init__.py":

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..catalogue import register
 from ..errors import BadCalibration, UnknownName
 from ..plan import Plan
 from ..probe import batch_inputs
@@ -35,6 +36,15 @@ __all__ = ["Repaired", "effect", "repair"]
 
 WEIGHTS = ("bias", "variance", "least-squares")
 STEPS = (*WEIGHTS, "bn")
+for _name, _line in (
+    ("auto", "with calibration=: least squares, then batch-norm statistics, each kept only where it helps on inputs kept out of it"),
+    ("none", "nothing is repaired"),
+    ("least-squares", "every weight behind a cut is fitted, with intercept and ridge, to what the original computes there"),
+    ("variance", "scale and mean of every output behind a cut are those of the original"),
+    ("bias", "the mean of every output behind a cut is that of the original"),
+    ("bn", "batch-norm statistics are measured anew, exactly; also with masks, smaller kernels and removed modules"),
+):
+    register("repair", _name, _line)
 LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network
 
 
@@ -70,6 +80,7 @@ def repair(
     plan = plan or small.__dict__.get("graphprune_plan")
     if plan is None:
         raise BadCalibration("the cut model carries no plan; pass the one that shrink(..., return_plan=True) returned")
+    names = _possible(names, steps, plan)
     result = copy.deepcopy(small)
     if not names:
         return result
@@ -86,7 +97,8 @@ def repair(
                 except (RuntimeError, TypeError, IndexError) as error:
                     raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
             if "bn" in names:
-                done += _statistics(original, result, graph, fits, checks, anew)
+                own = trace(result, *_example(fits[0])) if plan.parts else graph  # with other parts a model makes other calls
+                done += _statistics(original, result, own, fits, checks, anew)
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
@@ -121,6 +133,15 @@ def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
         if name not in STEPS:
             raise UnknownName(f"no repair named {name!r}; there are auto, none, {', '.join(STEPS)}")
     return names
+
+
+def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) -> tuple[str, ...]:
+    """Weights are fitted where channels were cut; after anything else only statistics can be measured anew."""
+    wrong = [name for name in names if name in WEIGHTS] if plan.parts else []
+    if wrong and steps != "auto":
+        kinds = ", ".join(sorted({part.kind for part in plan.parts}))
+        raise BadCalibration(f"{wrong[0]!r} fits weights behind cut channels, this plan has parts of other kinds ({kinds}): take repair='bn', or retrain")
+    return tuple(name for name in names if name not in wrong)
 
 
 def _parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
