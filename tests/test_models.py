@@ -55,8 +55,8 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure fuse trace probe groups links"
-    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names plan rewrite"
+    order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure trace probe groups links"
+    order += " sums lengths cost fuse catalogue scores select targets operators table align space optimal budget names plan rewrite"
     order += " apply compose repair zeroed latency verify decide"
     order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
     root = Path(graphprune.__file__).parent
