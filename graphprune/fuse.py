@@ -122,8 +122,11 @@ def _without(module: nn.Module) -> nn.Module | None:
     if len(norms) != 1:
         return None
     norms[0].replace_all_uses_with(norms[0].args[0] if norms[0].args else norms[0].kwargs["input"])
-    graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph).eval()
+    graph.erase_node(norms[0])
+    rest = fx.GraphModule(module, graph)
+    rest.graph.eliminate_dead_code()
+    rest.recompile()
+    return rest.eval()
 
 
 @torch.no_grad()
