@@ -117,11 +117,16 @@ def _openvino(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) 
     import openvino
 
     given = tuple(tensors((args, kwargs), torch.Tensor))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        converted = openvino.convert_model(Flat(model, args, kwargs).eval(), example_input=given)
-    if len(converted.inputs) == len(given):
-        converted.reshape({port: list(tensor.shape) for port, tensor in zip(converted.inputs, given, strict=True)})
+    try:  # several times quicker than OpenVINO's own reader of PyTorch
+        converted = openvino.Core().read_model(to_onnx(model, args, kwargs), b"")
+        order = [next(int(name[1:]) for name in port.get_names() if name[1:].isdigit()) for port in converted.inputs]
+    except Exception:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted = openvino.convert_model(Flat(model, args, kwargs).eval(), example_input=given)
+        order = list(range(len(given)))
+        if len(converted.inputs) == len(given):
+            converted.reshape({port: list(tensor.shape) for port, tensor in zip(converted.inputs, given, strict=True)})
     request = openvino_request(converted, threads)
-    feed = [tensor.detach().cpu().contiguous().numpy() for tensor in given]
+    feed = [given[index].detach().cpu().contiguous().numpy() for index in order]
     return lambda: request.infer(feed)
