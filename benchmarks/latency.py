@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -172,25 +173,40 @@ def peer(job: dict) -> Iterator[dict]:
         ours = graphprune.load(folder, model).eval()
         budget = graphprune.profile(ours, x).macs
         try:
-            theirs, count = narrowed(plain, x, budget, job["round_to"])
-            theirs, _ = ready(theirs, x, job["model"])
-            mine, other = timed(model, [ours, theirs], x, job)
+            around = narrowed(plain, x, budget, job["round_to"])
+            mine, *others = timed(model, [ours, *(ready(each, x, job["model"])[0] for each in around.values())], x, job)
         except Exception as error:
             yield {"target": target, "why": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
-        yield {"target": target, "ours": mine["speedup"], "theirs": other["speedup"], "gain": mine["speedup"] / other["speedup"],
-               "noise": max((r["high"] - r["low"]) / 2 / r["speedup"] for r in (mine, other)),
-               "macs": full / budget, "their_macs": full / count, "control": mine["control"]}  # fmt: skip
+        theirs = between({count: other["speedup"] for count, other in zip(around, others, strict=True)}, budget)
+        noise = max((row["high"] - row["low"]) / 2 / row["speedup"] for row in (mine, *others))
+        macs = {"macs": full / budget, "their_macs": [full / count for count in around], "their_speedups": [row["speedup"] for row in others]}
+        yield {
+            "target": target,
+            "ours": mine["speedup"],
+            "theirs": theirs,
+            "gain": mine["speedup"] / theirs,
+            "noise": noise,
+            "control": mine["control"],
+            **macs,
+        }
 
 
-def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) -> tuple[nn.Module, float]:
-    """Torch-Pruning's model whose MACs come nearest to the budget, by bisection over its ratio."""
+def between(speedups: dict[float, float], macs: float) -> float:
+    """The speedup at just these MACs, between the two neighbours that can be had (straight in the logarithms)."""
+    (a, fast), (b, slow) = sorted(speedups.items())[0], sorted(speedups.items())[-1]
+    part = 0.0 if a == b else min(max(math.log(macs / a) / math.log(b / a), 0.0), 1.0)
+    return math.exp((1 - part) * math.log(fast) + part * math.log(slow))
+
+
+def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) -> dict[float, nn.Module]:
+    """Torch-Pruning's models with MACs nearest below and above the budget, by bisection over its ratio."""
     import copy
 
     import torch_pruning as tp
 
     plain, x = copy.deepcopy(plain), x.contiguous()
-    best, low, high = None, 0.0, 0.95
+    made, low, high = {}, 0.0, 0.95
     for _ in range(7):
         middle = (low + high) / 2
         small = copy.deepcopy(plain)
@@ -207,10 +223,10 @@ def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) ->
                 module.head_dim = module.qkv.out_features // (3 * module.num_heads)
                 module.attn_dim = module.num_heads * module.head_dim
         count = graphprune.profile(small.eval(), x).macs
-        if best is None or abs(count - budget) < abs(best[1] - budget):
-            best = small, count
+        made[count] = small
         low, high = (middle, high) if count > budget else (low, middle)
-    return best
+    ends = [max((count for count in made if count <= budget), default=min(made)), min((count for count in made if count > budget), default=max(made))]
+    return {count: made[count] for count in ends}
 
 
 def accuracy(job: dict) -> Iterator[dict]:
