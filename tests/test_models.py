@@ -58,7 +58,7 @@ def test_imports_go_one_way():
     order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure fuse trace probe groups links"
     order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names plan rewrite"
     order += " apply compose repair zeroed latency verify decide"
-    order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
+    order = (order + " shrink store optimizer schedule rounds history checkpoint iterate distill").split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
         if path == root / "__init__.py":
