@@ -395,7 +395,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", default=RUNS)
     parser.add_argument("--depth", type=int, default=56)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=0.03)
+    parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="use only so many images (a trial)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the training steps")
