@@ -37,11 +37,12 @@ UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_compl
 
 
 class Step(NamedTuple):
-    """One call of the Python code: its name, and the values of its tensor arguments and of its results, in order."""
+    """One call of the Python code: its name, the values of its tensor arguments and of its results, in order, and whether any is floating."""
 
     name: str
     args: tuple[Value | None, ...]
     results: tuple[Value | None, ...]
+    floats: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ def _kind(func: Any) -> tuple[int, str, bool]:
     return kind, name, name not in UNSTEPPED
 
 
+def floating(held: list[torch.Tensor]) -> bool:
+    """Whether a call on these works on activations, not only on positions and masks (which depend on the number of samples in some models)."""
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in held)
+
+
 class Functions(TorchFunctionMode):
     """Sees what the Python code asks for: gives out sizes that remember, and writes down calls that use them."""
 
@@ -154,12 +160,14 @@ class Functions(TorchFunctionMode):
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         known = self.recorder.values
-        given = tuple([known.get(id(tensor)) for tensor in tensors((args, kwargs) if kwargs else args, torch.Tensor)])
+        held = list(tensors((args, kwargs) if kwargs else args, torch.Tensor))
+        given = tuple([known.get(id(tensor)) for tensor in held])
+        floats = floating(held)
         self.recorder.step = len(self.steps)
         result = func(*args, **kwargs)
         self.recorder.step = -1
-        made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
-        self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made])))
+        made = [result] if isinstance(result, torch.Tensor) else list(tensors(result, torch.Tensor))
+        self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
 
     def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
