@@ -17,13 +17,16 @@ Tensor = torch.Tensor
 
 
 @scorer("activation", "mean rank of the feature map", "Lin et al. 2020 (HRank)", needs="inputs", cost="a forward pass and one SVD for each map")
-def hrank(task: Task, otherwise: str | None = None) -> Scores:
+def hrank(task: Task, work: float = 2**23, otherwise: str | None = None) -> Scores:
     """``E_n[rank(A_{n,c})]`` of the h x w map of each unit, at the first activation of the group (before it is flattened).
 
     A unit of several positions (a head) has the matrix of its positions over space; without either, the rank is 0 or 1.
+    Ranks hardly differ between images (section 3.3 of the paper), so of every batch evenly spaced samples are decomposed, as many
+    (at least one) as keep ``Σ h · w · min(h, w)`` of a group within ``work``; ``math.inf`` takes all.
     """
     every = [[unflattened(task, place) for place in mine[:1]] for mine in places(task)]
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups]
+    counts = [0] * len(sums)
 
     def see(place: Place, parts: Tensor) -> None:
         maps = units_first(place, parts, len(sums[place.group]))  # (samples, units, positions, space)
@@ -31,10 +34,13 @@ def hrank(task: Task, otherwise: str | None = None) -> Scores:
             high, wide = place.value.shape[2:]
             high = round(math.sqrt(maps.shape[3] * high / wide))  # the batch may have another resolution than the example
             maps = maps.squeeze(2).unflatten(2, (high, -1)) if maps.shape[3] % high == 0 else maps
+        each = maps[0].numel() * min(maps.shape[2:])
+        maps = maps[:: math.ceil(len(maps) / max(1, int(min(len(maps), work / each))))]
         sums[place.group] += torch.linalg.matrix_rank(maps).double().sum(0).cpu()
+        counts[place.group] += len(maps)
 
-    count = observe_samples(task, every, see)
-    return _filled(task, every, [total / count for total in sums], otherwise, "hrank")
+    observe_samples(task, every, see)
+    return _filled(task, every, [total / max(count, 1) for total, count in zip(sums, counts, strict=True)], otherwise, "hrank")
 
 
 @scorer("activation", "nuclear norm lost without the channel", "Sui et al. 2021 (CHIP)", needs="inputs", cost="a forward pass and an SVD for each sample")
