@@ -20,8 +20,8 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import inspect
 import json
-import math
 import statistics
 import sys
 import time
@@ -143,6 +143,10 @@ def measure_accuracy(options: argparse.Namespace, rows: list[dict], done: Callab
 
 
 def networks() -> dict[str, Callable[[], nn.Module]]:
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from zoo_support import declare_operators  # torchvision imports without its compiled operators
+
+    declare_operators()
     from torchvision import models
 
     return {"ResNet-50": lambda: models.resnet50(weights=None), "ViT-B/16": lambda: models.vit_b_16(weights=None)}
@@ -159,45 +163,65 @@ def settled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def options_of(score: Score, model: nn.Module) -> dict[str, Any]:
+def options_of(score: Score) -> dict[str, Any]:
     """``otherwise`` where the score has it: some groups lack what it measures (no batch norm, no weight that sums)."""
-    import inspect
-
     return {"otherwise": "l2"} if "otherwise" in inspect.signature(score.function).parameters else {}
 
 
-def passes(model: nn.Module, batches: list, needs: str) -> float:
-    """Seconds of the passes themselves: forward, or forward and backward for all parameters."""
-    start = time.perf_counter()
-    for x, y in batches:
-        if needs == "inputs":
-            with torch.no_grad():
-                model(x)
-        else:
-            torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-    return time.perf_counter() - start
+def forward(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+
+
+def gradient(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+
+
+def single(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    for image, label in zip(x.split(1), y.split(1), strict=True):
+        gradient(model, image, label)
+
+
+def curvature(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    weights = list(model.parameters())
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        grads = torch.autograd.grad(F.cross_entropy(model(x), y), weights, create_graph=True)
+        torch.autograd.grad(sum(grad.sum() for grad in grads), weights)
+
+
+# The passes over the batches that a score is made of, where they are not one forward (inputs) or one backward (loss).
+PASSES = {"entropy": (forward, forward), "effect": (gradient,), "fisher": (single,), "obd": (curvature,), "grasp": (gradient, curvature)}
+
+
+def passes_of(score: Score) -> tuple[Callable, ...]:
+    return PASSES.get(score.name, {"nothing": (), "inputs": (forward,), "loss": (gradient,)}[score.needs_now()])
 
 
 def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[[dict], None]) -> None:
-    finished = {(row["score"], row["model"]) for row in rows if row["kind"] == "time"}
     for name, make in networks().items():
-        wanted = [s for s in SCORES.values() if (s.name, name) not in finished and (not options.names or s.name in options.names)]
-        if not wanted:
+        known = {row["score"] for row in rows if row["kind"] == "time" and row["model"] == name}
+        wanted = [s for s in SCORES.values() if s.name not in known and (not options.names or s.name in options.names)]
+        if not wanted or (options.models and name not in options.models):
             continue
         torch.manual_seed(0)
         model = settled(make())
         groups = graphprune.couple(graphprune.trace(model, torch.zeros(1, 3, 224, 224)))
-        generator = torch.Generator().manual_seed(0)
-        batches = [(torch.randn(options.batch, 3, 224, 224, generator=generator), torch.randint(0, 1000, (options.batch,), generator=generator))]
-        passes(model, batches, "loss")  # warm
+        x, y = torch.randn(options.batch, 3, 224, 224), torch.randint(0, 1000, (options.batch,))
+        forward(model, x, y)  # warm
+        plain: dict[Callable, float] = {}
         for score in wanted:
-            needs = score.needs_now()
-            given = batches if needs != "nothing" else None
-            base = passes(model, batches, needs) if given else math.nan
-            start = time.perf_counter()
-            graphprune.score(groups, model, score, given, F.cross_entropy if needs == "loss" else None, progress=False, **options_of(score, model))
-            spent = time.perf_counter() - start
-            done({"kind": "time", "score": score.name, "model": name, "seconds": spent, "passes": base, "batch": options.batch, "needs": needs})
+            for made in passes_of(score):
+                if made not in plain:
+                    start = time.process_time()
+                    made(model, x, y)
+                    plain[made] = time.process_time() - start
+            given = [(x, y)] if score.needs_now() != "nothing" else None
+            start = time.process_time()
+            graphprune.score(groups, model, score, given, F.cross_entropy if score.needs_now() == "loss" else None, progress=False, **options_of(score))
+            spent = time.process_time() - start
+            base = sum(plain[made] for made in passes_of(score))
+            made = " + ".join(made.__name__ for made in passes_of(score))
+            done({"kind": "time", "score": score.name, "model": name, "seconds": spent, "passes": base, "made": made, "images": options.batch})
 
 
 # ------------------------------------------------------------------ the page
@@ -284,22 +308,23 @@ def times_part(rows: list[dict]) -> list[str]:
     found = {(row["score"], row["model"]): row for row in mine}
     lines = []
     for name in SCORES:
-        cells = []
-        for model in models:
-            row = found.get((name, model))
-            ratio = row["seconds"] / row["passes"] if row and row["needs"] != "nothing" else math.nan
-            cells += ["", ""] if row is None else [f"{row['seconds']:.2f}", "" if math.isnan(ratio) else f"{ratio:.2f}"]
-        lines.append([f"`{name}`", {"nothing": "no", "inputs": "inputs", "loss": "loss"}[SCORES[name].needs], *cells])
-    head = ["score", "data", *(text for model in models for text in (f"{model}, s", "times the passes"))]
-    free = [row["seconds"] for row in mine if row["needs"] == "nothing"]
-    over = [f"`{r['score']}` on {r['model']} ({r['seconds'] / r['passes']:.1f})" for r in mine if r["needs"] != "nothing" and r["seconds"] > 2 * r["passes"]]
+        held = [found.get((name, model)) for model in models]
+        if not any(held):
+            continue
+        cells = [text for row in held for text in (["", ""] if row is None else [f"{row['seconds']:.2f}", f"{row['seconds'] / row['passes']:.2f}" if row["made"] else ""])]
+        lines.append([f"`{name}`", next(row["made"] or "none" for row in held if row), *cells])
+    head = ["score", "passes", *(text for model in models for text in (f"{model}, s", "over its passes"))]
+    slow = [f"`{r['score']}` on {r['model']} ({r['seconds']:.0f} s)" for r in mine if not r["made"] and r["seconds"] > 60]
+    over = [f"`{r['score']}` on {r['model']} ({r['seconds'] / r['passes']:.1f})" for r in mine if r["made"] and r["seconds"] > 2 * r["passes"]]
     return [
-        f"One thread, one batch of {mine[0]['batch']} images of 224 x 224, random weights, torch {torch.__version__.split('+')[0]}. *times the passes*: over the time of the plain"
-        " passes over the same batch: forward for scores that need inputs, forward and backward for those that need a loss.",
+        f"CPU seconds on one thread, one batch of {mine[0]['images']} images of 224 x 224, random weights, torch {torch.__version__.split('+')[0]}. *Passes*: what the score"
+        " is made of, timed plainly over the same batch, with nothing watching: *forward*; *gradient*, forward and backward for all parameters; *single*, the same for"
+        " one image at a time; *curvature*, a product with the Hessian. What remains is the score's own work, part of which (decompositions of matrices of units)"
+        " does not grow with the number of images.",
         "",
         *table(head, lines),
         "",
-        f"Slowest without data: {max(free, default=math.nan):.1f} s. Over twice the passes: {', '.join(over) or 'none'}.",
+        f"Without data and over 60 s: {', '.join(slow) or 'none'}. With data and over twice its passes: {', '.join(over) or 'none'}.",
     ]
 
 
@@ -333,6 +358,7 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="measure seconds instead of accuracy")
     parser.add_argument("--only-table", action="store_true", help="measure nothing")
     parser.add_argument("--names", nargs="*", help="with --times: these scores only")
+    parser.add_argument("--models", nargs="*", help="with --times: these models only")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8, help="with --times: images in the batch")
