@@ -77,9 +77,9 @@ class Plan:
             cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
             shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
             numbers = {name: [int(i) for i in new] for name, new in data.get("numbers", {}).items()}
-            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())), numbers)
             parts = tuple(Part.from_json(part) for part in data.get("parts", ()))
-            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())), parts)
+            texts = (tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
+            return cls(cuts, shapes, _tuples(data["edits"]), *texts, numbers, parts)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
 

@@ -1,5 +1,6 @@
 """All or nothing: :func:`undone` puts a model back as it was when changing it in place fails half-way.
 
+>>> import torch
 >>> net = nn.Linear(2, 3)
 >>> with contextlib.suppress(ValueError), undone(net):
 ...     net.weight.data = torch.zeros(1, 2)
@@ -16,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from .trees import leaf_tensors, modules_of
