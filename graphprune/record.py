@@ -21,6 +21,7 @@ from .notation import Value, meet
 from .picks import INTEGERS, pick, picked
 from .rules import RULES, pointwise
 from .shapes import SHAPES
+from .sizes import Size
 from .trees import PLAIN, replace, tensors
 
 # Pointwise operations whose overloads lack torch's tag.
@@ -262,6 +263,8 @@ class Recorder(TorchDispatchMode):
             if name in PARTS:
                 self.singled(source, outs, shapes, reason)
             return outs, False
+        if known.plain == "_grouped_mm":
+            aligned(args[:2])
         if known.plain in RULES:
             described = RULES[known.plain](*args, **kwargs)
             outs, reduces = meet(self.labels, described, shapes, reason)
@@ -303,6 +306,15 @@ class Recorder(TorchDispatchMode):
             for array in held:
                 if max(array.shape) != array.size:  # more than one axis varies
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
+
+
+def aligned(operands: tuple) -> None:
+    """The kernel wants rows of a multiple of 16 bytes: a branch on the size, taken."""
+    for value in operands:
+        step = 16 // value.dtype.itemsize
+        for dim in range(len(value.shape) - 2, len(value.shape)):
+            if value.shape[dim] % step == 0 and any(field.shape[dim] > 1 for field in value.fields):
+                Size.outcomes.append(("==", ("%", ("dim", value, dim), step), 0, True))
 
 
 def _fits(shapes: list, outs: list[Fields]) -> bool:

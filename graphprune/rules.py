@@ -185,12 +185,12 @@ def pooling(x, *args, **kwargs):
 
 @rule("im2col")
 def unfold(x, kernel, *args):
-    return expr("b c _ _ -> b (c k) _", x, k=kernel[0] * kernel[1])
+    return expr("b c _ _ -> b (c _k) _", x, _k=kernel[0] * kernel[1])
 
 
 @rule("col2im")
 def fold(x, size, kernel, *args):
-    return expr("b (c k) _ -> b c _ _", x, k=kernel[0] * kernel[1])
+    return expr("b (c _k) _ -> b c _ _", x, _k=kernel[0] * kernel[1])
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
