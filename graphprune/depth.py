@@ -111,7 +111,7 @@ def _order(graph: Graph, model: nn.Module, pool: list[Removable], request: Reque
 def scores_of(graph: Graph, model: nn.Module, pool: list[Removable], criterion: Any, batches: Any = None, loss: Any = None) -> list[float]:
     """A number for each removable module; larger means more important. Raises BadScore when one is not finite."""
     if callable(criterion):
-        found = [float(criterion(one.name, model.get_submodule(one.name))) for one in pool]
+        found = [_number(one.name, criterion(one.name, model.get_submodule(one.name))) for one in pool]
     elif criterion == "random":
         found = torch.rand(len(pool), generator=torch.Generator().manual_seed(0)).tolist()
     elif criterion in ("l1", "l2"):
@@ -125,6 +125,13 @@ def scores_of(graph: Graph, model: nn.Module, pool: list[Removable], criterion: 
     if wrong:
         raise BadScore(f"the score of {wrong[0]} is not finite; look at its weights and at the data")
     return found
+
+
+def _number(name: str, score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadScore(f"the score of {name} is a {type(score).__name__}; a score of a whole module is one number") from error
 
 
 def _batches(batches: Any, criterion: str) -> Any:
@@ -192,22 +199,20 @@ def without(model: nn.Module, parts: Iterable[Part]) -> Any:
 
 
 def _greedy(model: nn.Module, pool: list[Removable], batches: Iterable) -> Iterator[Removable]:
-    """One module at a time, the one whose absence changes the output least."""
+    """One module at a time, the one whose absence changes the output least; each takes one pass over the batches, in any order."""
     data = Data(model, batches, name="reconstruction")
     data.twice()
-    with undisturbed(model), torch.no_grad():
-        wanted = [_outputs(model, batch) for batch in data]
     gone: list[Removable] = []
     while len(gone) < len(pool):
-        errors = []
+        errors = {index: 0.0 for index, one in enumerate(pool) if one not in gone}
         with undisturbed(model), torch.no_grad():
-            for index, one in enumerate(pool):
-                if one in gone:
-                    continue
-                with without(model, [part for each in (*gone, one) for part in each.skips]):
-                    error = sum(_error(_outputs(model, batch), target) for batch, target in zip(batches, wanted, strict=True))
-                errors.append((error if math.isfinite(error) else math.inf, index))
-        gone.append(pool[min(errors)[1]])
+            for batch in data:
+                wanted = _outputs(model, batch)
+                for index in errors:
+                    with without(model, [part for each in (*gone, pool[index]) for part in each.skips]):
+                        error = _error(_outputs(model, batch), wanted)
+                    errors[index] += error if math.isfinite(error) else math.inf
+        gone.append(pool[min(errors, key=lambda index: (errors[index], index))])
         yield gone[-1]
 
 

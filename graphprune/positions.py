@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
-import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
 from .kernels import apply_kernel, plain, steps
+from .measure import clock_for, interleave
 from .parts import Part, pack
 from .ranking import share
 from .trace import Graph
@@ -86,20 +86,13 @@ def realise(weight: Weight, keep: torch.Tensor, graph: Graph, model: nn.Module, 
     return Part("mask", weight.name, pack(keep)), f"masked: {text}"
 
 
-def times(conv: nn.Module, part: Part, shape: tuple[int, ...], repeats: int = 15) -> tuple[float, float]:
-    """Median seconds of the convolution and of its product with fewer columns, measured in turn on zeros of ``shape``."""
+def times(conv: nn.Module, part: Part, shape: tuple[int, ...], seconds: float = 0.5) -> tuple[float, float]:
+    """Median seconds of the convolution and of its product with fewer columns, measured in turn on an input of ``shape``."""
     stock, product = nn.Module(), nn.Module()
     stock.conv, product.conv = copy.deepcopy(conv), copy.deepcopy(conv)
     apply_kernel(product, Part(part.kind, "conv.weight", part.data), tuple(conv.weight.shape), {})
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(conv.weight.device, conv.weight.dtype)
-    spent: tuple[list[float], list[float]] = ([], [])
+    clock = clock_for(x.device, torch.get_num_threads())[1]
     with torch.no_grad():
-        for turn in range(repeats + 3):
-            for module, mine in zip((stock.conv, product.conv), spent, strict=True):
-                start = time.perf_counter()
-                module(x)
-                if x.is_cuda:
-                    torch.cuda.synchronize()
-                if turn >= 3:  # the first ones warm up
-                    mine.append(time.perf_counter() - start)
-    return statistics.median(spent[0]), statistics.median(spent[1])
+        rows = interleave([lambda: stock.conv(x), lambda: product.conv(x)], clock, seconds, 0.02)
+    return float(np.median(rows[:, 0])), float(np.median(rows[:, 1]))

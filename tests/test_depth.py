@@ -10,7 +10,7 @@ from zoo_support import declare_operators
 import graphprune
 from graphprune.blocks import Modules
 from graphprune.depth import scores_of
-from graphprune.errors import BadScore, NeedsBatches, NothingToPrune, UnknownName
+from graphprune.errors import BadLoss, BadScore, NeedsBatches, NothingToPrune, UnknownName
 from graphprune.passthrough import Passthrough
 
 declare_operators()
@@ -279,3 +279,31 @@ def test_the_fused_encoder_layer_still_runs():
         with torch.no_grad():
             assert torch.isfinite(small(TOKENS)).all()
         assert len(removed(small)) >= 2
+
+
+def test_bad_data_for_whole_blocks():
+    shrink, ones = graphprune.shrink, torch.ones(2, 5, 3, dtype=torch.float64)
+    model = stack()
+    for criterion in ("influence", "reconstruction", "taylor"):
+        with pytest.raises(NeedsBatches, match="at least one batch"):
+            shrink(model, TOKENS, granularity="block", criterion=criterion, batches=[], loss=F.mse_loss, inplace=True)
+    with pytest.raises(BadLoss, match="does not depend"):
+        shrink(model, TOKENS, granularity="block", criterion="taylor", batches=[(TOKENS, ones)], loss=lambda out, y: y.sum(), inplace=True)
+    with pytest.raises(BadScore, match="one number"):
+        shrink(model, TOKENS, granularity="block", criterion=lambda name, module: torch.ones(3), inplace=True)
+    assert not removed(model) and all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_greedy_reconstruction_does_not_mind_the_order_of_the_batches():
+    batches = [TOKENS * scale for scale in (1.0, 2.0, 3.0)]
+
+    class Shuffled:
+        turn = 0
+
+        def __iter__(self):
+            self.turn += 1
+            return iter(batches[self.turn % 3 :] + batches[: self.turn % 3])
+
+    first = graphprune.shrink(stack(3), TOKENS, 0.5, granularity="block", criterion="reconstruction", batches=batches)
+    second = graphprune.shrink(stack(3), TOKENS, 0.5, granularity="block", criterion="reconstruction", batches=Shuffled())
+    assert removed(first) == removed(second)

@@ -1,6 +1,7 @@
 """Finer granularities: exact counts, the same function, training and saving with masks, and clear refusals."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.nn.utils import parametrizations
 
 import graphprune
 from graphprune import positions
-from graphprune.errors import BadModel, BadPlan, BadRatio, BadScore, NeedsBatches, NothingToPrune, UnknownName
+from graphprune.errors import BadLoss, BadModel, BadPlan, BadRatio, BadScore, NeedsBatches, NothingToPrune, UnknownName
 from graphprune.granularity import NAMES, parse
 from graphprune.masks import Mask
+from graphprune.parts import Part
 from graphprune.ranking import lowest
 from graphprune.weights import weights
 
@@ -379,3 +381,44 @@ def test_rounds_of_any_kinds_compose_to_one_plan(first, second, tmp_path, monkey
     assert wide.keys() == masks.keys()
     assert all(torch.equal(wide[name], tensor * masks[name]) for name, tensor in model.state_dict().items() if tensor.is_floating_point())
     assert plan.parts or second == "channel"
+
+
+def test_bad_data_for_scores_of_entries():
+    model, loss = net(), nn.functional.cross_entropy
+    for granularity in ("weight", "2:4", "group:box"):
+        ask = {"granularity": granularity, "criterion": "taylor", "inplace": True}
+        with pytest.raises(NeedsBatches, match="needs data"):
+            graphprune.shrink(model, X, **ask)
+        with pytest.raises(NeedsBatches, match="at least one batch"):
+            graphprune.shrink(model, X, batches=iter(()), loss=loss, **ask)
+        with pytest.raises(BadLoss, match="does not depend"):
+            graphprune.shrink(model, X, batches=[(X, Y)], loss=lambda out, y: torch.zeros((), requires_grad=True), **ask)
+        with pytest.raises(BadLoss, match="the loss is inf"):
+            graphprune.shrink(model, X, batches=[(X, Y)], loss=lambda out, y: loss(out, y) * float("inf"), **ask)
+        with pytest.raises(BadScore, match="0.weight are not finite|3.weight are not finite"):
+            graphprune.shrink(model, X, granularity=granularity, criterion=lambda w: w * float("inf"), inplace=True)
+
+        def meddle(weight):
+            return weight.zero_() + 1
+
+        graphprune.shrink(model, X, granularity=granularity, criterion=meddle)
+    assert not graphprune.masked(model) and all(p.grad is None and bool(p.any()) for name, p in model.named_parameters() if "weight" in name)
+
+
+def test_damaged_plans_change_nothing(tmp_path):
+    model = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small, plan = graphprune.shrink(model, X, 0.5, granularity="weight", return_plan=True)
+    for wrong in (Part("mask", "3.weight", b"12"), Part("mask", "9.weight", b""), Part("skip", "1.2", (0, (), False)), Part("magic", "0.weight", None)):
+        with pytest.raises(BadPlan):
+            graphprune.apply(model, replace(plan, parts=(*plan.parts, wrong)), inplace=True)
+    with pytest.raises(BadPlan):
+        graphprune.Plan.from_json('{"cuts": {}, "shapes": {}, "edits": [], "notes": [], "lines": [], "parts": [["mask"]]}')
+    other = nn.Sequential(*[nn.Conv2d(2, 8, 3) for _ in range(8)])
+    with pytest.raises(BadPlan):
+        graphprune.apply(other, plan, inplace=True)
+    graphprune.save(small, tmp_path)
+    (tmp_path / "plan.json").write_text((tmp_path / "plan.json").read_text().replace('"0.weight"', '"1.weight"'))
+    with pytest.raises(BadPlan):
+        graphprune.load(tmp_path, model)
+    assert not graphprune.masked(model) and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -97,50 +97,110 @@ def test_growing_grows_and_stops():
     ]
 
 
-@pytest.mark.parametrize("kind", ["group_lasso", "growing", "scaled"])
-def test_picked_units_fall_and_without_they_do_not(kind):
-    def train(regularised):
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)).double()
-        x = torch.randn(64, 6, dtype=torch.float64)
-        y = torch.stack([x[:, 0] - x[:, 1], x[:, 2]], 1)
-        regulariser = graphprune.SparseTraining(model, x[:1], kind=kind, strength={"growing": 0.02, "group_lasso": 0.02, "scaled": 0.002}[kind], every=20)
-        picked = regulariser.picked[0] if kind == "growing" else regulariser.norms()[0].argsort()[:4].tolist()
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-        before = regulariser.norms()[0][picked].mean()
-        for _ in range(400):
-            optimizer.zero_grad()
-            F.mse_loss(model(x), y).backward()
-            if regularised:
-                regulariser.step()
-            optimizer.step()
-        return float(before), float(regulariser.norms()[0][picked].mean()), model, picked
-
-    before, after, model, picked = train(True)
-    start, control, _, _ = train(False)
-    assert start == before and after < 0.75 * before and after < 0.75 * control and control > 0.7 * before
-    if kind == "growing":
-        plan = graphprune.shrink(model, torch.zeros(1, 6, dtype=torch.float64), 0.5, return_plan=True)[1]
-        assert sorted(set(range(16)) - set(plan.cuts["0.weight"][0])) == picked
+def alone(kind, steps=40, rate=0.05, **options):
+    """Unit norms before, and after every step of plain descent on the penalty alone."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)).double()
+    regulariser = graphprune.SparseTraining(model, torch.zeros(1, 6, dtype=torch.float64), kind=kind, **options)
+    optimizer, seen = torch.optim.SGD(model.parameters(), rate), [regulariser.norms()[0]]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        regulariser.step()
+        optimizer.step()
+        seen.append(regulariser.norms()[0])
+    return regulariser, torch.stack(seen)
 
 
-def test_scales_fall_under_slimming():
+def test_without_a_task_every_penalty_shrinks_units_as_written():
+    """Descent on the penalty alone has a closed form, step by step."""
+    rate, sizes = 0.05, 6 + 1 + 2
+    _, seen = alone("group_lasso", strength=0.1)
+    assert (seen[1:] - (seen[:-1] - rate * 0.1 * sizes**0.5).abs()).abs().max() < 1e-12
+    regulariser, seen = alone("growing", strength=0.5, every=5, limit=2.0, ratio=0.25)
+    growth = torch.tensor([min(2.0, 0.5 * (1 + step // 5)) for step in range(40)], dtype=torch.float64)
+    decay = torch.cat([torch.ones(1).double(), (1 - rate * growth).cumprod(0)])
+    picked = regulariser.picked[0]
+    assert (seen[:, picked] - seen[0, picked] * decay[:, None]).abs().max() < 1e-12
+    others = sorted(set(range(16)) - set(picked))
+    assert (seen[:, others] == seen[0, others]).all() and len(picked) == 4
+    _, seen = alone("scaled", strength=0.05)
+    squares = seen[:-1].square()
+    share = (squares.amax(1, keepdim=True) - squares) / (squares.amax(1, keepdim=True) - squares.amin(1, keepdim=True))
+    assert (seen[1:] - seen[:-1] * (1 - 2 * rate * 0.05 * 2 ** (4 * share))).abs().max() < 1e-12
+    spread = seen.amin(1) / seen.amax(1)
+    assert (spread.diff() < 0).all()  # the small fall faster than the large
+
+
+def fit(kind, steps, **options):
+    """A small regression trained to rest, with a rate that falls; the model, its regulariser, and the loss as a function."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)).double()
+    x = torch.randn(64, 6, dtype=torch.float64)
+    y = torch.stack([x[:, 0] - x[:, 1], x[:, 2]], 1)
+    regulariser = graphprune.SparseTraining(model, x[:1], kind=kind, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    before = regulariser.norms()[0]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        regulariser.step()
+        optimizer.step()
+        falling.step()
+    return model, regulariser, before, lambda: F.mse_loss(model(x), y)
+
+
+def test_growing_drives_the_picked_units_to_zero_and_no_others():
+    model, regulariser, before, loss = fit("growing", 800, strength=0.05, every=10, limit=2.0)
+    picked, after = regulariser.picked[0], regulariser.norms()[0]
+    others = sorted(set(range(16)) - set(picked))
+    assert (after[picked] < 1e-6 * before[picked]).all() and (after[others] > 0.1 * before[others]).all()
+    assert loss() < 1e-3  # the others do the work
+    control = fit("growing", 800, strength=0.0)[1].norms()[0]
+    assert (control[picked] > 0.1 * before[picked]).all()
+    plan = graphprune.shrink(model, torch.zeros(1, 6, dtype=torch.float64), 0.5, return_plan=True)[1]
+    assert sorted(set(range(16)) - set(plan.cuts["0.weight"][0])) == picked
+
+
+def test_group_lasso_ends_where_its_optimum_is():
+    """The conditions of an optimum: what is left balances the loss exactly, what is not is smaller than one step."""
+    strength, sizes = 0.02, (6 + 1 + 2) ** 0.5
+    model, regulariser, before, loss = fit("group_lasso", 3000, strength=strength)
+    norms = regulariser.norms()[0]
+    gradient = torch.autograd.grad(loss(), list(model.parameters()))
+    slopes = torch.cat([gradient[0], gradient[1][:, None], gradient[2].T], 1)
+    weights = torch.cat([model[0].weight, model[0].bias[:, None], model[2].weight.T], 1).detach()
+    left = norms > 0.01
+    balance = (slopes + strength * sizes * weights / norms[:, None].clamp(min=1e-12)).norm(dim=1)
+    assert 2 <= int(left.sum()) <= 12 and (norms[~left] < 0.05 * strength * sizes).all() and (before > 0.3).all()
+    assert (balance[left] < 0.03 * strength * sizes).all()
+    plain = fit("group_lasso", 3000, strength=0.0)[1].norms()[0]
+    assert (plain > 0.1).all()  # the control: without the penalty nothing vanishes
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.02])
+def test_slimming_ends_where_the_lasso_does(strength):
+    """Only scales are trained, so the problem is convex: where a scale is left the loss pulls with exactly ``strength``, elsewhere with less."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
-    x = torch.randn(32, 2, 4, 4)
-    y = (x[:, 0].mean((1, 2)) > 0).long()
-    for strength in (0.0, 0.05):
-        twin = nn.Sequential(*[type(m)(*a) for m, a in zip(model, [(2, 16, 1), (16,), (), (1,), (), (16, 2)], strict=True)])
-        twin.load_state_dict(model.state_dict())
-        regulariser = graphprune.SparseTraining(twin, x[:1], kind="slimming", strength=strength)
-        optimizer = torch.optim.SGD(twin.parameters(), 0.1)
-        for _ in range(250):
-            optimizer.zero_grad()
-            F.cross_entropy(twin(x), y).backward()
-            regulariser.step()
-            optimizer.step()
-        small = int((twin[1].weight.detach().abs() < 0.1).sum())
-        assert small >= 5 if strength else small == 0, (strength, twin[1].weight)
+    model = nn.Sequential(nn.Conv2d(2, 16, 1), nn.BatchNorm2d(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)).double()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is model[1].weight)
+    x = torch.randn(32, 2, 4, 4, dtype=torch.float64)
+    y = (x[:, 0].mean((1, 2)) + 0.3 * torch.randn(32, dtype=torch.float64) > 0).long()
+    regulariser = graphprune.SparseTraining(model, x[:1], kind="slimming", strength=strength)
+    optimizer = torch.optim.SGD([model[1].weight], 0.5, momentum=0.9)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2000)
+    for _ in range(2000):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        regulariser.step()
+        optimizer.step()
+        falling.step()
+    (slope,) = torch.autograd.grad(F.cross_entropy(model(x), y), [model[1].weight])
+    scale = model[1].weight.detach()
+    left = scale.abs() > 1e-3
+    assert (slope[left] + strength * scale[left].sign()).abs().max() < 1e-3
+    assert (slope.abs() < strength + 1e-3).all()
+    assert int(left.sum()) <= 4 if strength else left.all()
 
 
 def test_nothing_but_the_gradient_is_touched():
