@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--targets", nargs="*", type=float, default=list(TARGETS))
     parser.add_argument("--peer-targets", nargs="*", type=float, default=[2.0])
-    parser.add_argument("--side", type=int, default=160, help="pixels of the input (smaller: quicker cells)")
+    parser.add_argument("--side", type=int, default=224, help="pixels of the input (smaller: quicker cells)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of interleaved timing in a fresh process")
     parser.add_argument("--round-to", type=int, default=16, help="Torch-Pruning's own alignment")
     parser.add_argument("--data", help="folder of the trained models (accuracy)")

@@ -23,7 +23,7 @@ from torch import nn
 from .align import alignments
 from .apply import apply
 from .cost import Costs, operation, priced
-from .errors import BadMeasure, BadTarget
+from .errors import BadMeasure, BadTarget, GraphpruneError
 from .groups import Groups
 from .labels import Array
 from .measure import clock_for, interleave, middle_of, using_threads
@@ -125,7 +125,12 @@ def _clear(found: Timing, target: float | None) -> bool:
 
 def _seconds(measure: Callable[[nn.Module], Any], model: nn.Module) -> float:
     """What the user's own measure says, checked."""
-    given = measure(model)
+    try:
+        given = measure(model)
+    except GraphpruneError:
+        raise
+    except Exception as error:
+        raise BadMeasure(f"measure failed: {type(error).__name__}: {error}; it has to return the seconds of one call of the model it is given") from error
     try:
         found = float(given)
     except (TypeError, ValueError):
@@ -150,12 +155,10 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
     learnt = table.known.setdefault("corrections", {}).get(label, [])
     points: list[tuple[float, float]] = [(0.0, 0.0)]
     target = aims.share(watch.alone() if isinstance(aims.latency, str) else 0.0)
-    best: tuple | None = None
+    wanted, best = math.log(min(target, 1.0)), None
     tried: list[float] = []
     for _ in range(ATTEMPTS):
-        # Earlier searches give the first guess; from then on only what was measured now counts.
-        known = points if len(points) > 1 else points + [(a, b) for a, b in learnt]
-        x = _next(known, math.log(min(target, 1.0)))
+        x = _next(points, wanted) if len(points) > 1 else _first(learnt, wanted)
         groups, kept, plan = propose({"time": (full * math.exp(x), make)})
         predicted = _predicted(groups, kept, make) / full
         if any(abs(predicted / other - 1) < 1e-9 for other in tried):
@@ -185,6 +188,15 @@ def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array) -> BadTarg
         f"({1 / timing.share:.2f}x faster; band {1 / timing.band[1]:.2f} to {1 / timing.band[0]:.2f}); that is the most that can be reached. "
         f"Fewer keep rules, a smaller min_units or multiple_of may help. What stays, largest first:\n{blocks}"
     )
+
+
+def _first(learnt: list[list[float]], wanted: float) -> float:
+    """The first guess, from earlier searches: what met the target then, or what lies around it; later guesses are made
+    from what was measured now."""
+    near = min(learnt, key=lambda point: abs(point[1] - wanted), default=None)
+    if near and abs(near[1] - wanted) <= TOLERANCE:
+        return near[0] + 1e-9
+    return _next([(0.0, 0.0), *((a, b) for a, b in learnt)], wanted)
 
 
 def _next(points: list[tuple[float, float]], wanted: float) -> float:

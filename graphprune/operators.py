@@ -25,6 +25,7 @@ from .trace import Node
 FUSED = frozenset("native_batch_norm relu relu_ hardtanh hardtanh_ add add_ mul mul_ silu silu_ sigmoid clamp clamp_ clone hardswish hardswish_".split())
 EAGER = ("eager", "compile")
 RUNS = 8
+AROUND = frozenset("Parameter Result Constant Const Reorder Input Output".split())
 
 
 class Item(NamedTuple):
@@ -63,7 +64,7 @@ def item(node: Node, args: tuple) -> Item | None:
 def together(items: Sequence[Item], runtime: str, threads: int) -> list[float]:
     """Seconds of each, by the runtime's own profiler: the smallest of several runs (what disturbs only adds)."""
     file, feed = _file(items)
-    runs = _onnxruntime(file, feed, threads) if runtime == "onnxruntime" else _openvino(file, feed, threads)
+    runs = _onnxruntime(file, feed, threads) if runtime == "onnxruntime" else _openvino(file, feed, threads, len(items))
     return [min(runs.get(index, [0.0])) for index in range(len(items))]
 
 
@@ -87,16 +88,21 @@ def _onnxruntime(file: bytes, feed: dict[str, Any], threads: int) -> dict[int, l
     return found
 
 
-def _openvino(file: bytes, feed: dict[str, Any], threads: int) -> dict[int, list[float]]:
+def _openvino(file: bytes, feed: dict[str, Any], threads: int, count: int) -> dict[int, list[float]]:
     import openvino
 
     request = openvino_request(openvino.Core().read_model(file, b""), threads, PERF_COUNT=True)
     means: dict[int, list[float]] = {}
     for _ in range(RUNS):
         request.infer(feed)
-        for entry in request.get_profiling_info():
-            if re.fullmatch(r"y\d+", entry.node_name):
-                means.setdefault(int(entry.node_name[1:]), []).append(entry.real_time.total_seconds())
+        nodes = [entry for entry in request.get_profiling_info() if entry.node_type not in AROUND]
+        # Nodes keep the name of their output, except where OpenVINO makes new ones of its own: those follow in order.
+        names = [re.match(r"y(\d+)(/|$)", entry.node_name) for entry in nodes]
+        left = iter(sorted(set(range(count)) - {int(name[1]) for name in names if name}))
+        for entry, name in zip(nodes, names, strict=True):
+            index = int(name[1]) if name else next(left, None)
+            if index is not None:
+                means.setdefault(index, []).append(entry.real_time.total_seconds())
     # What is reported is the mean over all runs so far.
     single = {index: [now * (i + 1) - (mean[i - 1] * i if i else 0) for i, now in enumerate(mean)] for index, mean in means.items()}
     return {index: [max(each, 5e-7) for each in values] for index, values in single.items()}

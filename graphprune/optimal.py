@@ -32,7 +32,7 @@ def widths(groups: Groups, scores: Scores, limits: Mapping[str, float], known: C
     """(groups,) numbers of units; at the narrowest allowed widths the limits must hold."""
     losses = losses_of(groups, scores, allowed)
     found = _complete(losses, limits, known, allowed) if allowed.size <= COMPLETE else _descend(losses, limits, known, allowed)
-    return allowed.widths(found[None])[0].astype(np.int64)
+    return allowed.widths((_widened(found, known, allowed) if "time" in limits else found)[None])[0].astype(np.int64)
 
 
 def losses_of(groups: Groups, scores: Scores, allowed: Space) -> list[Array]:
@@ -73,6 +73,17 @@ def _shares(limits: Mapping[str, float], known: Costs, allowed: Space, at: Array
 
 def _fits(shares: Array) -> Array:
     return (shares <= 1 + 1e-12).all(axis=-1)
+
+
+def _widened(at: Array, known: Costs, allowed: Space) -> Array:
+    """The widest widths that take just as long: time is a staircase, and what stands on one step is free."""
+    while True:
+        trial = np.maximum(at[None] - np.eye(len(at), dtype=np.int64), 0)
+        taken = known.at(allowed.widths(np.concatenate([at[None], trial])), ["time"])["time"]
+        free = np.flatnonzero((taken[1:] <= taken[0] * (1 + 1e-12)) & (at > 0))
+        if not free.size:
+            return at
+        at = trial[free[0]]
 
 
 def _complete(losses: list[Array], limits: Mapping[str, float], known: Costs, allowed: Space) -> Array:

@@ -67,17 +67,20 @@ class Table:
     def __post_init__(self) -> None:
         facts = [device_name(self.device), self.runtime, self.threads, torch.__version__]
         self.path = folder() / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
+        self.known = self._read() or {"facts": facts}
+
+    def _read(self) -> dict[str, Any]:
         try:
-            self.known = json.loads(self.path.read_text())
+            return json.loads(self.path.read_text())
         except (OSError, ValueError):
-            self.known = {"facts": facts}
+            return {}
 
     def save(self) -> None:
         """Write what is known; a folder that cannot be written costs only the next search its speed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.known))
+            temporary.write_text(json.dumps({**self._read(), **self.known}))  # what others timed meanwhile stays
             temporary.replace(self.path)
         except OSError:
             pass
