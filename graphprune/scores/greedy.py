@@ -14,7 +14,7 @@ BLOCK = 64
 
 
 class Shrinking:
-    """A symmetric matrix under updates ``M −= a bᵀ + b aᵀ``; they are collected and carried out many at a time."""
+    """A symmetric matrix under updates ``M −= a bᵀ`` that keep it symmetric; they are collected and carried out many at a time."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix.clone()
@@ -23,25 +23,23 @@ class Shrinking:
 
     def _start(self) -> None:
         self.pending, size = 0, len(self.matrix)
-        self.left, self.right = self.matrix.new_empty(size, BLOCK), self.matrix.new_empty(size, BLOCK)
+        self.left, self.right = self.matrix.new_empty(BLOCK, size), self.matrix.new_empty(BLOCK, size)
 
     def column(self, at: int) -> Tensor:
-        left, right = self.left[:, : self.pending], self.right[:, : self.pending]
-        return self.matrix[:, at] - left @ right[at] - right @ left[at]
+        return self.matrix[at] - self.right[: self.pending, at] @ self.left[: self.pending]
 
     def subtract(self, left: Tensor, right: Tensor) -> None:
-        self.left[:, self.pending], self.right[:, self.pending] = left, right
-        self.diagonal -= 2 * left * right
-        self.pending += 1
         if self.pending == BLOCK:
             self.settle()
+        self.left[self.pending], self.right[self.pending] = left, right
+        self.diagonal -= left * right
+        self.pending += 1
 
     def settle(self, keep: Tensor | None = None) -> None:
         """Carry out what is pending, and go on with some of the rows and columns only."""
-        product = self.left[:, : self.pending] @ self.right[:, : self.pending].T
-        self.matrix -= product + product.T
+        self.matrix.addmm_(self.left[: self.pending].T, self.right[: self.pending], alpha=-1)
         if keep is not None:
-            self.matrix, self.diagonal = self.matrix[keep][:, keep].contiguous(), self.diagonal[keep]
+            self.matrix, self.diagonal = self.matrix[keep][:, keep], self.diagonal[keep]
         self._start()
 
 
@@ -53,25 +51,26 @@ def surgeon(inverses: Sequence[Tensor], reads: Sequence[Tensor]) -> Tensor:
     pairs = [(Shrinking(inverse), Shrinking(read)) for inverse, read in zip(inverses, reads, strict=True)]
     units = torch.arange(len(inverses[0]))
     alive = torch.ones(len(units), dtype=torch.bool)
-    order, losses = [], []
-    for step in range(1, len(units) + 1):
+    order, losses, left = [], [], len(units)
+    while left:
         loss = sum(read.diagonal / inverse.diagonal for inverse, read in pairs)
         loss[~alive] = torch.inf
         at = int(loss.argmin())
         order.append(int(units[at]))
         losses.append(float(loss[at]))
         alive[at] = False
-        if not bool(alive.any()):
-            break
-        for inverse, read in pairs:
+        left -= 1
+        for inverse, read in pairs if left else ():
             column, other = inverse.column(at), read.column(at)
             ratio = column / column[at]
-            inverse.subtract(column / 2, ratio)
-            read.subtract(ratio, other - ratio * (other[at] / 2))
-        if step % BLOCK == 0:
+            inverse.subtract(column, ratio)
+            rest = other - ratio * (other[at] / 2)
+            read.subtract(ratio, rest)
+            read.subtract(rest, ratio)
+        if left < 0.8 * len(units) and len(units) > BLOCK:
             for matrix in (matrix for pair in pairs for matrix in pair):
                 matrix.settle(alive)
-            units, alive = units[alive], torch.ones(int(alive.sum()), dtype=torch.bool)
+            units, alive = units[alive], torch.ones(left, dtype=torch.bool)
     return in_order(order, losses)
 
 
@@ -136,7 +135,7 @@ def pivots(gram: Tensor) -> Tensor:
         alive[at] = False
         column = matrix.column(at)
         if values[-1] > 1e-14 * values[0]:
-            matrix.subtract(column / 2, column / column[at])
+            matrix.subtract(column, column / column[at])
     return in_order(order[::-1], values[::-1])
 
 

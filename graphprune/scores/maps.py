@@ -28,15 +28,20 @@ def hrank(task: Task, work: float = 2**23, otherwise: str | None = None) -> Scor
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups]
     counts = [0] * len(sums)
 
+    def maps(place: Place, parts: Tensor) -> Tensor:
+        """(samples, units, rows, columns)"""
+        found = units_first(place, parts, len(sums[place.group]))
+        if found.shape[2] > 1 or place.dim != 1 or len(place.value.shape) != 4:
+            return found
+        high, wide = place.value.shape[2:]
+        high = round(math.sqrt(found.shape[3] * high / wide))  # the batch may have another resolution than the example
+        return found.squeeze(2).unflatten(2, (high, -1)) if found.shape[3] % high == 0 else found
+
     def see(place: Place, parts: Tensor) -> None:
-        maps = units_first(place, parts, len(sums[place.group]))  # (samples, units, positions, space)
-        if maps.shape[2] == 1 and place.dim == 1 and len(place.value.shape) == 4:
-            high, wide = place.value.shape[2:]
-            high = round(math.sqrt(maps.shape[3] * high / wide))  # the batch may have another resolution than the example
-            maps = maps.squeeze(2).unflatten(2, (high, -1)) if maps.shape[3] % high == 0 else maps
-        maps = spaced(maps, maps[0].numel() * min(maps.shape[2:]), work)
-        sums[place.group] += torch.linalg.matrix_rank(maps).double().sum(0).cpu()
-        counts[place.group] += len(maps)
+        one = maps(place, parts[:1])
+        taken = maps(place, spaced(parts, one.numel() * min(one.shape[2:]), work))
+        sums[place.group] += torch.linalg.matrix_rank(taken).double().sum(0).cpu()
+        counts[place.group] += len(taken)
 
     observe_samples(task, every, see)
     return _filled(task, every, [total / max(count, 1) for total, count in zip(sums, counts, strict=True)], otherwise, "hrank")
@@ -64,11 +69,11 @@ def chip(task: Task, work: float = 2**26, otherwise: str | None = None) -> Score
     counts = [0] * len(sums)
 
     def see(place: Place, parts: Tensor) -> None:
-        matrices = units_first(place, parts, len(sums[place.group])).flatten(2)
-        matrices = spaced(matrices, matrices[0].numel() * min(matrices.shape[1:]), work)
-        for rows in matrices:
+        each = parts[0].numel() * min(len(sums[place.group]), parts[0].numel() // len(sums[place.group]))
+        taken = units_first(place, spaced(parts, each, work), len(sums[place.group])).flatten(2)
+        for rows in taken:
             sums[place.group] += without_each_row(rows).cpu()
-        counts[place.group] += len(matrices)
+        counts[place.group] += len(taken)
 
     observe_samples(task, every, see)
     return _filled(task, every, [total / max(count, 1) for total, count in zip(sums, counts, strict=True)], otherwise, "chip")
