@@ -146,7 +146,8 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
         lines.append(f"group {group.index} ({group.name}): {len(stay)} of {group.size} units stay")
         for name, axis in group.places:
             size = leaves[name].shape[axis]
-            lines.append(f"  {name} axis {axis}: {size} -> {len(cuts.get(name, {}).get(axis, range(size)))}")
+            left = cuts[name].get(axis) if name in cuts else None
+            lines.append(f"  {name} axis {axis}: {size} -> {size if left is None else len(left)}")
     for (name, axis), reason in groups.locked.items():
         lines.append(f"whole: {name} axis {axis} ({math.prod(leaves[name].shape)} entries): {reason}")
     numbers, stays = {}, Survivors(groups, kept)

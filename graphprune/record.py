@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from os.path import basename
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def place() -> tuple[str, int] | None:
 
 
 def line(where: tuple[str, int] | None) -> str:
-    return f"{Path(where[0]).name}:{where[1]}" if where else ""
+    return f"{basename(where[0])}:{where[1]}" if where else ""
 
 
 @dataclass(eq=False)

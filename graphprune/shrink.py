@@ -23,10 +23,12 @@ from .scores.attempts import attempts
 from .select import check_ratio
 from .targets import Aims
 from .trace import trace
+from .trees import uncollected
 from .undo import undone
 from .verify import check, check_model
 
 
+@uncollected()
 def shrink(
     model: nn.Module,
     example_input: Any,
