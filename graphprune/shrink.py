@@ -80,9 +80,9 @@ def shrink(
     4
     """
     aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
-    scope = scope or ("optimal" if aims.timed else "layer")
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     spec = parse(granularity)
+    scope = scope or ("optimal" if aims.timed and spec.coarse else "layer")
     check_model(model)
     held = named(model, keep)
     graph = trace(model, example_input, example_kwargs)
