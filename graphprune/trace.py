@@ -30,6 +30,10 @@ from .unused import forget, hold, train_run, unread
 
 __all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
 
+NOT_RUN = (
+    "the model does not run on the example input: {}: {}\nCall model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
+)
+
 # Calls that turn a size into a factor of the function: it may not change.
 FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
 # What asks a tensor for a property: these calls are no steps of the model.
@@ -252,10 +256,7 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
         try:
             return _run(model, example, real=True)
         except Exception as error:
-            raise BadInput(
-                f"the model does not run on the example input: {type(error).__name__}: {error}\n"
-                "Call model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
-            ) from (error if str(error) else first)
+            raise BadInput(NOT_RUN.format(type(error).__name__, error)) from (error if str(error) else first)
 
 
 def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:

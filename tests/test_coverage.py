@@ -4,8 +4,10 @@ import copy
 import sys
 
 import pytest
+import test_hazards as hazards
 import torch
 import torch.nn.functional as F
+from test_hazards import PARTLY
 from torch import nn
 
 import graphprune
@@ -309,3 +311,12 @@ def test_a_failure_in_place_leaves_the_model_as_it_was(monkeypatch):
         assert parameter is objects[name] and torch.equal(parameter, before.state_dict()[name]) and torch.equal(parameter.grad, grads[name])
     assert vars(net.config) == vars(before.config) and [m.extra_repr() for m in net.modules()] == [m.extra_repr() for m in before.modules()]
     assert torch.equal(net(X), before(X))
+
+
+@pytest.mark.parametrize("name", sorted(PARTLY | {"Base"}))
+def test_a_larger_ratio_never_leaves_more_even_where_sizes_cannot_follow(name):
+    net, sizes = hazards.drawn(getattr(hazards, name)), []
+    for ratio in (0.1, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9):
+        small = graphprune.shrink(net, hazards.X, ratio, rewrite=False, verify=False)
+        sizes.append(sum(p.numel() for p in small.parameters()))
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
