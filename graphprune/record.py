@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .assemble import ASSEMBLE, free
 from .errors import GraphpruneError
-from .labels import Fields, Labels, Reason
+from .labels import Array, Fields, Labels, Reason, varying
 from .moves import MOVES
 from .notation import Value, meet
 from .rules import RULES, pointwise
@@ -109,6 +109,7 @@ class Recorder(TorchDispatchMode):
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.constants: dict[str, Tensor] = {}
+        self.copied: set[int] = set()  # by id: fields that number the copies of an expanded axis
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
         self.step = -1
 
@@ -232,10 +233,14 @@ class Recorder(TorchDispatchMode):
                 return [()] * len(shapes), False
         reason = self.reason(name, module, where)
         if name in ASSEMBLE:
-            return ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs), False
+            outs = ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs)
+            if name == "expand":
+                self.copied.update(id(field) for field in outs[0][len(args[0].fields) :])
+            return outs, False
         if name in MOVES:
             source, rest = args[0], args[1:]
             moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
+            moved = self.copies(source.fields, moved, reason)
             outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
             self.box(outs)
             if name in PARTS:
@@ -267,6 +272,21 @@ class Recorder(TorchDispatchMode):
                 self.labels.lock(held, unknown)
         return [()] * count, False
 
+    def copies(self, before: Fields, moved: list[list], reason: int) -> list[list]:
+        """A count of copies that comes to lie on one axis with what is copied (grouped-query heads): the count stays, so that the rest may go."""
+        if not any(id(field) in self.copied for field in before):
+            return moved
+        kept = []
+        for field, column in zip(before, moved, strict=True):
+            if id(field) in self.copied:
+                self.copied.update(id(array) for array in column)
+                others = [(f, c) for f, c in zip(before, moved, strict=True) if f is not field]
+                if any(_cross(f, field) and not _cross(c[0], column[0]) for f, c in others):
+                    self.labels.lock(field, reason)
+                    continue
+            kept.append(column)
+        return kept
+
     def singled(self, source: Value, outs: list[Fields], shapes: list, reason: int) -> None:
         """A part of length 1 names one position of an axis: that position stays."""
         if any(len(shape) != len(source.shape) for shape in shapes):
@@ -282,6 +302,11 @@ class Recorder(TorchDispatchMode):
             for array in held:
                 if max(array.shape) != array.size:  # more than one axis varies
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
+
+
+def _cross(one: Array, two: Array) -> bool:
+    """Do two fields vary along different axes?"""
+    return not set(varying(one)) & set(varying(two))
 
 
 def _fits(shapes: list, outs: list[Fields]) -> bool:

@@ -460,3 +460,36 @@ def test_semi_structured_computes_what_the_masks_do():
     fast = graphprune.semi_structured(small)
     assert isinstance(fast[0].weight.data, torch.sparse.SparseSemiStructuredTensor)
     assert (fast(x) - small(x)).abs().max() < 2e-2 < small(x).abs().max()
+
+
+class Shared(nn.Module):
+    """Query heads that share keys and values, which are copied by expand and reshape, as language models write it."""
+
+    def __init__(self, heads=6, shared=3, dim=4):
+        super().__init__()
+        self.heads, self.shared, self.dim = heads, shared, dim
+        self.q, self.kv, self.o = nn.Linear(8, heads * dim), nn.Linear(8, 2 * shared * dim), nn.Linear(heads * dim, 8)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, -1, self.dim).transpose(1, 2)
+        k, v = (self.copies(part) for part in self.kv(x).chunk(2, -1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(out.transpose(1, 2).reshape(b, n, -1))
+
+    def copies(self, x):
+        b, n, _ = x.shape
+        x = x.view(b, n, -1, self.dim).transpose(1, 2)
+        return x[:, :, None].expand(b, x.shape[1], self.heads // self.shared, n, self.dim).reshape(b, -1, n, self.dim)
+
+
+def test_heads_that_share_keys_go_together():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), Shared(), nn.Linear(8, 8)).double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(model, x, 1 / 3, granularity="head", return_plan=True)
+    assert (small[1].q.out_features, small[1].kv.out_features, small[1].o.in_features, small[0].out_features) == (16, 16, 16, 8)
+    kept = plan.cuts["1.q.weight"][0]
+    assert [i // 8 for i in kept[::8]] == [i // 4 for i in plan.cuts["1.kv.weight"][0][:8:4]]  # the two query heads of each key that stays
+    (zero,) = graphprune.zeroed(model, plan)(x)
+    assert (small(x) - zero).abs().max() < 1e-12 < (small(x) - model(x)).abs().max()
+    assert small(torch.randn(1, 7, 8, dtype=torch.float64)).shape == (1, 7, 8)

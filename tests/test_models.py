@@ -59,7 +59,7 @@ def test_imports_go_one_way():
     order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names parts plan rewrite"
     order += " masks kernels passthrough apply compose repair zeroed latency verify weights heads request entries ranking evidence"
     order += " positions blocks depth granularity decide"
-    order = (order + " shrink sparse store optimizer schedule history checkpoint iterate distill").split()
+    order = (order + " shrink sparse store optimizer schedule history checkpoint iterate distill __main__").split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
         if path == root / "__init__.py":
