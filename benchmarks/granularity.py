@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from realdata import accuracy, cifar_resnet, load_cifar, normalise
 from torch import nn
 
-import graphprune
-from graphprune.parts import Part, pack
-from graphprune.positions import times
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+from zoo_support import declare_operators  # noqa: E402
+
+import graphprune  # noqa: E402
+from graphprune.parts import Part, pack  # noqa: E402
+from graphprune.positions import times  # noqa: E402
 
 SHARE = 0.7
 CONVOLUTIONS = ["channel", "block", "layer", "group:box", "group", "kernel", "vector", "weight", "2:4"]
@@ -105,6 +111,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *rows(model, batch, CONVOLUTIONS, calibration, judge, options.seconds, options.threads),
     ]
+    declare_operators()
     import timm
 
     vit = timm.create_model("deit_tiny_patch16_224", num_classes=1000).eval()

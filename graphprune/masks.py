@@ -155,23 +155,36 @@ def semi_structured(model: nn.Module, inplace: bool = False) -> nn.Module:
     weight is baked. Raises :class:`~graphprune.errors.BadModel` elsewhere, or when no linear weight has a 2:4 mask.
     """
     names = masked(model)
-    device = next((m.device for m in names.values()), torch.device("cpu"))
+    fits = [name for name, keep in names.items() if _two_of_four(model, name, keep)]
+    if not fits:
+        raise BadModel("no linear weight has a 2:4 mask; prune with granularity='2:4' first")
+    check_device(names[fits[0]].device)
+    wide = [name for name in fits if model.get_parameter(_original(name)).dtype not in (torch.float16, torch.bfloat16, torch.int8)]
+    if wide:
+        raise BadModel(f"semi-structured tensors are float16, bfloat16 or int8; {wide[0]} is not: call model.half() first")
+    packed = {name: _compressed(model, name) for name in fits}
+    small = bake(model, inplace)
+    for name, weight in packed.items():
+        path, _, own = name.rpartition(".")
+        setattr(small.get_submodule(path), own, nn.Parameter(weight, requires_grad=False))
+    return small
+
+
+def check_device(device: torch.device) -> None:
+    """Raises :class:`~graphprune.errors.BadModel` where torch has no kernels for semi-structured tensors."""
     if device.type != "cuda":
         raise BadModel(f"semi-structured tensors need a CUDA device, the masked weights lie on {device}; move the model, or keep the masks")
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise BadModel("semi-structured tensors need compute capability 8.0 or more; keep the masks")
-    fits = [name for name, keep in names.items() if _two_of_four(model, name, keep)]
-    if not fits:
-        raise BadModel("no linear weight has a 2:4 mask; prune with granularity='2:4' first")
-    wide = [name for name in fits if model.get_parameter(_original(name)).dtype not in (torch.float16, torch.bfloat16, torch.int8)]
-    if wide:
-        raise BadModel(f"semi-structured tensors are float16, bfloat16 or int8; {wide[0]} is not: call model.half() first")
-    small = bake(model, inplace)
-    for name in fits:
-        path, _, own = name.rpartition(".")
-        module = small.get_submodule(path)
-        setattr(module, own, nn.Parameter(torch.sparse.to_sparse_semi_structured(getattr(module, own).detach()), requires_grad=False))
-    return small
+
+
+def _compressed(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, own = name.rpartition(".")
+    weight = getattr(model.get_submodule(path), own).detach()
+    try:
+        return torch.sparse.to_sparse_semi_structured(weight)
+    except (RuntimeError, ValueError) as error:
+        raise BadModel(f"torch cannot compress {name} of shape {tuple(weight.shape)}: {error}; keep its mask, or keep it out (keep=)") from error
 
 
 def _original(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import graphprune
-from graphprune import positions
+from graphprune import masks, positions
 from graphprune.errors import BadLoss, BadModel, BadPlan, BadRatio, BadScore, NeedsBatches, NothingToPrune, UnknownName
 from graphprune.granularity import NAMES, parse
 from graphprune.masks import Mask
@@ -244,6 +244,35 @@ def test_semi_structured_needs_its_hardware():
     small = graphprune.shrink(nn.Sequential(nn.Linear(32, 32)), torch.randn(1, 32), granularity="2:4")
     with pytest.raises(BadModel, match="CUDA"):
         graphprune.semi_structured(small)
+    with pytest.raises(BadModel, match="no linear weight"):
+        graphprune.semi_structured(graphprune.shrink(nn.Sequential(nn.Linear(32, 32)), torch.randn(1, 32), 0.2, granularity="weight"))
+
+
+def test_semi_structured_hands_over_exactly_the_masked_weights(monkeypatch):
+    """Without the hardware: what torch would be given, and that a refusal of torch's leaves the model as it was."""
+    given = []
+
+    def compress(weight):
+        assert ((weight.reshape(len(weight), -1, 4) != 0).sum(-1) <= 2).all()
+        if weight.shape[1] < 16:
+            raise RuntimeError("too small")
+        given.append(weight.clone())
+        return weight
+
+    monkeypatch.setattr(masks, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", compress)
+    x = torch.randn(1, 32)
+    small = graphprune.shrink(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 6)), x, granularity="2:4")
+    with pytest.raises(BadModel, match=r"half\(\)"):
+        graphprune.semi_structured(small)
+    small = small.half()
+    fast = graphprune.semi_structured(small)
+    assert len(given) == 2 and torch.equal(given[0], small[0].weight) and torch.equal(fast(x.half()), small(x.half()))
+    assert graphprune.masked(small) and not graphprune.masked(fast)
+    odd = graphprune.shrink(nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 6)), x, granularity="2:4").half()
+    with pytest.raises(BadModel, match=r"cannot compress 1.weight of shape \(6, 8\)"):
+        graphprune.semi_structured(odd, inplace=True)
+    assert len(graphprune.masked(odd)) == 2
 
 
 def test_scores_of_entries_against_slow_references():
@@ -422,3 +451,45 @@ def test_damaged_plans_change_nothing(tmp_path):
     with pytest.raises(BadPlan):
         graphprune.load(tmp_path, model)
     assert not graphprune.masked(model) and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs a CUDA device with 2:4 kernels")
+def test_semi_structured_computes_what_the_masks_do():
+    x = torch.randn(64, 128).cuda().half()
+    small = graphprune.shrink(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)), x.float().cpu(), granularity="2:4").cuda().half()
+    fast = graphprune.semi_structured(small)
+    assert isinstance(fast[0].weight.data, torch.sparse.SparseSemiStructuredTensor)
+    assert (fast(x) - small(x)).abs().max() < 2e-2 < small(x).abs().max()
+
+
+class Shared(nn.Module):
+    """Query heads that share keys and values, which are copied by expand and reshape, as language models write it."""
+
+    def __init__(self, heads=6, shared=3, dim=4):
+        super().__init__()
+        self.heads, self.shared, self.dim = heads, shared, dim
+        self.q, self.kv, self.o = nn.Linear(8, heads * dim), nn.Linear(8, 2 * shared * dim), nn.Linear(heads * dim, 8)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, -1, self.dim).transpose(1, 2)
+        k, v = (self.copies(part) for part in self.kv(x).chunk(2, -1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(out.transpose(1, 2).reshape(b, n, -1))
+
+    def copies(self, x):
+        b, n, _ = x.shape
+        x = x.view(b, n, -1, self.dim).transpose(1, 2)
+        return x[:, :, None].expand(b, x.shape[1], self.heads // self.shared, n, self.dim).reshape(b, -1, n, self.dim)
+
+
+def test_heads_that_share_keys_go_together():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), Shared(), nn.Linear(8, 8)).double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(model, x, 1 / 3, granularity="head", return_plan=True)
+    assert (small[1].q.out_features, small[1].kv.out_features, small[1].o.in_features, small[0].out_features) == (16, 16, 16, 8)
+    kept = plan.cuts["1.q.weight"][0]
+    assert [i // 8 for i in kept[::8]] == [i // 4 for i in plan.cuts["1.kv.weight"][0][:8:4]]  # the two query heads of each key that stays
+    (zero,) = graphprune.zeroed(model, plan)(x)
+    assert (small(x) - zero).abs().max() < 1e-12 < (small(x) - model(x)).abs().max()
+    assert small(torch.randn(1, 7, 8, dtype=torch.float64)).shape == (1, 7, 8)
