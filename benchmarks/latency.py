@@ -272,7 +272,11 @@ def met(model: nn.Module, x: torch.Tensor, target: float, make: Callable[[float]
     low, high, best = 0.0, 0.95, None
     for _ in range(7):
         middle = (low + high) / 2
-        small = make(middle)
+        try:
+            small = make(middle)
+        except graphprune.errors.BadTarget:  # below what can be reached
+            high = middle
+            continue
         found = graphprune.measure(small, x, model, threads=1, seconds=1.5).speedup
         if best is None or abs(found / target - 1) < best[0]:
             best = abs(found / target - 1), small
@@ -339,7 +343,7 @@ def main() -> None:
     parser.add_argument("--round-to", type=int, default=16, help="Torch-Pruning's own alignment")
     parser.add_argument("--data", help="folder of the trained models (accuracy)")
     parser.add_argument("--accuracy-models", nargs="*", default=["resnet20", "resnet56"])
-    parser.add_argument("--accuracy-targets", nargs="*", type=float, default=[1.5, 2.0])
+    parser.add_argument("--accuracy-targets", nargs="*", type=float, default=[1.5, 1.25])
     parser.add_argument("--criterion", default="effect")
     parser.add_argument("--multiple-of", type=int, default=1)
     parser.add_argument("--every", type=int, default=2, help="take every n-th test image")
