@@ -26,6 +26,7 @@ from ..trace import Graph
 from ..trees import leaf_tensors, tensors
 from .moments import Moments, moments
 from .paced import Again, Paced, side_by_side
+from .pairs import mixes
 from .rows import chosen, outputs, read, written
 from .sites import Site, sites
 from .solve import least_squares, means, residual, variances
@@ -67,6 +68,8 @@ def repair_weights(
         raise BadCalibration("repair needs at least one calibration batch")
     places, left = sites(graph)
     work = _Work(original, small, graph, plan, setting, [s for s in places if s.weight in dict(small.named_parameters(remove_duplicate=False))])
+    if "least-squares" in setting.steps:
+        work.mixes = mixes(original, graph, plan, work.sites, batches)
     done: list[Repaired] = []
     counts = [_samples(batch) for batch in (*batches, *spare)]
     share = setting.rows / max(1, sum(counts[: len(batches)]))
@@ -92,6 +95,7 @@ class _Work:
 
     def __init__(self, original: nn.Module, small: nn.Module, graph: Graph, plan: Plan, setting: Setting, places: list[Site]) -> None:
         self.plan, self.setting, self.sites = plan, setting, places
+        self.mixes: dict[str, Tensor] = {}
         self.wide = {name: t.detach() for name, _, _, t in leaf_tensors(original)}
         self.tight = {name: t.detach() for name, _, _, t in leaf_tensors(small)}
 
@@ -137,7 +141,11 @@ class _Work:
         keep = self.kept(site)
         y = wide.until(site.y)[site.step, "y"]
         x = tight.until(site.x)[site.step, "x"]
-        y = y if keep is None else y[:, keep.to(y.device)]
+        mix = self.mixes.get(site.weight)
+        if mix is not None:
+            y = y @ mix.to(y)
+        else:
+            y = y if keep is None else y[:, keep.to(y.device)]
         if site.other is not None and self.setting.target == "block":
             theirs, mine = wide.until(site.other)[site.step, "other"], tight.until(site.other)[site.step, "other"]
             theirs = theirs if keep is None else theirs[:, keep.to(y.device)]

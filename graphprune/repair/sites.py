@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..notation import Value
 from ..trace import Graph, Node
+from ..trees import tensors
 
 # Calls of the Python code and the places of input, weight and bias among their tensors; whether the weight is (in, out).
 CALLS = {
@@ -74,6 +75,8 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
         if x is None or weight is None or x.leaf in graph.leaves or not step.results or step.results[0] is None:
             continue
         reason = reader.unfit(weight)
+        if reason and id(weight) not in reader.fixed:
+            continue  # a product of two activations has no weight
         if reason:
             left[weight.leaf or f"call {at} ({step.name})"] = reason
             continue
@@ -103,9 +106,12 @@ class _Reader:
             for value in step.results:
                 if value is not None:
                     self.first.setdefault(id(value), at + 1)  # a result is there for the next call
+        self.fixed = set(self.leaf)  # what does not depend on the inputs
         self.nodes: dict[int, list[Node]] = {}
         for node in graph.nodes:
             self.nodes.setdefault(node.step, []).append(node)
+            if all(id(value) in self.fixed for value in tensors((node.args, node.kwargs))):
+                self.fixed |= {id(value) for value in node.outs}
 
     def unfit(self, value: Value) -> str | None:
         if id(value) not in self.leaf:
