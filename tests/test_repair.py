@@ -14,7 +14,7 @@ from graphprune.repair.moments import moments
 from graphprune.repair.pairs import mixes, pairs
 from graphprune.repair.rows import read
 from graphprune.repair.sequential import Setting, repair_weights
-from graphprune.repair.sites import Site, norms, sites
+from graphprune.repair.sites import Site, norms, scales, sites
 from graphprune.repair.solve import least_squares, means, residual, variances
 from graphprune.repair.statistics import reestimate
 
@@ -379,3 +379,45 @@ def test_a_rewritten_module_is_repaired():
     better = graphprune.repair(small, net, plan, data)
     assert isinstance(better, torch.fx.GraphModule)
     assert distance(better, net, fresh) < 0.5 * distance(small, net, fresh)
+
+
+class Stream(nn.Module):
+    """A stream read by a norm whose reader is shared, so that no weight behind the norm can be fitted."""
+
+    def __init__(self, spelled):
+        super().__init__()
+        self.spelled = spelled
+        self.table, self.layer = nn.Linear(16, 6, bias=False), nn.Linear(6, 16)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x):
+        x = self.layer(x)
+        x = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.norm.weight if self.spelled else self.norm(x)
+        return self.table(x) + 0.1 * self.table(x.square())
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_scales_behind_a_cut_stream_are_the_least_squares_ones(spelled):
+    torch.manual_seed(0)
+    net, data = Stream(spelled).double().eval(), [torch.randn(32, 6, dtype=F64) for _ in range(4)]
+    nn.init.uniform_(net.norm.weight, 0.5, 2)
+    small, plan = graphprune.shrink(net, data[0][:1], 0.5, return_plan=True)
+    (scale,) = scales(graphprune.trace(net, data[0][:1]))
+    assert (scale.weight, scale.bias, scale.norm) == ("norm.weight", None if spelled else "norm.bias", "" if spelled else "layer_norm")
+    better = graphprune.repair(small, net, plan, data, spare=0.0)
+    kept = torch.tensor(plan.cuts["norm.weight"][0])
+    with torch.no_grad():
+        x, y = better.layer(torch.cat(data)), net.layer(torch.cat(data))
+        if spelled:
+            x, y = (t * (t.square().mean(-1, keepdim=True) + 1e-5).rsqrt() for t in (x, y))
+        else:
+            x, y = nn.functional.layer_norm(x, (8,)), nn.functional.layer_norm(y, (16,))
+        y = y[:, kept] * net.norm.weight[kept] + (0 if spelled else net.norm.bias[kept])
+    for c in range(8):
+        left = torch.stack([x[:, c]] if spelled else [x[:, c], torch.ones(len(x), dtype=F64)], 1)
+        slow = torch.linalg.lstsq(left, y[:, c]).solution
+        assert torch.allclose(better.norm.weight[c], slow[0], atol=1e-8)
+        assert spelled or torch.allclose(better.norm.bias[c], slow[1], atol=1e-8)
+    assert not torch.allclose(better.norm.weight, small.norm.weight, atol=1e-3)
+    (done,) = (r for r in better.graphprune_repairs if r.step == "scale")
+    assert done.kept and done.after < done.before

@@ -90,6 +90,41 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
     return found, left
 
 
+@dataclass(frozen=True)
+class Scale:
+    """A scale (and shift) for each channel of the last axis, ``y = weight · n(x) + bias``: behind a norm over those channels, or alone."""
+
+    step: int
+    weight: str
+    bias: str | None
+    x: Value
+    y: Value
+    norm: str  # "layer_norm", "rms_norm", or "" where x is scaled as it is
+    eps: float
+
+
+def scales(graph: Graph) -> list[Scale]:
+    """The scales in the order of the run: of layer norms, and of products with a parameter (root-mean-square norms spelled out)."""
+    reader = _Reader(graph)
+    found = []
+    for at, step in enumerate(graph.steps):
+        result = step.results[0] if step.results else None
+        if result is None or step.name not in ("layer_norm", "rms_norm", "mul", "__mul__", "__rmul__"):
+            continue
+        args = [value for value in step.args if value is not None]
+        leaves = [value for value in args if id(value) in reader.leaf and not reader.unfit(value) and len(value.shape) == 1]
+        inputs = [value for value in args if id(value) not in reader.fixed]
+        if len(inputs) != 1 or not leaves or len(leaves) + 1 != len(args) or len(leaves) > 1 + (step.name == "layer_norm"):
+            continue
+        if inputs[0].shape != result.shape or leaves[0].shape[0] != result.shape[-1]:
+            continue
+        norm = step.name if "norm" in step.name else ""
+        floats = [arg for node in reader.nodes.get(at, []) for arg in node.args if isinstance(arg, float) and 0 < arg < 0.1]
+        bias = leaves[1].leaf if len(leaves) > 1 else None
+        found.append(Scale(at, leaves[0].leaf, bias, inputs[0], result, norm, floats[-1] if norm and floats else 0.0))
+    return found
+
+
 class _Reader:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
