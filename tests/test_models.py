@@ -79,7 +79,7 @@ def test_imports_inside_a_package_go_one_way():
     orders = {
         "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy reconstruct start expansion
         __init__ attempts""".split(),
-        "repair": "moments solve sites rows paced effect sequential statistics belief free __init__".split(),
+        "repair": "moments solve sites rows paced pairs effect sequential statistics belief free __init__".split(),
     }
     for package, order in orders.items():
         for path in (Path(graphprune.__file__).parent / package).glob("*.py"):

@@ -2,7 +2,8 @@
 
 Slicing alone collapses trained networks; what remains can say most of what was removed. Steps by name:
 
-- ``"least-squares"``: every weight behind the first cut is fitted, with intercept and ridge, to the original's activations;
+- ``"least-squares"``: every weight behind the first cut is fitted, with intercept and ridge, to the original's activations (queries to what
+  their products with the kept keys have to say), and so are the scales of norms over a cut stream;
 - ``"variance"``, ``"bias"``: only the scale and the mean of every output, or only the mean;
 - ``"bn"``: batch-norm statistics measured anew, exactly;
 - ``"merge"``, ``"fold"``, ``"rescale"``: without any data, from the network's own statistics (``"data-free"`` is all three): removed channels
