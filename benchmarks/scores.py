@@ -233,7 +233,18 @@ def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[
             read = given.end - start if given else 0.0
             base = sum(plain[made] for made in passes_of(score))
             made = " + ".join(made.__name__ for made in passes_of(score))
-            done({"kind": "time", "score": score.name, "model": name, "seconds": end - start, "read": read, "passes": base, "made": made, "images": options.batch})
+            done(
+                {
+                    "kind": "time",
+                    "score": score.name,
+                    "model": name,
+                    "seconds": end - start,
+                    "read": read,
+                    "passes": base,
+                    "made": made,
+                    "images": options.batch,
+                }
+            )
 
 
 # ------------------------------------------------------------------ the page
@@ -300,15 +311,15 @@ def remarks(mine: list[dict]) -> list[str]:
     names = [n for n in SCORES if all(any(r["score"] == n and r["share"] == s for r in mine) for s in SHARES)]
     if "random" not in names:
         return []
-    below = {
-        kind: [f"`{n}`" for n in names if n != "random" and all(mean(n, s, kind) < mean("random", s, kind) for s in SHARES)] for kind in ("cut", "tuned")
-    }
+    below = {kind: [f"`{n}`" for n in names if n != "random" and all(mean(n, s, kind) < mean("random", s, kind) for s in SHARES)] for kind in ("cut", "tuned")}
     choices = {n: tuple(sorted((r["share"], r["seed"], r["choice"]) for r in mine if r["score"] == n)) for n in names}
     twins: dict[tuple, list[str]] = {}
     for name, choice in choices.items():
         twins.setdefault(choice, []).append(f"`{name}`")
     alike = ["; ".join(", ".join(group) for group in twins.values() if len(group) > 1)]
-    said = [f"Below random at all three budgets without training: {', '.join(below['cut']) or 'none'}; after fine-tuning: {', '.join(below['tuned']) or 'none'}."]
+    said = [
+        f"Below random at all three budgets without training: {', '.join(below['cut']) or 'none'}; after fine-tuning: {', '.join(below['tuned']) or 'none'}."
+    ]
     return said + ([f"The same channels in every cell (they differ between groups only, and the widths are fixed here): {alike[0]}."] if alike[0] else [])
 
 
@@ -323,7 +334,11 @@ def times_part(rows: list[dict]) -> list[str]:
         held = [found.get((name, model)) for model in models]
         if not any(held):
             continue
-        cells = [text for row in held for text in (["", ""] if row is None else [f"{row['seconds']:.2f}", f"{row['seconds'] / row['passes']:.2f}" if row["made"] else ""])]
+        cells = [
+            text
+            for row in held
+            for text in (["", ""] if row is None else [f"{row['seconds']:.2f}", f"{row['seconds'] / row['passes']:.2f}" if row["made"] else ""])
+        ]
         lines.append([f"`{name}`", next(row["made"] or "none" for row in held if row), *cells])
     head = ["score", "passes", *(text for model in models for text in (f"{model}, s", "over its passes"))]
     slow = [f"`{r['score']}` on {r['model']} ({r['seconds']:.0f} s)" for r in mine if not r["made"] and r["seconds"] > 60]
@@ -345,7 +360,7 @@ def page(rows: list[dict]) -> str:
         "# Scores",
         "",
         "Made by `benchmarks/scores.py`. `graphprune.score(groups, model, name, batches, loss)` or `shrink(..., criterion=name)`; larger means more important.",
-        "Formulas stand in the docstrings (`help(graphprune.scores.l2)`), options are fixed by `graphprune.scores.l2.with_(reduce=\"mean\")`.",
+        'Formulas stand in the docstrings (`help(graphprune.scores.l2)`), options are fixed by `graphprune.scores.l2.with_(reduce="mean")`.',
         "",
         "## Catalogue",
         "",

@@ -117,7 +117,7 @@ def _form(task: Task, group: Group, place: Place, shape: tuple[Tensor, bool], su
 
 
 def _every(task: Task, compute, otherwise: str | None, name: str, centre: bool = False) -> Scores:
-    found = [compute(mine) if mine else None for mine in forms(task, centre)]
+    found = [compute(mine) if mine else None for mine in task.steps(forms(task, centre))]
     return lacking(task, found, otherwise, name, "a weight that sums over the units of an activation")
 
 
