@@ -325,7 +325,7 @@ def remarks(mine: list[dict]) -> list[str]:
         f"Below random at all three budgets without training: {', '.join(below['cut']) or 'none'}; after fine-tuning: {', '.join(below['tuned']) or 'none'}.",
         f"The same channels in every cell: {alike or 'none'} (they differ between groups, and the widths are fixed here).",
         "",
-        "What to know of the lowest rows: `snip`, `grasp` and `synflow` are made for untrained networks; `grasp` removes first what raises the gradient's",
+        "What to know of the lowest rows: `snip` and `grasp` are made for untrained networks; `grasp` removes first what raises the gradient's",
         "norm, which in a trained network is what its loss depends on. `taylor` squares the gradient of a batch's mean loss, which is nearly zero after",
         "training: `taylor_gate` and `fisher` take every sample by itself. `redundancy` looks at the angle between filters alone, and few filters of so narrow",
         "a network resemble each other.",

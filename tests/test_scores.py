@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -463,6 +464,17 @@ def test_equals_the_reference(reference):
 
 def test_no_score_is_without_reference():  # that of "effect" is in test_repair.py
     assert {f.__name__ for f in REFERENCES} | {"random", "effect"} == set(scores.SCORES) == set(graphprune.available()["score"])
+
+
+def test_the_page_lists_every_score_as_it_is():
+    """docs/scores.md is made from the registry; make it again (``benchmarks/scores.py --only-table --out``) when a score changes its line."""
+    page = (Path(__file__).parents[1] / "docs" / "scores.md").read_text().splitlines()
+    words = {"nothing": "no", "inputs": "inputs", "loss": "inputs and a loss"}
+    for score in scores.SCORES.values():
+        row = f"| `{score.name}` | {score.family} | {score.line} | {score.reference} | {words[score.needs]} | {score.cost} |"
+        assert page.count(row) == 1, f"docs/scores.md lacks: {row}"
+    rows = [line for line in page[page.index("## Catalogue") : page.index("## Accuracy on a trained network")] if line.startswith("| `")]
+    assert len(rows) == len(scores.SCORES)
 
 
 REDUCE = {"sum": sum, "mean": lambda v: sum(v) / len(v), "max": max, "prod": math.prod}
