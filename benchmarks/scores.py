@@ -245,7 +245,7 @@ def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[
                     "read": read,
                     "passes": base,
                     "made": made,
-                    "images": options.batch,
+                    "images": images,
                 }
             )
 
