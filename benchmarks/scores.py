@@ -43,6 +43,8 @@ from graphprune.scores import SCORES, Score  # noqa: E402
 SHARES = (0.7, 0.5, 0.3)
 KEEP = ["conv1", "layer*.bn2", "linear"]
 CALIBRATION, BATCH, STEPS, RATE = 512, 128, 40, 0.05
+BASELINE = 8  # seeds of the random score
+MANY = 512  # images of a usual calibration
 LAST = torch.channels_last
 
 
@@ -116,12 +118,12 @@ def measure_accuracy(options: argparse.Namespace, rows: list[dict], done: Callab
         done({"kind": "base", "cut": top1(model, test, truth), "images": len(truth)})
         for seed in range(options.seeds):
             done({"kind": "base", "seed": seed, "tuned": top1(tuned(model, train, labels, seed), test, truth)})
-    for seed in range(options.seeds):
+    for seed in range(max(options.seeds, BASELINE)):
         known = {(row["choice"], row["share"]): row for row in rows if row["kind"] == "accuracy" and row["seed"] == seed}
         finished = {(row["score"], row["share"]) for row in rows if row["kind"] == "accuracy" and row["seed"] == seed}
         x, y = drawn(train, labels, CALIBRATION, seed)
         batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-        for name, score in SCORES.items():
+        for name, score in SCORES.items() if seed < options.seeds else [("random", SCORES["random"])]:
             if all((name, share) in finished for share in SHARES):
                 continue
             start = time.process_time()
@@ -142,14 +144,15 @@ def measure_accuracy(options: argparse.Namespace, rows: list[dict], done: Callab
 # ------------------------------------------------------------------ times
 
 
-def networks() -> dict[str, Callable[[], nn.Module]]:
+def networks() -> dict[str, tuple[Callable[[], nn.Module], int]]:
+    """How each is made, and the images of its batch."""
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from zoo_support import declare_operators  # torchvision imports without its compiled operators
 
     declare_operators()
     from torchvision import models
 
-    return {"ResNet-50": lambda: models.resnet50(weights=None), "ViT-B/16": lambda: models.vit_b_16(weights=None)}
+    return {"ResNet-50": (lambda: models.resnet50(weights=None), 16), "ViT-B/16": (lambda: models.vit_b_16(weights=None), 8)}
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -190,7 +193,7 @@ def curvature(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
 
 
 # The passes over the batches that a score is made of, where they are not one forward (inputs) or one backward (loss).
-PASSES = {"entropy": (forward, forward), "effect": (gradient,), "fisher": (single,), "obd": (curvature,), "grasp": (gradient, curvature)}
+PASSES = {"entropy": (forward, forward), "effect": (gradient,), "fisher": (single,), "grasp": (gradient, curvature)}
 
 
 def passes_of(score: Score) -> tuple[Callable, ...]:
@@ -209,7 +212,7 @@ class Timed:
 
 
 def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[[dict], None]) -> None:
-    for name, make in networks().items():
+    for name, (make, images) in networks().items():
         known = {row["score"] for row in rows if row["kind"] == "time" and row["model"] == name}
         wanted = [s for s in SCORES.values() if s.name not in known and (not options.names or s.name in options.names)]
         if not wanted or (options.models and name not in options.models):
@@ -217,7 +220,7 @@ def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[
         torch.manual_seed(0)
         model = settled(make())
         groups = graphprune.couple(graphprune.trace(model, torch.zeros(1, 3, 224, 224)))
-        x, y = torch.randn(options.batch, 3, 224, 224), torch.randint(0, 1000, (options.batch,))
+        x, y = torch.randn(images, 3, 224, 224), torch.randint(0, 1000, (images,))
         forward(model, x, y)  # warm
         plain: dict[Callable, float] = {}
         for score in wanted:
@@ -233,7 +236,18 @@ def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[
             read = given.end - start if given else 0.0
             base = sum(plain[made] for made in passes_of(score))
             made = " + ".join(made.__name__ for made in passes_of(score))
-            done({"kind": "time", "score": score.name, "model": name, "seconds": end - start, "read": read, "passes": base, "made": made, "images": options.batch})
+            done(
+                {
+                    "kind": "time",
+                    "score": score.name,
+                    "model": name,
+                    "seconds": end - start,
+                    "read": read,
+                    "passes": base,
+                    "made": made,
+                    "images": images,
+                }
+            )
 
 
 # ------------------------------------------------------------------ the page
@@ -262,27 +276,28 @@ def accuracy_part(rows: list[dict]) -> list[str]:
         return ["Not measured yet."]
     base = next(row for row in rows if row["kind"] == "base" and "cut" in row)
     whole = [row["tuned"] for row in rows if row["kind"] == "base" and "tuned" in row]
-    seeds = sorted({row["seed"] for row in mine})
+    every = {row["seed"] for row in mine if row["score"] == "random"}
+    drawn = {row["seed"] for row in mine if row["score"] != "random"}
     lines: dict[str, list[str]] = {}
     means: dict[str, float] = {}
     for name in SCORES:
         cells = [[r for r in mine if r["score"] == name and r["share"] == share] for share in SHARES]
         if any(cells):
             lines[name] = [f"`{name}`", *(spread([r[kind] for r in cell]) for kind in ("cut", "tuned") for cell in cells)]
-            means[name] = statistics.mean([r["tuned"] for cell in cells for r in cell])
+            means[name] = statistics.mean([statistics.mean([r["tuned"] for r in cell]) if cell else 0.0 for cell in cells])
     ordered = [lines[name] for name in sorted(lines, key=lambda n: -means[n])]
     fewer = [f"{round(100 * (1 - share))} %" for share in SHARES]
     head = ["score", *(f"{f} fewer MACs" for f in fewer), *(f"{f}, tuned" for f in fewer)]
     text = [
-        f"ResNet-20 on CIFAR-10 (JPEG), {base['images']} test images (the first of each class, equally many), top-1 in per cent: {base['cut']:.1f} before"
-        f" pruning, {spread(whole)} after the same fine-tuning without pruning. Channels inside the residual blocks go; the widths are the same for"
-        ' every score (`scope="layer"`, `macs=`), so only the choice of channels differs. No repair. Scores with data see'
-        f" {CALIBRATION} training images. Fine-tuning: {STEPS} steps of {BATCH} training images, SGD with Nesterov momentum 0.9, rate {RATE:g} falling to"
-        " zero, weight decay 5e-4, bfloat16 autocast; the same images in the same order for every score.",
+        f"ResNet-20 on CIFAR-10 (JPEG), {base['images']} test images (the first of each class, equally many), top-1 in per cent: {base['cut']:.1f}",
+        f"before pruning, {spread(whole)} after the same fine-tuning without pruning. Channels inside the residual blocks go; the widths are the",
+        'same for every score (`scope="layer"`, `macs=`), so only the choice of channels differs. No repair. Scores with data see',
+        f"{CALIBRATION} training images. Fine-tuning: {STEPS} steps of {BATCH} training images, SGD with Nesterov momentum 0.9, rate {RATE:g} falling",
+        "to zero, weight decay 5e-4, bfloat16 autocast; the same images in the same order for every score.",
         "",
-        f"Mean and standard deviation over {len(seeds)} seeds (images of the score, its random numbers, order of the fine-tuning); what needs no data and no"
-        " random numbers chooses the same channels under every seed. The standard error of the test sample alone is about 1. Sorted by the mean"
-        " of the last three columns.",
+        f"Mean and standard deviation over {len(drawn)} seeds ({len(every)} for `random`): images of the score, its random numbers, order of the",
+        "fine-tuning. What needs no data and no random numbers chooses the same channels under every seed. The standard error from the sample of",
+        "test images alone is about 1. Sorted by the mean of the last three columns.",
         "",
         *table(head, ordered),
         "",
@@ -300,16 +315,21 @@ def remarks(mine: list[dict]) -> list[str]:
     names = [n for n in SCORES if all(any(r["score"] == n and r["share"] == s for r in mine) for s in SHARES)]
     if "random" not in names:
         return []
-    below = {
-        kind: [f"`{n}`" for n in names if n != "random" and all(mean(n, s, kind) < mean("random", s, kind) for s in SHARES)] for kind in ("cut", "tuned")
-    }
+    below = {kind: [f"`{n}`" for n in names if n != "random" and all(mean(n, s, kind) < mean("random", s, kind) for s in SHARES)] for kind in ("cut", "tuned")}
     choices = {n: tuple(sorted((r["share"], r["seed"], r["choice"]) for r in mine if r["score"] == n)) for n in names}
     twins: dict[tuple, list[str]] = {}
     for name, choice in choices.items():
         twins.setdefault(choice, []).append(f"`{name}`")
-    alike = ["; ".join(", ".join(group) for group in twins.values() if len(group) > 1)]
-    said = [f"Below random at all three budgets without training: {', '.join(below['cut']) or 'none'}; after fine-tuning: {', '.join(below['tuned']) or 'none'}."]
-    return said + ([f"The same channels in every cell (they differ between groups only, and the widths are fixed here): {alike[0]}."] if alike[0] else [])
+    alike = "; ".join(", ".join(group) for group in twins.values() if len(group) > 1)
+    return [
+        f"Below random at all three budgets without training: {', '.join(below['cut']) or 'none'}; after fine-tuning: {', '.join(below['tuned']) or 'none'}.",
+        f"The same channels in every cell: {alike or 'none'} (they differ between groups, and the widths are fixed here).",
+        "",
+        "What to know of the lowest rows: `snip` and `grasp` are made for untrained networks; `grasp` removes first what raises the gradient's",
+        "norm, which in a trained network is what its loss depends on. `taylor` squares the gradient of a batch's mean loss, which is nearly zero after",
+        "training: `taylor_gate` and `fisher` take every sample by itself. `redundancy` looks at the angle between filters alone, and few filters of so narrow",
+        "a network resemble each other.",
+    ]
 
 
 def times_part(rows: list[dict]) -> list[str]:
@@ -318,25 +338,43 @@ def times_part(rows: list[dict]) -> list[str]:
         return ["Not measured yet."]
     models = list(dict.fromkeys(row["model"] for row in mine))
     found = {(row["score"], row["model"]): row for row in mine}
+
+    def cells(row: dict | None) -> list[str]:
+        if row is None:
+            return ["", "", ""]
+        if not row["made"]:
+            return ["", "", f"{row['seconds']:.2f}"]
+        return [f"{row['read']:.2f}", f"{row['read'] / row['passes']:.2f}", f"{row['seconds'] - row['read']:.2f}"]
+
+    def many(row: dict) -> float:
+        """Over its passes, for MANY images: what follows the last pass is done once."""
+        times = MANY / row["images"]
+        return (row["read"] * times + row["seconds"] - row["read"]) / (row["passes"] * times)
+
+    def named(over: list[dict], number: Callable[[dict], float]) -> str:
+        return ", ".join(f"`{row['score']}` on {row['model']} ({number(row):.1f})" for row in over) or "none"
+
     lines = []
     for name in SCORES:
         held = [found.get((name, model)) for model in models]
-        if not any(held):
-            continue
-        cells = [text for row in held for text in (["", ""] if row is None else [f"{row['seconds']:.2f}", f"{row['seconds'] / row['passes']:.2f}" if row["made"] else ""])]
-        lines.append([f"`{name}`", next(row["made"] or "none" for row in held if row), *cells])
-    head = ["score", "passes", *(text for model in models for text in (f"{model}, s", "over its passes"))]
-    slow = [f"`{r['score']}` on {r['model']} ({r['seconds']:.0f} s)" for r in mine if not r["made"] and r["seconds"] > 60]
-    over = [f"`{r['score']}` on {r['model']} ({r['seconds'] / r['passes']:.1f})" for r in mine if r["made"] and r["seconds"] > 2 * r["passes"]]
+        if any(held):
+            lines.append([f"`{name}`", next(row["made"] or "none" for row in held if row), *(text for row in held for text in cells(row))])
+    images = ", ".join(f"{next(r['images'] for r in mine if r['model'] == model)} images for {model}" for model in models)
+    head = ["score", "passes", *(text for model in models for text in (f"{model}: reading, s", "over its passes", "once, s"))]
+    with_data = [row for row in mine if row["made"]]
+    slow = [row for row in mine if not row["made"] and row["seconds"] > 60]
     return [
-        f"CPU seconds on one thread, one batch of {mine[0]['images']} images of 224 x 224, random weights, torch {torch.__version__.split('+')[0]}. *Passes*: what the score"
-        " is made of, timed plainly over the same batch, with nothing watching: *forward*; *gradient*, forward and backward for all parameters; *single*, the same for"
-        " one image at a time; *curvature*, a product with the Hessian. What remains is the score's own work, part of which (decompositions of matrices of units)"
-        " does not grow with the number of images.",
+        f"CPU seconds on one thread, one batch of 224 x 224 images ({images}), random weights, torch {torch.__version__.split('+')[0]}.",
+        "*Passes*: what the score is made of, timed plainly over the same batch, with nothing watching: *forward*; *gradient*, forward and backward for all",
+        "parameters; *single*, the same for one image at a time; *curvature*, a product with the Hessian. *Reading*: the score's time until the last pass has",
+        "ended, and its ratio to those passes, which does not grow with the number of images. *Once*: what follows, whatever the number of images",
+        "(decompositions of matrices of units); for a score without data, all of it.",
         "",
         *table(head, lines),
         "",
-        f"Without data and over 60 s: {', '.join(slow) or 'none'}. With data and over twice its passes: {', '.join(over) or 'none'}.",
+        f"Without data and over 60 s: {named(slow, lambda row: row['seconds'])}. Reading over twice the passes: "
+        f"{named([r for r in with_data if r['read'] > 2 * r['passes']], lambda r: r['read'] / r['passes'])}. "
+        f"Everything over twice the passes, for {MANY} images: {named([r for r in with_data if many(r) > 2], many)}.",
     ]
 
 
@@ -345,7 +383,7 @@ def page(rows: list[dict]) -> str:
         "# Scores",
         "",
         "Made by `benchmarks/scores.py`. `graphprune.score(groups, model, name, batches, loss)` or `shrink(..., criterion=name)`; larger means more important.",
-        "Formulas stand in the docstrings (`help(graphprune.scores.l2)`), options are fixed by `graphprune.scores.l2.with_(reduce=\"mean\")`.",
+        'Formulas stand in the docstrings (`help(graphprune.scores.l2)`), options are fixed by `graphprune.scores.l2.with_(reduce="mean")`.',
         "",
         "## Catalogue",
         "",
@@ -373,7 +411,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", help="with --times: these models only")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=8, help="with --times: images in the batch")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []

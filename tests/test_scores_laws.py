@@ -75,6 +75,40 @@ def test_synaptic_flow_keeps_every_layer_alive_where_the_weights_do_not():
     assert min(left("filter_norm")) == 0
 
 
+def test_both_estimates_are_the_diagonal_of_the_hessian():
+    """A network of ReLUs is piecewise linear in each weight: with many probes either estimate comes to the exact diagonal."""
+    net, groups = plain(3, 5, 4)
+    x, y = torch.randn(6, 3).double(), torch.tensor([0, 1, 2, 3, 0, 1])
+    flat, sizes = torch.cat([p.detach().flatten() for p in net.parameters()]), [p.numel() for p in net.parameters()]
+
+    def loss(vector):
+        parts = {n: v.reshape(p.shape) for (n, p), v in zip(net.named_parameters(), vector.split(sizes), strict=True)}
+        return F.cross_entropy(torch.func.functional_call(net, parts, (x,)), y)
+
+    pieces = (torch.autograd.functional.hessian(loss, flat).diagonal() * flat.square() / 2).split(sizes)
+    made, shift, read = (piece.reshape(p.shape) for piece, p in zip(pieces[:3], list(net.parameters())[:3], strict=True))
+    exact = made.sum(1) + shift + read.sum(0)
+    for curvature, probes in (("labels", 700), ("signs", 700)):
+        mine = graphprune.score(groups, net, "obd", [(x, y)], F.cross_entropy, probes=probes, curvature=curvature)[0]
+        assert float((mine - exact).abs().max()) < 0.2 * float(exact.max()) < float((mine.roll(1) - exact).abs().max())
+    assert all(float(s.min()) >= 0 for s in graphprune.score(GROUPS, NET, "obd", [(X, Y)], F.cross_entropy))
+    with pytest.raises(errors.BadLoss, match="curvature='signs'"):
+        graphprune.score(*_tuple_output(), "obd", [(x, y)], lambda output, labels: F.cross_entropy(output[0], labels))
+
+
+def _tuple_output():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = plain(3, 5, 4)[0]
+
+        def forward(self, x):
+            return (self.net(x),)
+
+    net = Pair()
+    return graphprune.couple(graphprune.trace(net, torch.zeros(1, 3).double())), net
+
+
 def test_grasp_predicts_the_gradient_norm():
     """``‖g‖²`` changes by ``−2 ε s_c`` when all slices of a unit shrink by ε: the sign is right, and no other is."""
     found, step = graphprune.score(GROUPS, NET, "grasp", [(X, Y)], F.cross_entropy), 1e-6

@@ -36,7 +36,7 @@ MATRIX = {
     "group_fisher": ({}, True, True),
     "snip": ({}, True, True),
     "grasp": ({}, False, False),  # a gradient's norm is not free of the scale of the weights
-    "obd": ({"probes": 1}, False, False),  # in expectation unchanged; the random signs mix entries of different scale
+    "obd": ({}, True, True),
     "synflow": ({"rounds": 1}, False, True),
     "apoz": ({}, True, True),
     "activation": ({}, True, False),

@@ -248,9 +248,7 @@ def lasso_entries(form: Tensor, floor: float = 1e-9) -> Tensor:
     return entered
 
 
-def _next(
-    correlation: Tensor, slope: Tensor, beta: Tensor, direction: Tensor, level: float, active: Tensor, dropped: int
-) -> tuple[float, int, int]:
+def _next(correlation: Tensor, slope: Tensor, beta: Tensor, direction: Tensor, level: float, active: Tensor, dropped: int) -> tuple[float, int, int]:
     """How far λ may fall until a unit enters or leaves."""
     gaps = torch.stack([(level - correlation) / (1 - slope), (level + correlation) / (1 + slope)])
     zeros = torch.where(active & (beta * direction < 0), -beta / direction, torch.inf)

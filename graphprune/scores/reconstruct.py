@@ -9,6 +9,7 @@ as outputs, so one C x C Gram matrix ``G = X Xᵀ / N`` serves all of them, inst
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,8 @@ def inner(rows: Tensor) -> Tensor:
     return found
 
 
-def forms(task: Task, centre: bool = False) -> list[list[Form]]:
-    """The quadratic forms of every group, one for each activation that a weight reads; ``centre``: covariances instead of Grams."""
+def forms(task: Task, centre: bool = False) -> Iterator[list[Form]]:
+    """The quadratic forms of every group in turn, one for each activation that a weight reads; ``centre``: covariances instead of Grams."""
     every = [[p for p in mine if any(r.leaf in task.parameters for r in p.readers)] for mine in places(task)]
     shapes = {id(p): _columns(task.groups.groups[p.group], p) for mine in every for p in mine}
     sums: dict[int, list] = {}
@@ -82,7 +83,8 @@ def forms(task: Task, centre: bool = False) -> list[list[Form]]:
         total[2] += inner(rows).cpu()
 
     observe(task, every, see)
-    return [[_form(task, group, place, shapes[id(place)], sums[id(place)], centre) for place in mine] for group, mine in zip(task.groups, every, strict=True)]
+    for group, mine in zip(task.groups, every, strict=True):
+        yield [_form(task, group, place, shapes[id(place)], sums.pop(id(place)), centre) for place in mine]
 
 
 def _columns(group: Group, place: Place) -> tuple[Tensor, bool]:
@@ -117,7 +119,7 @@ def _form(task: Task, group: Group, place: Place, shape: tuple[Tensor, bool], su
 
 
 def _every(task: Task, compute, otherwise: str | None, name: str, centre: bool = False) -> Scores:
-    found = [compute(mine) if mine else None for mine in forms(task, centre)]
+    found = [compute(mine) if mine else None for mine in task.steps(forms(task, centre))]
     return lacking(task, found, otherwise, name, "a weight that sums over the units of an activation")
 
 
