@@ -31,6 +31,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
+from flops import flops  # noqa: E402
 from zoo_models import build, names  # noqa: E402
 from zoo_support import declare_operators, randomise  # noqa: E402
 
@@ -100,6 +101,7 @@ def one(name: str, send, limit: float) -> None:
         row["seconds"] = time.process_time() - start
         count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
         row |= {"class": type(small) is type(model), "rewritten": len(plan.rewrites), "params": count(model) / count(small), "notes": len(plan.notes)}
+        row |= flops(model, args, kwargs)
         try:
             graph = graphprune.trace(model, args, kwargs)
             row["gap"] = check(graph, model, small, plan, tolerance=limit)

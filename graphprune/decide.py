@@ -31,12 +31,13 @@ TRIES = 16  # how many widths are tried before an axis is left whole
 
 @dataclass(frozen=True)
 class Wishes:
-    """What was asked for: how to choose, the scores to try for given groups, the tensors to keep, and ratios of their own."""
+    """What was asked for: how to choose, the scores to try for given groups, the tensors to keep, ratios of their own, and locks for the rest."""
 
     choose: Chooser
     scored: Callable[[Groups], Iterator[Scores]]
     keep: list[str]
     ratios: Mapping[Any, float] | Callable | None = None
+    locks: Callable[[Groups], tuple] | None = None
 
 
 def decide(graph: Graph, model: nn.Module, wishes: Wishes, literals: set[str] | None = None) -> tuple[Groups, list, Plan]:
@@ -49,9 +50,12 @@ def decide(graph: Graph, model: nn.Module, wishes: Wishes, literals: set[str] | 
     ties: list[frozenset[int]] = []
     whole = tuple((name, None) for name in wishes.keep if name in graph.leaves)
     groups = couple(graph, whole)
+    if wishes.locks:
+        locks += wishes.locks(groups)
+        groups = couple(graph, whole, tuple(locks))
     for _ in range(40):
         if not len(groups):
-            raise NothingToPrune(_nothing(groups))
+            raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
         own = overrides(groups, model, wishes.ratios)
         for scores in wishes.scored(groups):
             while True:

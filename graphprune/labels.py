@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from os.path import basename
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ class Reason(NamedTuple):
 
     @property
     def line(self) -> str:
-        return f"{PurePath(self.where[0]).name}:{self.where[1]}" if self.where else ""
+        return f"{basename(self.where[0])}:{self.where[1]}" if self.where else ""
 
     def __str__(self) -> str:
         told = ", ".join(part for part in (self.op, self.module, self.line) if part)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from os.path import basename
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .assemble import ASSEMBLE, free, merged
 from .errors import GraphpruneError
-from .labels import Fields, Labels, Reason
+from .labels import Array, Fields, Labels, Reason, varying
 from .moves import MOVES
 from .notation import Value, meet
 from .picks import INTEGERS, pick, picked
@@ -53,7 +54,7 @@ def place() -> tuple[str, int] | None:
 
 
 def line(where: tuple[str, int] | None) -> str:
-    return f"{Path(where[0]).name}:{where[1]}" if where else ""
+    return f"{basename(where[0])}:{where[1]}" if where else ""
 
 
 @dataclass(eq=False)
@@ -116,6 +117,7 @@ class Recorder(TorchDispatchMode):
         self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
         self.read: set[int] = set()  # values that the Python code looked into
         self.constants: dict[str, Tensor] = {}
+        self.copied: set[int] = set()  # by id: fields that number the copies of an expanded axis
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
         self.step = -1
 
@@ -252,10 +254,14 @@ class Recorder(TorchDispatchMode):
                 self.box(outs)
                 return outs, False
         if name in ASSEMBLE:
-            return ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs), False
+            outs = ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs)
+            if name == "expand":
+                self.copied.update(id(field) for field in outs[0][len(args[0].fields) :])
+            return outs, False
         if name in MOVES:
             source, rest = args[0], args[1:]
             moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
+            moved = self.copies(source.fields, moved, reason)
             outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
             if len(outs) == 1:
                 outs = [merged(self.labels, outs[0], reason)]
@@ -291,6 +297,21 @@ class Recorder(TorchDispatchMode):
                 self.labels.lock(held, unknown)
         return [()] * count, False
 
+    def copies(self, before: Fields, moved: list[list], reason: int) -> list[list]:
+        """A count of copies that comes to lie on one axis with what is copied (grouped-query heads): the count stays, so that the rest may go."""
+        if not any(id(field) in self.copied for field in before):
+            return moved
+        kept = []
+        for field, column in zip(before, moved, strict=True):
+            if id(field) in self.copied:
+                self.copied.update(id(array) for array in column)
+                others = [(f, c) for f, c in zip(before, moved, strict=True) if f is not field]
+                if any(_cross(f, field) and not _cross(c[0], column[0]) for f, c in others):
+                    self.labels.lock(field, reason)
+                    continue
+            kept.append(column)
+        return kept
+
     def singled(self, source: Value, outs: list[Fields], shapes: list, reason: int) -> None:
         """A part of length 1 names one position of an axis: that position stays."""
         if any(len(shape) != len(source.shape) for shape in shapes):
@@ -315,6 +336,11 @@ def aligned(operands: tuple) -> None:
         for dim in range(len(value.shape) - 2, len(value.shape)):
             if value.shape[dim] % step == 0 and any(field.shape[dim] > 1 for field in value.fields):
                 Size.outcomes.append(("==", ("%", ("dim", value, dim), step), 0, True))
+
+
+def _cross(one: Array, two: Array) -> bool:
+    """Do two fields vary along different axes?"""
+    return not set(varying(one)) & set(varying(two))
 
 
 def _fits(shapes: list, outs: list[Fields]) -> bool:

@@ -41,11 +41,12 @@ UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_compl
 
 
 class Step(NamedTuple):
-    """One call of the Python code: its name, and the values of its tensor arguments and of its results, in order."""
+    """One call of the Python code: its name, the values of its tensor arguments and of its results, in order, and whether any is floating."""
 
     name: str
     args: tuple[Value | None, ...]
     results: tuple[Value | None, ...]
+    floats: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ def evaluating(model: nn.Module) -> nn.Module:
     return model
 
 
+def _batch_norm(*args: Any) -> torch.Tensor:
+    return torch.native_batch_norm(*args[:8])[0]
+
+
+# What a function does in one call, where torch's way to it makes several.
+DIRECT = {torch.batch_norm: _batch_norm}
 PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, FACTOR, CALL = range(8)
 _KINDS: dict[Any, tuple[int, str, bool]] = {}
 
@@ -119,6 +126,11 @@ def _kind(func: Any) -> tuple[int, str, bool]:
         return (SHAPE if getattr(func, "__self__", None) is torch.Tensor.shape else GET), name, False
     kind = named.get(name, FACTOR if name in FACTORS else CALL if name in SIZED or name.startswith("conv") else PASS)
     return kind, name, name not in UNSTEPPED
+
+
+def floating(held: list[torch.Tensor]) -> bool:
+    """Whether a call on these works on activations, not only on positions and masks (which depend on the number of samples in some models)."""
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in held)
 
 
 class Functions(TorchFunctionMode):
@@ -158,12 +170,14 @@ class Functions(TorchFunctionMode):
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         known = self.recorder.values
-        given = tuple([known.get(id(tensor)) for tensor in tensors((args, kwargs) if kwargs else args, torch.Tensor)])
+        held = list(tensors((args, kwargs) if kwargs else args, torch.Tensor))
+        given = tuple([known.get(id(tensor)) for tensor in held])
+        floats = floating(held)
         self.recorder.step = len(self.steps)
-        result = func(*args, **kwargs)
+        result = DIRECT.get(func, func)(*args, **kwargs)
         self.recorder.step = -1
-        made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
-        self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made])))
+        made = [result] if isinstance(result, torch.Tensor) else list(tensors(result, torch.Tensor))
+        self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
 
     def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:

@@ -64,7 +64,7 @@ def check_model(model: Any) -> None:
         raise BadModel("the model is compiled; shrink model._orig_mod and compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise BadModel("the model is wrapped for parallel training; shrink model.module and wrap the result")
-    devices = {tensor.device for _, _, _, tensor in leaf_tensors(model)}
+    devices = {tensor.device for *_, tensor in leaf_tensors(model)}
     if len(devices) > 1:
         raise BadModel(f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
     for name, module in modules_of(model):
