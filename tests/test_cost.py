@@ -1,13 +1,14 @@
 """Costs are exact: equal to torch's own counter, and what the graph predicts is what the cut model costs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import BLOCKS, Queries, networks
+from networks import BLOCKS, networks
 from test_exact import X
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,12 +45,14 @@ def stays(groups, plan):
     return found
 
 
-def agrees(model, args, kwargs=None, counts=True, criterion="random"):
+def agrees(model, args, kwargs=None, counts=True, criterion="random", memory=True):
     groups = graphprune.couple(graphprune.trace(model, args, kwargs))
     small, plan = graphprune.shrink(model, args, 0.4, criterion=criterion, example_kwargs=kwargs, return_plan=True, verify=False)
     known, kept = costs(groups), stays(groups, plan)
     before, after = known.full, known.of(kept)
-    assert after == graphprune.profile(small, args, kwargs)
+    real = graphprune.profile(small, args, kwargs)
+    # With one head left, a reshape is a view where it was a copy before: that memory is an upper limit.
+    assert after == (real if memory else replace(real, memory=after.memory)) and after.memory >= real.memory
     assert after.params < before.params and after.macs < before.macs and after.size < before.size
     for net, found in ((model, before), (small, after)):
         assert found.params == sum(p.numel() for p in net.parameters())
@@ -99,10 +102,15 @@ def test_every_axis_of_every_tensor_has_the_predicted_length(net, seed):
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-# One head of keys, expanded, is a view where two have to be copied: the cut model may take less memory than is said beforehand.
-@given(networks([block for block in BLOCKS if block is not Queries]))
+@given(networks(BLOCKS[:12]))
 def test_drawn_networks_before_and_after(net):
     agrees(net, (X,), counts=False)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(networks())
+def test_drawn_networks_of_all_constructs_before_and_after(net):
+    agrees(net, (X,), counts=False, memory=False)
 
 
 def test_uneven_units_are_counted_exactly():
