@@ -44,7 +44,8 @@ class Plan:
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
         tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-        return {name: self.mask(name, tuple(t.shape)) for name, t in tensors.items()}
+        named = {id(t): name for name, t in tensors.items() if name in self.cuts}  # tied tensors are cut under one name
+        return {name: self.mask(named.get(id(t), name), tuple(t.shape)) for name, t in tensors.items()}
 
     def mask(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         mask = torch.ones(shape, dtype=torch.bool)

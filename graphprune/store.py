@@ -109,9 +109,10 @@ def expand(small: nn.Module, plan: Plan | None = None) -> dict[str, torch.Tensor
     thin = {part.name: unpack(part.data, tuple(plan.shapes[part.name][1:])) for part in plan.parts if part.kind == "columns"}
     indices = tuple(f"{name.removesuffix('weight')}channels" for name in thin)
     masks = _masks(small, plan)
+    tied = {id(tensor): leaf for leaf, _, _, tensor in leaf_tensors(small) if leaf in plan.cuts}  # cut under one name
     for leaf, _, _, tensor in leaf_tensors(small):
-        name = leaf if leaf in plan.cuts else parameter_name(leaf)
-        data = tensor.detach()
+        own = leaf if leaf in plan.cuts else parameter_name(leaf)
+        name, data = own if own in plan.cuts else tied.get(id(tensor), own), tensor.detach()
         if any(tensor is keep for keep in masks.values()) or (indices and leaf.startswith(indices)):
             continue
         if name in plan.numbers:
@@ -124,7 +125,7 @@ def expand(small: nn.Module, plan: Plan | None = None) -> dict[str, torch.Tensor
             shape[axis] = plan.shapes[name][axis]
             index = torch.tensor(kept, device=data.device)
             data = data.new_zeros(shape).index_copy(axis, index, data)
-        wide[name] = data if name in plan.cuts or name in thin else data.clone()
+        wide[own] = data if name in plan.cuts or name in thin else data.clone()
     return wide
 
 

@@ -320,3 +320,20 @@ def test_a_larger_ratio_never_leaves_more_even_where_sizes_cannot_follow(name):
         small = graphprune.shrink(net, hazards.X, ratio, rewrite=False, verify=False)
         sizes.append(sum(p.numel() for p in small.parameters()))
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
+
+
+def test_masks_and_padded_weights_of_a_tied_tensor_under_every_name():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.c(self.a(x).sin() + self.b(x).relu())
+
+    net = Tied().double().eval()
+    small, plan = graphprune.shrink(net, X, 0.5, return_plan=True)
+    masks, wide = plan.masks(net), graphprune.expand(small)
+    assert small.a.weight is small.b.weight and int(masks["b.weight"].sum()) == small.b.weight.numel() == 24
+    assert all(torch.equal(wide[name], tensor * masks[name]) for name, tensor in net.state_dict().items())
