@@ -7,6 +7,7 @@ from .compose import compose
 from .cost import Cost, cost, profile
 from .distill import Distillation
 from .errors import GraphpruneError
+from .fuse import fuse
 from .groups import Group, Groups, couple
 from .history import History
 from .iterate import Result, iterate
@@ -46,6 +47,7 @@ __all__ = [
     "cost",
     "couple",
     "expand",
+    "fuse",
     "iterate",
     "load",
     "masked",

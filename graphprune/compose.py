@@ -39,7 +39,11 @@ def compose(first: Plan, second: Plan) -> Plan:
     edits = {edit[:-1]: edit[-1] for edit in (*first.edits, *second.edits)}
     edited = tuple((*path, new) for path, new in edits.items())
     rewrites = tuple(dict.fromkeys((*first.rewrites, *second.rewrites)))
-    return Plan(cuts, shapes, edited, _notes(first, second), _lines(cuts, shapes, first, second), rewrites=rewrites, parts=parts)
+    numbers = dict(second.numbers)
+    for name, new in first.numbers.items():
+        then = second.numbers.get(name)
+        numbers[name] = [-1 if n < 0 else then[n] for n in new] if then else new
+    return Plan(cuts, shapes, edited, _notes(first, second), _lines(cuts, shapes, first, second), rewrites=rewrites, numbers=numbers, parts=parts)
 
 
 def so_far(model: torch.nn.Module, plan: Plan) -> Plan:

@@ -182,6 +182,15 @@ def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array
     return Costs(lengths, constant, slopes, {"params": params, "macs": macs, "size": size, "memory": live, **others})
 
 
+def priced(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]]) -> Costs:
+    """:func:`costs`, made once for equal groups of one graph, however often it is coupled and asked."""
+    known = groups.graph.__dict__.setdefault("priced", {})
+    key = (*((group.size, tuple(group.places)) for group in groups), *more.items())
+    if key not in known:
+        known[key] = costs(groups, more)
+    return known[key]
+
+
 Term = tuple[float, tuple[int, ...]]
 
 

@@ -22,6 +22,8 @@ from .trees import leaf_tensors
 def named(model: nn.Module, keep: Any) -> list[str]:
     """The tensors that ``keep`` speaks of: names, patterns, module types or predicates."""
     wanted = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
+    if not wanted:
+        return []
     modules, leaves_ = dict(model.named_modules()), [name for name, *_ in leaf_tensors(model)]
     found: list[str] = []
     for item in wanted:

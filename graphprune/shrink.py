@@ -23,9 +23,12 @@ from .scores.attempts import attempts
 from .select import check_ratio
 from .targets import Aims
 from .trace import trace
+from .trees import uncollected
+from .undo import undone
 from .verify import check, check_model
 
 
+@uncollected()
 def shrink(
     model: nn.Module,
     example_input: Any,
@@ -44,7 +47,7 @@ def shrink(
     criterion: Criterion = "l2",
     batches: Iterable | None = None,
     loss: Callable | None = None,
-    scope: str = "layer",
+    scope: str | None = None,
     keep: Sequence[Any] | str = (),
     ratios: Mapping[Any, float] | None = None,
     multiple_of: int | str | None = None,
@@ -62,8 +65,8 @@ def shrink(
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given). Targets are upper limits and hold together:
     ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
-    to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere), ``"global"``,
-    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets). ``criterion``, ``batches``
+    to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere, the default without a time), ``"global"``,
+    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets, the default for a time). ``criterion``, ``batches``
     and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
     :func:`graphprune.repair` says which steps ``repair`` may name.
     ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
@@ -79,6 +82,7 @@ def shrink(
     aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     spec = parse(granularity)
+    scope = scope or ("optimal" if aims.timed and spec.coarse else "layer")
     check_model(model)
     held = named(model, keep)
     graph = trace(model, example_input, example_kwargs)
@@ -99,6 +103,7 @@ def shrink(
         check(graph, model, small, plan)
     small, plan = after_cut(small, model, plan, calibration, repair, graph)
     if inplace:
-        small = refill(apply(model, plan, inplace=True), small)
+        with undone(model, plan.edits):
+            small = refill(apply(model, plan, inplace=True), small)
     small.__dict__["graphprune_plan"] = so_far(model, plan)
     return (small, plan) if return_plan else small

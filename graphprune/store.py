@@ -114,6 +114,9 @@ def expand(small: nn.Module, plan: Plan | None = None) -> dict[str, torch.Tensor
         data = tensor.detach()
         if any(tensor is keep for keep in masks.values()) or (indices and leaf.startswith(indices)):
             continue
+        if name in plan.numbers:
+            old = [i for i, n in enumerate(plan.numbers[name]) if n >= 0]
+            data = torch.tensor(old, device=data.device, dtype=data.dtype)[data.long()]
         if name in thin:
             data = _spread(data, thin[name], plan.cuts.get(name, {}))
         for axis, kept in plan.cuts.get(name, {}).items():
