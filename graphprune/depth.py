@@ -59,6 +59,7 @@ def plan_depth(graph: Graph, model: nn.Module, kind: str, request: Request) -> P
         own = {request.ratios.get(name) for name in owned[one.name]}
         pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
     gone: list[Removable] = []
+    extra: list[Removable] = []  # for the limits alone
     left = Left(graph, model, modules)
     for own, pool in sorted(pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
         count = len(pool) - width(len(pool), request.ratio if own is None else own)
@@ -66,6 +67,10 @@ def plan_depth(graph: Graph, model: nn.Module, kind: str, request: Request) -> P
             if at >= count and (own is not None or holds(left.costs(gone), limits)):
                 break
             gone.append(one)
+            extra += [one] if at >= count else []
+    for one in reversed(extra[:-1]):  # what still fits once a larger one is gone comes back, the most important first
+        others = [other for other in gone if other is not one]
+        gone = others if holds(left.costs(others), limits) else gone
     if limits and not holds(left.costs(gone), limits):
         raise unmet(left.costs(gone), limits, kind)
     order = [one for one in free if one in gone]

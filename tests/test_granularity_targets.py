@@ -137,3 +137,12 @@ def test_the_automatic_repair_takes_what_there_is():
     x = torch.randn(16, 8)
     small = graphprune.shrink(model, x[:1], 0.5, granularity="weight", calibration=[x, x])
     assert torch.equal(small(x), graphprune.shrink(model, x[:1], 0.5, granularity="weight")(x))
+
+
+def test_a_small_block_comes_back_when_a_large_one_is_enough():
+    layers = [nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 8)) for width in (2, 4, 64)]
+    model, order = nn.Sequential(nn.Linear(8, 8), *layers, nn.Linear(8, 2)).double(), {"1": 0, "2": 1, "3": 2}
+    x = torch.randn(2, 8, dtype=torch.float64)
+    model = nn.Sequential(model[0], *layers, nn.Sequential(nn.Linear(8, 8), nn.ReLU()), model[4]).double()
+    small = graphprune.shrink(model, x, params=0.5, granularity="block", criterion=lambda name, module: order.get(name, 9))
+    assert removed(small) == ["3"]
