@@ -318,7 +318,8 @@ def run(job: dict, options: argparse.Namespace) -> list[dict]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.job_limit, check=False)
         out, error = done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
-        out, error = (late.stdout or b"").decode(), f"over {options.job_limit} s"
+        out, error = late.stdout or "", f"over {options.job_limit} s"
+        out = out.decode() if isinstance(out, bytes) else out
     for line in out.splitlines():
         if line.startswith("ROW "):
             rows.append({**{k: job[k] for k in ("job", "model", "runtime", "side")}, **json.loads(line[4:])})
