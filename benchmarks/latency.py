@@ -180,7 +180,8 @@ def peer(job: dict) -> Iterator[dict]:
             continue
         theirs = between({count: other["speedup"] for count, other in zip(around, others, strict=True)}, budget)
         noise = max((row["high"] - row["low"]) / 2 / row["speedup"] for row in (mine, *others))
-        macs = {"macs": full / budget, "their_macs": [full / count for count in around], "their_speedups": [row["speedup"] for row in others]}
+        equal = min(around) <= 1.02 * budget and max(around) >= 0.98 * budget
+        macs = {"equal": equal, "macs": full / budget, "their_macs": [full / count for count in around], "their_speedups": [row["speedup"] for row in others]}
         yield {
             "target": target,
             "ours": mine["speedup"],
