@@ -12,6 +12,7 @@ from .groups import Group, Groups, couple
 from .history import History
 from .iterate import Result, iterate
 from .laws import check_rule
+from .masks import bake, masked, semi_structured
 from .measure import Measurement, measure
 from .optimizer import refresh_ema, refresh_optimizer
 from .plan import Plan
@@ -20,6 +21,7 @@ from .rules import rule
 from .scores import Score, score
 from .select import select
 from .shrink import shrink
+from .sparse import SparseTraining
 from .store import expand, load, save
 from .trace import Graph, trace
 from .zeroed import zeroed
@@ -36,8 +38,10 @@ __all__ = [
     "Plan",
     "Result",
     "Score",
+    "SparseTraining",
     "apply",
     "available",
+    "bake",
     "check_rule",
     "compose",
     "cost",
@@ -46,6 +50,7 @@ __all__ = [
     "fuse",
     "iterate",
     "load",
+    "masked",
     "refresh_ema",
     "refresh_optimizer",
     "measure",
@@ -57,6 +62,7 @@ __all__ = [
     "score",
     "scores",
     "select",
+    "semi_structured",
     "shrink",
     "trace",
     "zeroed",

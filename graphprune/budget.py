@@ -42,6 +42,11 @@ class Chooser:
     aims: Aims = Aims()
     more: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
 
+    @property
+    def plain(self) -> bool:
+        """Whether one ratio decides, group by group."""
+        return self.scope == "layer" and not self.more and not self.aims.any and isinstance(self.multiple_of, int)
+
     def __call__(self, groups: Groups, scores: Scores, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
         step = self.multiple_of if isinstance(self.multiple_of, int) else self.multiple_of(groups)
         rules = {"scope": self.scope, "multiple_of": step, "min_units": self.min_units, "ratios": ratios, "ties": ties}

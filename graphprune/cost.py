@@ -155,6 +155,18 @@ def profile(model: nn.Module, example_input: Any, example_kwargs: dict | None = 
     return cost(couple(trace(model, example_input, example_kwargs)))
 
 
+def macs_by_call(graph: Graph) -> list[float]:
+    """The multiply-accumulates of every call of the uncut graph.
+
+    >>> sum(macs_by_call(trace(nn.Linear(3, 5), torch.zeros(2, 3))))
+    30.0
+    """
+    lengths = Lengths(couple(graph))
+    terms = [list(products(node, lengths)) for node in graph.nodes]
+    full = lengths.of([torch.arange(group.size) for group in lengths.groups])
+    return [float(sum(factor * math.prod(full[form] for form in forms) for factor, forms in mine)) for mine in terms]
+
+
 def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]] | None = None) -> Costs:
     """The cost functions of a coupled graph; ``more`` makes further ones, functions of lengths (rows, forms)."""
     graph, lengths = groups.graph, Lengths(groups)

@@ -12,22 +12,29 @@ from .apply import apply
 from .budget import Chooser
 from .compose import so_far
 from .decide import Wishes, best, decide
+from .granularity import finer, parse
+from .heads import others
 from .latency import reach, remembered, steps
-from .names import named
+from .names import by_tensor, named
 from .repair import after_cut, refill
+from .request import Request
 from .scores import Criterion
 from .scores.attempts import attempts
 from .select import check_ratio
 from .targets import Aims
 from .trace import trace
+from .trees import uncollected
+from .undo import undone
 from .verify import check, check_model
 
 
+@uncollected()
 def shrink(
     model: nn.Module,
     example_input: Any,
     ratio: float | None = None,
     *,
+    granularity: str = "channel",
     params: float | None = None,
     macs: float | None = None,
     size: float | None = None,
@@ -73,23 +80,30 @@ def shrink(
     4
     """
     aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
-    scope = scope or ("optimal" if aims.timed else "layer")
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
+    spec = parse(granularity)
+    scope = scope or ("optimal" if aims.timed and spec.coarse else "layer")
     check_model(model)
     held = named(model, keep)
     graph = trace(model, example_input, example_kwargs)
-    choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
-    scored = remembered(attempts(model, criterion, batches, loss, draft=scope == "layer" and not aims.any))
-    wishes = Wishes(choose, scored, held, ratios)
-    if aims.timed:
-        small, plan = reach(model, graph, aims, lambda more: decide(graph, model, replace(wishes, choose=replace(choose, more=more))), scope)
-    else:
-        plan = best(graph, model, wishes, rewrite, inplace)
+    if not spec.coarse:
+        request = Request(ratio, aims, criterion, scope, held, by_tensor(model, ratios), batches, loss, multiple_of, min_units)
+        plan = finer(graph, model, spec, request)
         small = apply(model, plan)
+    else:
+        choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
+        scored = remembered(attempts(model, criterion, batches, loss, draft=scope == "layer" and not aims.any))
+        wishes = Wishes(choose, scored, held, ratios, others if spec.name == "head" else None)
+        if aims.timed:
+            small, plan = reach(model, graph, aims, lambda more: decide(graph, model, replace(wishes, choose=replace(choose, more=more))), scope)
+        else:
+            plan = best(graph, model, wishes, rewrite, inplace)
+            small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
     small, plan = after_cut(small, model, plan, calibration, repair, graph)
     if inplace:
-        small = refill(apply(model, plan, inplace=True), small)
+        with undone(model, plan.edits):
+            small = refill(apply(model, plan, inplace=True), small)
     small.__dict__["graphprune_plan"] = so_far(model, plan)
     return (small, plan) if return_plan else small
