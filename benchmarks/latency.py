@@ -180,7 +180,8 @@ def peer(job: dict) -> Iterator[dict]:
             continue
         theirs = between({count: other["speedup"] for count, other in zip(around, others, strict=True)}, budget)
         noise = max((row["high"] - row["low"]) / 2 / row["speedup"] for row in (mine, *others))
-        macs = {"macs": full / budget, "their_macs": [full / count for count in around], "their_speedups": [row["speedup"] for row in others]}
+        equal = min(around) <= 1.02 * budget and max(around) >= 0.98 * budget
+        macs = {"equal": equal, "macs": full / budget, "their_macs": [full / count for count in around], "their_speedups": [row["speedup"] for row in others]}
         yield {
             "target": target,
             "ours": mine["speedup"],
@@ -318,7 +319,8 @@ def run(job: dict, options: argparse.Namespace) -> list[dict]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.job_limit, check=False)
         out, error = done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
-        out, error = (late.stdout or b"").decode(), f"over {options.job_limit} s"
+        out, error = late.stdout or "", f"over {options.job_limit} s"
+        out = out.decode() if isinstance(out, bytes) else out
     for line in out.splitlines():
         if line.startswith("ROW "):
             rows.append({**{k: job[k] for k in ("job", "model", "runtime", "side")}, **json.loads(line[4:])})

@@ -117,12 +117,11 @@ def _peers(rows: list[dict]) -> list[str]:
         if "why" in row:
             lines.append(f"| {TITLES[row['model']]} | Torch-Pruning does not run: {row['why'].replace('|', '/')[:120]} | | | | |")
             continue
-        gains.append(row["gain"])
+        equal = row.get("equal", True)
+        gains += [row["gain"]] if equal else []
+        gain = f"**{row['gain'] - 1:+.0%}**" if equal else "it cannot reach these MACs"
         both = " and ".join(f"{macs:.2f}x" for macs in row["their_macs"])
-        lines.append(
-            f"| {TITLES[row['model']]} | {row['macs']:.2f}x / {both} | {row['ours']:.2f}x | {row['theirs']:.2f}x | "
-            f"**{row['gain'] - 1:+.0%}** | {row['noise']:.1%} |"
-        )
+        lines.append(f"| {TITLES[row['model']]} | {row['macs']:.2f}x / {both} | {row['ours']:.2f}x | {row['theirs']:.2f}x | {gain} | {row['noise']:.1%} |")
     return [*lines, f"| median | | | | **{statistics.median(gains) - 1:+.0%}** | |" if gains else "", ""]
 
 
