@@ -42,13 +42,15 @@ __all__ = ["Repaired", "effect", "repair"]
 WEIGHTS = ("bias", "variance", "least-squares")
 STEPS = (*FREE, *WEIGHTS, "bn")
 for _name, _line in {
+    "auto": "with calibration=: least squares, then batch-norm statistics, each kept only where it helps on inputs kept out of it",
+    "none": "nothing is repaired",
     "merge": "removed channels told by the kept ones, from the network's own statistics",
     "fold": "means of removed channels to the bias behind, from the network's own statistics",
     "rescale": "the variance lost in a cut made up in the norms, from the network's own statistics",
     "bias": "means of every output as they were, on calibration",
     "variance": "means and variances of every output as they were, on calibration",
     "least-squares": "every weight behind a cut fitted to the original's activations, on calibration",
-    "bn": "batch-norm statistics measured anew, on calibration",
+    "bn": "batch-norm statistics measured anew, exactly, on calibration; also with masks, smaller kernels and removed modules",
 }.items():
     register("repair", _name, _line)
 LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network
@@ -87,6 +89,7 @@ def repair(
     plan = plan or small.__dict__.get("graphprune_plan")
     if plan is None:
         raise BadCalibration("the cut model carries no plan; pass the one that shrink(..., return_plan=True) returned")
+    names = _possible(names, steps, plan)
     result = copy.deepcopy(small)
     if not names:
         return result
@@ -108,7 +111,8 @@ def repair(
                 except (RuntimeError, TypeError, IndexError) as error:
                     raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
             if "bn" in names:
-                done += _statistics(original, result, graph, fits, checks, anew)
+                own = trace(result, *_example(fits[0])) if plan.parts else graph  # with other parts a model makes other calls
+                done += _statistics(original, result, own, fits, checks, anew)
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
@@ -145,6 +149,15 @@ def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
         if name not in STEPS:
             raise UnknownName(f"no repair named {name!r}; there are auto, data-free, none, {', '.join(STEPS)}")
     return names
+
+
+def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) -> tuple[str, ...]:
+    """Weights are fitted where channels were cut; after anything else only statistics can be measured anew."""
+    wrong = [name for name in names if name in WEIGHTS] if plan.parts else []
+    if wrong and steps != "auto":
+        kinds = ", ".join(sorted({part.kind for part in plan.parts}))
+        raise BadCalibration(f"{wrong[0]!r} fits weights behind cut channels, this plan has parts of other kinds ({kinds}): take repair='bn', or retrain")
+    return tuple(name for name in names if name not in wrong)
 
 
 def _parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
