@@ -35,6 +35,7 @@ KEEP = ["conv1", "layer*.bn2", "linear"]
 LOCAL = ("L1", "L2", "BN scale", "Taylor", "FPGM")
 GLOBAL = ("L2", "BN scale", "Taylor")
 COUNTS = (32, 64, 128, 256, 1024, 2048)
+RATIOS = (0.25, 0.4, 0.5)
 NAMES = {"resnet56": "ResNet-56, CIFAR-10 (JPEG)", "resnet20": "ResNet-20, CIFAR-10 (JPEG)", "fashion": "ResNet-20, Fashion-MNIST"}
 
 
@@ -207,13 +208,31 @@ def curve(name: str, options: argparse.Namespace, known: dict, done: Callable) -
         done(f"{name}/2.0/ours/{count}/{seed}", {"top1": accuracy(better, test, truth), "seconds": seconds + spent})
 
 
+def without_data(name: str, options: argparse.Namespace, known: dict, done: Callable) -> None:
+    """The same cut (L2, the same share of every layer) as it is, after batch-norm re-estimation, repaired without data, and repaired with data."""
+    wanted = [ratio for ratio in RATIOS if f"{name}/free/{ratio}" not in known]
+    if not wanted:
+        return
+    model, train, labels, test, truth = load(name, options.data)
+    test, truth = test[:: options.every], truth[:: options.every]
+    x, _ = sample(train, labels, 512, 0)
+    graph = graphprune.trace(model, x[:1])
+    for ratio in wanted:
+        small = graphprune.shrink(model, x[:1], ratio, keep=KEEP, verify=False)
+        start = time.perf_counter()
+        free = graphprune.repair(small, model, steps="data-free", graph=graph)
+        seconds = time.perf_counter() - start
+        ways = {"cut": small, "bn": reestimated(small, x), "free": free, "auto": graphprune.repair(small, model, None, x.split(128), progress=False)}
+        done(f"{name}/free/{ratio}", {**{way: accuracy(each, test, truth) for way, each in ways.items()}, "seconds": seconds})
+
+
 def table(known: dict, every: int) -> str:
     images = "all test images" if every == 1 else f"every {every}th test image ({10000 // every:,})"
     lines = [
         "# Accuracy after one-shot pruning, without labels and without training",
         "",
-        f"`python benchmarks/accuracy.py --every {every} --curve`; torch {torch.__version__}, one thread, 512 calibration images from the training set (no",
-        f"labels), top-1 on {images}; CIFAR-10 is a JPEG copy. Both prune channels inside the blocks.",
+        f"`python benchmarks/accuracy.py --every {every} --curve --free`; torch {torch.__version__}, one thread, 512 calibration images (no",
+        f"labels; from the training set), top-1 on {images}; CIFAR-10 is a JPEG copy. Both prune channels inside the blocks.",
         'Ours: criterion `effect` under `scope="global"`, then `repair="auto"` (closed form); mean and standard deviation over the seeds of the',
         "calibration sample (their number in the column *seeds*). Torch-Pruning 1.6.1: the best of eight runs (L1, L2, BN scale, Taylor with labels, FPGM",
         "layer by layer; L2, BN scale, Taylor globally), chosen on the test images; as it ships, and after batch-norm re-estimation on the same images.",
@@ -250,6 +269,17 @@ def table(known: dict, every: int) -> str:
         lines += ["## How many images (ResNet-20, 2x)", "", "| images | " + " | ".join(map(str, points)) + " |", "|---" * (len(points) + 1) + "|"]
         lines += ["| top-1 | " + " | ".join(f"{statistics.mean(v):.2f} ± {statistics.stdev(v) if len(v) > 1 else 0:.2f}" for v in points.values()) + " |"]
         lines += ["| seeds | " + " | ".join(str(len(v)) for v in points.values()) + " |", ""]
+    rows = [(name, ratio, known[key]) for name in NAMES for ratio in RATIOS if (key := f"{name}/free/{ratio}") in known]
+    if rows:
+        lines += ["## Without any data", ""]
+        lines += ["The same share of every layer's units by L2 norm; 512 images where data is used.", ""]
+        lines += [
+            '| model | units removed | cut | BN re-estimation (images) | `repair="data-free"` (no image) | `repair="auto"` (images) | seconds, data-free |'
+        ]
+        lines += ["|---" * 7 + "|"]
+        for name, ratio, v in rows:
+            lines += [f"| {NAMES[name]} | {ratio:.0%} | {v['cut']:.2f} | {v['bn']:.2f} | **{v['free']:.2f}** | {v['auto']:.2f} | {v['seconds']:.1f} |"]
+        lines += [""]
     lines += ["![accuracy over MACs, and over the number of images](accuracy.png)", ""]
     return "\n".join(lines)
 
@@ -299,6 +329,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every n-th test image")
     parser.add_argument("--rows", default="accuracy.jsonl", help="results so far, a line each; finished cells are not run again")
     parser.add_argument("--curve", action="store_true", help="also the curve over the number of images")
+    parser.add_argument("--free", action="store_true", help="also the repair without data")
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -315,6 +346,9 @@ def main() -> None:
     cells(options.models, options, known, done)
     if options.curve:
         curve("resnet20", options, known, done)
+    if options.free:
+        for name in options.models:
+            without_data(name, options, known, done)
     if options.out:
         Path(options.out).write_text(table(known, options.every))
         plot(known, Path(options.out).with_suffix(".png"))

@@ -1,6 +1,7 @@
 """Repairs equal slow references, never touch the original, and are no worse on calibration kept out of them."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -421,3 +422,35 @@ def test_scales_behind_a_cut_stream_are_the_least_squares_ones(spelled):
     assert not torch.allclose(better.norm.weight, small.norm.weight, atol=1e-3)
     (done,) = (r for r in better.graphprune_repairs if r.step == "scale")
     assert done.kept and done.after < done.before
+
+
+def test_constant_and_dead_channels_leave_the_fits_finite_and_exact():
+    """A constant channel goes to the intercept, whether it was kept or cut."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        net[0].weight[4:] = 0
+        net[0].bias[4:6], net[0].bias[6:] = 1.5, -1.0  # constant, and dead
+    data, keep_last = [torch.randn(64, 4, dtype=F64) for _ in range(4)], lambda groups, model, batches: [torch.tensor([8.0, 7, 6, 5, 4, 1, 2, 3])]
+    small, plan = graphprune.shrink(net, data[0][:1], 0.25, criterion=keep_last, return_plan=True)
+    assert plan.cuts["0.weight"][0] == [0, 1, 2, 3, 4, 7]
+    for steps in ("auto", "data-free"):
+        better = graphprune.repair(small, net, plan, data, steps, graph=graphprune.trace(net, data[0][:1]))
+        assert all(bool(torch.isfinite(p).all()) for p in better.parameters())
+        assert distance(better, net, data) < 1e-12 < distance(small, net, data)
+
+
+def test_few_samples_do_not_make_units_look_free():
+    """Of 12 samples any of 64 units follows from the others; a score that believed it would cut nearly all of them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)).double()
+    groups = graphprune.couple(graphprune.trace(net, torch.zeros(1, 32, dtype=F64)))
+    few, many = (graphprune.score(groups, net, "effect", [torch.randn(n, 32, dtype=F64)], progress=False)[0].sort().values for n in (12, 4000))
+    assert float(few[:32].sum() / few.sum()) > 0.3 * float(many[:32].sum() / many.sum())
+    blind = sys.modules["graphprune.repair.effect"]
+    old, blind.ENOUGH = blind.ENOUGH, 1e9
+    try:
+        wrong = graphprune.score(groups, net, "effect", [torch.randn(12, 32, dtype=F64)], progress=False)[0].sort().values
+    finally:
+        blind.ENOUGH = old
+    assert float(wrong[:32].sum() / wrong.sum()) < 0.03 * float(many[:32].sum() / many.sum())

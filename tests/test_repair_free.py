@@ -40,9 +40,16 @@ def first(groups, model, batches):
     return [torch.arange(g.size, 0, -1.0) for g in groups]
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_an_exact_duplicate_is_merged_without_loss(norm):
+def flat(norm):
+    """The convolution's maps flattened into a linear layer, as in AlexNet."""
     net = block(norm)
+    return nn.Sequential(*net[:3], nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 5)).double().eval()
+
+
+@pytest.mark.parametrize("build", [block, flat])
+@pytest.mark.parametrize("norm", [True, False])
+def test_an_exact_duplicate_is_merged_without_loss(norm, build):
+    net = build(norm)
     tensors = [net[0].weight, *([net[1].weight, net[1].bias, net[1].running_mean, net[1].running_var] if norm else [net[0].bias])]
     with torch.no_grad():
         for tensor in tensors:
@@ -50,7 +57,7 @@ def test_an_exact_duplicate_is_merged_without_loss(norm):
     x = torch.randn(8, 3, 9, 9, dtype=F64)
     cut = graphprune.shrink(net, x[:1], criterion=first)
     free = graphprune.shrink(net, x[:1], criterion=first, repair="data-free")
-    assert free[3].in_channels == 6 and gap(net, free, x) < 1e-16 < gap(net, cut, x)
+    assert free[0].out_channels == 6 and gap(net, free, x) < 1e-16 < gap(net, cut, x)
     with torch.no_grad():
         net[0].weight[7].normal_()  # no longer equal
     assert gap(net, graphprune.shrink(net, x[:1], criterion=first, repair="data-free"), x) > 1e-6

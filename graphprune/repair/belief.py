@@ -37,12 +37,16 @@ WIDEST = 4096  # channels whose covariance is kept whole
 
 @dataclass(frozen=True)
 class Belief:
-    """Mean (C,) and covariance (C, C) of the channels along ``axis``; ``norm``: the energies (C,) that a root mean square was taken of."""
+    """Mean (C,) and covariance (C, C) of the channels along ``axis``.
+
+    ``energy``: the squares (C,) whose mean a norm divided by; ``each``: how many positions in a row every channel has (behind a flatten).
+    """
 
     mean: Tensor
     cov: Tensor
     axis: int
     energy: Tensor | None = None
+    each: int = 1
 
     @property
     def deviation(self) -> Tensor:
@@ -96,7 +100,7 @@ class _Reader:
             return
         rule = getattr(self, name.rstrip("_"), None) if name.rstrip("_") in RULES else None
         found = rule(node, out) if rule else self.batch_norm(node, out) if "batch_norm" in name else self.other(node, out, given)
-        if found is not None and len(found.mean) == out.shape[found.axis]:
+        if found is not None and len(found.mean) * found.each == out.shape[found.axis]:
             self.found[id(out)] = found
 
     def tensor(self, value: Value) -> Tensor:
@@ -107,7 +111,7 @@ class _Reader:
 
     def reads(self, x: Value, count: int, axis: int) -> Belief:
         found = self.found.get(id(x))
-        return found if found is not None and len(found.mean) == count else unknown(count, axis)
+        return found if found is not None and len(found.mean) * found.each == count else unknown(count, axis)
 
     def convolution(self, node: Node, out: Value) -> Belief | None:
         x, weight, bias, *_, transposed, _, groups = node.args
@@ -130,7 +134,8 @@ class _Reader:
         if id(weight) not in self.known or max(weight.shape) > WIDEST:
             return None
         last = len(out.shape) - 1
-        mean, cov = carried(self.tensor(weight).T[:, :, None], self.reads(x, weight.shape[0], last))
+        before = self.reads(x, weight.shape[0], last)
+        mean, cov = carried(self.tensor(weight).T.reshape(weight.shape[1], -1, before.each), before)
         return Belief(mean + self.vector(bias, len(mean), 0.0), cov, last)
 
     def batch_norm(self, node: Node, out: Value) -> Belief:
@@ -147,6 +152,7 @@ class _Reader:
         if count > WIDEST:
             return None
         before = self.reads(x, count, axis)
+        before = unknown(count, axis) if before.each > 1 else before
         scale = self.vector(weight, count, 1.0)
         centred = before.mean - before.mean.mean()
         return Belief(self.vector(bias, count, 0.0), before.correlation * scale[:, None] * scale, axis, before.cov.diagonal() + centred.square())
@@ -156,6 +162,8 @@ class _Reader:
         mine, other = self.found.get(id(one)), self.found.get(id(two)) if isinstance(two, Value) else None
         sign = -1.0 if "sub" in node.func._schema.name else 1.0
         factor = sign * float(node.kwargs.get("alpha", 1))
+        if any(b is not None and b.each > 1 for b in (mine, other)):
+            return None
         if not isinstance(two, Value):
             return mine and replace(mine, mean=mine.mean + factor * float(two), energy=None)
         if mine is not None and other is not None and mine.axis == other.axis and len(mine.mean) == len(other.mean):
@@ -173,6 +181,8 @@ class _Reader:
         one, two = node.args[:2]
         mine = self.found.get(id(one)) if isinstance(one, Value) else None
         other = self.found.get(id(two)) if isinstance(two, Value) else None
+        if any(b is not None and b.each > 1 for b in (mine, other)):
+            return None
         if mine is not None and other is not None:
             if mine.axis != other.axis or len(mine.mean) != len(other.mean):
                 return None
@@ -213,8 +223,9 @@ class _Reader:
         mine = [f.ravel() for f in before.fields if f.shape[held.axis] == f.size > 1]
         for field in out.fields:
             for labels in mine:
-                if field.size == labels.size and (field.ravel() == labels).all():
-                    return replace(held, axis=next(a for a, n in enumerate(field.shape) if n > 1))
+                flat = field.ravel()
+                if field.size % labels.size == 0 and held.each == 1 and (flat.reshape(labels.size, -1) == labels[:, None]).all():
+                    return replace(held, axis=next(a for a, n in enumerate(field.shape) if n > 1), each=field.size // labels.size)
         return None
 
 
@@ -242,4 +253,4 @@ def _through(held: Belief, function: Any) -> Belief | None:
     for c in (*coefficients[1:], rest):
         power = power * rho
         cov = cov + power * c[:, None] * c
-    return Belief(mean, cov, held.axis)
+    return Belief(mean, cov, held.axis, each=held.each)

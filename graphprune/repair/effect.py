@@ -29,6 +29,7 @@ from .sites import Site, sites
 Tensor = torch.Tensor
 LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs
 ROWS = 16384
+ENOUGH = 0.25  # columns per row up to which a Gram matrix is taken at its word
 
 
 @dataclass
@@ -143,6 +144,9 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
         each = 1
         reads = sum(flat[:, :, t].T @ both @ flat[:, :, t] for t in range(flat.shape[2]))
     hessian = mine.data.xx[0].cpu() / mine.data.count
+    # Of fewer rows than columns any column seems to follow from the others; what they cannot tell counts as independent.
+    alone = min(1.0, max(0.0, columns / mine.data.count - ENOUGH))
+    hessian = (1 - alone) * hessian + alone * torch.diag(hessian.diagonal())
     scale = hessian.diagonal().mean()
     hessian = hessian + torch.eye(columns, dtype=hessian.dtype) * (damping * scale if scale > 0 else 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))

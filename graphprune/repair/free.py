@@ -63,7 +63,11 @@ def repair_free(original: nn.Module, small: nn.Module, graph: Graph, plan: Plan,
             continue
         weight = _rows(wide[site.weight], site, plan)
         belief = known.get(id(site.x))
-        if belief is None or len(belief.mean) != weight.shape[1]:
+        if belief is not None and belief.each > 1 and weight.shape[1] == len(belief.mean) * belief.each:
+            weight = weight.reshape(len(weight), -1, belief.each)
+            channels = [at // belief.each for at in kept[:: belief.each]]
+            kept = channels if kept == [c * belief.each + i for c in channels for i in range(belief.each)] else None
+        if belief is None or kept is None or len(belief.mean) != weight.shape[1]:
             done.append(Repaired("left", f"{site.weight}: nothing is known of what it reads", math.nan, math.nan, False))
             continue
         kernel = () if site.shape is None else tuple(wide[site.weight].shape[2:])
@@ -121,7 +125,7 @@ def _offer(site: Site, kernel: tuple[int, ...], weight: Tensor, belief: Belief, 
 
 def _put(offer: _Offer, tight: Mapping[str, Tensor], rescale: bool) -> None:
     site, held = offer.site, tight[offer.site.weight]
-    held.copy_((offer.new[:, :, 0].T if site.turned else offer.new).reshape(held.shape))
+    held.copy_((offer.new.flatten(1).T if site.turned else offer.new).reshape(held.shape))
     if site.norm is not None:
         tight[site.norm.mean].sub_(offer.shift.to(tight[site.norm.mean]))
         if rescale:

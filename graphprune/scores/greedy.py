@@ -76,10 +76,20 @@ def surgeon(inverses: Sequence[Tensor], reads: Sequence[Tensor]) -> Tensor:
 
 def surgeon_in_blocks(inverses: Sequence[Tensor], reads: Sequence[Tensor], blocks: Sequence[Tensor]) -> Tensor:
     """As :func:`surgeon` for units of several columns: ``Σ_q tr(((H⁻¹)_SS)⁻¹ (WᵀW)_SS)``; ``blocks[q]`` is (units, columns of each)."""
-    inverses, reads = [m.clone() for m in inverses], [m.clone() for m in reads]
-    alive = torch.ones(len(blocks[0]), dtype=torch.bool)
+    if all(block.shape[1] == 1 for block in blocks):
+        at = [block[:, 0] for block in blocks]
+        return surgeon([m[i][:, i] for m, i in zip(inverses, at, strict=True)], [m[i][:, i] for m, i in zip(reads, at, strict=True)])
+    inverses, reads, blocks = [m.clone() for m in inverses], [m.clone() for m in reads], list(blocks)
+    units = torch.arange(len(blocks[0]))
+    alive = torch.ones(len(units), dtype=torch.bool)
     order, losses = [], []
     while bool(alive.any()):
+        if 2 * int(alive.sum()) <= len(alive):  # go on with what is left only
+            for q, block in enumerate(blocks):
+                columns = block[alive].flatten()
+                inverses[q], reads[q] = (m[columns][:, columns].contiguous() for m in (inverses[q], reads[q]))
+                blocks[q] = torch.arange(len(columns)).reshape(-1, block.shape[1])
+            units, alive = units[alive], torch.ones(int(alive.sum()), dtype=torch.bool)
         loss = torch.zeros(len(alive), dtype=torch.float64)
         left = alive.nonzero().ravel()
         for inverse, read, block in zip(inverses, reads, blocks, strict=True):
@@ -88,7 +98,7 @@ def surgeon_in_blocks(inverses: Sequence[Tensor], reads: Sequence[Tensor], block
             loss[left] += solved.diagonal(dim1=1, dim2=2).sum(1)
         loss[~alive] = torch.inf
         at = int(loss.argmin())
-        order.append(at)
+        order.append(int(units[at]))
         losses.append(float(loss[at]))
         alive[at] = False
         for inverse, read, block in zip(inverses, reads, blocks, strict=True):
@@ -100,7 +110,6 @@ def surgeon_in_blocks(inverses: Sequence[Tensor], reads: Sequence[Tensor], block
             inverse -= ratio @ inverse[gone]
             for matrix in (inverse, read):
                 matrix[gone] = matrix[:, gone] = 0
-            inverse[gone, gone] = 1
     return in_order(order, losses)
 
 
