@@ -45,7 +45,7 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
     if kind is dict or kind is OrderedDict:
         twin = memo[id(value)] = kind()
         for key, item in value.items():
-            twin[duplicate(key, memo)] = duplicate(item, memo)
+            twin[key if type(key) in PLAIN else duplicate(key, memo)] = item if type(item) in PLAIN else duplicate(item, memo)
         return twin
     if kind is list:
         twin = memo[id(value)] = []

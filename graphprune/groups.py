@@ -197,18 +197,19 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
         return Groups(graph, root, (), {}, np.full(len(root), -1, dtype=np.int64))
     fields = [field.ravel() for leaf in graph.leaves.values() for field in leaf.fields]
     units = root[np.concatenate(fields)]
-    ends = np.cumsum([field.size for field in fields])
-    starts = ends - [field.size for field in fields]
+    sizes = np.array([field.size for field in fields])
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
     hashed = np.random.default_rng(0).integers(1, 2**62, len(slots))
     signature = np.zeros(len(root), dtype=np.int64)
-    np.add.at(signature, units, np.repeat(hashed, ends - starts))
+    np.add.at(signature, units, np.repeat(hashed, sizes))
     closed = parts.locked[units]
     locked: dict[tuple[str, int], Reason] = {}
-    for index in np.flatnonzero(np.logical_or.reduceat(closed, starts)):
-        mine = units[starts[index] : ends[index]]
-        known = why[mine[closed[starts[index] : ends[index]]]]
-        known = known[known >= 0]
-        locked[slots[index]] = reasons[int(known[0])] if known.size else Reason("its slices go with another axis")
+    told = np.where(closed, why[units], -1)
+    at_told = np.append(np.flatnonzero(told >= 0), len(units))
+    first = at_told[np.searchsorted(at_told, starts)]  # where the first reason of each slot stands, if any
+    for index in np.flatnonzero(np.logical_or.reduceat(closed, starts)).tolist():
+        locked[slots[index]] = reasons[told[first[index]]] if first[index] < ends[index] else Reason("its slices go with another axis")
     stands = np.zeros(len(root), dtype=bool)
     stands[units[~closed]] = True
     free = np.flatnonzero(stands)
@@ -216,13 +217,13 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
     places: list[dict] = [{} for _ in members]
     mine, inner = owner[units], local[units]
     if len(free):
-        low, high = np.minimum.reduceat(mine, starts), np.maximum.reduceat(mine, starts)
-        for index, slot in enumerate(slots):
-            at = slice(starts[index], ends[index])
-            if low[index] == high[index] >= 0:
-                places[low[index]][slot] = inner[at]
+        low, high = np.minimum.reduceat(mine, starts).tolist(), np.maximum.reduceat(mine, starts).tolist()
+        for slot, least, most, start, end in zip(slots, low, high, starts.tolist(), ends.tolist(), strict=True):
+            at = slice(start, end)
+            if least == most >= 0:
+                places[least][slot] = inner[at]
                 continue
-            if high[index] < 0:
+            if most < 0:
                 continue
             for group in np.unique(mine[at][mine[at] >= 0]):
                 places[group][slot] = np.where(mine[at] == group, inner[at], -1)
@@ -230,6 +231,8 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
     groups = tuple(Group(n, next(iter(places[i]))[0], members[i], places[i]) for n, i in enumerate(several))
     renumber = np.full(len(members) + 1, -1, dtype=np.int64)
     renumber[several] = np.arange(len(several))
+    for index in np.flatnonzero(np.maximum.reduceat(renumber[owner[units]], starts) < 0):
+        locked.setdefault(slots[index], Reason("all its positions stay or go together, so that nothing would be left"))
     return Groups(graph, root, groups, locked, renumber[owner])
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from os.path import basename
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +37,7 @@ class Reason(NamedTuple):
 
     @property
     def line(self) -> str:
-        return f"{PurePath(self.where[0]).name}:{self.where[1]}" if self.where else ""
+        return f"{basename(self.where[0])}:{self.where[1]}" if self.where else ""
 
     def __str__(self) -> str:
         told = ", ".join(part for part in (self.op, self.module, self.line) if part)
@@ -106,6 +106,7 @@ class Labels:
     locks: list[tuple[Array, int]] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
+    repeated: list[tuple[int, int]] = field(default_factory=list)
     _names: dict[bytes, int] = field(default_factory=dict)
     _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
     _seen: set[tuple[int, int]] = field(default_factory=set)
@@ -116,6 +117,11 @@ class Labels:
             self.starts.append(self.count)
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int32)
+
+    def is_repeated(self, array: Array) -> bool:
+        """Whether a field numbers copies of one and the same thing (an expanded axis)."""
+        first = int(array.flat[0])
+        return any(start <= first < end for start, end in self.repeated)
 
     def join(self, left: Array, right: Array) -> None:
         if left is right:

@@ -22,6 +22,8 @@ from .trees import leaf_tensors
 def named(model: nn.Module, keep: Any) -> list[str]:
     """The tensors that ``keep`` speaks of: names, patterns, module types or predicates."""
     wanted = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
+    if not wanted:
+        return []
     modules, leaves_ = dict(model.named_modules()), [name for name, *_ in leaf_tensors(model)]
     found: list[str] = []
     for item in wanted:
@@ -57,3 +59,8 @@ def overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Ca
             if any(name in mine and axis == 0 for name, axis in group.places):
                 own[group.index] = ratio
     return own
+
+
+def by_tensor(model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[str, float]:
+    """The ratios of single tensors."""
+    return {name: check_ratio(ratio, f"the ratio of {key!r}") for key, ratio in (ratios or {}).items() for name in named(model, [key])}

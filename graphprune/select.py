@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from .errors import BadRatio
@@ -75,8 +76,9 @@ def select(
         counts.update({index: size * steps // step for index, size in sizes.items()})
     kept = []
     for group in groups:
-        order = torch.sort(scores[group.index], descending=True, stable=True).indices
-        kept.append(order[: counts[group.index]].sort().values)
+        order = np.argsort(-scores[group.index].numpy(), kind="stable")[: counts[group.index]]
+        order.sort()
+        kept.append(torch.from_numpy(order))
     return kept
 
 

@@ -9,12 +9,14 @@ units of all groups is then added up in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
 
 from .groups import Groups
+from .labels import Array
 
 PIECE = 2**16
 
@@ -23,8 +25,8 @@ def unit_sums(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -
     """Sum of ``|w| ** power`` (1 or 2) over the parameter entries that each unit takes along: float64, shape (units,) per group."""
     starts = np.cumsum([0, *(group.size for group in groups)])
     vectors: list[torch.Tensor] = []
-    matrices: list[torch.Tensor] = []
-    known: dict[tuple[str, int], torch.Tensor] = {}
+    matrices: list[tuple[str, int]] = []
+    axes: dict[str, set[int]] = defaultdict(set)
     places: tuple[list, list] = ([], [])
     for group, start in zip(groups, starts.tolist(), strict=False):
         for (name, axis), units in group.places.items():
@@ -35,42 +37,39 @@ def unit_sums(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -
                 vectors.append(weight.detach().float())
                 places[0].append((units, start))
                 continue
-            if (name, axis) not in known:
-                known |= {(name, a): s for a, s in axis_sums(weight.detach().float(), power, axis).items()}
-            matrices.append(known[name, axis])
+            axes[name].add(axis)
+            matrices.append((name, axis))
             places[1].append((units, start))
-    if vectors:
-        vectors = [_powers(torch.cat(vectors), power)]
     if not vectors and not matrices:
         return [torch.zeros(group.size, dtype=torch.float64) for group in groups]
-    values = torch.cat([*vectors, *matrices]).double().cpu().numpy()
+    sums = {name: axis_sums(tensors[name].detach().float(), power, mine) for name, mine in axes.items()}
+    values = [_powers(torch.cat(vectors), power).cpu().numpy()] if vectors else []
+    values += [sums[name][axis] for name, axis in matrices]
     units, offsets = zip(*places[0], *places[1], strict=True)
     index = np.concatenate(units)
     index = np.where(index < 0, starts[-1], index + np.repeat(offsets, [len(u) for u in units]))
-    total = torch.from_numpy(np.bincount(index, values, minlength=starts[-1] + 1))
+    total = torch.from_numpy(np.bincount(index, np.concatenate(values), minlength=starts[-1] + 1))
     return [total[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
 
-def axis_sums(weight: torch.Tensor, power: int, axis: int = 0) -> dict[int, torch.Tensor]:
-    """The sums of ``|w| ** power`` along an axis; the two leading axes come together, from one pass over the weight."""
-    if axis > 1:
-        return {axis: _powers(weight, power).sum([a for a in range(weight.ndim) if a != axis])}
+def axis_sums(weight: torch.Tensor, power: int, axes: Collection[int] = (0, 1)) -> dict[int, Array]:
+    """The sums of ``|w| ** power`` along each of the axes; the two leading ones come from one pass over the weight."""
+    if max(axes) > 1:
+        sizes = _powers(weight, power)
+        return {axis: sizes.sum([a for a in range(weight.ndim) if a != axis]).cpu().numpy() for axis in axes}
     flat = weight.flatten(1)
-    if weight.numel() <= PIECE:
-        sizes = _powers(flat, power)
-        rows, columns = sizes.sum(1), sizes.sum(0)
-    else:
-        parts, columns = [], flat.new_zeros(flat.shape[1])
-        for piece in flat.split(max(1, PIECE // flat.shape[1])):
-            sizes = _powers(piece, power)
-            parts.append(sizes.sum(1))
-            columns += sizes.sum(0)
-        rows = torch.cat(parts)
-    return {0: rows, 1: columns.view(weight.shape[1], -1).sum(1) if weight.ndim > 2 else columns}
+    rows, columns = zip(*(_both(piece, power) for piece in flat.split(max(1, PIECE // max(1, flat.shape[1])))), strict=True)
+    column = sum(columns)
+    return {0: np.concatenate(rows), 1: column.reshape(weight.shape[1], -1).sum(1) if weight.ndim > 2 else column}
 
 
-_SIZES: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {1: torch.abs, 2: torch.square}
+def _both(piece: torch.Tensor, power: int) -> tuple[Array, Array]:
+    if power == 2 and piece.device.type == "cpu":  # no array of squares
+        values = piece.numpy()
+        return np.einsum("ij,ij->i", values, values), np.einsum("ij,ij->j", values, values)
+    sizes = _powers(piece, power)
+    return sizes.sum(1).cpu().numpy(), sizes.sum(0).cpu().numpy()
 
 
 def _powers(weight: torch.Tensor, power: int) -> torch.Tensor:
-    return _SIZES[power](weight)
+    return weight.square() if power == 2 else weight.abs()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -11,6 +14,9 @@ from torch import nn
 
 from .notation import Value
 
+# What most attributes of modules are: asking whether they are tensors takes longer than looking their type up.
+TENSORLESS = frozenset({int, float, bool, str, type(None), OrderedDict, set})
+HOLDERS = frozenset((list, tuple, dict))
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
@@ -56,6 +62,18 @@ def replace(tree: Any, swap: Any) -> Any:
     return tree
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Hold the garbage collector back: a run makes many objects, none in circles, and each of its passes would walk them all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module once, with its path: ``list(model.named_modules())`` in one walk."""
     found: list[tuple[str, nn.Module]] = []
@@ -73,7 +91,10 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """Every tensor a model holds, by qualified name: parameters, buffers, and plain attributes."""
+    """Every tensor a model holds, by qualified name: parameters, buffers, plain attributes, and those in lists and dictionaries.
+
+    The last have a name with brackets, ``"attn.cache[cpu]"``; a fresh model may lack them.
+    """
     for prefix, module in modules_of(model):
         dot = f"{prefix}." if prefix else ""
         own = module.__dict__
@@ -81,9 +102,26 @@ def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
             for name, tensor in held.items():
                 if tensor is not None:
                     yield dot + name, module, name, tensor
-        for name, tensor in own.items():
-            if isinstance(tensor, torch.Tensor):
-                yield dot + name, module, name, tensor
+        for name, value in own.items():
+            kind = type(value)
+            if kind in HOLDERS:
+                if value and name[0] != "_":
+                    for path, inner in _held(value, name):
+                        yield dot + path, module, path, inner
+            elif kind not in TENSORLESS and isinstance(value, torch.Tensor):
+                yield dot + name, module, name, value
+
+
+def _held(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested lists, tuples and dictionaries (caches), but for parameters, which belong to a module."""
+    pairs = list(holder.items() if isinstance(holder, dict) else enumerate(holder))
+    if type(pairs[0][1]) in PLAIN:
+        return
+    for key, item in pairs:
+        if isinstance(item, torch.Tensor) and not isinstance(item, nn.Parameter):
+            yield f"{path}[{key}]", item
+        elif type(item) in HOLDERS and item:
+            yield from _held(item, f"{path}[{key}]")
 
 
 def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:

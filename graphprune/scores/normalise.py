@@ -48,6 +48,8 @@ def kind(groups: Groups, group: Group) -> tuple:
 
 def normalise(scores: Sequence[Tensor], how: str, pools: Sequence[object] | None = None) -> list[Tensor]:
     """Scale the scores of each pool of groups together (default: each group by itself)."""
+    if how == "none":
+        return list(scores)
     if how not in NORMALISERS:
         raise UnknownName(f"normalise is {how!r}; it is one of {', '.join(NORMALISERS)}")
     members: dict[object, list[int]] = defaultdict(list)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,7 +73,7 @@ class Score:
             if batches is None:
                 raise NeedsBatches(f"the score {self.name!r} needs {_what(self.needs_now(given))}; give batches= (any iterable of batches)")
             data = Data(model, batches, loss, general.get("reduction", "mean"), progress, self.name)
-        with undisturbed(model, seed):
+        with undisturbed(model, seed) if data else nullcontext():  # without data no score runs the model
             found = self.function(Task(groups, model, data, self.name, progress), **given)
         checked(groups, model, found, self.name)
         return normalised(groups, found, general.get("normalise", "none"), general.get("within", "group"))
@@ -122,6 +124,8 @@ def checked(groups: Groups, model: nn.Module, scores: Any, name: str) -> Scores:
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != (group.size,):
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise BadScore(f"the score {name!r} of {where} must be a tensor of shape ({group.size},), one entry for each unit; got {shape}")
+        if math.isfinite(float(found.sum())):  # then every entry is
+            continue
         wrong = (~torch.isfinite(found)).nonzero().ravel().tolist()
         if wrong:
             text = f"the score {name!r} is not finite for {len(wrong)} of {group.size} units of {where}, first unit {wrong[0]}"
