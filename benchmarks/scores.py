@@ -124,6 +124,8 @@ def measure_accuracy(options: argparse.Namespace, rows: list[dict], done: Callab
         x, y = drawn(train, labels, CALIBRATION, seed)
         batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
         for name, score in SCORES.items() if seed < options.seeds else [("random", SCORES["random"])]:
+            if options.names and name not in options.names:
+                continue
             if all((name, share) in finished for share in SHARES):
                 continue
             start = time.process_time()
@@ -407,7 +409,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the page from the rows")
     parser.add_argument("--times", action="store_true", help="measure seconds instead of accuracy")
     parser.add_argument("--only-table", action="store_true", help="measure nothing")
-    parser.add_argument("--names", nargs="*", help="with --times: these scores only")
+    parser.add_argument("--names", nargs="*", help="these scores only")
     parser.add_argument("--models", nargs="*", help="with --times: these models only")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000)

@@ -11,7 +11,7 @@ from torch import nn
 
 import graphprune
 from graphprune import errors
-from graphprune.scores import greedy, maps
+from graphprune.scores import greedy, maps, reconstruct
 
 DATA = "apoz activation wanda_sp flap snip fisher taylor_gate mask_fisher group_fisher grasp obs thinet lasso leverage chip hrank entropy".split()
 
@@ -276,3 +276,14 @@ def test_ties_keep_exact_counts():
     equal = [torch.ones(g.size, dtype=torch.float64) for g in GROUPS]
     for scope, count in {"layer": 5 + 4 + 6, "global": 14, "isomorphic": 5 + 4 + 6}.items():
         assert sum(map(len, graphprune.select(GROUPS, equal, 0.2, scope=scope))) == count
+
+
+def test_a_part_of_the_positions_stands_for_all(monkeypatch):
+    """Where a map is large its Gram matrix comes from random positions: close to that of all, and not equal to it."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)).double()
+    x = torch.randn(16, 2, 18, 18).double()
+    groups = graphprune.couple(graphprune.trace(net, x[:1]))
+    every = graphprune.score(groups, net, "thinet", [x])[0]
+    monkeypatch.setattr(reconstruct, "ENTRIES", 4 * 128)  # half of the 256 positions of each image
+    part = graphprune.score(groups, net, "thinet", [x])[0]
+    assert 0 < float((part - every).abs().max()) < 0.1 * float(every.max()) < float((part.roll(1) - every).abs().max())

@@ -4,7 +4,7 @@ The consumer's weight W is taken as (outputs x kernel taps, units) and its input
 as outputs, so one C x C Gram matrix ``G = X Xᵀ / N`` serves all of them, instead of a (C·kh·kw)² one. For linear layers and
 1 x 1 kernels this is exact. A unit of several columns (a head) keeps them apart while the whole matrix stays below
 ``LARGEST``; beyond that its columns count as further positions. Of a large map a fixed number of random positions is read
-(ThiNet and He et al. read 10 an image; here ``POSITIONS`` an image), so that the products cost no more than the forward pass.
+(ThiNet and He et al. read 10 an image; here as many as hold ``ENTRIES`` numbers an image), so that the products cost no more than the forward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .task import Scores, Task
 
 Tensor = torch.Tensor
 LARGEST = 4096
-POSITIONS = 1024
+ENTRIES = 2**18
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def forms(task: Task, centre: bool = False) -> Iterator[list[Form]]:
     def see(place: Place, tensor: Tensor) -> None:
         columns, apart = shapes[id(place)]
         rows = tensor.movedim(place.dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
-        most = POSITIONS * max(1, tensor.shape[0] if tensor.ndim > 2 else 1)
+        most = max(1, ENTRIES // len(rows)) * max(1, tensor.shape[0])
         if tensor.ndim > 2 and rows.shape[1] > most:
             rows = rows[:, torch.randperm(rows.shape[1], device=rows.device)[:most].sort().values]
         rows = rows if torch.equal(columns.flatten(), torch.arange(len(rows))) else rows[columns.flatten()]
@@ -197,11 +197,12 @@ def leverage(task: Task, energy: float = 0.95, centre: bool = False, otherwise: 
 
 
 def _leverage(gram: Tensor, energy: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    # Of a large matrix single precision is finer than the sample it comes from, and half the work.
+    values, vectors = torch.linalg.eigh(gram if len(gram) <= 1024 else gram.float())
+    values, vectors = values.double().flip(0).clamp(min=0), vectors.flip(1)
     share = values.cumsum(0) / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
     count = int((share < energy).sum()) + 1
-    return vectors[:, :count].square().sum(1)
+    return vectors[:, :count].double().square().sum(1)
 
 
 @scorer(
