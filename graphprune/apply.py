@@ -18,8 +18,8 @@ from .rewrite import spell
 from .symbols import SHAPED
 from .trees import leaf_tensors, modules_of
 
-
-PIECE = 2**16
+# Entries of a piece, and how many pieces an array may have that is made in one go (allocators keep memory of that size at hand).
+PIECE, SMALL = 2**16, 8
 
 
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
@@ -81,7 +81,7 @@ def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[i
 def _picked(data: torch.Tensor, picks: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """The given positions of each axis; two axes in pieces that stay in the cache, for fresh memory costs more than copying."""
     step = max(1, PIECE * len(data) // max(1, data.numel())) if data.ndim else 1
-    if len(picks) != 2 or picks[0][0] != 0 or len(picks[0][1]) <= step or data.device.type != "cpu":
+    if len(picks) != 2 or picks[0][0] != 0 or len(picks[0][1]) <= SMALL * step or data.device.type != "cpu":
         for axis, index in picks:
             data = data.index_select(axis, index)
         return data
