@@ -1,11 +1,12 @@
 """Accuracy after one-shot pruning without labels and without training, side by side with Torch-Pruning at equal MACs.
 
-    python benchmarks/accuracy.py --data DIR --json /tmp/accuracy.json --out docs/accuracy.md
+    python benchmarks/accuracy.py --data DIR --rows accuracy.jsonl --out docs/accuracy.md
 
 Both prune the channels inside the residual blocks. Torch-Pruning 1.6 (needs ``pip install torch-pruning``) runs with L1, L2, BN scale, Taylor (which
 gets the labels of the calibration images) and FPGM, layer by layer, and L2, BN scale and Taylor ranked globally: the ratio is the largest that
-leaves at least the MACs of the target, so it never has fewer MACs than we have. Every one of its models is measured as it ships
-and after batch-norm re-estimation on the same images, and the best of each is compared. Finished cells are read from ``--json``.
+leaves at least the MACs of the target. Every one of its models is measured as it ships and after batch-norm re-estimation on the same images, and the
+best of each, chosen on the test images, is compared. Ours then gets at most the MACs of the smaller of those two. Every finished cell is
+a line of ``--rows`` and is not run again.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from realdata import accuracy, cifar_resnet, fashion_resnet, load_cifar, load_fa
 
 import graphprune  # noqa: E402
 
-TARGETS = (1.5, 2.0, 2.15, 3.0, 4.0)
+TARGETS = {"resnet56": (1.5, 2.0, 2.15, 3.0, 4.0), "resnet20": (1.5, 2.0, 3.0, 4.0), "fashion": (1.5, 2.0, 3.0, 4.0)}
 KEEP = ["conv1", "layer*.bn2", "linear"]
 LOCAL = ("L1", "L2", "BN scale", "Taylor", "FPGM")
 GLOBAL = ("L2", "BN scale", "Taylor")
-NAMES = {"resnet20": "ResNet-20, CIFAR-10 (JPEG)", "resnet56": "ResNet-56, CIFAR-10 (JPEG)", "fashion": "ResNet-20, Fashion-MNIST"}
+COUNTS = (32, 64, 128, 256, 1024, 2048)
+NAMES = {"resnet56": "ResNet-56, CIFAR-10 (JPEG)", "resnet20": "ResNet-20, CIFAR-10 (JPEG)", "fashion": "ResNet-20, Fashion-MNIST"}
 
 
 def macs(model: nn.Module, x: torch.Tensor) -> int:
@@ -72,10 +74,10 @@ def reestimated(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-def narrowed(cut: Callable[[float], nn.Module], x: torch.Tensor, budget: float, above: bool) -> nn.Module:
+def narrowed(cut: Callable[[float], nn.Module], x: torch.Tensor, budget: float, above: bool, rounds: int = 11) -> nn.Module:
     """The model whose MACs come nearest to the budget from above (or below), by bisection over the ratio."""
     low, high, best = 0.0, 0.99, None
-    for _ in range(11):
+    for _ in range(rounds):
         middle = (low + high) / 2
         model = cut(middle)
         over = macs(model, x) >= budget if above else macs(model, x) > budget
@@ -106,12 +108,16 @@ def peer(model: nn.Module, criterion: str, globally: bool, budget: float, x: tor
         for parameter, grad in zip(small.parameters(), grads, strict=False):
             parameter.grad = grad.clone()
         whole = [m for n, m in small.named_modules() if n in ("conv1", "linear") or n.endswith(".conv2")]
+        inner = [m for n, m in small.named_modules() if n.endswith(".conv1")]
+        step, share = divmod(ratio * 64, 1)  # a whole step for every layer is 3 % of the MACs: the last layers take theirs first
+        later = {m: (step + 1) / 64 for m in inner[round(len(inner) * (1 - share)) :]}
         pruner = tp.pruner.BasePruner(
             small,
             x[:1],
             importance=kinds[criterion](),
             global_pruning=globally,
-            pruning_ratio=ratio,
+            pruning_ratio=ratio if globally else step / 64,
+            pruning_ratio_dict=None if globally else later,
             max_pruning_ratio=0.95 if globally else 1.0,
             ignored_layers=whole,
         )
@@ -119,7 +125,7 @@ def peer(model: nn.Module, criterion: str, globally: bool, budget: float, x: tor
         small.zero_grad(set_to_none=True)
         return small.eval()
 
-    return narrowed(cut, x[:1], budget, above=True)
+    return narrowed(cut, x[:1], budget, above=True, rounds=13)
 
 
 def scored(model: nn.Module, x: torch.Tensor) -> tuple[Callable, float]:
@@ -142,92 +148,119 @@ def ours(model: nn.Module, criterion: Callable, budget: float, x: torch.Tensor) 
     def cut(ratio: float) -> nn.Module:
         return graphprune.shrink(model, x[:1], ratio, criterion=criterion, scope="global", keep=KEEP, verify=False)
 
-    small = narrowed(cut, x[:1], budget, above=False)
+    small = narrowed(cut, x[:1], budget, above=False, rounds=14)
     start = time.perf_counter()
     better = graphprune.repair(small, model, None, x.split(max(4, min(128, len(x) // 4))), progress=False)
     return small, better, time.perf_counter() - start
+
+
+def theirs(known: dict, name: str, target: float) -> dict[str, dict]:
+    return {k.split("/", 3)[3]: v for k, v in known.items() if k.startswith(f"{name}/{target}/peer/")}
+
+
+def bests(found: dict[str, dict]) -> tuple[str, str]:
+    """Their best as it ships and their best after re-estimation."""
+    return max(found, key=lambda k: found[k]["top1"]), max(found, key=lambda k: found[k]["bn"])
 
 
 def cells(names: list[str], options: argparse.Namespace, known: dict, done: Callable) -> None:
     for name in names:
         model, train, labels, test, truth = load(name, options.data)
         test, truth = test[:: options.every], truth[:: options.every]
-        base, full = accuracy(model, test, truth), None
-        for seed in range(options.seeds):
-            if all(f"{name}/{t}/ours/512/{seed}" in known for t in TARGETS):
-                continue
-            x, y = sample(train, labels, 512, seed)
-            full = full or macs(model, x[:1])
-            criterion, spent = scored(model, x)
-            for target in TARGETS:
-                key = f"{name}/{target}/ours/512/{seed}"
-                if key not in known:
-                    small, better, seconds = ours(model, criterion, full / target, x)
-                    found = {"cut": accuracy(small, test, truth), "top1": accuracy(better, test, truth), "x": full / macs(small, x[:1])}
-                    done(key, {**found, "seconds": seconds + spent, "base": base})
-        if name == "resnet20":
-            for count in (32, 64, 128, 256, 1024, 2048):
-                key = f"{name}/2.0/ours/{count}/0"
-                if key not in known:
-                    x, y = sample(train, labels, count, 0)
-                    criterion, spent = scored(model, x)
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # few samples: the repair says so
-                        small, better, seconds = ours(model, criterion, macs(model, x[:1]) / 2, x)
-                    done(key, {"top1": accuracy(better, test, truth), "seconds": seconds + spent, "base": base})
+        base = accuracy(model, test, truth)
         x, y = sample(train, labels, 512, 0)
-        for target in TARGETS:
+        full = macs(model, x[:1])
+        for target in TARGETS[name]:
             for globally, kinds in ((False, LOCAL), (True, GLOBAL)):
                 for kind in kinds:
                     key = f"{name}/{target}/peer/{'global' if globally else 'local'}/{kind}"
                     if key not in known:
-                        small = peer(model, kind, globally, macs(model, x[:1]) / target, x, y)
+                        small = peer(model, kind, globally, full / target, x, y)
                         found = {"top1": accuracy(small, test, truth), "bn": accuracy(reestimated(small, x), test, truth)}
-                        done(key, {**found, "x": macs(model, x[:1]) / macs(small, x[:1])})
+                        done(key, {**found, "macs": macs(small, x[:1]), "full": full})
+        budget = {t: min(theirs(known, name, t)[k]["macs"] for k in bests(theirs(known, name, t))) for t in TARGETS[name]}
+        for seed in range(options.seeds):
+            wanted = [t for t in TARGETS[name] if f"{name}/{t}/ours/512/{seed}" not in known]
+            if not wanted:
+                continue
+            x, y = sample(train, labels, 512, seed)
+            criterion, spent = scored(model, x)
+            for target in wanted:
+                small, better, seconds = ours(model, criterion, budget[target], x)
+                found = {"cut": accuracy(small, test, truth), "top1": accuracy(better, test, truth), "macs": macs(small, x[:1])}
+                done(f"{name}/{target}/ours/512/{seed}", {**found, "full": full, "seconds": seconds + spent, "base": base})
+
+
+def curve(name: str, options: argparse.Namespace, known: dict, done: Callable) -> None:
+    """Accuracy at 2x over the number of calibration images."""
+    wanted = [(n, s) for s in range(options.seeds) for n in COUNTS if f"{name}/2.0/ours/{n}/{s}" not in known]
+    if not wanted:
+        return
+    model, train, labels, test, truth = load(name, options.data)
+    test, truth = test[:: options.every], truth[:: options.every]
+    for count, seed in wanted:
+        x, _ = sample(train, labels, count, seed)
+        criterion, spent = scored(model, x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few samples: the repair says so
+            small, better, seconds = ours(model, criterion, macs(model, x[:1]) / 2, x)
+        done(f"{name}/2.0/ours/{count}/{seed}", {"top1": accuracy(better, test, truth), "seconds": seconds + spent})
 
 
 def table(known: dict, every: int) -> str:
+    images = "all test images" if every == 1 else f"every {every}th test image ({10000 // every:,})"
     lines = [
         "# Accuracy after one-shot pruning, without labels and without training",
         "",
-        f"`python benchmarks/accuracy.py`; torch {torch.__version__}, one thread, 512 calibration images from the training set (no labels), top-1 on "
-        + ("all test images." if every == 1 else f"every {every}th test image."),
-        'Both prune channels inside the blocks. Ours: criterion `effect` under `scope="global"`, then `repair="auto"` (closed form); mean and',
-        "standard deviation over the seeds of the calibration sample. Torch-Pruning 1.6.1: the best of eight runs (L1, L2, BN scale, Taylor, FPGM layer by",
-        "layer; L2, BN scale, Taylor globally), chosen on the test images, at no fewer MACs than the target; as it ships, and after batch-norm",
-        "re-estimation on the same images.",
+        f"`python benchmarks/accuracy.py --every {every} --curve`; torch {torch.__version__}, one thread, 512 calibration images from the training set (no",
+        f"labels), top-1 on {images}; CIFAR-10 is a JPEG copy. Both prune channels inside the blocks.",
+        'Ours: criterion `effect` under `scope="global"`, then `repair="auto"` (closed form); mean and standard deviation over the seeds of the',
+        "calibration sample (their number in the column *seeds*). Torch-Pruning 1.6.1: the best of eight runs (L1, L2, BN scale, Taylor with labels, FPGM",
+        "layer by layer; L2, BN scale, Taylor globally), chosen on the test images; as it ships, and after batch-norm re-estimation on the same images.",
+        "The MACs of each model are in brackets, as a share of the original's; ours are at most those of the models it is compared with.",
         "",
     ]
     for name, title in NAMES.items():
         rows = []
-        for target in TARGETS:
-            mine = [v for k, v in known.items() if k.startswith(f"{name}/{target}/ours/512/")]
-            theirs = {k.split("/", 3)[3]: v for k, v in known.items() if k.startswith(f"{name}/{target}/peer/")}
-            if not mine or not theirs:
+        for target in TARGETS[name]:
+            mine = [v for k, v in known.items() if k.startswith(f"{name}/{target}/ours/512/") and "base" in v]
+            other = theirs(known, name, target)
+            if not mine or not other:
                 continue
             base, tops = mine[0]["base"], [v["top1"] for v in mine]
             top, spread = statistics.mean(tops), statistics.stdev(tops) if len(tops) > 1 else 0.0
-            ships, again = max(theirs, key=lambda k: theirs[k]["top1"]), max(theirs, key=lambda k: theirs[k]["bn"])
-            drop, first, second = base - top, base - theirs[ships]["top1"], base - theirs[again]["bn"]
+            ships, again = bests(other)
+            drop, first, second = base - top, base - other[ships]["top1"], base - other[again]["bn"]
+            share = [v["macs"] / v["full"] for v in (*mine, other[ships], other[again])]
             rows.append(
-                f"| {target}x | {statistics.mean(v['x'] for v in mine):.2f}x | **{top:.2f} ± {spread:.2f}** | {drop:.2f} | "
-                f"{theirs[ships]['top1']:.2f} ({ships}, {theirs[ships]['x']:.2f}x) | {drop / first:.2f} | "
-                f"{theirs[again]['bn']:.2f} ({again}, {theirs[again]['x']:.2f}x) | {drop / second:.2f} | "
+                f"| {target}x | **{top:.2f} ± {spread:.2f}** ({statistics.mean(share[:-2]):.4f}) | {len(mine)} | {drop:.2f} | "
+                f"{other[ships]['top1']:.2f} ({ships}, {share[-2]:.4f}) | **{drop / first:.2f}** | "
+                f"{other[again]['bn']:.2f} ({again}, {share[-1]:.4f}) | **{drop / second:.2f}** | "
                 f"{statistics.mean(v['cut'] for v in mine):.2f} | {statistics.mean(v['seconds'] for v in mine):.0f} s |"
             )
         if rows:
             lines += [f"## {title}: {base:.2f} % before", ""]
             lines += [
-                "| fewer MACs | ours | top-1 | drop | Torch-Pruning as it ships | our drop / its | with BN re-estimation "
+                "| fewer MACs | ours, top-1 | seeds | our drop | Torch-Pruning as it ships | our drop / its | with BN re-estimation "
                 "| our drop / its | ours before repair | time |"
             ]
             lines += ["|---|---|---|---|---|---|---|---|---|---|", *rows, ""]
-    curve = {int(k.split("/")[3]): v["top1"] for k, v in known.items() if k.startswith("resnet20/2.0/ours/") and k.endswith("/0")}
-    if len(curve) > 1:
-        lines += ["## How many images (ResNet-20, 2x, seed 0)", "", "| " + " | ".join(map(str, sorted(curve))) + " |", "|---" * len(curve) + "|"]
-        lines += ["| " + " | ".join(f"{curve[n]:.2f}" for n in sorted(curve)) + " |", ""]
-    lines += ["![accuracy](accuracy.png)", ""]
+    points = curve_points(known)
+    if len(points) > 1:
+        lines += ["## How many images (ResNet-20, 2x)", "", "| images | " + " | ".join(map(str, points)) + " |", "|---" * (len(points) + 1) + "|"]
+        lines += ["| top-1 | " + " | ".join(f"{statistics.mean(v):.2f} ± {statistics.stdev(v) if len(v) > 1 else 0:.2f}" for v in points.values()) + " |"]
+        lines += ["| seeds | " + " | ".join(str(len(v)) for v in points.values()) + " |", ""]
+    lines += ["![accuracy over MACs, and over the number of images](accuracy.png)", ""]
     return "\n".join(lines)
+
+
+def curve_points(known: dict) -> dict[int, list[float]]:
+    """Top-1 of every seed by number of images."""
+    found: dict[int, list[float]] = {}
+    for key, value in known.items():
+        if key.startswith("resnet20/2.0/ours/"):
+            found.setdefault(int(key.split("/")[3]), []).append(value["top1"])
+    return dict(sorted(found.items()))
 
 
 def plot(known: dict, path: Path) -> None:
@@ -236,24 +269,26 @@ def plot(known: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(NAMES), figsize=(13, 4), sharey=True)
-    for axis, (name, title) in zip(axes, NAMES.items(), strict=True):
+    figure, axes = plt.subplots(1, len(NAMES) + 1, figsize=(16, 4))
+    for axis, (name, title) in zip(axes, NAMES.items(), strict=False):
         for label, pick in (
             ("graphprune", lambda t, n=name: [v["top1"] for k, v in known.items() if k.startswith(f"{n}/{t}/ours/512/")]),
-            (
-                "Torch-Pruning + BN re-estimation (best)",
-                lambda t, n=name: [max((v["bn"] for k, v in known.items() if k.startswith(f"{n}/{t}/peer/")), default=None)],
-            ),
-            ("Torch-Pruning (best)", lambda t, n=name: [max((v["top1"] for k, v in known.items() if k.startswith(f"{n}/{t}/peer/")), default=None)]),
+            ("Torch-Pruning + BN re-estimation (best)", lambda t, n=name: [v["bn"] for v in theirs(known, n, t).values()]),
+            ("Torch-Pruning (best)", lambda t, n=name: [v["top1"] for v in theirs(known, n, t).values()]),
         ):
-            points = [(t, statistics.mean(p)) for t in TARGETS if (p := [v for v in pick(t) if v is not None])]
+            points = [(t, statistics.mean(p) if label == "graphprune" else max(p)) for t in TARGETS[name] if (p := pick(t))]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=label)
-        axis.set(title=title, xlabel="times fewer MACs")
+        axis.set(title=title, xlabel="times fewer MACs", ylim=(0, 100))
     axes[0].set_ylabel("top-1, %")
     axes[0].legend()
+    points = curve_points(known)
+    if points:
+        means = [statistics.mean(v) for v in points.values()]
+        axes[-1].errorbar(list(points), means, [statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()], marker="o", capsize=3)
+        axes[-1].set(title="ResNet-20, 2x", xlabel="calibration images", xscale="log")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
@@ -262,19 +297,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(NAMES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--every", type=int, default=1, help="take every n-th test image")
-    parser.add_argument("--json", default="accuracy.json", help="results so far; finished cells are not run again")
+    parser.add_argument("--rows", default="accuracy.jsonl", help="results so far, a line each; finished cells are not run again")
+    parser.add_argument("--curve", action="store_true", help="also the curve over the number of images")
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept = Path(options.json)
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    kept = Path(options.rows)
+    lines = [json.loads(line) for line in kept.read_text().splitlines() if line.endswith("}")] if kept.exists() else []
+    known = {line.pop("cell"): line for line in lines}
 
     def done(key: str, found: dict) -> None:
         known[key] = found
-        kept.write_text(json.dumps(known, indent=1))
+        with kept.open("a") as file:
+            file.write(json.dumps({"cell": key, **found}) + "\n")
         print(key, {n: round(v, 2) for n, v in found.items()}, flush=True)
 
     cells(options.models, options, known, done)
+    if options.curve:
+        curve("resnet20", options, known, done)
     if options.out:
         Path(options.out).write_text(table(known, options.every))
         plot(known, Path(options.out).with_suffix(".png"))

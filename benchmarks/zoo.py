@@ -1,10 +1,12 @@
 """Shrink public architectures at ratio 0.5, each in its own process, and say which come out exact.
 
-    python benchmarks/zoo.py --out docs/zoo.md            # everything
+    python benchmarks/zoo.py --json zoo.jsonl --out docs/zoo.md            # everything; run again to go on after a stop
     python benchmarks/zoo.py --only timm --jobs 2
+    python benchmarks/zoo.py --json zoo.jsonl --out docs/zoo.md --table    # the table from the rows there are, nothing measured
 
-Every parameter and statistic is random, the arithmetic is float64; EXACT means that the cut model equals the zeroed
-original to 1e-8 (relative); 1e-4 where the model's own code insists on float32. *Reach* is MACs before / after.
+Limits and seconds are CPU time on one thread, so that other work on the machine changes no verdict. Every parameter and
+statistic is random, the arithmetic is float64; EXACT means that the cut model equals the zeroed original to 1e-8 (relative);
+1e-4 where the model's own code insists on float32. *Reach* is MACs before / after.
 """
 
 from __future__ import annotations
@@ -13,18 +15,23 @@ import argparse
 import contextlib
 import json
 import multiprocessing as mp
+import multiprocessing.connection
+import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
+from flops import flops  # noqa: E402
 from zoo_models import build, names  # noqa: E402
 from zoo_support import declare_operators, randomise  # noqa: E402
 
@@ -41,11 +48,13 @@ def macs(model: torch.nn.Module, args: tuple, kwargs: dict) -> int:
 
 
 def grow(tree, times: int):
-    """The same inputs with a larger batch."""
+    """The same inputs with a larger batch; a list of images is itself a batch."""
     if isinstance(tree, torch.Tensor):
         return torch.cat([tree] * times) if tree.ndim else tree
-    if isinstance(tree, tuple | list):
-        return type(tree)(grow(item, times) for item in tree)
+    if isinstance(tree, list):
+        return tree * times
+    if isinstance(tree, tuple):
+        return tuple(grow(item, times) for item in tree)
     return {key: grow(item, times) for key, item in tree.items()} if isinstance(tree, dict) else tree
 
 
@@ -57,12 +66,21 @@ def double(tree):
     return {key: double(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
 
 
-def one(name: str, send) -> None:
-    """Measure one architecture; runs in a process of its own."""
+def targets(name: str, args: tuple) -> tuple:
+    """What a detector asks for in training: one box and one class for each image."""
+    if not name.startswith("detection/"):
+        return ()
+    box = {"boxes": args[0][0].new_tensor([[20.0, 20.0, 80.0, 90.0]]), "labels": torch.tensor([1])}
+    return ([box] * len(args[0]),)
+
+
+def one(name: str, send, limit: float) -> None:
+    """Measure one architecture; runs in a process of its own, which ends when it has used ``limit`` seconds of CPU or 10 GiB."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))
-    row = {"name": name, "verdict": "FAIL", "kind": name.split("/")[0]}
+    resource.setrlimit(resource.RLIMIT_AS, (10 * 2**30, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+    row = {"name": name, "verdict": "FAIL", "kind": name.split("/")[0], "commit": COMMIT}
     try:
         torch.manual_seed(0)
         model, args, kwargs = build(name)
@@ -74,15 +92,16 @@ def one(name: str, send) -> None:
             except Exception:  # some code insists on float32
                 model, limit = model.float(), 1e-4
                 row["float32"] = True
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             small, plan = graphprune.shrink(model, args, 0.5, example_kwargs=kwargs, return_plan=True, verify=False)
         except graphprune.errors.NothingToPrune as error:
             row |= {"verdict": "LOCKED", "why": str(error)[:300]}
             return
-        row["seconds"] = time.perf_counter() - start
+        row["seconds"] = time.process_time() - start
         count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
-        row |= {"class": type(small) is type(model), "params": count(model) / count(small), "notes": len(plan.notes)}
+        row |= {"class": type(small) is type(model), "rewritten": len(plan.rewrites), "params": count(model) / count(small), "notes": len(plan.notes)}
+        row |= flops(model, args, kwargs)
         try:
             graph = graphprune.trace(model, args, kwargs)
             row["gap"] = check(graph, model, small, plan, tolerance=limit)
@@ -90,24 +109,25 @@ def one(name: str, send) -> None:
         except graphprune.errors.NotEqual as error:
             row |= {"verdict": "INEXACT" if "differs" in str(error) or "shape" in str(error)[:20] else "FAIL", "why": str(error)[:300]}
             return
-        with contextlib.suppress(AssertionError):  # torch's counter wants a gradient in some custom functions
+        with contextlib.suppress(Exception):  # torch's counter wants a gradient in some custom functions
             row["reach"] = macs(model, args, kwargs) / max(1, macs(small, args, kwargs))
         try:
             with torch.no_grad():
-                small(*grow(args, 2), **grow(kwargs, 2))
+                small.eval()(*grow(args, 2), **grow(kwargs, 2))
             row["batch"] = True
-        except Exception:
-            row["batch"] = False
+        except Exception as error:
+            row |= {"batch": False, "why": f"another batch: {type(error).__name__}: {error}"[:300]}
         try:
-            out = small.train()(*grow(args, 2), **grow(kwargs, 2))
+            more = grow(args, 2)
+            out = small.train()(*more, *targets(name, more), **grow(kwargs, 2))
             from graphprune.trees import tensors
 
             loss = sum(t.double().mean() for t in tensors(out, torch.Tensor) if t.is_floating_point() and t.requires_grad)
             loss.backward()
             torch.optim.SGD(small.parameters(), 1e-6).step()
             row["train"] = True
-        except Exception:
-            row["train"] = False
+        except Exception as error:
+            row |= {"train": False, "why": f"training: {type(error).__name__}: {error}"[:300]}
     except BaseException as error:
         row["why"] = f"{type(error).__name__}: {error} | {traceback.format_exc(limit=-2)}"[:500]
     finally:
@@ -116,44 +136,56 @@ def one(name: str, send) -> None:
         send.close()
 
 
+def ended(name: str, code: int | None) -> dict:
+    why = {-24: "CPU time limit", -9: "killed (memory, or CPU time limit)"}.get(code, f"the process ended with {code}")
+    return {"name": name, "verdict": "FAIL", "kind": name.split("/")[0], "commit": COMMIT, "why": why}
+
+
 def measure(todo: list[str], jobs: int, limit: float, report) -> list[dict]:
     rows, running, queue = [], [], list(todo)
     context = mp.get_context("fork")
     while queue or running:
         while queue and len(running) < jobs:
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=one, args=(queue[0], send))
+            process = context.Process(target=one, args=(queue[0], send, limit))
             process.start()
             send.close()
-            running.append((queue.pop(0), process, receive, time.time()))
-        time.sleep(0.05)
+            running.append((queue.pop(0), process, receive))
+        mp.connection.wait([receive for _, _, receive in running], timeout=1)
         for item in list(running):
-            name, process, receive, start = item
-            late = time.time() - start > limit
-            if not (receive.poll() or late or not process.is_alive()):
+            name, process, receive = item
+            if not receive.poll():
                 continue
             try:
-                row = receive.recv() if receive.poll() else {"name": name, "verdict": "FAIL", "kind": name.split("/")[0]}
+                row = receive.recv()
             except EOFError:
-                row = {"name": name, "verdict": "FAIL", "kind": name.split("/")[0]}
-            row.setdefault("why", "time limit" if late else "the process died" if row["verdict"] == "FAIL" else "")
+                process.join()
+                row = ended(name, process.exitcode)
             process.kill()
             process.join()
             running.remove(item)
             rows.append(row)
             report(row)
-    return sorted(rows, key=lambda row: row["name"])
+    return rows
 
 
 def summary(rows: list[dict]) -> str:
     exact = [row for row in rows if row["verdict"] == "EXACT"]
     counts = {v: sum(row["verdict"] == v for row in rows) for v in ("EXACT", "INEXACT", "LOCKED", "FAIL")}
-    lines = [f"{len(rows)} architectures: " + ", ".join(f"{n} {v}" for v, n in counts.items())]
+    lines = [f"**{len(rows)} architectures: " + ", ".join(f"{n} {v}" for v, n in counts.items()) + f" ({counts['EXACT'] / max(1, len(rows)):.1%} exact)**", ""]
     for title, chosen in (("all", exact), ("CNN", [r for r in exact if not attention(r)]), ("transformers", [r for r in exact if attention(r)])):
         if chosen:
-            reach = statistics.median(row["reach"] for row in chosen if "reach" in row)
+            reach = [row["reach"] for row in chosen if "reach" in row]
             kept, batch, train = (sum(bool(row.get(k)) for row in chosen) / len(chosen) for k in ("class", "batch", "train"))
-            lines.append(f"{title}: median reach {reach:.2f}x, class kept {kept:.0%}, other batch {batch:.0%}, trains {train:.0%}")
+            plain = sum(not row.get("rewritten") for row in chosen) / len(chosen)
+            lines.append(
+                f"- {title} ({len(chosen)}): median reach {statistics.median(reach):.2f}x (lowest {min(reach):.2f}x), class kept {kept:.1%} "
+                f"(no module inside rewritten {plain:.1%}), another batch size {batch:.1%}, a training step {train:.1%}"
+            )
+    kinds = Counter(row["name"].rpartition("/")[0] for row in rows)
+    lines.append("- families: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())))
+    commits = Counter(row.get("commit", "?") for row in rows)
+    lines.append("- commit: " + ", ".join(f"{name} ({n} rows)" if len(commits) > 1 else name for name, n in commits.most_common()))
     return "\n".join(lines)
 
 
@@ -165,7 +197,7 @@ def attention(row: dict) -> bool:
 
 
 def table(rows: list[dict]) -> str:
-    head = "| model | verdict | reach | params | seconds | peak GiB | class | batch | trains | remark |\n|---|---|---|---|---|---|---|---|---|---|\n"
+    head = "| model | verdict | reach | params | CPU seconds | peak GiB | class | batch | trains | remark |\n|---|---|---|---|---|---|---|---|---|---|\n"
     yes = lambda row, key: {True: "yes", False: "no"}.get(row.get(key), "")  # noqa: E731
     return head + "\n".join(
         f"| {r['name']} | {r['verdict']} | {r.get('reach', 0):.2f} | {r.get('params', 0):.2f} | {r.get('seconds', 0):.2f} | {r.get('peak', 0):.1f} | "
@@ -174,21 +206,46 @@ def table(rows: list[dict]) -> str:
     )
 
 
+def read(path: Path | None) -> dict[str, dict]:
+    """The last row of every architecture; a line that was cut off is left out."""
+    rows = {}
+    for line in path.read_text().splitlines() if path and path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[row["name"]] = row
+    return rows
+
+
+def commit() -> str:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../graphprune") else "")
+
+
+COMMIT = commit()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="substring of the names to measure")
+    parser.add_argument("--only", default="", help="measure only names that hold one of these (comma-separated)")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=120, help="seconds per architecture")
+    parser.add_argument("--limit", type=float, default=240, help="CPU seconds per architecture")
     parser.add_argument("--out", type=Path, help="write the table (Markdown) here")
     parser.add_argument("--json", type=Path, help="append every row here as it comes; rows already there are not measured again")
+    parser.add_argument("--again", action="store_true", help="measure rows of other commits, and failures, again")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args()
     declare_operators()
-    import timm  # noqa: F401  (imported once, before the processes fork)
-    import torchvision  # noqa: F401
-    import transformers  # noqa: F401
+    import timm
+    import torchvision
+    import transformers
 
-    known = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json and options.json.exists() else []
-    done = {row["name"]: row for row in known}
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, resource.RLIM_INFINITY))
+    done = read(options.json)
+    if options.again:
+        done = {name: row for name, row in done.items() if row.get("commit") == COMMIT and row["verdict"] == "EXACT"}
 
     def report(row: dict) -> None:
         print(row["verdict"], row["name"], f"{row.get('reach', 0):.2f}", row.get("why", "")[:150].replace("\n", " "), flush=True)
@@ -196,18 +253,20 @@ def main() -> None:
             with options.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    wanted = [name for name in names() if options.only in name]
-    measured = measure([name for name in wanted if name not in done], options.jobs, options.limit, report)
+    wanted = [name for name in names() if any(part in name for part in options.only.split(","))]
+    todo = [] if options.table else [name for name in wanted if name not in done]
+    measured = measure(todo, options.jobs, options.limit, report)
     rows = sorted([*(done[name] for name in wanted if name in done), *measured], key=lambda row: row["name"])
     text = summary(rows)
     print(text)
     if options.out:
-        import platform
-
         libraries = (torch, timm, transformers, torchvision)
         versions = ", ".join([f"Python {platform.python_version()}", *(f"{m.__name__} {m.__version__}" for m in libraries)])
         options.out.write_text(
-            f"# Zoo: public architectures at ratio 0.5\n\nMade by `python benchmarks/zoo.py --out {options.out}`; {versions}.\n\n{text}\n\n{table(rows)}\n"
+            f"# Zoo: public architectures at ratio 0.5\n\nMade by `python benchmarks/zoo.py --json zoo.jsonl --out {options.out}`; {versions}.\n"
+            "Random weights and statistics, float64, each in its own process on one thread. EXACT: the cut model equals the zeroed original to 1e-8\n"
+            "(1e-4 where the model's code insists on float32). Reach: MACs before / after.\n\n"
+            f"{text}\n\n{table(rows)}\n"
         )
 
 

@@ -31,7 +31,7 @@ megatron-bert data2vec-text roformer modernbert fnet""".split()
 CAUSAL = """gpt2 gpt_neo gpt_neox gptj opt bloom llama mistral mixtral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 falcon stablelm
 starcoder2 olmo olmo2 cohere granite persimmon codegen mpt glm biogpt xglm smollm3 helium""".split()
 SEQ2SEQ = "t5 bart mbart pegasus marian".split()
-IMAGE = "vit levit beit convnext convnextv2 swin dinov2 mobilevit poolformer pvt segformer resnet regnet".split()
+IMAGE = "vit deit levit beit convnext convnextv2 swin dinov2 mobilevit poolformer pvt segformer resnet regnet".split()
 DIFFUSERS = "unet2d unet2d_condition vae vq dit".split()
 SMP = "Unet UnetPlusPlus MAnet Linknet FPN PSPNet PAN DeepLabV3 DeepLabV3Plus".split()
 YOLO = "yolov8n yolov5n yolov9t yolo11n yolov10n".split()
@@ -140,11 +140,13 @@ def _transformers(name: str):
         return hf.AutoModelForSeq2SeqLM.from_config(_tiny(kind)), (), {"input_ids": ids, "decoder_input_ids": ids[:, :8], "use_cache": False}
     config = hf.CONFIG_MAPPING[kind](num_labels=5)
     for key, value in (("hidden_size", 64), ("num_hidden_layers", 2), ("num_attention_heads", 4), ("intermediate_size", 128)):
-        if isinstance(getattr(config, key, None), int) and kind in ("vit", "beit", "dinov2"):
+        if isinstance(getattr(config, key, None), int) and kind in ("vit", "deit", "beit", "dinov2"):
             setattr(config, key, value)
     side = getattr(config, "image_size", 224)
     side = side if isinstance(side, int) else 224
-    return hf.AutoModelForImageClassification.from_config(config), (), {"pixel_values": torch.randn(1, 3, side, side)}
+    made = hf.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[kind]
+    made = getattr(hf, made if isinstance(made, str) else made[0])  # some families have several heads
+    return made(config), (), {"pixel_values": torch.randn(1, 3, side, side)}
 
 
 def _diffusers(name: str):

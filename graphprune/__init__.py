@@ -7,10 +7,12 @@ from .compose import compose
 from .cost import Cost, cost, profile
 from .distill import Distillation
 from .errors import GraphpruneError
+from .fuse import fuse
 from .groups import Group, Groups, couple
 from .history import History
 from .iterate import Result, iterate
 from .laws import check_rule
+from .masks import bake, masked, semi_structured
 from .measure import Measurement, measure
 from .optimizer import refresh_ema, refresh_optimizer
 from .plan import Plan
@@ -19,6 +21,7 @@ from .rules import rule
 from .scores import Score, score
 from .select import select
 from .shrink import shrink
+from .sparse import SparseTraining
 from .store import expand, load, save
 from .trace import Graph, trace
 from .zeroed import zeroed
@@ -35,15 +38,19 @@ __all__ = [
     "Plan",
     "Result",
     "Score",
+    "SparseTraining",
     "apply",
     "available",
+    "bake",
     "check_rule",
     "compose",
     "cost",
     "couple",
     "expand",
+    "fuse",
     "iterate",
     "load",
+    "masked",
     "refresh_ema",
     "refresh_optimizer",
     "measure",
@@ -55,6 +62,7 @@ __all__ = [
     "score",
     "scores",
     "select",
+    "semi_structured",
     "shrink",
     "trace",
     "zeroed",

@@ -15,6 +15,7 @@ from .cost import operation, products
 from .groups import Groups
 from .lengths import Lengths
 from .notation import Value
+from .operators import EAGER
 from .table import Table
 from .trace import Node
 from .trees import tensors
@@ -26,15 +27,16 @@ LEAST_LEVELS = 4
 
 
 def staircase(seconds: Callable[[int], float], start: int) -> int:
-    """The smallest of 1, 2, 4 … 32 whose multiples above ``start`` cost no more than their share of the next 32.
+    """The smallest of 1, 2, 4 … 32 whose multiples above ``start`` cost no more than their share of the next 32, nor more than the next wider one.
 
     >>> staircase(lambda width: -(-width // 16), 64), staircase(lambda width: width, 64)
     (16, 1)
     """
     low, high = seconds(start), seconds(start + BLOCK)
     for step in STEPS[:-1]:
-        inside = [step * 2**power for power in range(int(math.log2(BLOCK // step)))]
-        if all(seconds(start + more) <= (low + (high - low) * more / BLOCK) * (1 + SLACK) for more in inside):
+        offered = range(step, BLOCK + step, step)
+        line = all(seconds(start + more) <= (low + (high - low) * more / BLOCK) * (1 + SLACK) for more in offered)
+        if line and all(seconds(start + more - step) <= seconds(start + more) * (1 + SLACK) for more in offered):
             return step
     return BLOCK
 
@@ -88,9 +90,11 @@ def _learn(node: Node, lengths: Lengths, table: Table) -> int:
             continue
         full = {other: _full(lengths, other) for other in forms} | {0: 1}
 
-        def seconds(width: int, form: int = form, full: dict = full) -> float:
+        def shapes(width: int, form: int = form, full: dict = full) -> list[tuple[int, ...]]:
             now = full | {form: width}
-            return table.seconds(node, [tuple(factor * now[f] for factor, f in axis) for axis in axes])
+            return [tuple(factor * now[f] for factor, f in axis) for axis in axes]
 
-        best = max(best, staircase(seconds, start))
+        if table.runtime not in EAGER:  # one session for all
+            table.fill([(node, shapes(start + more)) for more in range(BLOCK + 1)])
+        best = max(best, staircase(lambda width, shapes=shapes: table.seconds(node, shapes(width)), start))
     return best

@@ -13,10 +13,22 @@ from torch import nn
 
 from .copies import duplicate
 from .errors import BadPlan
+from .kernels import apply_kernel, check_kernel
+from .masks import apply_mask, check_mask
+from .passthrough import apply_skip, check_skip
 from .plan import Plan
 from .rewrite import spell
 from .symbols import SHAPED
 from .trees import leaf_tensors, modules_of
+from .undo import undone
+
+# What is checked before anything is touched, and what is done.
+PARTS = {
+    "mask": (check_mask, apply_mask),
+    "kernel": (check_kernel, apply_kernel),
+    "columns": (check_kernel, apply_kernel),
+    "skip": (check_skip, apply_skip),
+}
 
 # Entries of a piece, and how many pieces an array may have that is made in one go (allocators keep memory of that size at hand).
 PIECE, SMALL = 2**16, 8
@@ -25,11 +37,24 @@ PIECE, SMALL = 2**16, 8
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
     """The smaller model, of the same class; ``model`` is untouched unless ``inplace``.
 
-    Raises :class:`~graphprune.errors.BadPlan` when the plan was made for other shapes.
+    Raises :class:`~graphprune.errors.BadPlan` when the plan was made for other shapes. What fails in place leaves the model as it was.
     """
+    if inplace:
+        with undone(model, plan.edits):
+            return _apply(model, plan, inplace=True)
+    return _apply(model, plan, inplace=False)
+
+
+def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     cut, memo, indices = {}, {}, {}
     held = list(leaf_tensors(model))
     for name, _, _, tensor in held:
+        if name in plan.numbers and id(tensor) not in cut:
+            told = torch.tensor(plan.numbers[name], device=tensor.device, dtype=tensor.dtype)
+            left = cut_tensor(tensor, plan.cuts.get(name, {}), indices).long()
+            if len(left) and not -len(told) <= int(left.min()) <= int(left.max()) < len(told):
+                raise BadPlan(f"{name} numbers positions that the plan does not know: is it the same model?")
+            cut[id(tensor)] = told[left]
         if name in plan.cuts:
             if tuple(tensor.shape) != tuple(plan.shapes[name]):
                 raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")
@@ -37,9 +62,13 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
                 cut[id(tensor)] = cut_tensor(tensor, plan.cuts[name], indices)
         elif not inplace and (not tensor.is_leaf or (type(tensor) is torch.Tensor and not tensor.ndim and not tensor.__dict__)):
             memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)  # deepcopy takes 20 times as long
-    missing = plan.cuts.keys() - {name for name, *_ in held}
+    missing = {name for name in plan.cuts.keys() - {name for name, *_ in held} if "[" not in name}  # a cache may be empty
     if missing:
         raise BadPlan(f"the plan cuts {sorted(missing)[0]}, which this model does not have")
+    for part in plan.parts:
+        if part.kind not in PARTS:
+            raise BadPlan(f"the plan asks for {part.kind!r}, which this version does not know")
+        PARTS[part.kind][0](model, part, plan.shapes.get(part.name, ()))
     if inplace:
         small = model
         for _, module, name, tensor in held:
@@ -55,6 +84,8 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
         _follow(module)
     for edit in plan.edits:
         _edit(small, edit[:-1], edit[-1])
+    for part in plan.parts:
+        PARTS[part.kind][1](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
     return small
 
 
@@ -159,10 +190,16 @@ def _edit(model: nn.Module, path: tuple, new: int) -> None:
 
 
 def _set(holder: Any, key: Any, rest: tuple, new: int) -> None:
-    if rest:
-        inner = holder[key]
+    """Set ``holder[key]…``, through lists and tuples (made anew), dictionaries and objects (changed)."""
+    if not rest:
+        holder[key] = new
+        return
+    inner = holder[key]
+    if isinstance(inner, dict):
+        _set(inner, rest[0], rest[1:], new)
+    elif isinstance(inner, list | tuple):
         items = list(inner)
         _set(items, rest[0], rest[1:], new)
         holder[key] = type(inner)(items)
     else:
-        holder[key] = new
+        _set(inner.__dict__, rest[0], rest[1:], new)

@@ -42,12 +42,39 @@ def factory(labels: Labels, reason: int, outs: list, *args, **kwargs) -> list[Fi
     return [free(labels, outs[0], range(len(outs[0])))]
 
 
+def copies(labels: Labels, shape: tuple[int, ...], axes: list[int]) -> Fields:
+    """Free labels for axes along which one thing is repeated."""
+    start = labels.count
+    fields = free(labels, shape, axes)
+    if fields:
+        labels.repeated.append((start, labels.count))
+    return fields
+
+
+def merged(labels: Labels, fields: Fields, reason: int) -> Fields:
+    """Without the numbers of copies that now share an axis with what was copied: so many copies stay, of whatever stays.
+
+    (Heads of keys and values, repeated for the queries of their group: the heads go, each with all its copies.)
+    """
+    if len(fields) < 2 or not labels.repeated:
+        return fields
+    left = []
+    for array in fields:
+        over = varying(array)
+        shared = len(over) == 1 and any(other is not array and other.shape[over[0]] > 1 for other in fields)
+        if shared and labels.is_repeated(array):
+            labels.lock(array, reason)
+        else:
+            left.append(array)
+    return tuple(left)
+
+
 @assemble("expand")
 def expand(labels: Labels, reason: int, outs: list, x: Value, sizes, **kwargs) -> list[Fields]:
     new = len(outs[0]) - len(x.shape)
     grown = [a for a in range(len(outs[0])) if a < new or x.shape[a - new] != outs[0][a]]
     held = tuple(f.reshape((1,) * new + f.shape) for f in x.fields)
-    return [held + free(labels, outs[0], grown)]
+    return [held + copies(labels, outs[0], grown)]
 
 
 @assemble("repeat")
@@ -58,7 +85,7 @@ def repeat(labels: Labels, reason: int, outs: list, x: Value, times) -> list[Fie
         wide = field.reshape((1,) * new + field.shape)
         held.append(np.tile(wide, [n if s > 1 else 1 for n, s in zip(times, wide.shape, strict=True)]))
     grown = [a for a in range(len(times)) if a < new or x.shape[a - new] == 1]
-    return [tuple(held) + free(labels, outs[0], grown)]
+    return [tuple(held) + copies(labels, outs[0], grown)]
 
 
 def _without(x: Value, axis: int, labels: Labels, reason: int) -> Fields:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .cost import NAMES, Costs, costs
+from .cost import NAMES, Costs, costs, priced
 from .errors import BadTarget
 from .groups import Groups
 from .labels import Array
@@ -42,6 +42,11 @@ class Chooser:
     aims: Aims = Aims()
     more: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
 
+    @property
+    def plain(self) -> bool:
+        """Whether one ratio decides, group by group."""
+        return self.scope == "layer" and not self.more and not self.aims.any and isinstance(self.multiple_of, int)
+
     def __call__(self, groups: Groups, scores: Scores, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
         step = self.multiple_of if isinstance(self.multiple_of, int) else self.multiple_of(groups)
         rules = {"scope": self.scope, "multiple_of": step, "min_units": self.min_units, "ratios": ratios, "ties": ties}
@@ -49,7 +54,7 @@ class Chooser:
             if self.scope == "optimal" and not self.aims.timed:
                 raise BadTarget("scope='optimal' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
             return select(groups, scores, self.ratio, **rules) if isinstance(step, int) else fit(groups, scores, {}, costs(groups), self.ratio, **rules)
-        known = costs(groups, {name: make for name, (_, make) in self.more.items()})
+        known = priced(groups, {name: make for name, (_, make) in self.more.items()})
         asked = self.aims.limits(known.full) | {name: limit for name, (limit, _) in self.more.items()}
         return fit(groups, scores, asked, known, self.ratio, **rules)
 

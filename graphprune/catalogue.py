@@ -6,6 +6,7 @@ A file that offers something registers it where it is defined; nothing else is k
 from __future__ import annotations
 
 KINDS = ("score", "granularity", "target", "repair")
+PLURALS = {"score": "scores", "granularity": "granularities", "target": "targets", "repair": "repairs"}
 _LINES: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
 
 
@@ -23,3 +24,17 @@ def available() -> dict[str, dict[str, str]]:
     >>> _ = _LINES["score"].pop("my_own")
     """
     return {kind: dict(lines) for kind, lines in _LINES.items()}
+
+
+def table(names: dict[str, dict[str, str]]) -> str:
+    """What :func:`available` returns, as text.
+
+    >>> print(table({"repair": {"bn": "batch-norm statistics"}}))
+    repairs
+      bn  batch-norm statistics
+    """
+    blocks = []
+    for kind, lines in names.items():
+        wide = max(map(len, lines), default=0)
+        blocks.append("\n".join([PLURALS[kind], *(f"  {name:{wide}}  {line}" for name, line in lines.items())]))
+    return "\n\n".join(blocks)

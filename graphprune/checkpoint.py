@@ -116,6 +116,8 @@ def _restore(model: nn.Module, layout: dict) -> None:
         module.training = name in training
     for name, _, _, tensor in leaf_tensors(model):
         if name not in layout["tensors"]:
+            if "[" in name:  # a cache
+                continue
             raise BadLoop(f"{name} is in this model and not in the checkpoint's; is it the same class, with the same settings?")
         kind, strides = layout["tensors"][name]
         dtype = getattr(torch, kind)

@@ -155,6 +155,18 @@ def profile(model: nn.Module, example_input: Any, example_kwargs: dict | None = 
     return cost(couple(trace(model, example_input, example_kwargs)))
 
 
+def macs_by_call(graph: Graph) -> list[float]:
+    """The multiply-accumulates of every call of the uncut graph.
+
+    >>> sum(macs_by_call(trace(nn.Linear(3, 5), torch.zeros(2, 3))))
+    30.0
+    """
+    lengths = Lengths(couple(graph))
+    terms = [list(products(node, lengths)) for node in graph.nodes]
+    full = lengths.of([torch.arange(group.size) for group in lengths.groups])
+    return [float(sum(factor * math.prod(full[form] for form in forms) for factor, forms in mine)) for mine in terms]
+
+
 def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]] | None = None) -> Costs:
     """The cost functions of a coupled graph; ``more`` makes further ones, functions of lengths (rows, forms)."""
     graph, lengths = groups.graph, Lengths(groups)
@@ -168,6 +180,15 @@ def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array
     others = {name: make(lengths) for name, make in (more or {}).items()}
     constant, slopes = lengths.matrix()
     return Costs(lengths, constant, slopes, {"params": params, "macs": macs, "size": size, "memory": live, **others})
+
+
+def priced(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]]) -> Costs:
+    """:func:`costs`, made once for equal groups of one graph, however often it is coupled and asked."""
+    known = groups.graph.__dict__.setdefault("priced", {})
+    key = (*((group.size, tuple(group.places)) for group in groups), *more.items())
+    if key not in known:
+        known[key] = costs(groups, more)
+    return known[key]
 
 
 Term = tuple[float, tuple[int, ...]]

@@ -26,15 +26,18 @@ from .symbols import solve
 from .trace import Graph, trace
 from .verify import check
 
+TRIES = 16  # how many widths are tried before an axis is left whole
+
 
 @dataclass(frozen=True)
 class Wishes:
-    """What was asked for: how to choose, the scores to try for given groups, the tensors to keep, and ratios of their own."""
+    """What was asked for: how to choose, the scores to try for given groups, the tensors to keep, ratios of their own, and locks for the rest."""
 
     choose: Chooser
     scored: Callable[[Groups], Iterator[Scores]]
     keep: list[str]
     ratios: Mapping[Any, float] | Callable | None = None
+    locks: Callable[[Groups], tuple] | None = None
 
 
 def decide(graph: Graph, model: nn.Module, wishes: Wishes, literals: set[str] | None = None) -> tuple[Groups, list, Plan]:
@@ -47,25 +50,30 @@ def decide(graph: Graph, model: nn.Module, wishes: Wishes, literals: set[str] | 
     ties: list[frozenset[int]] = []
     whole = tuple((name, None) for name in wishes.keep if name in graph.leaves)
     groups = couple(graph, whole)
+    if wishes.locks:
+        locks += wishes.locks(groups)
+        groups = couple(graph, whole, tuple(locks))
     for _ in range(40):
         if not len(groups):
-            raise NothingToPrune(_nothing(groups))
+            raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
         own = overrides(groups, model, wishes.ratios)
         for scores in wishes.scored(groups):
             while True:
                 kept = wishes.choose(groups, scores, own, ties)
                 edits, wrong = solve(graph, Survivors(groups, kept).length)
-                tied = _tie(groups, wrong, ties)
+                tied = _tie(graph, groups, wrong, ties)
                 if tied == ties:
                     break
                 ties = tied
+            if literals is not None:
+                literals.update(call.module for _, _, call in wrong if call and isinstance(call.expr, int))
+            if wrong and wishes.choose.plain:
+                kept, edits, wrong = _widened(graph, groups, wishes, scores, own, ties, (kept, edits, wrong))
             if wrong:
                 break
         else:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
-            if call and literals is not None and isinstance(call.expr, int):
-                literals.add(call.module)
             text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
@@ -100,12 +108,38 @@ def best(graph: Graph, model: nn.Module, wishes: Wishes, rewrite: bool, inplace:
     return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
 
 
-def _tie(groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
+def _widened(graph: Graph, groups: Groups, wishes: Wishes, scores: Scores, own: dict, ties: list, found: tuple) -> tuple:
+    """Where sizes cannot follow a width, the next larger one with which they can (so that a larger ratio never leaves more)."""
+    kept, edits, wrong = found
+    own = dict(own)
+    for _ in range(2 * len(wrong)):
+        if not wrong:
+            break
+        need, expr, _ = wrong[0]
+        mine = sorted({index for value, dim in _places(graph, need, expr) for index in groups.along(value, dim)})
+        if not mine:
+            return found
+        size, width = max((groups.groups[index].size, len(kept[index])) for index in mine)
+        for wider in range(width + 1, size, max(1, (size - width) // TRIES)):
+            trial = own | {index: 1 - wider / size for index in mine}
+            wide = wishes.choose(groups, scores, trial, ties)
+            changed, left = solve(graph, Survivors(groups, wide).length)
+            if len(left) < len(wrong):
+                own, kept, edits, wrong = trial, wide, changed, left
+                break
+        else:
+            return found
+    return kept, edits, wrong
+
+
+def _tie(graph: Graph, groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
     """Groups whose widths the code derives from each other have to keep the same share."""
     for need, expr, _ in wrong:
         if need is None:
             continue
-        places = [(need.value, need.dim)] + [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
+        dims = [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
+        # One attribute (of a configuration that layers share) stands for several axes.
+        places = [(need.value, need.dim), *(dims or _behind(graph, expr))]
         mine = frozenset(index for value, dim in places for index in groups.along(value, dim))
         if len(mine) < 2 or any(mine <= tie for tie in ties):
             continue

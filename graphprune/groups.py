@@ -232,6 +232,8 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
     groups = tuple(Group(n, next(iter(places[i]))[0], members[i], places[i]) for n, i in enumerate(several))
     renumber = np.full(len(members) + 1, -1, dtype=np.int64)
     renumber[several] = np.arange(len(several))
+    for index in np.flatnonzero(np.maximum.reduceat(renumber[owner[units]], starts) < 0):
+        locked.setdefault(slots[index], Reason("all its positions stay or go together, so that nothing would be left"))
     return Groups(graph, root, groups, locked, renumber[owner])
 
 

@@ -22,19 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from .apply import apply
 from .checkpoint import Checkpoint, set_random_states
 from .compose import compose
-from .errors import BadLoop, BadRatio, NothingToPrune
-from .groups import Groups, couple
+from .errors import BadLoop, BadTarget, NothingToPrune
 from .history import History, Row
-from .names import named, overrides
 from .optimizer import refresh_optimizer
 from .plan import Plan
-from .schedule import check_steps, share, toward
-from .select import check_ratio
+from .rounds import KINDS, Way, pick_target, plan_way
+from .schedule import check_steps
 from .shrink import shrink
-from .trace import trace
 from .trees import normal_inputs
 
-BUDGETS = ("ratio", "macs", "params")
 OURS = ("inplace", "return_plan", "example_kwargs")
 
 
@@ -51,7 +47,7 @@ class Result:
 def iterate(
     model: nn.Module,
     example_input: Any,
-    target: float | Mapping[str, float] | None = None,
+    target: float | Mapping[str, Any] | None = None,
     *,
     train: Callable[..., Any],
     evaluate: Callable[[nn.Module], float],
@@ -68,8 +64,9 @@ def iterate(
 ) -> Result:
     """Prune and retrain in ``steps`` rounds; ``model`` itself is left as it is.
 
-    ``target`` is the share of units removed at the end (a ratio), or ``{"macs": 0.5}``, ``{"params": 0.5}``: the part of
-    the original's that may be left; the same words work as keywords. ``train(model, round)`` is your own code; it trains
+    ``target`` is the share of units removed at the end (a ratio), or one of the targets of :func:`graphprune.shrink`, by name:
+    ``{"macs": 0.5}``, ``{"params": 2_000_000}``, ``{"size": 0.5}``, ``{"memory": 0.5}``, ``{"latency": "12 ms"}``, ``{"speedup": 2}``;
+    the same words work as keywords. All are counted (times: measured) against the original. ``train(model, round)`` is your own code; it trains
     in place or returns the trained model. ``evaluate(model)`` returns a number, larger is better. The run ends early when
     a round evaluates below ``floor``, with the model of the round before. ``schedule`` is ``"linear"``, ``"exponential"``
     or ``"cubic"``. ``checkpoint`` names a folder: call again with the same arguments to go on after an interruption.
@@ -84,13 +81,12 @@ def iterate(
     (4, [58, 44, 30])
     """
     _check(options, floor)
-    kind, final = _target(target, options)
+    asked = pick_target(target, options)
     phases = _phases(check_steps(steps), train_first, evaluate_cuts)
-    share(final, 1, steps, schedule)
     example = normal_inputs(example_input, example_kwargs)
-    folder = Checkpoint(checkpoint)
-    settings = _settings({kind: final}, steps, schedule, phases, optimizer, options)
-    job = _Job(model, example, train, evaluate, floor, kind, final, steps, schedule, options, folder, optimizer, settings)
+    settings = _settings(asked, steps, schedule, phases, optimizer, options)
+    way = plan_way(model, example, asked, steps, schedule, options)
+    job = _Job(model, example, train, evaluate, floor, way, Checkpoint(checkpoint), optimizer, settings)
     work = _resume(job) or _start(job)
     with _bar(len(phases), work.done, progress) as bar:
         for number, phase in phases[work.done :]:
@@ -113,11 +109,7 @@ class _Job:
     train: Callable[..., Any]
     evaluate: Callable[[nn.Module], float]
     floor: float | None
-    kind: str
-    final: float
-    steps: int
-    schedule: str
-    options: dict[str, Any]
+    way: Way
     folder: Checkpoint
     factory: Callable[..., torch.optim.Optimizer] | None
     settings: dict
@@ -129,10 +121,6 @@ class _Job:
     def commit(self, work: _Work) -> None:
         state = {"settings": self.settings, "floor": self.floor, "done": work.done, "ended": work.ended, "rows": work.history.to_dict()}
         self.folder.commit({**state, "model": work.name, "good": work.good_name, "cut": work.cut_name})
-
-    def share(self, number: int) -> float:
-        final = self.final if self.kind == "ratio" else 1 - self.final
-        return share(final, number, self.steps, self.schedule)
 
     def fail(self, text: str, work: _Work, cause: Exception | None = None) -> BadLoop:
         """The error for a phase of the user's that failed: where the best model is, and what to do."""
@@ -207,42 +195,15 @@ def _cut(job: _Job, work: _Work, number: int) -> _Work:
     """Remove what should be gone after this round."""
     args, kwargs = job.example
     try:
-        small, plan = shrink(work.model, args, example_kwargs=kwargs, return_plan=True, **_demand(job, work, number))
-    except NothingToPrune as error:
+        small, plan = shrink(work.model, args, example_kwargs=kwargs, return_plan=True, **job.way.demand(number, work.model, work.plan))
+    except (NothingToPrune, BadTarget) as error:
         if number == 1:
             raise
-        return replace(work, model=work.good, plan=work.good_plan, done=work.done + 1, ended=f"round {number}: nothing is left to remove ({error})")
+        return replace(work, model=work.good, plan=work.good_plan, done=work.done + 1, ended=f"round {number}: no more can be removed ({error})")
     optimizer = refresh_optimizer(work.optimizer, plan, small, original=work.model) if work.optimizer is not None else None
     work = replace(work, model=small, plan=compose(work.plan, plan), optimizer=optimizer, done=work.done + 1)
     work = job.keep(_row(job, work, number), f"round-{number:02d}-cut")
     return replace(work, cut_name=work.name)
-
-
-def _demand(job: _Job, work: _Work, number: int) -> dict[str, Any]:
-    """The options of this round's cut: what should be left of the original, said relative to what there is."""
-    now, last = job.share(number), job.share(number - 1)
-    if job.kind != "ratio":
-        first, left = getattr(work.history[0], job.kind), getattr(work.history[-1], job.kind)
-        return {**job.options, job.kind: min(1.0, (1 - now) * first / left)}
-    options, given = dict(job.options), job.options.get("ratios")
-
-    def shares(groups: Groups) -> dict[int, tuple[float, float]]:
-        own = overrides(groups, work.model, given)
-        every = range(len(groups)) if options.get("scope", "layer") == "layer" else own
-        finals = {index: own.get(index, job.final) for index in every}
-        return {index: (share(s, number, job.steps, job.schedule), share(s, number - 1, job.steps, job.schedule)) for index, s in finals.items()}
-
-    ratio = 1 - (1 - now) / (1 - last)
-    if options.get("scope", "layer") != "layer":
-        total, left = _units(job, job.original), _units(job, work.model)
-        ratio = max(0.0, 1 - (1 - now) * total / left)
-    return {**options, "ratio": ratio, "ratios": toward(work.plan, shares)}
-
-
-def _units(job: _Job, model: nn.Module) -> int:
-    graph = trace(model, *job.example)
-    whole = tuple((name, None) for name in named(model, job.options.get("keep", ())) if name in graph.leaves)
-    return sum(group.size for group in couple(graph, whole))
 
 
 def _look(job: _Job, work: _Work, number: int) -> _Work:
@@ -304,7 +265,7 @@ def _untrained(work: _Work) -> _Work:
 
 def _row(job: _Job, work: _Work, number: int) -> _Work:
     params = sum(parameter.numel() for parameter in work.model.parameters())
-    row = Row(number, job.share(number), params, macs(work.model, job.example))
+    row = Row(number, job.way.removed(number), params, macs(work.model, job.example))
     return replace(work, history=work.history.with_row(row))
 
 
@@ -323,26 +284,12 @@ def macs(model: nn.Module, example: tuple[tuple, dict]) -> int:
 def _check(options: dict[str, Any], floor: Any) -> None:
     known = inspect.signature(shrink).parameters
     for name, value in options.items():
-        if name in OURS or (name not in known and name not in BUDGETS):
+        if name in OURS or (name not in known and name not in KINDS):
             raise BadLoop(f"iterate has no option {name!r}; beside its own it takes those of shrink, without {', '.join(OURS)}")
         if isinstance(value, Iterator):
             raise BadLoop(f"{name} is an iterator, which the first round would use up; pass a list, a data loader or anything that can start again")
     if floor is not None and (not isinstance(floor, int | float) or math.isnan(floor)):
         raise BadLoop(f"floor is {floor!r}; it is the smallest number that evaluate may return")
-
-
-def _target(target: Any, options: dict[str, Any]) -> tuple[str, float]:
-    """What has to be reached: the kind of budget and its number."""
-    given = {name: options.pop(name) for name in BUDGETS if name in options}
-    given |= target if isinstance(target, Mapping) else {} if target is None else {"ratio": target}
-    if len(given) > 1 or set(given) - set(BUDGETS):
-        raise BadLoop(f"the target is {given}; give one of {', '.join(BUDGETS)}")
-    kind, final = next(iter(given.items()), ("ratio", 0.5))
-    if kind == "ratio":
-        return kind, check_ratio(final)
-    if not isinstance(final, int | float) or isinstance(final, bool) or not 0 < final <= 1:
-        raise BadRatio(f"{kind} is {final!r}; it is the part of the original's {kind} that may be left, 0 < {kind} <= 1")
-    return kind, float(final)
 
 
 def _settings(target: dict, steps: int, schedule: str, phases: list, optimizer: Any, options: dict) -> dict:

@@ -109,6 +109,7 @@ class Labels:
     locks: list[tuple[Array, int]] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
+    repeated: list[tuple[int, int]] = field(default_factory=list)
     _names: dict[bytes, int] = field(default_factory=dict)
     _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
     _seen: set[tuple[int, int]] = field(default_factory=set)
@@ -119,6 +120,11 @@ class Labels:
             self.starts.append(self.count)
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int32)
+
+    def is_repeated(self, array: Array) -> bool:
+        """Whether a field numbers copies of one and the same thing (an expanded axis)."""
+        first = int(array.flat[0])
+        return any(start <= first < end for start, end in self.repeated)
 
     def join(self, left: Array, right: Array) -> None:
         if left is right:

@@ -16,24 +16,27 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .align import alignments
 from .apply import apply
-from .cost import costs, operation
-from .errors import BadMeasure, BadTarget
+from .cost import Costs, operation, priced
+from .errors import BadMeasure, BadTarget, GraphpruneError
 from .groups import Groups
+from .labels import Array
 from .measure import clock_for, interleave, middle_of, using_threads
 from .plan import Plan
 from .runtimes import evaluating, prepare
 from .scores import Scores
 from .table import Table, times
-from .targets import Aims
+from .targets import Aims, stays
 from .trace import Graph
 from .trees import tensors
 
 TOLERANCE = 0.015
+SECONDS = 2.0
 ATTEMPTS = 8
 NOISE = 0.1
 Propose = Callable[[dict], tuple[Groups, list, Plan]]
@@ -56,44 +59,84 @@ class Timing:
 class Stopwatch:
     """Times models against the original on the runtime that was asked for."""
 
-    def __init__(self, model: nn.Module, graph: Graph, aims: Aims, seconds: float = 4.0) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, aims: Aims, seconds: float = SECONDS) -> None:
         self.model, self.aims, self.seconds = model, aims, seconds
         self.args, self.kwargs = graph.example
         self.device = next((t.device for t in tensors(graph.example, torch.Tensor)), torch.device("cpu"))
         self.threads = aims.threads or torch.get_num_threads()
         self.call: Any = None
 
-    def __call__(self, small: nn.Module) -> Timing:
-        """Raises :class:`~graphprune.errors.BadMeasure` when the times make no sense or scatter too much."""
+    def __call__(self, small: nn.Module, target: float | None = None) -> Timing:
+        """Ends early when it is clear whether ``target`` (a share of the original's time) is met.
+
+        Raises :class:`~graphprune.errors.BadMeasure` when the times make no sense or scatter too much.
+        """
+        enough = lambda rows: _clear(_timing(rows), target)  # noqa: E731
         with using_threads(self.threads), evaluating(self.model), evaluating(small):
-            rows = self._own(small) if self.aims.measure else self._runtime(small)
-        share, band = middle_of(rows[:, 1] / rows[:, [0, 2]].mean(axis=1))
-        found = Timing(float(statistics.median(rows[:, 1])), share, band, middle_of(rows[:, 0] / rows[:, 2])[0])
+            rows = self._own(small, enough) if self.aims.measure else self._runtime(small, enough)
+        found = _timing(rows)
         if found.noise > NOISE:
+            low, high = found.band
             raise BadMeasure(
-                f"the measured time scatters too much: {share:.3f} of the original's, between {band[0]:.3f} and {band[1]:.3f}; "
+                f"the measured time scatters too much: {found.share:.3f} of the original's, between {low:.3f} and {high:.3f} "
+                f"({len(rows)} rounds; a band of {100 * found.noise:.0f} %, where {100 * NOISE:.0f} % are allowed); "
                 "run on a quiet machine, on one thread (threads=1), or time more work per call (a larger batch)"
             )
         return found
 
-    def _runtime(self, small: nn.Module) -> Any:
+    def alone(self) -> float:
+        """Seconds of the original."""
+        with using_threads(self.threads), evaluating(self.model):
+            if self.aims.measure:
+                return statistics.median(_seconds(self.aims.measure, self.model) for _ in range(3))
+            self.call = self.call or prepare(self.model, self.args, self.kwargs, self.aims.runtime, self.threads)
+            return float(np.median(interleave([self.call], clock_for(self.device, self.threads)[1], self.seconds / 4, 0.01)))
+
+    def _runtime(self, small: nn.Module, enough: Callable) -> Any:
         self.call = self.call or prepare(self.model, self.args, self.kwargs, self.aims.runtime, self.threads)
         call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads)
-        return interleave([self.call, call, self.call], clock_for(self.device, self.threads)[1], self.seconds, 0.007)
+        clock = clock_for(self.device, self.threads)[1]
+        rows = interleave([self.call, call, self.call], clock, self.seconds, enough, chained=True)
+        if _timing(rows).noise > NOISE / 2:  # a busy machine: the same once more, for longer
+            rows = np.concatenate([rows, interleave([self.call, call, self.call], clock, 3 * self.seconds, enough, chained=True)])
+        return rows
 
-    def _own(self, small: nn.Module) -> Any:
+    def _own(self, small: nn.Module, enough: Callable) -> Any:
         models = {1: self.model, 2: small}
-        clock = lambda call, repeats: _checked(self.aims.measure(models[call()]))  # noqa: E731
-        return interleave([lambda: 1, lambda: 2, lambda: 1], clock, self.seconds, 0.01, warm=False)
+        clock = lambda call, repeats: _seconds(self.aims.measure, models[call()])  # noqa: E731
+        return interleave([lambda: 1, lambda: 2, lambda: 1], clock, 2 * self.seconds, enough, warm=False, chained=True)
 
 
-def _checked(seconds: Any) -> float:
+def _timing(rows: np.ndarray) -> Timing:
+    share, band = middle_of(rows[:, 1] / rows[:, [0, 2]].mean(axis=1))
+    return Timing(float(np.median(rows[:, 1])), share, band, middle_of(rows[:, 0] / rows[:, 2])[0])
+
+
+def _clear(found: Timing, target: float | None) -> bool:
+    """Whether more rounds would change nothing: the band is narrow, or (within 2 %) on one side of what counts as met."""
+    low, high = found.band
+    if found.noise <= TOLERANCE / 3:
+        return True
+    if target is None or found.noise > 0.02:
+        return False
+    least, most = target * (1 - TOLERANCE), target * (1 + TOLERANCE)
+    return high < least or low > most or (least < low and high < most)
+
+
+def _seconds(measure: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    """What the user's own measure says, checked."""
     try:
-        found = float(seconds)
+        given = measure(model)
+    except GraphpruneError:
+        raise
+    except Exception as error:
+        raise BadMeasure(f"measure failed: {type(error).__name__}: {error}; it has to return the seconds of one call of the model it is given") from error
+    try:
+        found = float(given)
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found) or found <= 0:
-        raise BadMeasure(f"measure returned {seconds!r}; it has to return the seconds of one call, a number above 0")
+        raise BadMeasure(f"measure returned {given!r}; it has to return the seconds of one call, a number above 0")
     return found
 
 
@@ -111,20 +154,18 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
     label = _name(graph, aims, scope)
     learnt = table.known.setdefault("corrections", {}).get(label, [])
     points: list[tuple[float, float]] = [(0.0, 0.0)]
-    target = aims.share(0.0) if not isinstance(aims.latency, str) else aims.share(_alone(watch))
-    best: tuple | None = None
+    target = aims.share(watch.alone() if isinstance(aims.latency, str) else 0.0)
+    wanted, best = math.log(min(target, 1.0)), None
     tried: list[float] = []
     for _ in range(ATTEMPTS):
-        # Earlier searches give the first guess; from then on only what was measured now counts.
-        known = points if len(points) > 1 else points + [(a, b) for a, b in learnt]
-        x = _next(known, math.log(min(target, 1.0)))
+        x = _next(points, wanted) if len(points) > 1 else _first(learnt, wanted)
         groups, kept, plan = propose({"time": (full * math.exp(x), make)})
         predicted = _predicted(groups, kept, make) / full
         if any(abs(predicted / other - 1) < 1e-9 for other in tried):
             break  # the same widths again: the next ones are a whole unit away
         tried.append(predicted)
         small = apply(model, plan)
-        timing = watch(small)
+        timing = watch(small, target)
         points.append((math.log(predicted), math.log(timing.share)))
         error = abs(timing.share / target - 1)
         if best is None or error < best[0]:
@@ -132,16 +173,30 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
         if error <= TOLERANCE:
             break
         if predicted > math.exp(x) * 1.02 and timing.share > target:
-            raise BadTarget(
-                f"{aims.asked}: the narrowest widths that the rules allow take {timing.share:.3f} of the original's time "
-                f"({1 / timing.share:.2f}x faster); that is the most that can be reached. Fewer keep rules, a smaller min_units or "
-                "multiple_of may help; plan.explain() of a smaller target says what stays whole"
-            )
+            raise _too_fast(aims, timing, priced(groups, {"time": make}), np.array([len(stay) for stay in kept], dtype=float))
     assert best is not None
     table.known["corrections"][label] = [*learnt, *points[1:]][-6:]
     table.save()
     _, small, plan, predicted, timing = best
     return small, dataclasses.replace(plan, notes=(*plan.notes, _line(aims, predicted, timing, watch)))
+
+
+def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array) -> BadTarget:
+    blocks = "\n".join(stays(known, least))
+    return BadTarget(
+        f"{aims.asked}: the narrowest widths that the rules allow take {timing.share:.3f} of the original's time "
+        f"({1 / timing.share:.2f}x faster; band {1 / timing.band[1]:.2f} to {1 / timing.band[0]:.2f}); that is the most that can be reached. "
+        f"Fewer keep rules, a smaller min_units or multiple_of may help. What stays, largest first:\n{blocks}"
+    )
+
+
+def _first(learnt: list[list[float]], wanted: float) -> float:
+    """The first guess, from earlier searches: what met the target then, or what lies around it; later guesses are made
+    from what was measured now."""
+    near = min(learnt, key=lambda point: abs(point[1] - wanted), default=None)
+    if near and abs(near[1] - wanted) <= TOLERANCE:
+        return near[0] + 1e-9
+    return _next([(0.0, 0.0), *((a, b) for a, b in learnt)], wanted)
 
 
 def _next(points: list[tuple[float, float]], wanted: float) -> float:
@@ -162,15 +217,9 @@ def _next(points: list[tuple[float, float]], wanted: float) -> float:
 
 
 def _predicted(groups: Groups, kept: Any, make: Callable) -> float:
-    known = costs(groups, {"time": make})
+    known = priced(groups, {"time": make})
     chosen = [torch.arange(group.size) for group in groups] if kept is None else kept
     return float(known.parts["time"](known.lengths.of(chosen)[None])[0])
-
-
-def _alone(watch: Stopwatch) -> float:
-    """Seconds of the original."""
-    found = watch(watch.model)
-    return found.seconds
 
 
 def _name(graph: Graph, aims: Aims, scope: str) -> str:
@@ -199,9 +248,14 @@ def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups]
     watch = Stopwatch(nn.Identity(), graph, aims)
     table = Table(watch.device, aims.runtime, watch.threads)
 
+    known: dict[tuple, Mapping[int, int]] = {}
+
     def learnt(groups: Groups) -> Mapping[int, int]:
-        with using_threads(watch.threads):
-            return alignments(groups, table)
+        key = tuple((group.size, tuple(group.places)) for group in groups)
+        if key not in known:
+            with using_threads(watch.threads):
+                known[key] = alignments(groups, table)
+        return known[key]
 
     return learnt
 

@@ -41,7 +41,10 @@ def check_rule(function: Callable, text: str, *given: torch.Tensor, seed: int = 
             wide = function(*given)
         else:
             wide = function(*(_zero(t, axes, name, stay, lengths) for t, axes in zip(given, lefts, strict=True)))
-        wanted = _cut(wide, rights[0], name, stay, lengths) if name in kept or f"[{name}]" in kept else wide
+        try:
+            wanted = _cut(wide, rights[0], name, stay, lengths) if name in kept or f"[{name}]" in kept else wide
+        except (IndexError, RuntimeError) as error:
+            raise BadRule(f"{text!r}: the result has shape {tuple(wide.shape)} and no such axis {name!r}") from error
         if small.shape != wanted.shape:
             raise BadRule(f"{text!r}: cutting {name!r} gives shape {tuple(small.shape)}, the rule says {tuple(wanted.shape)}")
         if not mixed and not torch.allclose(small, wanted, rtol=1e-5, atol=1e-8):
@@ -75,13 +78,16 @@ def _stays(group: tuple[str, ...], name: str, stay: torch.Tensor, lengths: dict[
 def _cut(tensor: torch.Tensor, axes: Axes, name: str, stay: torch.Tensor, lengths: dict[str, int]) -> torch.Tensor:
     for dim, group in enumerate(axes):
         if any(axis.strip("[]") == name for axis in group):
-            tensor = tensor.index_select(dim, _stays(group, name, stay, lengths, tensor.shape[dim]).nonzero().ravel())
+            if tensor.shape[dim] > 1:  # length 1: broadcast
+                tensor = tensor.index_select(dim, _stays(group, name, stay, lengths, tensor.shape[dim]).nonzero().ravel())
     return tensor
 
 
 def _zero(tensor: torch.Tensor, axes: Axes, name: str, stay: torch.Tensor, lengths: dict[str, int]) -> torch.Tensor:
     for dim, group in enumerate(axes):
         if any(axis.strip("[]") == name for axis in group):
+            if tensor.shape[dim] == 1:
+                continue
             mask = _stays(group, name, stay, lengths, tensor.shape[dim])
             tensor = tensor * mask.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)]).to(tensor.dtype)
     return tensor

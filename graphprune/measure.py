@@ -118,17 +118,31 @@ def middle_of(values: np.ndarray) -> tuple[float, tuple[float, float]]:
     return float(np.median(ordered)), (float(ordered[low]), float(ordered[high]))
 
 
-def interleave(calls: Sequence[Call], clock: Clock, seconds: float, tolerance: float, least: int = 5, warm: bool = True) -> np.ndarray:
-    """Seconds per call, one row for each round; every other round runs backwards, so that a drift cancels."""
+Enough = Callable[[np.ndarray], bool]
+
+
+def interleave(
+    calls: Sequence[Call], clock: Clock, seconds: float, enough: Enough | float, least: int = 5, warm: bool = True, chained: bool = False
+) -> np.ndarray:
+    """Seconds per call, one row for each round, until ``enough`` (a function of the rows, or the share within which the
+    band of the first two must be) or until ``seconds`` are used up.
+
+    Every other round runs backwards, so that a drift cancels. ``chained``: where a round begins with the call that the last
+    one ended with, that timing counts for both (quicker; neighbouring rows are then not quite independent).
+    """
+    done = enough if callable(enough) else lambda rows: _settled(rows, enough)
     once = [1.0 for _ in calls]
     for _ in range(2 if warm else 0):
         once = [clock(call, 1) for call in calls]
     repeats = [max(1, math.ceil(0.003 / max(each, 1e-9))) for each in once]
     rows: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(rows) < least or (time.perf_counter() < end and not _settled(np.array(rows), tolerance)):
-        order = range(len(calls)) if len(rows) % 2 == 0 else reversed(range(len(calls)))
+    while len(rows) < least or (time.perf_counter() < end and not done(np.array(rows))):
+        order = list(range(len(calls)) if len(rows) % 2 == 0 else reversed(range(len(calls))))
         row = [0.0] * len(calls)
+        if chained and rows:
+            first = order.pop(0)
+            row[first] = rows[-1][first]
         for index in order:
             row[index] = clock(calls[index], repeats[index])
         if not all(math.isfinite(each) and each > 0 for each in row):

@@ -59,3 +59,8 @@ def overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Ca
             if any(name in mine and axis == 0 for name, axis in group.places):
                 own[group.index] = ratio
     return own
+
+
+def by_tensor(model: nn.Module, ratios: Mapping[Any, float] | None) -> dict[str, float]:
+    """The ratios of single tensors."""
+    return {name: check_ratio(ratio, f"the ratio of {key!r}") for key, ratio in (ratios or {}).items() for name in named(model, [key])}

@@ -26,13 +26,14 @@ COMPLETE = 20_000
 STEPS = 24  # how many steps lead from the widest to the narrowest level of a choice, before the last is taken apart
 
 BATCH = 6
+FILLS = 200
 
 
 def widths(groups: Groups, scores: Scores, limits: Mapping[str, float], known: Costs, allowed: Space) -> Array:
     """(groups,) numbers of units; at the narrowest allowed widths the limits must hold."""
     losses = losses_of(groups, scores, allowed)
     found = _complete(losses, limits, known, allowed) if allowed.size <= COMPLETE else _descend(losses, limits, known, allowed)
-    return allowed.widths(found[None])[0].astype(np.int64)
+    return allowed.widths((_filled(found, losses, limits, known, allowed) if "time" in limits else found)[None])[0].astype(np.int64)
 
 
 def losses_of(groups: Groups, scores: Scores, allowed: Space) -> list[Array]:
@@ -73,6 +74,25 @@ def _shares(limits: Mapping[str, float], known: Costs, allowed: Space, at: Array
 
 def _fits(shares: Array) -> Array:
     return (shares <= 1 + 1e-12).all(axis=-1)
+
+
+def _filled(at: Array, losses: list[Array], limits: Mapping[str, float], known: Costs, allowed: Space) -> Array:
+    """Wider again where the limits still hold: time is a staircase, what stands on one step is free, and the last step of the
+    descent may have been a large one. The widening with the most score for its time comes first."""
+    for _ in range(FILLS):
+        trial = np.maximum(at[None] - np.eye(len(at), dtype=np.int64), 0)
+        taken = known.at(allowed.widths(np.concatenate([at[None], trial])), ["time"])["time"]
+        more = np.maximum(taken[1:] - taken[0], 0.0)
+        may = (at > 0) & _fits(_shares(limits, known, allowed, trial))
+        free = np.where(may & (more <= taken[0] * 1e-12), 1, 0)
+        if free.any() and known.at(allowed.widths((at - free)[None]), ["time"])["time"][0] <= taken[0] * (1 + 1e-12):
+            at = at - free
+            continue
+        if not may.any():
+            break
+        gained = np.array([loss[level] - loss[max(level - 1, 0)] for loss, level in zip(losses, at, strict=True)])
+        at = trial[np.argmax(np.where(may, gained / (more + taken[0] * 1e-12), -1.0))]
+    return at
 
 
 def _complete(losses: list[Array], limits: Mapping[str, float], known: Costs, allowed: Space) -> Array:

@@ -15,6 +15,7 @@ An optimizer keeps its identity, its groups and their options, so schedulers and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from torch import nn
 from .apply import apply, cut_tensor
 from .compose import so_far
 from .errors import BadOptimizer, BadPlan
+from .kernels import columns_of
+from .masks import parameter_name
+from .parts import narrowed, unpack
 from .plan import Plan
 from .trees import leaf_tensors
 
@@ -36,20 +40,24 @@ def refresh_optimizer(optimizer: torch.optim.Optimizer, plan: Plan, small: nn.Mo
     ``named_parameters()``. Call it between two steps: gradients are not carried over. Parameters of other modules in
     the same optimizer are left alone. Raises :class:`~graphprune.errors.BadOptimizer`, and then changes nothing.
     """
-    new = {name: tensor for name, _, _, tensor in leaf_tensors(small) if isinstance(tensor, nn.Parameter)}
+    new = {parameter_name(name): tensor for name, _, _, tensor in leaf_tensors(small) if isinstance(tensor, nn.Parameter)}
     names = {id(tensor): name for name, tensor in reversed(list(new.items()))}
     for name, _, _, tensor in reversed(list(leaf_tensors(original)) if original is not None else []):
-        names[id(tensor)] = name
+        names[id(tensor)] = parameter_name(name)
+    plan = replace(plan, cuts=_plainly(plan.cuts), shapes=_plainly(plan.shapes))
+    changed = {*plan.cuts, *(part.name for part in plan.parts)}
+    away = tuple(f"{part.name}." for part in plan.parts if part.kind == "skip")
     params: list[list[nn.Parameter]] = []
     state: dict[nn.Parameter, Any] = {}
     found = 0
     for group in optimizer.param_groups:
         mine = [names.get(id(old)) or _named(group, at, new) for at, old in enumerate(group["params"])]
-        params.append([new.get(name, old) if name else old for name, old in zip(mine, group["params"], strict=True)])
+        left = [(name, old) for name, old in zip(mine, group["params"], strict=True) if not (name and name not in new and name.startswith(away or "\0"))]
+        params.append([new.get(name, old) if name else old for name, old in left])
         found += sum(name in new for name in mine)
-        for name, old, now in zip(mine, group["params"], params[-1], strict=True):
+        for (name, old), now in zip(left, params[-1], strict=True):
             if old in optimizer.state:
-                state[now] = _state(optimizer.state[old], plan, name, name or "") if name in plan.cuts else optimizer.state[old]
+                state[now] = _state(optimizer.state[old], plan, name, name or "") if name in changed else optimizer.state[old]
     if not found:
         raise BadOptimizer(
             "the optimizer holds no parameter of this model. Pass original=, the model before the cut (its parameters are the ones "
@@ -87,7 +95,24 @@ def _state(held: Any, plan: Plan, name: str, path: str) -> Any:
             f"the state {path} has shape {tuple(held.shape)}, the plan cuts a parameter of shape {tuple(shape)}. Pass the plan of this cut alone "
             "(shrink(..., return_plan=True)), not one composed over several rounds; where the state has a form of its own, start a new optimizer"
         )
-    return cut_tensor(held, {axis: kept for axis, kept in plan.cuts[name].items() if held.shape[axis] == shape[axis]})
+    cut = cut_tensor(held, {axis: kept for axis, kept in plan.cuts.get(name, {}).items() if held.shape[axis] == shape[axis]})
+    return _parts(cut, plan, name) if held.shape == torch.Size(shape) else cut
+
+
+def _parts(tensor: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
+    """What masks and columns leave of a tensor of the parameter's shape."""
+    cuts = plan.cuts.get(name, {})
+    for part in plan.parts:
+        if part.name == name and part.kind == "mask":
+            tensor = tensor.masked_fill(~narrowed(unpack(part.data, plan.shapes[name]), cuts).to(tensor.device), 0)
+        elif part.name == name and part.kind == "columns":
+            tensor = columns_of(tensor, narrowed(unpack(part.data, plan.shapes[name][1:]), {axis - 1: kept for axis, kept in cuts.items() if axis}))
+    return tensor
+
+
+def _plainly(held: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names that parameters have for the user; a mask is none."""
+    return {parameter_name(name): value for name, value in held.items()}
 
 
 def refresh_ema(averaged: Any, plan: Plan) -> Any:
@@ -103,6 +128,8 @@ def refresh_ema(averaged: Any, plan: Plan) -> Any:
     >>> refresh_ema(ema, plan).module[0].out_features
     4
     """
+    if isinstance(averaged, dict) and plan.parts:
+        raise BadPlan("the plan changes more than axes (masks, kernels or modules): average a copy of the model, not a dictionary of tensors")
     if isinstance(averaged, dict):
         wrong = [n for n, shape in plan.shapes.items() if n in averaged and tuple(averaged[n].shape) != tuple(shape)]
         if wrong or not set(plan.cuts) & set(averaged):
@@ -110,7 +137,10 @@ def refresh_ema(averaged: Any, plan: Plan) -> Any:
         averaged.update({name: cut_tensor(averaged[name], axes) for name, axes in plan.cuts.items() if name in averaged})
         return averaged
     inner = averaged
-    while not set(plan.cuts) <= {name for name, *_ in leaf_tensors(inner)} and isinstance(getattr(inner, "module", None), nn.Module):
+    known = {*plan.cuts, *(f"{part.name}." for part in plan.parts)}
+    while not all(any(f"{leaf}.".startswith(name) for leaf, *_ in leaf_tensors(inner)) for name in known) and isinstance(
+        getattr(inner, "module", None), nn.Module
+    ):
         inner = inner.module
     whole = so_far(inner, plan)
     apply(inner, plan, inplace=True)

@@ -17,6 +17,8 @@ from .errors import BadPlan
 from .groups import Groups
 from .labels import Array
 from .notation import Value
+from .parts import Part, survivors
+from .picks import renumber
 from .select import Kept
 from .symbols import Need
 
@@ -25,7 +27,9 @@ from .symbols import Need
 class Plan:
     """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new).
 
+    ``numbers``: for buffers that number positions of a cut axis, the new number of every old one (-1: gone).
     ``rewrites``: the modules whose code holds sizes as literals; they come back as ``torch.fx.GraphModule``.
+    ``parts``: changes beyond cutting axes (masks, smaller kernels, skipped modules).
     """
 
     cuts: dict[str, dict[int, list[int]]]
@@ -34,6 +38,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     lines: tuple[str, ...] = field(default=(), compare=False)
     rewrites: tuple[str, ...] = ()
+    numbers: dict[str, list[int]] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
@@ -46,6 +52,9 @@ class Plan:
             along = torch.zeros(shape[axis], dtype=torch.bool)
             along[kept] = True
             mask &= along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        for part in self.parts:
+            if part.name == name and part.kind != "skip":
+                mask &= survivors(part, shape)
         return mask
 
     def explain(self) -> str:
@@ -56,6 +65,8 @@ class Plan:
         cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
         data = {"version": 1, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
         data |= {"rewrites": self.rewrites} if self.rewrites else {}
+        data |= {"numbers": self.numbers} if self.numbers else {}
+        data |= {"parts": [part.to_json() for part in self.parts]} if self.parts else {}
         return json.dumps(data)
 
     @classmethod
@@ -65,7 +76,10 @@ class Plan:
             data = json.loads(text)
             cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
             shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-            return cls(cuts, shapes, _tuples(data["edits"]), tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
+            numbers = {name: [int(i) for i in new] for name, new in data.get("numbers", {}).items()}
+            parts = tuple(Part.from_json(part) for part in data.get("parts", ()))
+            texts = (tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
+            return cls(cuts, shapes, _tuples(data["edits"]), *texts, numbers, parts)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
 
@@ -136,4 +150,10 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
             lines.append(f"  {name} axis {axis}: {size} -> {size if left is None else len(left)}")
     for (name, axis), reason in groups.locked.items():
         lines.append(f"whole: {name} axis {axis} ({math.prod(leaves[name].shape)} entries): {reason}")
-    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines))
+    numbers, stays = {}, Survivors(groups, kept)
+    for name, (value, dim) in groups.graph.__dict__.get("picks", {}).items():
+        mask = stays.axis(value, dim)
+        if not mask.all():
+            numbers[name] = renumber(mask)
+            lines.append(f"  {name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
+    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines), numbers=numbers)

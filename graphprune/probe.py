@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import BadInput
 from .notation import Value
-from .trace import UNSTEPPED, Graph, open_paths, trace
+from .trace import UNSTEPPED, Graph, Step, floating, open_paths, trace
 from .trees import replace, tensors
 
 __all__ = ["batch_inputs", "trace", "watch"]
@@ -34,9 +34,9 @@ See = Callable[[Value, torch.Tensor], torch.Tensor | None]
 class _Watch(TorchFunctionMode):
     """Counts the calls of a run; a watched argument is shown before its call, a watched result after it."""
 
-    def __init__(self, graph: Graph, places: dict[int, list[tuple[bool, int, Value]]], see: See) -> None:
+    def __init__(self, steps: list[Step], places: dict[int, list[tuple[bool, int, Value]]], see: See) -> None:
         super().__init__()
-        self.graph, self.places, self.see = graph, places, see
+        self.steps, self.places, self.see = steps, places, see
         self.at = -1  # the next call of the model; -1 outside its forward
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -44,15 +44,24 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.at < 0 or name in UNSTEPPED:
             return func(*args, **kwargs)
-        at, self.at = self.at, self.at + 1
-        if at >= len(self.graph.steps) or self.graph.steps[at].name != name:
-            known = self.graph.steps[at].name if at < len(self.graph.steps) else "the end"
-            raise BadInput(f"the model takes another path on this batch than on the example: {name} where the example had {known}")
-        places = self.places.get(at)
+        if not floating(list(tensors((args, kwargs), torch.Tensor))):
+            result = func(*args, **kwargs)
+            if not floating(list(tensors(result, torch.Tensor))):
+                return result
+            return self.shown(result, [(i, value) for given, i, value in self.next(name) if not given])
+        places = self.next(name)
         if not places:
             return func(*args, **kwargs)
         args, kwargs = self.shown((args, kwargs), [(i, value) for given, i, value in places if given])
         return self.shown(func(*args, **kwargs), [(i, value) for given, i, value in places if not given])
+
+    def next(self, name: str) -> list[tuple[bool, int, Value]]:
+        """What is watched at the next call of the example that works on activations, which has to be this one."""
+        at, self.at = self.at, self.at + 1
+        if at >= len(self.steps) or self.steps[at].name != name:
+            known = self.steps[at].name if at < len(self.steps) else "the end"
+            raise BadInput(f"the model takes another path on this batch than on the example: {name} where the example had {known}")
+        return self.places.get(at, [])
 
     def shown(self, tree: Any, watched: list[tuple[int, Value]]) -> Any:
         if not watched:
@@ -75,7 +84,8 @@ def watch(model: torch.nn.Module, graph: Graph, values: Iterable[Value], see: Se
     """
     wanted = {id(value): value for value in values}
     places: dict[int, list[tuple[bool, int, Value]]] = {}
-    for at, step in enumerate(graph.steps):
+    steps = [step for step in graph.steps if step.floats]
+    for at, step in enumerate(steps):
         for given, held in ((True, step.args), (False, step.results)):
             for index, value in enumerate(held):
                 if value is not None and wanted.pop(id(value), None) is not None:
@@ -83,7 +93,7 @@ def watch(model: torch.nn.Module, graph: Graph, values: Iterable[Value], see: Se
     missing = next(iter(wanted.values()), None)
     if missing is not None:
         raise BadInput(f"a value of shape {missing.shape} passes no call of the model's own code and cannot be watched")
-    mode = _Watch(graph, places, see)
+    mode = _Watch(steps, places, see)
 
     def move(at: int) -> Callable[..., None]:
         return lambda *_: setattr(mode, "at", at)

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .assemble import ASSEMBLE, free
+from .assemble import ASSEMBLE, free, merged
 from .errors import GraphpruneError
-from .labels import Fields, Labels, Reason
+from .labels import Array, Fields, Labels, Reason, varying
 from .moves import MOVES
 from .notation import Value, meet
+from .picks import INTEGERS, pick, picked
 from .rules import RULES, pointwise
 from .shapes import SHAPES
+from .sizes import Size
 from .trees import PLAIN, replace, tensors
 
 # Pointwise operations whose overloads lack torch's tag.
@@ -109,7 +111,13 @@ class Recorder(TorchDispatchMode):
         self.alive: list[Any] = []
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
+        self.extra: list[Node] = []  # of a second run, in training mode
+        self.spans: list[tuple[int, int]] = []  # the locks that each call made
+        self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
+        self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
+        self.read: set[int] = set()  # values that the Python code looked into
         self.constants: dict[str, Tensor] = {}
+        self.copied: set[int] = set()  # by id: fields that number the copies of an expanded axis
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
         self.step = -1
 
@@ -118,6 +126,8 @@ class Recorder(TorchDispatchMode):
         value = Value(size, free(self.labels, size, range(len(size))), zero=True, leaf=name)
         self.leaves[name] = value
         self.keep(tensor, value)
+        if tensor.dtype in INTEGERS and tensor.ndim == 1 and not tensor.is_meta:
+            self.numbers[name] = tensor
         return value
 
     def keep(self, tensor: Tensor, value: Value) -> None:
@@ -201,7 +211,9 @@ class Recorder(TorchDispatchMode):
         result = self.run(func, known, args, kwargs, given)
         results = [result] if isinstance(result, Tensor) else list(tensors(result, Tensor))
         if not results:
+            self.read.update(id(value) for value in held)
             return result
+        first_lock = len(self.labels.locks)
         shapes = [tuple(t.shape) for t in results]
         module, where = (self.stack[-1] if self.stack else ""), place()
         try:
@@ -219,6 +231,7 @@ class Recorder(TorchDispatchMode):
                 value.zero = False
             self.keep(tensor, value)
         self.nodes.append(Node(func, seen, named, values, module, where, reduces, self.step))
+        self.spans.append((first_lock, len(self.labels.locks)))
         return result
 
     def carry(self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
@@ -232,16 +245,32 @@ class Recorder(TorchDispatchMode):
             else:
                 return [()] * len(shapes), False
         reason = self.reason(name, module, where)
+        if name in ("index_select", "index"):
+            found = picked(name, args, self.numbers)
+            if found:
+                x, dim, index = found
+                self.picks.setdefault(index.leaf, []).append((x, dim))
+                outs = pick(self.labels, x, dim, index, self.numbers[index.leaf], reason)
+                self.box(outs)
+                return outs, False
         if name in ASSEMBLE:
-            return ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs), False
+            outs = ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs)
+            if name == "expand":
+                self.copied.update(id(field) for field in outs[0][len(args[0].fields) :])
+            return outs, False
         if name in MOVES:
             source, rest = args[0], args[1:]
             moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
+            moved = self.copies(source.fields, moved, reason)
             outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
+            if len(outs) == 1:
+                outs = [merged(self.labels, outs[0], reason)]
             self.box(outs)
             if name in PARTS:
                 self.singled(source, outs, shapes, reason)
             return outs, False
+        if known.plain == "_grouped_mm":
+            aligned(args[:2])
         if known.plain in RULES:
             described = RULES[known.plain](*args, **kwargs)
             outs, reduces = meet(self.labels, described, shapes, reason)
@@ -268,6 +297,21 @@ class Recorder(TorchDispatchMode):
                 self.labels.lock(held, unknown)
         return [()] * count, False
 
+    def copies(self, before: Fields, moved: list[list], reason: int) -> list[list]:
+        """A count of copies that comes to lie on one axis with what is copied (grouped-query heads): the count stays, so that the rest may go."""
+        if not any(id(field) in self.copied for field in before):
+            return moved
+        kept = []
+        for field, column in zip(before, moved, strict=True):
+            if id(field) in self.copied:
+                self.copied.update(id(array) for array in column)
+                others = [(f, c) for f, c in zip(before, moved, strict=True) if f is not field]
+                if any(_cross(f, field) and not _cross(c[0], column[0]) for f, c in others):
+                    self.labels.lock(field, reason)
+                    continue
+            kept.append(column)
+        return kept
+
     def singled(self, source: Value, outs: list[Fields], shapes: list, reason: int) -> None:
         """A part of length 1 names one position of an axis: that position stays."""
         if any(len(shape) != len(source.shape) for shape in shapes):
@@ -283,6 +327,20 @@ class Recorder(TorchDispatchMode):
             for array in held:
                 if max(array.shape) != array.size:  # more than one axis varies
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
+
+
+def aligned(operands: tuple) -> None:
+    """The kernel wants rows of a multiple of 16 bytes: a branch on the size, taken."""
+    for value in operands:
+        step = 16 // value.dtype.itemsize
+        for dim in range(len(value.shape) - 2, len(value.shape)):
+            if value.shape[dim] % step == 0 and any(field.shape[dim] > 1 for field in value.fields):
+                Size.outcomes.append(("==", ("%", ("dim", value, dim), step), 0, True))
+
+
+def _cross(one: Array, two: Array) -> bool:
+    """Do two fields vary along different axes?"""
+    return not set(varying(one)) & set(varying(two))
 
 
 def _fits(shapes: list, outs: list[Fields]) -> bool:

@@ -85,6 +85,16 @@ def bmm(x, y):
     return expr("b n i, b i o -> b n o", x, y)
 
 
+@rule("_grouped_mm", "_scaled_grouped_mm")
+def grouped_mm(x, y, offsets=None, bias=None, *args, offs=None, **kwargs):
+    # Rows (or columns) of one operand belong to the experts in turn, as the offsets say: they stay.
+    offsets = offs if offsets is None else offsets
+    if bias is not None or offsets is None:
+        return bmm(x, y)
+    left, right = {(2, 3): ("_ i, _ i o", "_ o"), (3, 2): ("_ n i, i _", "n _"), (2, 2): ("n _, _ o", "_ n o")}[len(x.shape), len(y.shape)]
+    return expr(f"{left}, _ -> {right}", x, y, offsets)
+
+
 @rule("mv")
 def mv(x, y):
     return expr("n i, i -> n", x, y)
@@ -175,12 +185,12 @@ def pooling(x, *args, **kwargs):
 
 @rule("im2col")
 def unfold(x, kernel, *args):
-    return expr("b c _ _ -> b (c k) _", x, k=kernel[0] * kernel[1])
+    return expr("b c _ _ -> b (c _k) _", x, _k=kernel[0] * kernel[1])
 
 
 @rule("col2im")
 def fold(x, size, kernel, *args):
-    return expr("b (c k) _ -> b c _ _", x, k=kernel[0] * kernel[1])
+    return expr("b (c _k) _ -> b c _ _", x, _k=kernel[0] * kernel[1])
 
 
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
@@ -247,12 +257,17 @@ def index(x, indices):
     return expr(f"{' '.join(axes)}{fixed} -> {' '.join(out)}", x, *picked)
 
 
-@rule("cumsum", "cumprod", "sort", "topk", "argsort", "cummax")
+@rule("cumsum", "cumprod", "sort", "argsort", "cummax")
 def along(x, dim=-1, *args, **kwargs):
     dim = args[0] if args and isinstance(args[0], int) and not isinstance(args[0], bool) else dim
     dim = kwargs.get("dim", dim) if isinstance(kwargs.get("dim", dim), int) else -1
     axes = " ".join("_" if i == dim % len(x.shape) else LETTERS[i] for i in range(len(x.shape)))
     return expr(f"{axes} -> {axes}, {axes}", x)
+
+
+@rule("topk")
+def topk(x, k, dim=-1, *args, **kwargs):
+    return along(x, dim=dim)
 
 
 @rule("tril", "triu")

@@ -12,15 +12,19 @@ from .apply import apply
 from .budget import Chooser
 from .compose import so_far
 from .decide import Wishes, best, decide
+from .granularity import finer, parse
+from .heads import others
 from .latency import reach, remembered, steps
-from .names import named
+from .names import by_tensor, named
 from .repair import after_cut, refill
+from .request import Request
 from .scores import Criterion
 from .scores.attempts import attempts
 from .select import check_ratio
 from .targets import Aims
 from .trace import trace
 from .trees import uncollected
+from .undo import undone
 from .verify import check, check_model
 
 
@@ -30,6 +34,7 @@ def shrink(
     example_input: Any,
     ratio: float | None = None,
     *,
+    granularity: str = "channel",
     params: float | None = None,
     macs: float | None = None,
     size: float | None = None,
@@ -42,7 +47,7 @@ def shrink(
     criterion: Criterion = "l2",
     batches: Iterable | None = None,
     loss: Callable | None = None,
-    scope: str = "layer",
+    scope: str | None = None,
     keep: Sequence[Any] | str = (),
     ratios: Mapping[Any, float] | None = None,
     multiple_of: int | str | None = None,
@@ -60,8 +65,8 @@ def shrink(
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
     every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given). Targets are upper limits and hold together:
     ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
-    to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere), ``"global"``,
-    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets). ``criterion``, ``batches``
+    to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere, the default without a time), ``"global"``,
+    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets, the default for a time). ``criterion``, ``batches``
     and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
     :func:`graphprune.repair` says which steps ``repair`` may name.
     ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
@@ -76,21 +81,29 @@ def shrink(
     """
     aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
+    spec = parse(granularity)
+    scope = scope or ("optimal" if aims.timed and spec.coarse else "layer")
     check_model(model)
     held = named(model, keep)
     graph = trace(model, example_input, example_kwargs)
-    choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
-    scored = remembered(attempts(model, criterion, batches, loss, draft=scope == "layer" and not aims.any))
-    wishes = Wishes(choose, scored, held, ratios)
-    if aims.timed:
-        small, plan = reach(model, graph, aims, lambda more: decide(graph, model, replace(wishes, choose=replace(choose, more=more))), scope)
-    else:
-        plan = best(graph, model, wishes, rewrite, inplace)
+    if not spec.coarse:
+        request = Request(ratio, aims, criterion, scope, held, by_tensor(model, ratios), batches, loss, multiple_of, min_units)
+        plan = finer(graph, model, spec, request)
         small = apply(model, plan)
+    else:
+        choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
+        scored = remembered(attempts(model, criterion, batches, loss, draft=scope == "layer" and not aims.any))
+        wishes = Wishes(choose, scored, held, ratios, others if spec.name == "head" else None)
+        if aims.timed:
+            small, plan = reach(model, graph, aims, lambda more: decide(graph, model, replace(wishes, choose=replace(choose, more=more))), scope)
+        else:
+            plan = best(graph, model, wishes, rewrite, inplace)
+            small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
     small, plan = after_cut(small, model, plan, calibration, repair, graph)
     if inplace:
-        small = refill(apply(model, plan, inplace=True), small)
+        with undone(model, plan.edits):
+            small = refill(apply(model, plan, inplace=True), small)
     small.__dict__["graphprune_plan"] = so_far(model, plan)
     return (small, plan) if return_plan else small

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from torch import nn
 
 from .notation import Value
 from .sizes import COMPARISONS, Expr, Size, evaluate, expression, leaves
-from .trees import modules_of
+from .trees import PLAIN, modules_of
 
 # Modules whose attributes follow from the shapes of their own weights (see apply.py).
 SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Embedding, nn.GroupNorm)
 SHAPED += (nn.RMSNorm, nn.PReLU)
-PLANTED = frozenset((int, list, tuple))
+PLANTED = frozenset((int, list, tuple, dict))
+_CONFIGURES: dict[type, bool] = {}
 # … and which axis of their weight such an attribute repeats.
 REPEATS = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0}
 REPEATS |= {"embedding_dim": 1, "num_embeddings": 0, "num_parameters": 0}
@@ -54,10 +57,11 @@ class Call:
     line: str
 
 
-def plant(model: nn.Module, values: Mapping[int, Value]) -> dict[tuple, int]:
-    """Replace integer attributes (also inside lists, tuples and plain objects) by sizes; return what they were.
+def plant(model: nn.Module, values: Mapping[int, Value], original: nn.Module | None = None) -> dict[tuple, int]:
+    """Replace integer attributes (also inside lists, tuples, dictionaries and configuration objects) by sizes; return what they were.
 
     ``values`` finds the value of a tensor by its id: attributes that repeat the shape of a weight speak of that weight.
+    Objects that ``original`` shares with its copy ``model`` are left alone.
     """
     symbols: dict[tuple, int] = {}
 
@@ -67,12 +71,29 @@ def plant(model: nn.Module, values: Mapping[int, Value]) -> dict[tuple, int]:
             return Size(value, ("attr", path))
         if type(value) in (list, tuple) and 0 < len(value) < 64 and any(type(v) in (int, list, tuple) for v in value):
             return type(value)(size((*path, i), v) for i, v in enumerate(value))
+        if type(value) is dict and 0 < len(value) < 64:
+            return {key: size((*path, key), v) if type(key) is str and key[:1] != "_" else v for key, v in value.items()}
         return value
+
+    seen = {id(item) for _, module in modules_of(original) for item in module.__dict__.values()} if original is not None else set()
+
+    def enter(holder: Any, path: tuple, depth: int) -> None:
+        seen.add(id(holder))
+        for key, item in list(holder.__dict__.items()):
+            if type(item) in PLAIN - {int} or key[0] == "_":
+                continue
+            if type(item) in PLANTED:
+                holder.__dict__[key] = size((*path, key), item)
+            elif depth and configures(item) and id(item) not in seen:
+                enter(item, (*path, key), depth - 1)
 
     for name, module in modules_of(model):
         kind = type(module)
         known = issubclass(kind, SHAPED) and kind.__module__.startswith("torch.nn.")
         for key, value in list(module.__dict__.items()):
+            if type(value) not in PLAIN and key[0] != "_" and configures(value) and id(value) not in seen:
+                enter(value, (name, key), 1)
+                continue
             if known and key in REPEATS and type(value) is int:
                 _repeat(module, key, values)
             if type(value) not in PLANTED or key[0] == "_" or (known and key not in COUNTS):
@@ -81,6 +102,21 @@ def plant(model: nn.Module, values: Mapping[int, Value]) -> dict[tuple, int]:
             if planted is not value:
                 module.__dict__[key] = planted
     return symbols
+
+
+def configures(value: Any) -> bool:
+    """Whether an object may hold sizes: an instance of an ordinary class with attributes, neither torch's nor built in.
+
+    >>> from types import SimpleNamespace
+    >>> configures(SimpleNamespace(heads=4)), configures(nn.ReLU()), configures([4])
+    (True, False, False)
+    """
+    kind = type(value)
+    if kind not in _CONFIGURES:
+        other = issubclass(kind, nn.Module | torch.Tensor | type | Enum | Mapping | list | tuple | set | int | str | ModuleType) or callable(value)
+        foreign = kind.__module__.partition(".")[0] in ("torch", "builtins", "functools", "collections", "numpy")
+        _CONFIGURES[kind] = kind.__dictoffset__ != 0 and not other and not foreign
+    return _CONFIGURES[kind]
 
 
 def _repeat(module: nn.Module, key: str, values: Mapping[int, Value]) -> None:
@@ -165,6 +201,9 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
         for index, given in enumerate(args[1]):
             dim = len(out.shape) - 1 - index // 2
             add(given, out, "after" if index % 2 else "before", dim, int(given))
+            before = args[1][index - 1]
+            if index % 2 and type(given) is Size and type(before) is Size and given.expr == before.expr:
+                _both_ends(recorder, out, dim, int(given))
     elif name in ("channel_shuffle", "native_channel_shuffle"):
         groups = args[1] if len(args) > 1 else kwargs["groups"]
         add(groups, known(args[0]), "blocks", 1, int(groups))
@@ -182,6 +221,14 @@ def _even(recorder: Any, parts: Any, dim: int) -> None:
         for left, right in zip(first.fields, value.fields, strict=False):
             if left.shape == right.shape and left.shape[dim] > 1:
                 recorder.labels.join(left, right)
+
+
+def _both_ends(recorder: Any, value: Value, dim: int, count: int) -> None:
+    """One size gives the padding on both sides: as much must stay before as after."""
+    for field in value.fields:
+        if field.shape[dim] > 1 and field.size == field.shape[dim]:
+            flat = field.ravel()
+            recorder.labels.join(flat[:count], flat[len(flat) - count :])
 
 
 def _getitem(add: Callable, value: Value, index: Any) -> None:

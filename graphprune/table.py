@@ -26,11 +26,12 @@ from .labels import Array
 from .lengths import Lengths
 from .measure import clock_for
 from .notation import Value
-from .operators import lone
+from .operators import EAGER, Item, item, lone, together
 from .trace import Graph, Node
 from .trees import replace, tensors
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.1)
+BATCH, BYTES = 64, 2**28  # operations, and bytes of their tensors, in one session
 VIEWS = frozenset(
     "view _unsafe_view expand permute transpose t select slice split unbind detach alias unsqueeze squeeze as_strided empty empty_like new_empty".split()
 )
@@ -61,53 +62,96 @@ class Table:
     threads: int = 1
     known: dict[str, Any] = field(default_factory=dict)
     fresh: int = 0
+    names: dict[int, tuple[Node, str, list[str]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         facts = [device_name(self.device), self.runtime, self.threads, torch.__version__]
         self.path = folder() / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
+        self.known = self._read() or {"facts": facts}
+
+    def _read(self) -> dict[str, Any]:
         try:
-            self.known = json.loads(self.path.read_text())
+            return json.loads(self.path.read_text())
         except (OSError, ValueError):
-            self.known = {"facts": facts}
+            return {}
 
     def save(self) -> None:
         """Write what is known; a folder that cannot be written costs only the next search its speed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.known))
+            temporary.write_text(json.dumps({**self._read(), **self.known}))  # what others timed meanwhile stays
             temporary.replace(self.path)
         except OSError:
             pass
 
     def seconds(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> float:
         """The time of one call with tensors of these shapes (in the order of its arguments); 0 when it does not run."""
-        values = list(tensors((node.args, node.kwargs)))
-        key = "|".join([operation(node), _plain(node), *(f"{s}{v.order or ''}{v.dtype}" for s, v in zip(shapes, values, strict=True))])
-        key = key.replace("torch.", "").replace(" ", "")
+        key = self.key(node, shapes)
         if key not in self.known:
-            self.known[key] = self._time(node, shapes, values)
-            self.fresh += 1
+            self.fill([(node, shapes)])
         return self.known[key]
 
-    def _time(self, node: Node, shapes: Sequence[tuple[int, ...]], values: list[Value]) -> float:
+    def key(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> str:
+        """The name of a timing: the operation, its plain arguments, and shape, memory order and dtype of its tensors."""
+        # The node is kept beside what is known of it, so that its id stays its own.
+        _, plain, kinds = self.names.get(id(node)) or self.names.setdefault(id(node), (node, *_plain(node)))
+        return plain + "|".join([f"{shape}{kind}" for shape, kind in zip(shapes, kinds, strict=True)])
+
+    def fill(self, calls: Sequence[tuple[Node, Sequence[tuple[int, ...]]]]) -> None:
+        """Time what is not known yet; a runtime with sessions of its own gets many products at once."""
+        missing = {key: call for key, call in ((self.key(*call), call) for call in calls) if key not in self.known}
+        self.fresh += len(missing)
+        batch: dict[str, Item] = {}
+        for key, (node, shapes) in missing.items():
+            part = None if self.runtime in EAGER else self._item(node, shapes)
+            if part is None:
+                self.known[key] = self._time(node, shapes)
+                continue
+            if len(batch) >= BATCH or part.bytes + sum(each.bytes for each in batch.values()) > BYTES:
+                self._run(batch)
+                batch = {}
+            batch[key] = part
+        self._run(batch)
+
+    def _run(self, batch: dict[str, Item]) -> None:
+        try:
+            self.known.update(zip(batch, together(list(batch.values()), self.runtime, self.threads) if batch else (), strict=True))
+        except Exception:  # of the runtime's own kind; one that is refused would take the others along
+            if len(batch) == 1:
+                self.known.update(dict.fromkeys(batch, 0.0))
+                return
+            keys = list(batch)
+            for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
+                self._run({key: batch[key] for key in half})
+
+    def _arguments(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple, dict]:
+        values = tensors((node.args, node.kwargs))
         given = iter([_tensor(shape, value, self.device) for shape, value in zip(shapes, values, strict=True)])
         args, kwargs = (replace(tree, lambda _: next(given)) for tree in (node.args, node.kwargs))
         if "device" in kwargs:
             kwargs["device"] = self.device
+        return fitted(node, args), kwargs
+
+    def _item(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> Item | None:
+        return item(node, self._arguments(node, shapes)[0]) if operation(node) in (*PRODUCTS, "convolution") else None
+
+    def _time(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> float:
         try:
-            call = lone(node, fitted(node, args), kwargs, self.runtime, self.threads)
+            call = lone(node, *self._arguments(node, shapes), self.runtime)
             return 0.0 if call is None else fastest(call, clock_for(self.device, self.threads)[1])
         except (RuntimeError, TypeError, ValueError, IndexError):
             return 0.0
 
 
-def _plain(node: Node) -> str:
-    """The arguments that are no tensors; sizes that follow the widths are left out."""
-    if operation(node) in ("native_layer_norm", "native_group_norm"):
-        return ""
-    skip = {8} if operation(node) == "convolution" else set()
-    return str([replace(a, lambda _: "T") if i not in skip else "" for i, a in enumerate(node.args)])
+def _plain(node: Node) -> tuple[str, list[str]]:
+    """The operation with the arguments that are no tensors (sizes that follow the widths are left out), and the kinds of its tensors."""
+    name, plain = operation(node), ""
+    if name not in ("native_layer_norm", "native_group_norm"):
+        skip = {8} if name == "convolution" else set()
+        plain = str([replace(a, lambda _: "T") if i not in skip else "" for i, a in enumerate(node.args)])
+    kinds = [f"{value.order or ''}{value.dtype}".replace("torch.", "") for value in tensors((node.args, node.kwargs))]
+    return f"{name}|{plain}|".replace("torch.", "").replace(" ", ""), kinds
 
 
 def _tensor(shape: tuple[int, ...], value: Value, device: torch.device) -> torch.Tensor:
@@ -183,42 +227,51 @@ def times(graph: Graph, table: Table, align: int = 16) -> Callable[[Lengths], Ti
     """How to make the cost function "time" of a coupled graph (see :func:`~graphprune.cost.costs`)."""
 
     def make(lengths: Lengths) -> Times:
-        fixed, calls = 0.0, []
+        fixed, calls = [], []
         for node in graph.nodes:
             if not computes(node):
                 continue
             values = list(tensors((node.args, node.kwargs)))
             axes = [[lengths.form(value, dim) for dim in range(len(value.shape))] for value in values]
             forms = sorted({form for axis in axes for _, form in axis if form})
-            if not forms:
-                fixed += table.seconds(node, [value.shape for value in values])
-                continue
-            calls.append(_sampled(node, axes, forms, lengths, table, align))
+            if forms:
+                calls.append((node, *_sampled(node, axes, forms, lengths, align)))
+            else:
+                fixed.append((node, [value.shape for value in values]))
+        table.fill([*fixed, *((node, shapes) for node, _, _, every in calls for row in every for shapes in row)])
         table.save()
+        alone = sum(table.seconds(*call) for call in fixed)
         if not calls:
-            return Times(fixed, np.zeros((0, 2), dtype=np.int64), np.zeros((0, 2, 2)), np.zeros((0, 2, 2)))
-        return Times(fixed, *(np.array(column) for column in zip(*calls, strict=True)))
+            return Times(alone, np.zeros((0, 2), dtype=np.int64), np.zeros((0, 2, 2)), np.zeros((0, 2, 2)))
+        seconds = np.array([_square([[table.seconds(node, shapes) for shapes in row] for row in every]) for node, _, _, every in calls])
+        return Times(alone, np.array([lead for _, lead, _, _ in calls]), np.array([grid for _, _, grid, _ in calls]), seconds)
 
     return make
 
 
-def _sampled(node: Node, axes: list, forms: list[int], lengths: Lengths, table: Table, align: int) -> tuple:
+def _sampled(node: Node, axes: list, forms: list[int], lengths: Lengths, align: int) -> tuple[list[int], list[list[float]], list]:
+    """The two lengths that a call depends on most, the grid of each, and the shapes of its tensors at every point of both."""
     product = operation(node) in PRODUCTS or operation(node) == "convolution"
     lead = forms[:2] if product else forms[:1]
     points = [_points(lengths, form, align) for form in lead]
     full = [int(lengths.constant[f] + sum(s * lengths.groups.groups[g].size for g, s in lengths.slopes[f].items())) or 1 for f in forms]
-    seconds = np.zeros((len(GRID), len(GRID)))
-    for i, first in enumerate(points[0]):
-        for j, second in enumerate(points[1] if len(lead) > 1 else [1]):
-            share = first / full[0]  # further widths go with the first
+    every = []
+    for first in points[0]:
+        share = first / full[0]  # further widths go with the first
+        row = []
+        for second in points[1] if len(lead) > 1 else [1]:
             now = {form: max(1, round(size * share)) for form, size in zip(forms, full, strict=True)}
             now |= {lead[0]: first} | ({lead[1]: second} if len(lead) > 1 else {}) | {0: 1}
-            seconds[i, j] = table.seconds(node, [tuple(factor * now[form] for factor, form in axis) for axis in axes])
-    grid = [_padded(points[0]), _padded(points[1] if len(lead) > 1 else [1])]
-    count = [len(points[0]), len(points[1]) if len(lead) > 1 else 1]
-    seconds = seconds[np.ix_(*(np.minimum(np.arange(len(GRID)), n - 1) for n in count))]
-    seconds = np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
-    return (lead + [0])[:2], grid, seconds
+            row.append([tuple(factor * now[form] for factor, form in axis) for axis in axes])
+        every.append(row)
+    return (lead + [0])[:2], [_padded(points[0]), _padded(points[1] if len(lead) > 1 else [1])], every
+
+
+def _square(rows: list[list[float]]) -> Array:
+    """(points, points), the last repeated; a narrower one never takes longer."""
+    found = np.array(rows)
+    found = found[np.ix_(*(np.minimum(np.arange(len(GRID)), n - 1) for n in found.shape))]
+    return np.maximum.accumulate(np.maximum.accumulate(found, axis=0), axis=1)
 
 
 def _points(lengths: Lengths, form: int, align: int) -> list[int]:

@@ -133,10 +133,10 @@ def unreachable(costs: Costs, least: Array, asked: Mapping[str, float], rules: s
         return None
     name = missed[0]
     text = f"{name}: at most {show(name, asked[name])} were asked for; the smallest reachable value is {show(name, reached[name])} ({rules})."
-    return BadTarget(f"{text}\nWhat stays, largest first:\n" + "\n".join(_stays(costs, least)))
+    return BadTarget(f"{text}\nWhat stays, largest first:\n" + "\n".join(stays(costs, least)))
 
 
-def _stays(costs: Costs, least: Array, count: int = 5) -> list[str]:
+def stays(costs: Costs, least: Array, count: int = 5) -> list[str]:
     """The largest weights that are left at the narrowest widths, and what holds their axes."""
     groups = costs.lengths.groups
     found = (costs.constant + costs.slopes @ least)[None]

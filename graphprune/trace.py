@@ -21,12 +21,18 @@ from .copies import duplicate
 from .errors import BadInput
 from .labels import Labels, Reason
 from .notation import Value
+from .picks import settle
 from .record import META, Node, Recorder, is_pointwise
 from .sizes import Size
 from .symbols import SIZED, Call, calls_of, plant
 from .trees import leaf_tensors, modules_of, normal_inputs, replace, tensors
+from .unused import forget, hold, train_run, unread
 
 __all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
+
+NOT_RUN = (
+    "the model does not run on the example input: {}: {}\nCall model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
+)
 
 # Calls that turn a size into a factor of the function: it may not change.
 FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
@@ -35,11 +41,12 @@ UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_compl
 
 
 class Step(NamedTuple):
-    """One call of the Python code: its name, and the values of its tensor arguments and of its results, in order."""
+    """One call of the Python code: its name, the values of its tensor arguments and of its results, in order, and whether any is floating."""
 
     name: str
     args: tuple[Value | None, ...]
     results: tuple[Value | None, ...]
+    floats: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,11 @@ def _kind(func: Any) -> tuple[int, str, bool]:
     return kind, name, name not in UNSTEPPED
 
 
+def floating(held: list[torch.Tensor]) -> bool:
+    """Whether a call on these works on activations, not only on positions and masks (which depend on the number of samples in some models)."""
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in held)
+
+
 class Functions(TorchFunctionMode):
     """Sees what the Python code asks for: gives out sizes that remember, and writes down calls that use them."""
 
@@ -158,12 +170,14 @@ class Functions(TorchFunctionMode):
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         known = self.recorder.values
-        given = tuple([known.get(id(tensor)) for tensor in tensors((args, kwargs) if kwargs else args, torch.Tensor)])
+        held = list(tensors((args, kwargs) if kwargs else args, torch.Tensor))
+        given = tuple([known.get(id(tensor)) for tensor in held])
+        floats = floating(held)
         self.recorder.step = len(self.steps)
         result = DIRECT.get(func, func)(*args, **kwargs)
         self.recorder.step = -1
-        made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
-        self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made])))
+        made = [result] if isinstance(result, torch.Tensor) else list(tensors(result, torch.Tensor))
+        self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
 
     def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
@@ -235,15 +249,14 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
     """
     example = normal_inputs(example_input, example_kwargs)
     try:
-        return _run(model, example, real=False)
+        found = _run(model, example, real=False)
+        stale = any("[" in name for name in found.__dict__["unread"])  # a cache that the run looked for under another device
+        return _run(model, example, real=True) if stale else found
     except Exception as first:
         try:
             return _run(model, example, real=True)
         except Exception as error:
-            raise BadInput(
-                f"the model does not run on the example input: {type(error).__name__}: {error}\n"
-                "Call model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
-            ) from (error if str(error) else first)
+            raise BadInput(NOT_RUN.format(type(error).__name__, error)) from (error if str(error) else first)
 
 
 def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
@@ -254,7 +267,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     recorder = Recorder(labels, names, stack, real)
     for tensor, name in held:
         recorder.leaf(tensor, name)
-    symbols = plant(twin, recorder.values)
+    symbols = plant(twin, recorder.values, model)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
     inputs = []
@@ -268,12 +281,19 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
-    outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
+        outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
+        steps, others = list(functions.steps), []
+        if parameters.intersection(unread(recorder, recorder.nodes)):
+            others = train_run(recorder, twin, lambda: twin(*args, **kwargs))
+    forget(recorder, outputs)
+    numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
+    idle = unread(recorder, recorder.nodes + recorder.extra)
+    hold(recorder, idle)
     reason = labels.reason(Reason("an output of the model keeps its size"))
-    for value in outputs:
+    for value in outputs + others:
         for held in value.fields:
             labels.lock(held, reason)
     uses = Size.floats, Size.equals, Size.outcomes
-    found = Graph(recorder.nodes, functions.steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
-    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters)
+    found = Graph(recorder.nodes, steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
+    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters, unread=idle, picks=numbered)
     return found

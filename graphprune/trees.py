@@ -15,7 +15,8 @@ from torch import nn
 from .notation import Value
 
 # What most attributes of modules are: asking whether they are tensors takes longer than looking their type up.
-TENSORLESS = frozenset({int, float, bool, str, type(None), dict, OrderedDict, set, list, tuple})
+TENSORLESS = frozenset({int, float, bool, str, type(None), OrderedDict, set})
+HOLDERS = frozenset((list, tuple, dict))
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
@@ -90,7 +91,10 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
-    """Every tensor a model holds, by qualified name: parameters, buffers, and plain attributes."""
+    """Every tensor a model holds, by qualified name: parameters, buffers, plain attributes, and those in lists and dictionaries.
+
+    The last have a name with brackets, ``"attn.cache[cpu]"``; a fresh model may lack them.
+    """
     for prefix, module in modules_of(model):
         dot = f"{prefix}." if prefix else ""
         own = module.__dict__
@@ -99,8 +103,25 @@ def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
                 if tensor is not None:
                     yield dot + name, module, name, tensor
         for name, value in own.items():
-            if type(value) not in TENSORLESS and isinstance(value, torch.Tensor):
+            kind = type(value)
+            if kind in HOLDERS:
+                if value and name[0] != "_":
+                    for path, inner in _held(value, name):
+                        yield dot + path, module, path, inner
+            elif kind not in TENSORLESS and isinstance(value, torch.Tensor):
                 yield dot + name, module, name, value
+
+
+def _held(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested lists, tuples and dictionaries (caches), but for parameters, which belong to a module."""
+    pairs = list(holder.items() if isinstance(holder, dict) else enumerate(holder))
+    if type(pairs[0][1]) in PLAIN:
+        return
+    for key, item in pairs:
+        if isinstance(item, torch.Tensor) and not isinstance(item, nn.Parameter):
+            yield f"{path}[{key}]", item
+        elif type(item) in HOLDERS and item:
+            yield from _held(item, f"{path}[{key}]")
 
 
 def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import BadModel, NotEqual
+from .errors import BadInput, BadModel, NotEqual
 from .plan import Plan
-from .trace import Graph
+from .trace import NOT_RUN, Graph, shadow
 from .trees import leaf_tensors, modules_of, tensors
+from .unused import same_dice
 from .zeroed import zeroed
 
 
@@ -24,6 +25,7 @@ def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, toleranc
             found = list(tensors(small(*args, **kwargs), torch.Tensor))
             wanted = zeroed(model, plan, graph)(*args, **kwargs)
     except Exception as error:
+        runs_whole(graph, model)
         raise NotEqual(f"the cut model does not run on the example: {type(error).__name__}: {error}") from error
     finally:
         for module, mode in modes:
@@ -40,6 +42,16 @@ def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, toleranc
                 raise NotEqual(f"the cut model differs from the zeroed original by {gap:.1e} (relative); verify=False skips this check")
             worst = max(worst, gap)
     return worst
+
+
+def runs_whole(graph: Graph, model: nn.Module) -> None:
+    """Raises :class:`~graphprune.errors.BadInput` if the model itself fails on the example (a run without values does not see every mismatch)."""
+    args, kwargs = graph.example
+    try:
+        with torch.no_grad(), same_dice():
+            shadow(model, real=True)[0](*args, **kwargs)
+    except Exception as error:
+        raise BadInput(NOT_RUN.format(type(error).__name__, error)) from error
 
 
 def check_model(model: Any) -> None:

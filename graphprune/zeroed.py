@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from .errors import BadInput
+from .masks import parameter_name
 from .notation import Value
+from .passthrough import passed
 from .plan import Plan
 from .trace import Graph, trace
 from .trees import leaf_tensors, replace, tensors
@@ -25,6 +27,8 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
     """A function of the model's inputs that returns the list of output tensors of the zeroed original."""
 
     def run(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        if plan.parts:
+            return _settled(model, plan, args, kwargs)
         given = list(tensors((args, kwargs), torch.Tensor))
         fits = graph is not None and [tuple(t.shape) for t in given] == [v.shape for v in graph.inputs]
         found = graph if fits and graph else trace(model, args, kwargs)
@@ -35,11 +39,28 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
     return run
 
 
+def _settled(model: nn.Module, plan: Plan, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """What changes no shape on the way is done to a twin: zeroed weights, and hooks that skip modules; cut axes are then as ever."""
+    twin = _masked(model, plan).eval()
+    for part in plan.parts:
+        if part.kind == "skip":
+            hook = lambda _, a, k, out, part=part: passed(part, a, k, out)  # noqa: E731
+            twin.get_submodule(part.name).register_forward_hook(hook, with_kwargs=True)
+    taps = {part.name for part in plan.parts if part.kind == "kernel"}
+    left = {name: {axis: kept for axis, kept in axes.items() if axis < 2 or name not in taps} for name, axes in plan.cuts.items()}
+    left = {name: axes for name, axes in left.items() if axes}
+    if left:
+        return zeroed(twin, Plan(left, plan.shapes))(*args, **kwargs)
+    with torch.no_grad():
+        return [t.clone() for t in tensors(twin(*args, **kwargs), torch.Tensor)]
+
+
 def _masked(model: nn.Module, plan: Plan) -> nn.Module:
-    memo = {}
-    for name, _, _, tensor in leaf_tensors(model):
+    memo, known = {}, {*plan.cuts, *(part.name for part in plan.parts)}
+    for leaf, _, _, tensor in leaf_tensors(model):
+        name = leaf if leaf in known else parameter_name(leaf)
         data = tensor.detach().clone()
-        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in plan.cuts else data
+        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in known else data
         memo.setdefault(id(tensor), nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
     return copy.deepcopy(model, memo)
 

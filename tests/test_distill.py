@@ -110,3 +110,37 @@ def test_errors():
         graphprune.Distillation(net, student)(X, {"ids": torch.ones(2, dtype=torch.long)})
     with pytest.raises(errors.BadPlan, match="cuts nothing"):
         graphprune.Distillation(net, net, graphprune.Plan({}, {}), X, features=1.0)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("no gloo here")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("features", [0.0, 1.0])
+def test_wrapped_students_give_the_same_loss(one_process, features):
+    teacher, x = network().float(), MORE.float()
+    student, plan = graphprune.shrink(teacher, X.float(), 0.5, return_plan=True)
+
+    def loss(call):
+        student.zero_grad()
+        with graphprune.Distillation(teacher, student.eval(), plan, X.float(), features=features) as distill:
+            found = distill(x, call(x))
+        found.backward()
+        return torch.cat([found.detach().reshape(1), *(p.grad.flatten() for p in student.parameters())])
+
+    wanted = loss(student)
+    assert torch.allclose(loss(nn.parallel.DistributedDataParallel(student)), wanted, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(loss(torch.compile(student, backend="eager")), wanted, rtol=1e-5, atol=1e-7)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = loss(student)
+    assert low.dtype == torch.float32 and torch.allclose(low[0], wanted[0], rtol=0.05) and not torch.equal(low, wanted)
+    other = graphprune.apply(network(1).float(), plan)
+    student.load_state_dict(other.state_dict())
+    assert not torch.allclose(loss(student), wanted, rtol=0.05)  # control: another student's loss is another one

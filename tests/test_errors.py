@@ -77,3 +77,115 @@ def test_keep_and_overrides():
     assert graphprune.shrink(net, X, 0.9, min_units=3)[0].out_features == 3
     with pytest.raises(errors.NothingToPrune):
         graphprune.shrink(net, X, keep=nn.Linear)
+
+
+class Raises(nn.Module):
+    """Runs, but not on negative inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
+
+    def forward(self, x, flag=False):
+        if flag:
+            raise RuntimeError("the cake is a lie")
+        return self.net(x)
+
+
+def watched(model):
+    """All that a failed call may not change: tensors by object and value, gradients, modes, attributes, random states."""
+    modules = dict(model.named_modules())
+    return {
+        "tensors": {name: (id(t), t.clone(), t.requires_grad, None if t.grad is None else t.grad.clone()) for name, t in model.named_parameters()},
+        "buffers": {name: (id(t), t.clone()) for name, t in model.named_buffers()},
+        "modes": {name: module.training for name, module in modules.items()},
+        "attributes": {name: {k: v for k, v in m.__dict__.items() if isinstance(v, int | str | tuple | float)} for name, m in modules.items()},
+        "hooks": {name: list(m._forward_hooks) + list(m._forward_pre_hooks) for name, m in modules.items()},
+        "random": torch.get_rng_state(),
+    }
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, tuple | list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+BAD = {
+    "another shape": (errors.BadInput, "Call model", (torch.zeros(1, 5),), {}),
+    "another dtype": (errors.BadInput, "Call model", (torch.zeros(1, 4, dtype=torch.float64),), {}),
+    "no tensor": (errors.BadInput, "Call model", ("picture.png",), {}),
+    "too many": (errors.BadInput, "pass a tuple for positional", ((X, X, X),), {}),
+    "an unknown keyword": (errors.BadInput, "a dict for keyword", ({"image": X},), {}),
+    "a model that raises": (errors.BadInput, "cake is a lie", (X,), {"example_kwargs": {"flag": True}}),
+    "ratio one": (errors.BadRatio, "0 <= ratio < 1", (X, 1.0), {}),
+    "ratio below": (errors.BadRatio, "0 <= ratio < 1", (X, -0.5), {}),
+    "ratio of a name": (errors.BadRatio, "net.0", (X,), {"ratios": {"net.0": 1.5}}),
+    "keep by a wrong name": (errors.UnknownName, "nearest are net.0", (X,), {"keep": ["nett.0"]}),
+    "keep by a wrong kind": (errors.UnknownName, "neither a name", (X,), {"keep": [3.5]}),
+    "override by a wrong name": (errors.UnknownName, "nearest are net.2", (X,), {"ratios": {"net2.": 0.5}}),
+    "nothing left to prune": (errors.NothingToPrune, "kept on request", (X,), {"keep": nn.Linear}),
+    "a scope that is none": (errors.BadRatio, "'layer', 'global' or 'isomorphic'", (X,), {"scope": "network"}),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_says_what_now_and_changes_nothing(case, inplace):
+    kind, text, args, options = BAD[case]
+    torch.manual_seed(0)
+    model = Raises().train()
+    model.net[0].eval().weight.requires_grad_(False)
+    model.net[2].register_forward_hook(lambda *_: None)
+    model(X).sum().backward()
+    before = watched(model)
+    with pytest.raises(kind, match=text) as caught:
+        graphprune.shrink(model, *args, inplace=inplace, **options)
+    assert isinstance(caught.value, errors.GraphpruneError)
+    assert same(before, watched(model))
+
+
+def test_the_comparison_above_sees_changes():
+    for change in (lambda m: m.eval(), lambda m: m.net[0].weight.data.add_(1), lambda m: setattr(m.net[0], "in_features", 3), lambda m: torch.rand(1)):
+        model = Raises()
+        before = watched(model)
+        change(model)
+        assert not same(before, watched(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*quant.*")
+def test_scripted_quantised_and_compiled_say_what_to_give_instead():
+    from torch.ao.nn.quantized import Linear
+
+    quantised = nn.Sequential(nn.Linear(4, 8), nn.Module())
+    quantised[1] = Linear(8, 2)
+    for model, text in (
+        (torch.jit.script(NET), "scripted"),
+        (torch.jit.trace(NET, X), "shrink the nn.Module it was made from"),
+        (quantised, "1 is quantised; shrink the floating-point model"),
+        (torch.compile(NET), "shrink model._orig_mod"),
+        (nn.DataParallel(NET), "shrink model.module"),
+        (nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2, device="meta")), "several devices .*; move it to one"),
+        (lambda x: x, "an nn.Module is needed"),
+    ):
+        with pytest.raises(errors.BadModel, match=text):
+            graphprune.shrink(model, X)
+
+
+def test_wrapped_for_distributed_training(tmp_path):
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch without distributed training")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+        with pytest.raises(errors.BadModel, match="shrink model.module and wrap the result"):
+            graphprune.shrink(model, X)
+        assert graphprune.shrink(model.module, X)[0].out_features == 4
+    finally:
+        dist.destroy_process_group()

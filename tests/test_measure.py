@@ -25,7 +25,7 @@ class Clock:
 
 
 def test_interleaving_cancels_a_drift_and_a_block_order_does_not():
-    rows = interleave([lambda: 2.0, lambda: 1.0], Clock(), seconds=0.05, tolerance=0.0, least=40)[:40]
+    rows = interleave([lambda: 2.0, lambda: 1.0], Clock(), seconds=0.05, enough=0.0, least=40)[:40]
     assert abs(middle_of(rows[:, 0] / rows[:, 1])[0] - 2) < 0.05
     clock = Clock()
     first, second = [clock(lambda: 2.0, 1) for _ in range(40)], [clock(lambda: 1.0, 1) for _ in range(40)]

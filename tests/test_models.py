@@ -55,10 +55,13 @@ def test_imports_go_one_way():
     import re
     from pathlib import Path
 
-    order = "errors labels sizes notation rules moves assemble laws trees symbols copies shapes record runtimes measure fuse trace probe groups links"
-    order += " sums lengths cost catalogue scores select targets operators table align space optimal budget names plan rewrite"
-    order += " apply compose repair zeroed latency verify decide"
-    order = (order + " shrink store optimizer schedule history checkpoint iterate distill").split()
+    order = """
+        errors labels sizes notation picks rules moves assemble laws trees symbols copies shapes record runtimes measure unused trace probe groups
+        links sums lengths cost fuse catalogue scores select targets operators table align space optimal budget names parts plan rewrite
+        masks kernels passthrough undo apply compose repair zeroed latency verify weights heads request entries ranking evidence
+        positions blocks depth granularity decide
+        shrink sparse store optimizer schedule rounds history checkpoint iterate distill __main__
+    """.split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
         if path == root / "__init__.py":
@@ -76,7 +79,7 @@ def test_imports_inside_a_package_go_one_way():
     orders = {
         "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy reconstruct start expansion
         __init__ attempts""".split(),
-        "repair": "moments solve sites rows paced effect sequential statistics __init__".split(),
+        "repair": "moments solve sites rows paced pairs effect sequential statistics belief free __init__".split(),
     }
     for package, order in orders.items():
         for path in (Path(graphprune.__file__).parent / package).glob("*.py"):

@@ -173,3 +173,28 @@ def test_inplace_keeps_the_parameters():
     assert all(a is b for a, b in zip(net.parameters(), held, strict=True)) and net[0].weight.grad is None
     net(X).sum().backward()
     assert all(p.grad.shape == p.shape for p in net.parameters())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_scaler_and_scheduler_go_on_and_wrappers_are_put_on_again(inplace):
+    net = network().float().train()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    scheduler, scaler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+    def amp_step(call):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(X.float()).float().square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+
+    amp_step(torch.compile(net, backend="eager"))
+    small, plan = graphprune.shrink(net, X[:1].float(), 0.5, inplace=inplace, return_plan=True)
+    graphprune.refresh_optimizer(optimizer, plan, small, original=None if inplace else net)
+    before = {name: tensor.detach().clone() for name, tensor in small.named_parameters()}
+    amp_step(torch.compile(small, backend="eager"))
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in small.named_parameters())
+    assert scaler.get_scale() == 16.0 and optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
+    assert all(optimizer.state[p]["momentum_buffer"].shape == p.shape for p in small.parameters())

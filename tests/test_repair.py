@@ -11,9 +11,10 @@ from torch import nn
 import graphprune
 from graphprune.errors import BadCalibration, UnknownName
 from graphprune.repair.moments import moments
+from graphprune.repair.pairs import mixes, pairs
 from graphprune.repair.rows import read
 from graphprune.repair.sequential import Setting, repair_weights
-from graphprune.repair.sites import Site, norms, sites
+from graphprune.repair.sites import Site, norms, scales, sites
 from graphprune.repair.solve import least_squares, means, residual, variances
 from graphprune.repair.statistics import reestimate
 
@@ -315,3 +316,108 @@ def test_effect_equals_refits_of_every_candidate():
         slow[gone], before = floor, loss(stay)
     assert torch.allclose(found, slow, rtol=1e-6, atol=1e-12)
     assert not torch.allclose(found, slow.roll(1), rtol=1e-2)
+
+
+class Attention(nn.Module):
+    """One head over a few positions, its keys nearly of half the rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(*shape) for shape in ((12, 16), (12, 16), (12, 16), (16, 12)))
+
+    def forward(self, x):
+        logits = self.q(x) @ self.k(x).transpose(1, 2) * 0.25
+        return self.o(logits.softmax(-1) @ self.v(x))
+
+
+def attention():
+    torch.manual_seed(0)
+    net = Attention().double().eval()
+    with torch.no_grad():
+        net.q.weight *= 4
+        net.k.weight *= 3
+        net.k.weight[8:] = net.k.weight[:8] + 0.1 * torch.randn(8, 12)
+    return net, [torch.randn(16, 10, 12, dtype=F64) for _ in range(8)]
+
+
+def test_a_query_says_with_the_kept_keys_what_it_said_with_all():
+    net, data = attention()
+    small, plan = graphprune.shrink(net, data[0][:1], keep=["v", "o"], return_plan=True)
+    assert plan.cuts.keys() == {"q.weight", "q.bias", "k.weight", "k.bias"}
+    graph = graphprune.trace(net, data[0][:1])
+    places = sites(graph)[0]
+    assert [(query.weight, key.weight) for query, key, _, _ in pairs(graph, places)] == [("q.weight", "k.weight")]
+    mix = mixes(net, graph, plan, places, data, ridge=0.0)["q.weight"]
+    with torch.no_grad():
+        queries, keys = (layer(torch.cat(data)).flatten(0, 1) for layer in (net.q, net.k))
+    kept = torch.tensor(plan.cuts["k.weight"][0])
+    slow = torch.linalg.lstsq(keys[:, kept] - keys[:, kept].mean(0), keys - keys.mean(0)).solution  # (kept, all)
+    assert torch.allclose(mix, slow.T, atol=1e-8)
+    logits = lambda q, k: (q @ k.T) - (q @ k.T).mean(1, keepdim=True)  # noqa: E731
+    wanted = logits(queries[:200], keys[:200])
+    gaps = [float((wanted - logits(q, keys[:200, kept])).square().mean()) for q in (queries[:200] @ mix, queries[:200, kept])]
+    assert gaps[0] < 0.5 * gaps[1]
+    better, fresh = graphprune.repair(small, net, plan, data[:6]), data[6:]
+    assert distance(better, net, fresh) < 0.6 * distance(small, net, fresh)
+    assert not [r for r in better.graphprune_repairs if r.step == "left"]
+
+
+def test_a_rewritten_module_is_repaired():
+    class Literal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(256, 32), nn.Linear(32, 5)
+
+        def forward(self, x):
+            x = nn.functional.adaptive_avg_pool2d(torch.relu(self.conv(x)), 4)
+            return self.two(torch.relu(self.one(x.view(-1, 16 * 4 * 4))))
+
+    torch.manual_seed(0)
+    net, data, fresh = Literal().double().eval(), batches(6, 64), batches(2, 64, seed=5)
+    small, plan = graphprune.shrink(net, data[0][:1], 0.4, return_plan=True)
+    assert isinstance(small, torch.fx.GraphModule) and "conv.weight" in plan.cuts
+    better = graphprune.repair(small, net, plan, data)
+    assert isinstance(better, torch.fx.GraphModule)
+    assert distance(better, net, fresh) < 0.5 * distance(small, net, fresh)
+
+
+class Stream(nn.Module):
+    """A stream read by a norm whose reader is shared, so that no weight behind the norm can be fitted."""
+
+    def __init__(self, spelled):
+        super().__init__()
+        self.spelled = spelled
+        self.table, self.layer = nn.Linear(16, 6, bias=False), nn.Linear(6, 16)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x):
+        x = self.layer(x)
+        x = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.norm.weight if self.spelled else self.norm(x)
+        return self.table(x) + 0.1 * self.table(x.square())
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_scales_behind_a_cut_stream_are_the_least_squares_ones(spelled):
+    torch.manual_seed(0)
+    net, data = Stream(spelled).double().eval(), [torch.randn(32, 6, dtype=F64) for _ in range(4)]
+    nn.init.uniform_(net.norm.weight, 0.5, 2)
+    small, plan = graphprune.shrink(net, data[0][:1], 0.5, return_plan=True)
+    (scale,) = scales(graphprune.trace(net, data[0][:1]))
+    assert (scale.weight, scale.bias, scale.norm) == ("norm.weight", None if spelled else "norm.bias", "" if spelled else "layer_norm")
+    better = graphprune.repair(small, net, plan, data, spare=0.0)
+    kept = torch.tensor(plan.cuts["norm.weight"][0])
+    with torch.no_grad():
+        x, y = better.layer(torch.cat(data)), net.layer(torch.cat(data))
+        if spelled:
+            x, y = (t * (t.square().mean(-1, keepdim=True) + 1e-5).rsqrt() for t in (x, y))
+        else:
+            x, y = nn.functional.layer_norm(x, (8,)), nn.functional.layer_norm(y, (16,))
+        y = y[:, kept] * net.norm.weight[kept] + (0 if spelled else net.norm.bias[kept])
+    for c in range(8):
+        left = torch.stack([x[:, c]] if spelled else [x[:, c], torch.ones(len(x), dtype=F64)], 1)
+        slow = torch.linalg.lstsq(left, y[:, c]).solution
+        assert torch.allclose(better.norm.weight[c], slow[0], atol=1e-8)
+        assert spelled or torch.allclose(better.norm.bias[c], slow[1], atol=1e-8)
+    assert not torch.allclose(better.norm.weight, small.norm.weight, atol=1e-3)
+    (done,) = (r for r in better.graphprune_repairs if r.step == "scale")
+    assert done.kept and done.after < done.before

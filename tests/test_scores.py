@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,14 +217,27 @@ def grasp():
     return each(lambda g, u: joint(named(flow), g, u))
 
 
+def curved(diagonal):
+    elements = lambda g, u: zip(slices(diagonal, g, u), slices(weights(), g, u), strict=True)  # noqa: E731
+    return each(lambda g, u: 0.5 * sum(float((h * w.square()).sum()) for h, w in elements(g, u)))
+
+
 def obd():
+    """At the labels that the same generator draws."""
+    draws, total = torch.Generator().manual_seed(0), {n: 0 for n in weights()}
+    for x, _ in BATCHES:
+        labels = torch.multinomial(NET(x).detach().softmax(1), 1, generator=draws).ravel()
+        mean = {n: sum(gradient(x[i : i + 1], labels[i : i + 1])[n] for i in range(len(x))) / len(x) for n in total}
+        total = {n: total[n] + len(x) * mean[n] ** 2 / 2 for n in total}
+    return curved(total)
+
+
+def obd_signs():
     signs, total = torch.Generator().manual_seed(0), 0
     for x, y in BATCHES:
         vector = torch.cat([(torch.randint(0, 2, p.shape, generator=signs) * 2.0 - 1).flatten().double() for p in NET.parameters()])
         total = total + vector * (hessian(x, y) @ vector) / 2
-    curved = named(total)
-    elements = lambda g, u: zip(slices(curved, g, u), slices(weights(), g, u), strict=True)  # noqa: E731
-    return each(lambda g, u: 0.5 * sum(float((h * w.square()).sum()) for h, w in elements(g, u)))
+    return curved(named(total))
 
 
 def flow(values, gone=None):
@@ -449,7 +463,19 @@ def test_equals_the_reference(reference):
 
 
 def test_no_score_is_without_reference():  # that of "effect" is in test_repair.py
-    assert {f.__name__ for f in REFERENCES} | {"random", "effect"} == set(scores.SCORES) == set(graphprune.available()["score"])
+    assert {f.__name__ for f in REFERENCES} | {"random", "effect"} == set(scores.SCORES)
+    assert set(scores.SCORES) | {"influence", "reconstruction"} == set(graphprune.available()["score"])
+
+
+def test_the_page_lists_every_score_as_it_is():
+    """docs/scores.md is made from the registry; make it again (``benchmarks/scores.py --only-table --out``) when a score changes its line."""
+    page = (Path(__file__).parents[1] / "docs" / "scores.md").read_text().splitlines()
+    words = {"nothing": "no", "inputs": "inputs", "loss": "inputs and a loss"}
+    for score in scores.SCORES.values():
+        row = f"| `{score.name}` | {score.family} | {score.line} | {score.reference} | {words[score.needs]} | {score.cost} |"
+        assert page.count(row) == 1, f"docs/scores.md lacks: {row}"
+    rows = [line for line in page[page.index("## Catalogue") : page.index("## Accuracy on a trained network")] if line.startswith("| `")]
+    assert len(rows) == len(scores.SCORES)
 
 
 REDUCE = {"sum": sum, "mean": lambda v: sum(v) / len(v), "max": max, "prod": math.prod}
@@ -482,6 +508,7 @@ def test_normalisers():
 
 
 def test_other_forms():
+    equal(found("obd", curvature="signs"), obd_signs())
     equal(found("activation", form="signed"), each(lambda g, u: act(g, u).mean()))
     equal(found("activation", form="l2"), each(lambda g, u: act(g, u).norm(dim=1).mean()))
     equal(found("taylor_gate", form="abs"), each(lambda g, u: np.mean([abs(float(grads[g][u])) for grads in GATES])))

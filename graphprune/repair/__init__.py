@@ -2,9 +2,12 @@
 
 Slicing alone collapses trained networks; what remains can say most of what was removed. Steps by name:
 
-- ``"least-squares"``: every weight behind the first cut is fitted, with intercept and ridge, to the original's activations;
+- ``"least-squares"``: every weight behind the first cut is fitted, with intercept and ridge, to the original's activations (queries to what
+  their products with the kept keys have to say), and so are the scales of norms over a cut stream;
 - ``"variance"``, ``"bias"``: only the scale and the mean of every output, or only the mean;
-- ``"bn"``: batch-norm statistics measured anew, exactly.
+- ``"bn"``: batch-norm statistics measured anew, exactly;
+- ``"merge"``, ``"fold"``, ``"rescale"``: without any data, from the network's own statistics (``"data-free"`` is all three): removed channels
+  told by the kept ones, their means folded into the bias behind, lost variance made up in the norms.
 
 Each step keeps its result only where it is no worse on calibration kept out of it, and says what it did.
 """
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..catalogue import register
 from ..errors import BadCalibration, UnknownName
 from ..plan import Plan
 from ..probe import batch_inputs
@@ -28,13 +32,27 @@ from ..trace import Graph, open_paths, trace
 from ..trees import leaf_tensors, tensors
 from ..trees import replace as exchange
 from .effect import effect
+from .free import STEPS as FREE
+from .free import repair_free
 from .sequential import Repaired, Setting, repair_weights
 from .statistics import reestimate
 
 __all__ = ["Repaired", "effect", "repair"]
 
 WEIGHTS = ("bias", "variance", "least-squares")
-STEPS = (*WEIGHTS, "bn")
+STEPS = (*FREE, *WEIGHTS, "bn")
+for _name, _line in {
+    "auto": "with calibration=: least squares, then batch-norm statistics, each kept only where it helps on inputs kept out of it",
+    "none": "nothing is repaired",
+    "merge": "removed channels told by the kept ones, from the network's own statistics",
+    "fold": "means of removed channels to the bias behind, from the network's own statistics",
+    "rescale": "the variance lost in a cut made up in the norms, from the network's own statistics",
+    "bias": "means of every output as they were, on calibration",
+    "variance": "means and variances of every output as they were, on calibration",
+    "least-squares": "every weight behind a cut fitted to the original's activations, on calibration",
+    "bn": "batch-norm statistics measured anew, exactly, on calibration; also with masks, smaller kernels and removed modules",
+}.items():
+    register("repair", _name, _line)
 LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network
 
 
@@ -54,7 +72,8 @@ def repair(
     """A repaired copy of ``small``, the model that ``plan`` cut from ``original``; both are left as they were.
 
     ``calibration`` is any iterable of batches as a training loop has them (labels are not used); the last ``spare`` share is kept out of
-    the fits to judge them. ``steps``: "auto" (least squares, then batch-norm statistics if that helps), "none", or a list of names.
+    the fits to judge them. ``steps``: "auto" (least squares, then batch-norm statistics if that helps), "data-free" (which needs no
+    calibration, and is judged on it if there is some), "none", or a list of names.
     ``target="block"`` fits what is added to a residual stream to what the stream lacks, ``"layer"`` to the layer's own output. ``rows`` is
     how many positions each fit sees. The plan of the result (``.graphprune_plan``) records what was done.
     Raises :class:`~graphprune.errors.BadCalibration` and :class:`~graphprune.errors.UnknownName`.
@@ -70,15 +89,21 @@ def repair(
     plan = plan or small.__dict__.get("graphprune_plan")
     if plan is None:
         raise BadCalibration("the cut model carries no plan; pass the one that shrink(..., return_plan=True) returned")
+    names = _possible(names, steps, plan)
     result = copy.deepcopy(small)
     if not names:
         return result
-    fits, checks = _parts(calibration, spare)
+    fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else _parts(calibration, spare)
     with _quiet(original, result):
-        anew = _held(original, [*fits, *checks]) > LIMIT
+        anew = bool(fits) and _held(original, [*fits, *checks]) > LIMIT
+        if graph is None and not fits:
+            raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
         graph = graph or trace(original, *_example(fits[0]))
         done: list[Repaired] = []
         with open_paths(), torch.no_grad():
+            free = tuple(name for name in names if name in FREE)
+            if free:
+                done += repair_free(original, result, graph, plan, free, checks or fits)
             weights = tuple(name for name in names if name in WEIGHTS)
             if weights:
                 try:
@@ -86,7 +111,8 @@ def repair(
                 except (RuntimeError, TypeError, IndexError) as error:
                     raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
             if "bn" in names:
-                done += _statistics(original, result, graph, fits, checks, anew)
+                own = trace(result, *_example(fits[0])) if plan.parts else graph  # with other parts a model makes other calls
+                done += _statistics(original, result, own, fits, checks, anew)
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
@@ -96,9 +122,10 @@ def after_cut(
     small: nn.Module, original: nn.Module, plan: Plan, calibration: Iterable | None, steps: str | Sequence[str], graph: Graph
 ) -> tuple[nn.Module, Plan]:
     """What :func:`graphprune.shrink` does after the cut: the repaired model and its plan, or both as they were without calibration."""
-    if calibration is None:
-        if steps not in ("auto", "none"):
-            raise BadCalibration(f"repair={steps!r} needs calibration=, any iterable of input batches")
+    names = _named(steps)
+    if calibration is None and not set(names) <= set(FREE) and steps != "auto":
+        raise BadCalibration(f"repair={steps!r} needs calibration=, any iterable of input batches")
+    if not names or (calibration is None and steps == "auto"):
         return small, plan
     better = repair(small, original, plan, calibration, steps, graph=graph)
     return better, better.__dict__.get("graphprune_plan", plan)
@@ -117,10 +144,20 @@ def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
     if steps == "none":
         return ()
     names = ("least-squares", "bn") if steps == "auto" else (steps,) if isinstance(steps, str) else tuple(steps)
+    names = tuple(one for name in names for one in (FREE if name == "data-free" else (name,)))
     for name in names:
         if name not in STEPS:
-            raise UnknownName(f"no repair named {name!r}; there are auto, none, {', '.join(STEPS)}")
+            raise UnknownName(f"no repair named {name!r}; there are auto, data-free, none, {', '.join(STEPS)}")
     return names
+
+
+def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) -> tuple[str, ...]:
+    """Weights are fitted where channels were cut; after anything else only statistics can be measured anew."""
+    wrong = [name for name in names if name in WEIGHTS] if plan.parts else []
+    if wrong and steps != "auto":
+        kinds = ", ".join(sorted({part.kind for part in plan.parts}))
+        raise BadCalibration(f"{wrong[0]!r} fits weights behind cut channels, this plan has parts of other kinds ({kinds}): take repair='bn', or retrain")
+    return tuple(name for name in names if name not in wrong)
 
 
 def _parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:

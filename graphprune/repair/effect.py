@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import BadScore
 from ..probe import watch
 from ..scores.data import samples
 from ..scores.fold import lacking
 from ..scores.greedy import surgeon_in_blocks
-from ..scores.registry import scorer
+from ..scores.registry import cause, scorer
 from ..scores.task import Scores, Task
 from ..trees import tensors
 from .moments import Moments, moments
@@ -95,6 +96,8 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
             centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
             loss = sum((o * torch.randn_like(o)).sum() for o in centred)
+        if not bool(torch.isfinite(torch.as_tensor(loss))):
+            raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
         torch.autograd.grad(loss, list(held.values()), allow_unused=True)
     for mine in seen.values():
         mine.grads = mine.grads / max(total, 1)

@@ -26,8 +26,9 @@ from ..trace import Graph
 from ..trees import leaf_tensors, tensors
 from .moments import Moments, moments
 from .paced import Again, Paced, side_by_side
+from .pairs import mixes
 from .rows import chosen, outputs, read, written
-from .sites import Site, sites
+from .sites import Scale, Site, scales, sites
 from .solve import least_squares, means, residual, variances
 
 Tensor = torch.Tensor
@@ -67,6 +68,8 @@ def repair_weights(
         raise BadCalibration("repair needs at least one calibration batch")
     places, left = sites(graph)
     work = _Work(original, small, graph, plan, setting, [s for s in places if s.weight in dict(small.named_parameters(remove_duplicate=False))])
+    if "least-squares" in setting.steps:
+        work.mixes = mixes(original, graph, plan, work.sites, batches)
     done: list[Repaired] = []
     counts = [_samples(batch) for batch in (*batches, *spare)]
     share = setting.rows / max(1, sum(counts[: len(batches)]))
@@ -74,11 +77,14 @@ def repair_weights(
     wide = [kind(original, graph, batch, work.takes(share, cut=False)) for batch in (*batches, *spare)]
     tight = [kind(small, graph, batch, work.takes(share, cut=True)) for batch in (*batches, *spare)]
     with side_by_side([*wide, *tight]):
-        for site in tqdm(work.sites, desc="repair", delay=5, leave=False, disable=not progress):
-            parts = [work.moments(site, a, b) for a, b in zip(wide, tight, strict=True)]
+        for place in tqdm(sorted((*work.sites, *work.scales), key=lambda p: p.step), desc="repair", delay=5, leave=False, disable=not progress):
+            if isinstance(place, Scale):
+                done += work.fit_scale(place, [work.scaled(place, a, b) for a, b in zip(wide, tight, strict=True)], len(batches))
+                continue
+            parts = [work.moments(place, a, b) for a, b in zip(wide, tight, strict=True)]
             data = reduce(add, parts[: len(batches)])
             check = reduce(add, parts[len(batches) :]) if spare else data
-            done += work.fit(site, data, check)
+            done += work.fit(place, data, check)
     return done + [Repaired("left", f"{name}: {reason}", math.nan, math.nan, False) for name, reason in left.items()]
 
 
@@ -92,6 +98,10 @@ class _Work:
 
     def __init__(self, original: nn.Module, small: nn.Module, graph: Graph, plan: Plan, setting: Setting, places: list[Site]) -> None:
         self.plan, self.setting, self.sites = plan, setting, places
+        self.mixes: dict[str, Tensor] = {}
+        # behind a cut stream the norms divide by another size, and not every reader of theirs can be fitted
+        found = scales(graph) if {"least-squares", "variance"} & set(setting.steps) else []
+        self.scales = [scale for scale in found if 0 in plan.cuts.get(scale.weight, {})]
         self.wide = {name: t.detach() for name, _, _, t in leaf_tensors(original)}
         self.tight = {name: t.detach() for name, _, _, t in leaf_tensors(small)}
 
@@ -103,6 +113,9 @@ class _Work:
     def takes(self, share: float, cut: bool) -> dict[int, tuple[Value, Any]]:
         """What to keep of every watched value: the rows that each site needs of it."""
         wanted: dict[int, tuple[Value, list]] = {}
+        for scale in self.scales:
+            value, role = (scale.x, "x") if cut else (scale.y, "y")
+            wanted.setdefault(id(value), (value, []))[1].append((scale, role))
         for site in self.sites:
             values = [("x", site.x)] if cut else [("y", site.y)]
             if site.other is not None and self.setting.target == "block":
@@ -118,6 +131,11 @@ class _Work:
     def rows(self, site: Site, role: str, tensor: Tensor, share: float) -> Tensor:
         tensor = tensor.detach()
         weight = self.tight[site.weight]
+        if isinstance(site, Scale):
+            every = math.prod(tensor.shape[:-1])
+            at = chosen(site, every, share * tensor.shape[0] / every, 4)
+            flat = tensor.flatten(0, -2)
+            return flat.clone() if at is None else flat[at.to(flat.device)]
         if site.shape is None:
             every = math.prod(tensor.shape[:-1])
             share = share * tensor.shape[0] / every if tensor.ndim > 1 else 1.0
@@ -137,7 +155,11 @@ class _Work:
         keep = self.kept(site)
         y = wide.until(site.y)[site.step, "y"]
         x = tight.until(site.x)[site.step, "x"]
-        y = y if keep is None else y[:, keep.to(y.device)]
+        mix = self.mixes.get(site.weight)
+        if mix is not None:
+            y = y @ mix.to(y)
+        else:
+            y = y if keep is None else y[:, keep.to(y.device)]
         if site.other is not None and self.setting.target == "block":
             theirs, mine = wide.until(site.other)[site.step, "other"], tight.until(site.other)[site.step, "other"]
             theirs = theirs if keep is None else theirs[:, keep.to(y.device)]
@@ -146,6 +168,35 @@ class _Work:
         if not all(bool(torch.isfinite(t).all()) for t in (found.xx, found.yx, found.yy)):
             raise BadCalibration(f"calibration gives values that are not finite at {site.weight}; look at the batches and at the model before it")
         return found
+
+    def scaled(self, scale: Scale, wide: Any, tight: Any) -> tuple[Tensor, Tensor]:
+        """Of a batch: what the cut model scales, and the original's results, (rows, channels)."""
+        y = wide.until(scale.y)[scale.step, "y"][:, torch.tensor(self.plan.cuts[scale.weight][0])].double()
+        x = tight.until(scale.x)[scale.step, "x"].double()
+        if scale.norm == "layer_norm":
+            x = x - x.mean(1, keepdim=True)
+        return (x / (x.square().mean(1, keepdim=True) + scale.eps).sqrt() if scale.norm else x), y
+
+    def fit_scale(self, scale: Scale, parts: list[tuple[Tensor, Tensor]], fits: int) -> list[Repaired]:
+        """Scale and shift of each channel with the least squared error; kept where they do not do worse on the part kept out."""
+        x, y = (torch.cat([part[i] for part in parts[:fits]]) for i in (0, 1))
+        checks = parts[fits:] or parts
+        over, under = (torch.cat([part[i] for part in checks]) for i in (0, 1))
+        weight, bias = self.tight[scale.weight], self.tight[scale.bias] if scale.bias else None
+        centre = (x.mean(0), y.mean(0)) if bias is not None else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
+        power = (x - centre[0]).square().sum(0)
+        new = torch.where(power > 0, ((x - centre[0]) * (y - centre[1])).sum(0) / power.clamp(min=torch.finfo(power.dtype).tiny), weight.double())
+        shift = centre[1] - new * centre[0]
+        spread = (under - under.mean(0)).square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+        before = float((under - over * weight - (0 if bias is None else bias)).square().sum() / spread)
+        after = float((under - over * new - shift).square().sum() / spread)
+        if before < 1e-6:
+            return []
+        if after <= before:
+            weight.copy_(new)
+            if bias is not None:
+                bias.copy_(shift)
+        return [Repaired("scale", scale.weight, before, after, after <= before)]
 
     def gain(self, site: Site) -> Tensor:
         """What a step of the stream is worth in outputs of the site: one over the scale of the batch norm between them."""

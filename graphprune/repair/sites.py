@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..notation import Value
 from ..trace import Graph, Node
+from ..trees import tensors
 
 # Calls of the Python code and the places of input, weight and bias among their tensors; whether the weight is (in, out).
 CALLS = {
@@ -74,6 +75,8 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
         if x is None or weight is None or x.leaf in graph.leaves or not step.results or step.results[0] is None:
             continue
         reason = reader.unfit(weight)
+        if reason and id(weight) not in reader.fixed:
+            continue  # a product of two activations has no weight
         if reason:
             left[weight.leaf or f"call {at} ({step.name})"] = reason
             continue
@@ -85,6 +88,41 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
         norm, other = reader.behind(step.results[0], at)
         found.append(Site(at, weight.leaf, bias.leaf if bias is not None else None, x, step.results[0], places[3], shape, norm, other))
     return found, left
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scale (and shift) for each channel of the last axis, ``y = weight · n(x) + bias``: behind a norm over those channels, or alone."""
+
+    step: int
+    weight: str
+    bias: str | None
+    x: Value
+    y: Value
+    norm: str  # "layer_norm", "rms_norm", or "" where x is scaled as it is
+    eps: float
+
+
+def scales(graph: Graph) -> list[Scale]:
+    """The scales in the order of the run: of layer norms, and of products with a parameter (root-mean-square norms spelled out)."""
+    reader = _Reader(graph)
+    found = []
+    for at, step in enumerate(graph.steps):
+        result = step.results[0] if step.results else None
+        if result is None or step.name not in ("layer_norm", "rms_norm", "mul", "__mul__", "__rmul__"):
+            continue
+        args = [value for value in step.args if value is not None]
+        leaves = [value for value in args if id(value) in reader.leaf and not reader.unfit(value) and len(value.shape) == 1]
+        inputs = [value for value in args if id(value) not in reader.fixed]
+        if len(inputs) != 1 or not leaves or len(leaves) + 1 != len(args) or len(leaves) > 1 + (step.name == "layer_norm"):
+            continue
+        if inputs[0].shape != result.shape or leaves[0].shape[0] != result.shape[-1]:
+            continue
+        norm = step.name if "norm" in step.name else ""
+        floats = [arg for node in reader.nodes.get(at, []) for arg in node.args if isinstance(arg, float) and 0 < arg < 0.1]
+        bias = leaves[1].leaf if len(leaves) > 1 else None
+        found.append(Scale(at, leaves[0].leaf, bias, inputs[0], result, norm, floats[-1] if norm and floats else 0.0))
+    return found
 
 
 class _Reader:
@@ -103,9 +141,12 @@ class _Reader:
             for value in step.results:
                 if value is not None:
                     self.first.setdefault(id(value), at + 1)  # a result is there for the next call
+        self.fixed = set(self.leaf)  # what does not depend on the inputs
         self.nodes: dict[int, list[Node]] = {}
         for node in graph.nodes:
             self.nodes.setdefault(node.step, []).append(node)
+            if all(id(value) in self.fixed for value in tensors((node.args, node.kwargs))):
+                self.fixed |= {id(value) for value in node.outs}
 
     def unfit(self, value: Value) -> str | None:
         if id(value) not in self.leaf:

@@ -14,14 +14,16 @@ Tensor = torch.Tensor
 
 
 def by_position(tensor: Tensor, dim: int) -> Tensor:
-    """(positions along ``dim``, everything else), in float64."""
-    return (tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]).double()
+    """(positions along ``dim``, everything else), in float32 at least."""
+    rows = tensor.movedim(dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 class Moments:
     """Streaming count, mean and sum of squared deviations of every position of an activation.
 
-    Batches are merged by the exact formula of Chan et al. 1979, so the variance equals the two-pass one.
+    Batches are merged by the exact formula of Chan et al. 1979, so the variance equals the two-pass one. Within a batch
+    deviations are taken from its own mean, so nothing cancels in float32; sums over batches are float64.
     """
 
     def __init__(self) -> None:
@@ -31,9 +33,11 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         count, mean = rows.shape[1], rows.mean(1)
+        spread = (rows - mean[:, None]).square_().sum(1).double()
+        mean = mean.double()
         step = mean - self.mean
         total = self.count + count
-        self.spread = self.spread + (rows - mean[:, None]).square().sum(1) + step.square() * (self.count * count / total)
+        self.spread = self.spread + spread + step.square() * (self.count * count / total)
         self.mean = self.mean + step * (count / total)
         self.count = total
 

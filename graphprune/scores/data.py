@@ -50,7 +50,7 @@ class Data:
     def __iter__(self) -> Iterator[Any]:
         """The batches in order, with a progress bar when they take more than a few seconds."""
         count = 0
-        for batch in tqdm(self.batches, desc=self.name, delay=5, leave=False, disable=not self.progress):
+        for batch in bar(self.batches, self.name, self.progress):
             count += 1
             yield batch
         if not count:
@@ -101,6 +101,15 @@ class Data:
         if not found.requires_grad:
             raise BadLoss("the loss does not depend on the model's parameters; was it detached, or computed from the labels alone?")
         return found.reshape(())
+
+
+def bar(items: Iterable, name: str, progress: bool = True) -> Iterable:
+    """The items, with a progress bar when they take more than a few seconds.
+
+    >>> list(bar([1, 2], "score"))
+    [1, 2]
+    """
+    return tqdm(items, desc=name, delay=5, leave=False, disable=not progress)
 
 
 def samples(batch: Any) -> int:

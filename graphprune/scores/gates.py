@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..cost import costs
 from ..errors import BadScore, UnknownName
 from ..moves import MOVES
 from .fold import operation
@@ -49,14 +50,21 @@ def mask_fisher(task: Task) -> Scores:
 
 @scorer("second order", "Fisher information of a shared gate by activation memory", "Liu et al. 2021 (Group Fisher)", needs="loss", cost="one backward pass")
 def group_fisher(task: Task, per: str = "memory") -> Scores:
-    """``Σ_n (Σ_{x ∈ 𝒳} Σ a^x ∂L_n/∂a^x)²``, summed over coupled tensors before and over samples after the square,
-    divided by the activation entries that one unit frees (``per="none"``: not divided).
+    """``Σ_n (Σ_{x ∈ 𝒳} Σ a^x ∂L_n/∂a^x)²``, summed over coupled tensors before and over samples after the square, divided by
+    the activation entries that one unit frees (``per="memory"``), or by its multiply-accumulates (``"macs"``), or by nothing (``"none"``).
     """
-    if per not in ("memory", "none"):
-        raise UnknownName(f"per is {per!r}; it is 'memory' or 'none'")
+    freed = {"memory": freed_entries, "macs": freed_macs, "none": lambda task: [1.0] * len(task.groups)}
+    if per not in freed:
+        raise UnknownName(f"per is {per!r}; it is 'memory', 'macs' or 'none'")
     total = gated(task, "square")[0]
-    freed = freed_entries(task) if per == "memory" else [1.0] * len(total)
-    return [sums / size for sums, size in zip(total, freed, strict=True)]
+    return [sums / size for sums, size in zip(total, freed[per](task), strict=True)]
+
+
+def freed_macs(task: Task) -> list[float]:
+    """Multiply-accumulates that one unit of each group takes along when it alone goes, for the recorded example."""
+    known, sizes = costs(task.groups), np.array([float(group.size) for group in task.groups])
+    found = known.at(np.concatenate([sizes[None], sizes - np.eye(len(sizes))]), ["macs"])["macs"]
+    return [max(float(found[0] - less), 1.0) for less in found[1:]]
 
 
 def freed_entries(task: Task) -> list[Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from .order import in_order
@@ -14,7 +14,7 @@ BLOCK = 64
 
 
 class Shrinking:
-    """A symmetric matrix under updates ``M −= a bᵀ + b aᵀ``; they are collected and carried out many at a time."""
+    """A symmetric matrix under updates ``M −= a bᵀ`` that keep it symmetric; they are collected and carried out many at a time."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix.clone()
@@ -23,25 +23,23 @@ class Shrinking:
 
     def _start(self) -> None:
         self.pending, size = 0, len(self.matrix)
-        self.left, self.right = self.matrix.new_empty(size, BLOCK), self.matrix.new_empty(size, BLOCK)
+        self.left, self.right = self.matrix.new_empty(BLOCK, size), self.matrix.new_empty(BLOCK, size)
 
     def column(self, at: int) -> Tensor:
-        left, right = self.left[:, : self.pending], self.right[:, : self.pending]
-        return self.matrix[:, at] - left @ right[at] - right @ left[at]
+        return self.matrix[at] - self.right[: self.pending, at] @ self.left[: self.pending]
 
     def subtract(self, left: Tensor, right: Tensor) -> None:
-        self.left[:, self.pending], self.right[:, self.pending] = left, right
-        self.diagonal -= 2 * left * right
-        self.pending += 1
         if self.pending == BLOCK:
             self.settle()
+        self.left[self.pending], self.right[self.pending] = left, right
+        self.diagonal -= left * right
+        self.pending += 1
 
     def settle(self, keep: Tensor | None = None) -> None:
         """Carry out what is pending, and go on with some of the rows and columns only."""
-        product = self.left[:, : self.pending] @ self.right[:, : self.pending].T
-        self.matrix -= product + product.T
+        self.matrix.addmm_(self.left[: self.pending].T, self.right[: self.pending], alpha=-1)
         if keep is not None:
-            self.matrix, self.diagonal = self.matrix[keep][:, keep].contiguous(), self.diagonal[keep]
+            self.matrix, self.diagonal = self.matrix[keep][:, keep], self.diagonal[keep]
         self._start()
 
 
@@ -53,25 +51,26 @@ def surgeon(inverses: Sequence[Tensor], reads: Sequence[Tensor]) -> Tensor:
     pairs = [(Shrinking(inverse), Shrinking(read)) for inverse, read in zip(inverses, reads, strict=True)]
     units = torch.arange(len(inverses[0]))
     alive = torch.ones(len(units), dtype=torch.bool)
-    order, losses = [], []
-    for step in range(1, len(units) + 1):
+    order, losses, left = [], [], len(units)
+    while left:
         loss = sum(read.diagonal / inverse.diagonal for inverse, read in pairs)
         loss[~alive] = torch.inf
         at = int(loss.argmin())
         order.append(int(units[at]))
         losses.append(float(loss[at]))
         alive[at] = False
-        if not bool(alive.any()):
-            break
-        for inverse, read in pairs:
+        left -= 1
+        for inverse, read in pairs if left else ():
             column, other = inverse.column(at), read.column(at)
             ratio = column / column[at]
-            inverse.subtract(column / 2, ratio)
-            read.subtract(ratio, other - ratio * (other[at] / 2))
-        if step % BLOCK == 0:
+            inverse.subtract(column, ratio)
+            rest = other - ratio * (other[at] / 2)
+            read.subtract(ratio, rest)
+            read.subtract(rest, ratio)
+        if left < 0.8 * len(units) and len(units) > BLOCK:
             for matrix in (matrix for pair in pairs for matrix in pair):
                 matrix.settle(alive)
-            units, alive = units[alive], torch.ones(int(alive.sum()), dtype=torch.bool)
+            units, alive = units[alive], torch.ones(left, dtype=torch.bool)
     return in_order(order, losses)
 
 
@@ -136,8 +135,67 @@ def pivots(gram: Tensor) -> Tensor:
         alive[at] = False
         column = matrix.column(at)
         if values[-1] > 1e-14 * values[0]:
-            matrix.subtract(column / 2, column / column[at])
+            matrix.subtract(column, column / column[at])
     return in_order(order[::-1], values[::-1])
+
+
+class Swept:
+    """The tableau of a positive semidefinite matrix Q under sweeps: for the swept set A it holds ``−Q_AA⁻¹``, ``Q_AA⁻¹ Q_AI`` and the Schur complement of I.
+
+    Updates are collected and carried out many at a time; Q is scaled to a diagonal of ones inside, so no pivot is large.
+    """
+
+    def __init__(self, form: Tensor) -> None:
+        scale = form.diagonal().clamp(min=0).sqrt()
+        self.scale = torch.where(scale > 0, scale, 1.0)
+        self.matrix = form / torch.outer(self.scale, self.scale)
+        self.active = torch.zeros(len(form), dtype=torch.bool)
+        self.left, self.pending = form.new_empty(len(form), BLOCK), 0
+
+    def column(self, at: int) -> Tensor:
+        """The tableau's column, in the scale of Q."""
+        own = torch.where(self.active, 1 / self.scale, self.scale)
+        return self._column(at) * own * own[at]
+
+    def _column(self, at: int) -> Tensor:
+        left = self.left[:, : self.pending]
+        return self.matrix[:, at] - left @ left[at]
+
+    def sweep(self, at: int) -> bool:
+        """Take ``at`` into the swept set; False (and nothing done) where it depends on the set."""
+        column = self._column(at)
+        pivot = float(column[at])
+        if pivot <= 1e-13:
+            return False
+        column[at] = pivot - 1  # then row and column become column / pivot, up to the diagonal
+        self.left[:, self.pending] = column / math.sqrt(pivot)
+        self.pending += 1
+        self.matrix[at, at] -= 2  # (2 p − 1) / p − 2 = −1 / p
+        self.active[at] = True
+        if self.pending == BLOCK:
+            self.settle()
+        return True
+
+    def unsweep(self, at: int) -> None:
+        """Take ``at`` out of the swept set again."""
+        self.settle()
+        column = self.matrix[:, at].clone()
+        pivot = float(column[at])
+        self.matrix -= torch.outer(column, column / pivot)
+        self.matrix[:, at] = self.matrix[at] = -column / pivot
+        self.matrix[at, at] = -1 / pivot
+        self.active[at] = False
+
+    def settle(self) -> None:
+        left = self.left[:, : self.pending]
+        self.matrix -= left @ left.T
+        self.pending = 0
+
+    def times(self, vector: Tensor) -> Tensor:
+        """The tableau, in the scale of Q, times a vector."""
+        self.settle()
+        own = torch.where(self.active, 1 / self.scale, self.scale)
+        return own * (self.matrix @ (own * vector))
 
 
 def lasso_entries(form: Tensor, floor: float = 1e-9) -> Tensor:
@@ -145,80 +203,61 @@ def lasso_entries(form: Tensor, floor: float = 1e-9) -> Tensor:
 
     Units that have not entered when λ has fallen to ``floor`` of its start are ranked by their correlation there.
     """
-    form = form.numpy()
-    size = len(form)
-    target = form.sum(1)
-    beta, correlation = np.zeros(size), target.copy()
-    level = start = float(np.abs(correlation).max())
-    entered = np.zeros(size)
+    size, target = len(form), form.sum(1)
+    beta, entered = torch.zeros_like(target), torch.zeros_like(target)
+    correlation = target.clone()
+    level = start = float(correlation.abs().max())
     if start == 0:
-        return torch.from_numpy(entered)
-    active: list[int] = []
-    inverse = np.zeros((0, 0))
-    joining, leaving = int(np.abs(correlation).argmax()), -1
+        return entered
+    table, signs = Swept(form), torch.zeros_like(target)
+    joining, leaving = int(correlation.abs().argmax()), -1
+    direction, slope, stale = torch.zeros_like(target), torch.zeros_like(target), 0
     for _ in range(8 * size):
         if joining >= 0:
-            inverse = _bordered(inverse, form[active, joining], form[joining, joining])
-            if inverse is None:
+            sign = float(correlation[joining].sign())
+            column = table.column(joining)
+            if not table.sweep(joining):
                 break
-            active.append(joining)
-            entered[joining] = max(entered[joining], level)
-        signs = np.sign(correlation[active])
-        if joining >= 0:
-            signs[-1] = np.sign(correlation[joining])
-        direction = inverse @ signs
-        slope = form[:, active] @ direction
-        step, joining, leaving = _next(correlation, slope, beta, direction, level, active, leaving)
-        beta[active] += step * direction
+            signs[joining] = sign
+            entered[joining] = max(float(entered[joining]), level)
+            # β moves along Q_AA⁻¹ s: the new unit adds a multiple of its column, and the correlations follow.
+            step = (sign - float(slope[joining])) / float(column[joining])
+            moved = table.active.clone()
+            moved[joining] = False
+            direction -= step * torch.where(moved, column, 0.0)
+            direction[joining] = step
+            slope = torch.where(table.active, signs, slope + step * column)
+            stale += 1
+        if leaving >= 0 or stale >= BLOCK:  # once in a while from the tableau itself
+            product = table.times(signs)
+            direction, slope, stale = torch.where(table.active, -product, 0.0), torch.where(table.active, signs, product), 0
+            correlation = target - form @ beta
+        step, joining, leaving = _next(correlation, slope, beta, direction, level, table.active, leaving)
+        beta += step * direction
         level -= step
-        correlation = target - form[:, active] @ beta[active]
+        correlation = torch.where(table.active, signs * level, correlation - step * slope)
         if level <= floor * start or (joining < 0 and leaving < 0):
             break
         if leaving >= 0:
-            at = active.index(leaving)
-            beta[leaving] = 0.0
-            inverse = _without(inverse, at)
-            del active[at]
-            if not active:
+            beta[leaving] = signs[leaving] = 0.0
+            table.unsweep(leaving)
+            if not bool(table.active.any()):
                 break
     rest = entered == 0
-    entered[rest] = min(level, floor * start) * np.abs(correlation[rest]) / max(np.abs(correlation).max(), np.finfo(float).tiny)
-    return torch.from_numpy(entered)
+    entered[rest] = min(level, floor * start) * correlation[rest].abs() / correlation.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    return entered
 
 
-def _next(correlation, slope, beta, direction, level: float, active: list[int], dropped: int) -> tuple[float, int, int]:
+def _next(correlation: Tensor, slope: Tensor, beta: Tensor, direction: Tensor, level: float, active: Tensor, dropped: int) -> tuple[float, int, int]:
     """How far λ may fall until a unit enters or leaves."""
-    inactive = np.ones(len(beta), dtype=bool)
-    inactive[active] = False
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gaps = np.stack([(level - correlation) / (1 - slope), (level + correlation) / (1 + slope)])
-        zeros = np.where(beta[active] * direction < 0, -beta[active] / direction, np.inf)
-    gaps[:, ~inactive] = np.inf
+    gaps = torch.stack([(level - correlation) / (1 - slope), (level + correlation) / (1 + slope)])
+    zeros = torch.where(active & (beta * direction < 0), -beta / direction, torch.inf)
+    gaps[:, active] = torch.inf
     if dropped >= 0:  # it sits on the boundary: only the other sign can be met again at once
-        gaps[:, dropped] = np.where(gaps[:, dropped] > 1e-12 * level, gaps[:, dropped], np.inf)
-    gaps[~(gaps > 0)] = np.inf
-    entry, exit_ = float(gaps.min()), float(zeros.min(initial=np.inf))
+        gaps[:, dropped] = torch.where(gaps[:, dropped] > 1e-12 * level, gaps[:, dropped], torch.inf)
+    gaps[~(gaps > 0)] = torch.inf
+    entry, exit_ = float(gaps.min()), float(zeros.min())
     step = min(entry, exit_, level)
     if step == exit_ and exit_ <= level:
-        return step, -1, active[int(zeros.argmin())]
-    return (step, int(gaps.min(0).argmin()), -1) if step == entry else (step, -1, -1)
-
-
-def _bordered(inverse: np.ndarray, column: np.ndarray, corner: float) -> np.ndarray | None:
-    """The inverse after a row and a column are added; None when they depend on the others."""
-    along = inverse @ column
-    rest = corner - column @ along
-    if rest <= 1e-13 * corner:
-        return None
-    size = len(inverse)
-    grown = np.empty((size + 1, size + 1))
-    grown[:size, :size] = inverse + np.outer(along, along) / rest
-    grown[:size, size] = grown[size, :size] = -along / rest
-    grown[size, size] = 1 / rest
-    return grown
-
-
-def _without(inverse: np.ndarray, at: int) -> np.ndarray:
-    """The inverse after row and column ``at`` are taken out."""
-    keep = np.arange(len(inverse)) != at
-    return inverse[keep][:, keep] - np.outer(inverse[keep, at], inverse[at, keep]) / inverse[at, at]
+        return step, -1, int(zeros.argmin())
+    return (step, int(gaps.amin(0).argmin()), -1) if step == entry else (step, -1, -1)

@@ -17,38 +17,66 @@ Tensor = torch.Tensor
 
 
 @scorer("activation", "mean rank of the feature map", "Lin et al. 2020 (HRank)", needs="inputs", cost="a forward pass and one SVD for each map")
-def hrank(task: Task, otherwise: str | None = None) -> Scores:
+def hrank(task: Task, work: float = 2**23, otherwise: str | None = None) -> Scores:
     """``E_n[rank(A_{n,c})]`` of the h x w map of each unit, at the first activation of the group (before it is flattened).
 
     A unit of several positions (a head) has the matrix of its positions over space; without either, the rank is 0 or 1.
+    Ranks hardly differ between images (section 3.3 of the paper), so of every batch evenly spaced samples are decomposed, as many
+    (at least one) as keep ``Σ h · w · min(h, w)`` of a group within ``work``; ``math.inf`` takes all.
     """
     every = [[unflattened(task, place) for place in mine[:1]] for mine in places(task)]
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups]
+    counts = [0] * len(sums)
+
+    def maps(place: Place, parts: Tensor) -> Tensor:
+        """(samples, units, rows, columns)"""
+        found = units_first(place, parts, len(sums[place.group]))
+        if found.shape[2] > 1 or place.dim != 1 or len(place.value.shape) != 4:
+            return found
+        high, wide = place.value.shape[2:]
+        high = round(math.sqrt(found.shape[3] * high / wide))  # the batch may have another resolution than the example
+        return found.squeeze(2).unflatten(2, (high, -1)) if found.shape[3] % high == 0 else found
 
     def see(place: Place, parts: Tensor) -> None:
-        maps = units_first(place, parts, len(sums[place.group]))  # (samples, units, positions, space)
-        if maps.shape[2] == 1 and place.dim == 1 and len(place.value.shape) == 4:
-            high, wide = place.value.shape[2:]
-            high = round(math.sqrt(maps.shape[3] * high / wide))  # the batch may have another resolution than the example
-            maps = maps.squeeze(2).unflatten(2, (high, -1)) if maps.shape[3] % high == 0 else maps
-        sums[place.group] += torch.linalg.matrix_rank(maps).double().sum(0).cpu()
+        one = maps(place, parts[:1])
+        taken = maps(place, spaced(parts, one.numel() * min(one.shape[2:]), work))
+        sums[place.group] += torch.linalg.matrix_rank(taken).double().sum(0).cpu()
+        counts[place.group] += len(taken)
 
-    count = observe_samples(task, every, see)
-    return _filled(task, every, [total / count for total in sums], otherwise, "hrank")
+    observe_samples(task, every, see)
+    return _filled(task, every, [total / max(count, 1) for total, count in zip(sums, counts, strict=True)], otherwise, "hrank")
+
+
+def spaced(parts: Tensor, each: int, work: float) -> Tensor:
+    """Evenly spaced samples, as many as cost at most ``work`` together when one costs ``each``; at least one.
+
+    >>> spaced(torch.arange(6), 10, 35).tolist()
+    [0, 2, 4]
+    """
+    most = max(1, int(min(len(parts), work / max(each, 1))))
+    return parts[:: math.ceil(len(parts) / most)]
 
 
 @scorer("activation", "nuclear norm lost without the channel", "Sui et al. 2021 (CHIP)", needs="inputs", cost="a forward pass and an SVD for each sample")
-def chip(task: Task, otherwise: str | None = None) -> Scores:
-    """``E_n[‖A_n‖_* − ‖A_n with row c zero‖_*]`` of the units x (positions, space) matrix, at the first activation of the group."""
+def chip(task: Task, work: float = 2**26, otherwise: str | None = None) -> Scores:
+    """``E_n[‖A_n‖_* − ‖A_n with row c zero‖_*]`` of the units x (positions, space) matrix, at the first activation of the group.
+
+    Of every batch evenly spaced samples are decomposed, as many (at least one) as keep ``rows · columns · min(rows, columns)``
+    of a group within ``work`` (the paper averages over a few batches); ``math.inf`` takes all.
+    """
     every = [mine[:1] for mine in places(task)]
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups]
+    counts = [0] * len(sums)
 
     def see(place: Place, parts: Tensor) -> None:
-        for rows in units_first(place, parts, len(sums[place.group])).flatten(2).double():
+        each = parts[0].numel() * min(len(sums[place.group]), parts[0].numel() // len(sums[place.group]))
+        taken = units_first(place, spaced(parts, each, work), len(sums[place.group])).flatten(2)
+        for rows in taken:
             sums[place.group] += without_each_row(rows).cpu()
+        counts[place.group] += len(taken)
 
-    count = observe_samples(task, every, see)
-    return _filled(task, every, [total / count for total in sums], otherwise, "chip")
+    observe_samples(task, every, see)
+    return _filled(task, every, [total / max(count, 1) for total, count in zip(sums, counts, strict=True)], otherwise, "chip")
 
 
 def units_first(place: Place, parts: Tensor, size: int) -> Tensor:
@@ -78,15 +106,35 @@ def without_each_row(rows: Tensor, step: float = 0.3) -> Tensor:
     ``M + t`` by ``1 / [(M + t)⁻¹]_cc`` and so the loss is ``−1/2π ∫ t^{-1/2} log(t [(M + t)⁻¹]_cc) dt``. With
     ``t = e^{2s}`` the trapezoid rule converges like ``exp(−π²/step)``.
     """
-    left, values, _ = torch.linalg.svd(rows, full_matrices=len(rows) > rows.shape[1])
+    values, weights, rest = strengths(rows)
     scale = values.max()
     if scale == 0:
-        return torch.zeros(len(rows), dtype=rows.dtype)
-    weights, rest = left[:, : len(values)].square(), left[:, len(values) :].square().sum(1)
-    nodes = torch.arange(-34.0, 34.0, step, dtype=rows.dtype).exp() * scale
+        return torch.zeros(len(rows), dtype=values.dtype)
+    nodes = torch.arange(-34.0, 34.0, step, dtype=values.dtype).exp() * scale
     whole = values.square()[:, None] + nodes.square()
     # t [(M + t)⁻¹]_cc and one minus it, each from positive terms: neither may cancel where it is small.
     lost = weights @ (values.square()[:, None] / whole)
-    left_over = (weights @ (nodes.square() / whole) + rest[:, None]).clamp(min=torch.finfo(rows.dtype).tiny)
+    left_over = (weights @ (nodes.square() / whole) + rest[:, None]).clamp(min=torch.finfo(values.dtype).tiny)
     logs = torch.where(lost < 0.5, torch.log1p(-lost), left_over.log())
     return -(logs @ nodes) * step / math.pi
+
+
+def strengths(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64: singular values of a matrix, the squared entries of its left singular vectors, and what these leave of each row's 1.
+
+    Values in float32 are exact to 24 bits, so the eigenvalues of a float64 Gram matrix hold all that is known of them; float64 values are decomposed
+    as they are.
+    """
+    if rows.dtype == torch.float64:
+        left, values, _ = torch.linalg.svd(rows, full_matrices=len(rows) > rows.shape[1])
+        return values, left[:, : len(values)].square(), left[:, len(values) :].square().sum(1)
+    rows = rows.double()
+    if len(rows) <= rows.shape[1]:
+        squares, left = torch.linalg.eigh(rows @ rows.T)
+        return squares.clamp(min=0).sqrt(), left.square(), rows.new_zeros(len(rows))
+    squares, right = torch.linalg.eigh(rows.T @ rows)
+    held = squares > 1e-13 * squares.max().clamp(min=torch.finfo(rows.dtype).tiny)
+    squares, weights = squares[held], (rows @ right[:, held]).square() / squares[held]
+    if not len(squares):
+        return rows.new_zeros(1), rows.new_zeros(len(rows), 1), rows.new_ones(len(rows))
+    return squares.sqrt(), weights, (1 - weights.sum(1)).clamp(min=0)

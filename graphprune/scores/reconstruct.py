@@ -3,11 +3,13 @@
 The consumer's weight W is taken as (outputs x kernel taps, units) and its input as X (units, samples x space): taps count
 as outputs, so one C x C Gram matrix ``G = X Xᵀ / N`` serves all of them, instead of a (C·kh·kw)² one. For linear layers and
 1 x 1 kernels this is exact. A unit of several columns (a head) keeps them apart while the whole matrix stays below
-``LARGEST``; beyond that its columns count as further positions.
+``LARGEST``; beyond that its columns count as further positions. Of a large map a fixed number of random positions is read
+(ThiNet and He et al. read 10 an image; here ``POSITIONS`` an image), so that the products cost no more than the forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,7 @@ from .task import Scores, Task
 
 Tensor = torch.Tensor
 LARGEST = 4096
+POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,29 +37,54 @@ class Form:
 
     def by_unit(self, matrix: Tensor) -> Tensor:
         """A (columns, columns) matrix summed to (units, units)."""
-        block = matrix[self.columns.flatten()][:, self.columns.flatten()]
         units, each = self.columns.shape
+        flat = self.columns.flatten()
+        block = matrix if torch.equal(flat, torch.arange(len(matrix))) else matrix[flat][:, flat]
         return block.reshape(units, each, units, each).sum((1, 3)) if each > 1 else block
 
 
-def forms(task: Task, centre: bool = False) -> list[list[Form]]:
-    """The quadratic forms of every group, one for each activation that a weight reads; ``centre``: covariances instead of Grams."""
+def inner(rows: Tensor) -> Tensor:
+    """``rows @ rows.T``; of a large one the lower blocks are copied from the upper ones.
+
+    >>> rows = torch.arange(6.0).reshape(3, 2)
+    >>> torch.equal(inner(rows), rows @ rows.T)
+    True
+    """
+    half = len(rows) // 2
+    if half < 128:
+        return rows @ rows.T
+    found = rows.new_empty(len(rows), len(rows))
+    found[:half, :half], found[half:, half:] = inner(rows[:half]), inner(rows[half:])
+    torch.matmul(rows[:half], rows[half:].T, out=found[:half, half:])
+    found[half:, :half] = found[:half, half:].T
+    return found
+
+
+def forms(task: Task, centre: bool = False) -> Iterator[list[Form]]:
+    """The quadratic forms of every group in turn, one for each activation that a weight reads; ``centre``: covariances instead of Grams."""
     every = [[p for p in mine if any(r.leaf in task.parameters for r in p.readers)] for mine in places(task)]
     shapes = {id(p): _columns(task.groups.groups[p.group], p) for mine in every for p in mine}
     sums: dict[int, list] = {}
 
     def see(place: Place, tensor: Tensor) -> None:
         columns, apart = shapes[id(place)]
-        rows = (tensor.movedim(place.dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None])[columns.flatten()]
+        rows = tensor.movedim(place.dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
+        most = POSITIONS * max(1, tensor.shape[0] if tensor.ndim > 2 else 1)
+        if tensor.ndim > 2 and rows.shape[1] > most:
+            rows = rows[:, torch.randperm(rows.shape[1], device=rows.device)[:most].sort().values]
+        rows = rows if torch.equal(columns.flatten(), torch.arange(len(rows))) else rows[columns.flatten()]
         rows = rows if apart else rows.reshape(len(columns), -1)
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        total = sums.setdefault(id(place), [0, 0.0, 0.0])
+        if id(place) not in sums:
+            sums[id(place)] = [0, torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), len(rows), dtype=torch.float64)]
+        total = sums[id(place)]
         total[0] += rows.shape[1]
-        total[1] = total[1] + rows.sum(1, dtype=torch.float64).cpu()
-        total[2] = total[2] + (rows @ rows.T).double().cpu()
+        total[1] += rows.sum(1, dtype=torch.float64).cpu()
+        total[2] += inner(rows).cpu()
 
     observe(task, every, see)
-    return [[_form(task, group, place, shapes[id(place)], sums[id(place)], centre) for place in mine] for group, mine in zip(task.groups, every, strict=True)]
+    for group, mine in zip(task.groups, every, strict=True):
+        yield [_form(task, group, place, shapes[id(place)], sums.pop(id(place)), centre) for place in mine]
 
 
 def _columns(group: Group, place: Place) -> tuple[Tensor, bool]:
@@ -85,13 +113,13 @@ def _form(task: Task, group: Group, place: Place, shape: tuple[Tensor, bool], su
             rows = (weight.detach().movedim(link.axis, 0).flatten(1) if weight.ndim > 1 else weight.detach()[:, None])[columns.flatten()].double().cpu()
         else:
             rows = by_unit(weight, link.axis, link.units, group.size)
-        reads += rows @ rows.T
+        reads += inner(rows)
     units = torch.arange(columns.numel() if apart else len(columns)).reshape(group.size, -1)
     return Form(gram, reads, units)
 
 
 def _every(task: Task, compute, otherwise: str | None, name: str, centre: bool = False) -> Scores:
-    found = [compute(mine) if mine else None for mine in forms(task, centre)]
+    found = [compute(mine) if mine else None for mine in task.steps(forms(task, centre))]
     return lacking(task, found, otherwise, name, "a weight that sums over the units of an activation")
 
 

@@ -65,16 +65,16 @@ class Score:
     def __call__(self, groups: Groups, model: nn.Module, batches: Iterable | None = None, loss: Callable | None = None, **options: Any) -> Scores:
         given = dict(self.with_(**options).options)
         general = {name: given.pop(name) for name in GENERAL if name in given}
-        seed = general.get("seed", 0)
+        seed, progress = general.get("seed", 0), general.get("progress", True)
         if "seed" in _options(self.function):
             given["seed"] = seed
         data = None
         if self.needs_now(given) != "nothing":
             if batches is None:
                 raise NeedsBatches(f"the score {self.name!r} needs {_what(self.needs_now(given))}; give batches= (any iterable of batches)")
-            data = Data(model, batches, loss, general.get("reduction", "mean"), general.get("progress", True), self.name)
+            data = Data(model, batches, loss, general.get("reduction", "mean"), progress, self.name)
         with undisturbed(model, seed) if data else nullcontext():  # without data no score runs the model
-            found = self.function(Task(groups, model, data), **given)
+            found = self.function(Task(groups, model, data, self.name, progress), **given)
         checked(groups, model, found, self.name)
         return normalised(groups, found, general.get("normalise", "none"), general.get("within", "group"))
 
@@ -128,8 +128,12 @@ def checked(groups: Groups, model: nn.Module, scores: Any, name: str) -> Scores:
             continue
         wrong = (~torch.isfinite(found)).nonzero().ravel().tolist()
         if wrong:
-            held = {place for place, _ in group.places}
-            broken = [n for n, p in model.state_dict(keep_vars=True).items() if n in held and not bool(torch.isfinite(p).all())]
-            cause = f"these tensors are not finite: {', '.join(broken[:3])}" if broken else "its tensors are finite: look at the data and the loss"
-            raise BadScore(f"the score {name!r} is not finite for {len(wrong)} of {group.size} units of {where}, first unit {wrong[0]}; {cause}")
+            text = f"the score {name!r} is not finite for {len(wrong)} of {group.size} units of {where}, first unit {wrong[0]}"
+            raise BadScore(f"{text}; {cause(model)}")
     return list(scores)
+
+
+def cause(model: nn.Module) -> str:
+    """Where values that are not finite may come from: tensors of the model, by name, or else the data."""
+    broken = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())]
+    return f"these tensors are not finite: {', '.join(broken[:3])}" if broken else "the model's tensors are finite: look at the data and the loss"

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from ..errors import BadInput
+from ..errors import BadInput, BadScore
 from ..links import Link
 from ..notation import Value
 from ..probe import watch
 from .data import Data, gradient, one_by_one, samples
+from .registry import cause
 from .task import Task
 
 Tensor = torch.Tensor
@@ -62,13 +63,21 @@ def _by_value(every: list[list[Place]]) -> tuple[list[Value], dict[int, list[Pla
     return list(values.values()), at
 
 
+def finite(task: Task, place: Place, tensor: Tensor) -> Tensor:
+    """The tensor; raises BadScore with the place when an entry is not finite, before a decomposition fails or a count hides it."""
+    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        group = task.groups.groups[place.group]
+        raise BadScore(f"the score {task.name!r} meets an activation of group {group.index} ({group.name}) that is not finite; {cause(task.model)}")
+    return tensor
+
+
 def observe(task: Task, every: list[list[Place]], see: Callable[[Place, Tensor], None]) -> int:
     """Run all batches without gradients and show every place its activation; returns the number of samples."""
     values, at = _by_value(every)
 
     def show(value: Value, tensor: Tensor) -> None:
         for place in at[id(value)]:
-            see(place, tensor.detach())
+            see(place, finite(task, place, tensor.detach()))
 
     count = 0
     with torch.no_grad(), watch(task.model, task.groups.graph, values, show):
@@ -85,7 +94,7 @@ def observe_samples(task: Task, every: list[list[Place]], see: Callable[[Place, 
 
     def show(value: Value, tensor: Tensor) -> None:
         for place in at[id(value)]:
-            see(place, split(value, tensor.detach(), place.dim))
+            see(place, split(value, finite(task, place, tensor.detach()), place.dim))
 
     count = 0
     for batch in task.data:

@@ -128,7 +128,7 @@ def synflow(task: Task, rounds: int = 10, keep: float = 0.1, over: str = "all") 
     sizes = [group.size for group in task.groups]
     alive = torch.ones(sum(sizes), dtype=torch.bool)
     scores = torch.zeros(sum(sizes), dtype=torch.float64)
-    for number in range(1, rounds + 1):
+    for number in task.steps(range(1, rounds + 1)):
         flow = torch.cat(task.total(synaptic_flow(task, twin), over))
         left = alive.nonzero().ravel()
         place = torch.empty(len(left), dtype=torch.float64)

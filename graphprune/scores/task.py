@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from ..errors import UnknownName
 from ..groups import Group, Groups
 from ..links import Link, links
 from ..trees import leaf_tensors
-from .data import Data
+from .data import Data, bar
 
 Tensor = torch.Tensor
 Scores = list[Tensor]
@@ -26,6 +26,12 @@ class Task:
     groups: Groups
     model: nn.Module
     data: Data | None = None
+    name: str = "score"
+    progress: bool = True
+
+    def steps(self, items: Iterable) -> Iterable:
+        """The steps of long work, with a progress bar when they take more than a few seconds."""
+        return bar(items, self.name, self.progress)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,386 @@
+"""Speed asked for and speed got: measured searches, re-measured in fresh processes, on stock runtimes.
+
+    python benchmarks/latency.py --json latency.jsonl --out docs/latency.md            # everything, the most telling cells first
+    python benchmarks/latency.py --json latency.jsonl --only cells --runtimes eager --models resnet50 resnet18
+    python benchmarks/latency.py --json latency.jsonl --only report --out docs/latency.md
+
+Every job runs in a process of its own on one thread; finished rows are read from ``--json`` and not measured again.
+Batch norms are folded (``graphprune.fuse``) and convolutional models are ``channels_last`` on both sides of every
+comparison. Weights are random (times do not depend on them), batch 1, ``--side`` pixels or 128 tokens. A *cell* is a
+model, a runtime and a target: ``search`` asks ``graphprune.shrink(speedup=…)`` and saves the result; ``fresh`` loads it in
+another process and times it interleaved with the original; ``peer`` times Torch-Pruning at equal MACs beside it
+(``pip install torch-pruning``); ``accuracy`` compares latency-aware, MAC-aware and uniform widths at equal measured time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
+
+import graphprune  # noqa: E402
+
+MODELS = "resnet50 mobilenet_v2 vit_s convnext_t resnet18 efficientnet_b0 minilm regnet_y densenet121 swin_t".split()
+RUNTIMES = ("eager", "onnxruntime", "openvino", "compile")
+TARGETS = (2.0, 1.5, 3.0)
+TOKENS = 128
+CONVOLUTIONAL = "resnet50 mobilenet_v2 convnext_t resnet18 efficientnet_b0 regnet_y densenet121".split()
+
+
+def build(name: str, side: int) -> tuple[nn.Module, torch.Tensor]:
+    """The model in eval mode with plausible norm statistics, and an example input (batch 1)."""
+    from zoo_support import declare_operators
+
+    declare_operators()
+    torch.manual_seed(0)
+    if name == "minilm":
+        from transformers import BertConfig, BertModel
+
+        shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        return BertModel(BertConfig(**shape), add_pooling_layer=False).eval(), torch.randint(5, 30000, (1, TOKENS))
+    x = torch.randn(1, 3, side, side)
+    if name == "vit_s":
+        import timm
+
+        return timm.create_model("vit_small_patch16_224", img_size=side).eval(), x
+    from torchvision import models
+
+    full = {"convnext_t": "convnext_tiny", "regnet_y": "regnet_y_800mf"}.get(name, name)
+    return calibrated(models.get_model(full, weights=None), side), x
+
+
+def calibrated(model: nn.Module, side: int) -> nn.Module:
+    """Norm statistics of random images, so that activations have ordinary sizes."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        (model.train() if norms else model)(torch.randn(2, 3, min(side, 96), min(side, 96)))
+    return model.eval()
+
+
+def ready(model: nn.Module, x: torch.Tensor, name: str) -> tuple[nn.Module, torch.Tensor]:
+    """What both sides get besides pruning: folded norms, and channels last."""
+    if name not in CONVOLUTIONAL:
+        return model, x
+    return graphprune.fuse(model, x).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+
+
+# --- jobs, each in a process of its own; a generator of rows -----------------------------------------------------------
+
+
+def search(job: dict) -> Iterator[dict]:
+    """Ask for every target, and save what comes back."""
+    model, x = ready(*build(job["model"], job["side"]), job["model"])
+    for target in job["targets"]:
+        row, start = {"target": target}, time.perf_counter()
+        try:
+            options = {"runtime": job["runtime"], "threads": 1, "return_plan": True}
+            small, plan = graphprune.shrink(model, x, speedup=target, **options)
+            found = re.search(
+                r"predicted ([\d.]+)x, measured ([\d.]+)x \(([\d.]+) to ([\d.]+); ([\d.]+) ms; the original against itself ([\d.]+)", plan.notes[-1]
+            )
+            row |= dict(zip(("predicted", "measured", "low", "high", "ms", "control"), map(float, found.groups()), strict=True))
+            row |= {"macs": graphprune.profile(model, x).macs / graphprune.profile(small, x).macs}
+            graphprune.save(small, Path(job["folder"]) / f"{job['model']}-{job['runtime']}-{job['side']}-{target}")
+        except graphprune.GraphpruneError as error:
+            row["why"] = str(error).splitlines()[0][:400]
+        yield {**row, "seconds": time.perf_counter() - start}
+        if target == job["targets"][0]:
+            start = time.perf_counter()
+            try:
+                graphprune.shrink(model, x, speedup=target, **options)
+            except graphprune.GraphpruneError:
+                continue
+            yield {"kind": "warm", "target": target, "seconds": time.perf_counter() - start}
+
+
+def fresh(job: dict) -> Iterator[dict]:
+    """Load what was saved, and time all of it interleaved with the original."""
+    model, x = ready(*build(job["model"], job["side"]), job["model"])
+    folders = {t: Path(job["folder"]) / f"{job['model']}-{job['runtime']}-{job['side']}-{t}" for t in job["targets"]}
+    small = {target: graphprune.load(folder, model).eval() for target, folder in folders.items() if (folder / "plan.json").exists()}
+    if not small:
+        return
+    full = graphprune.profile(model, x).macs
+    for target, found in zip(small, timed(model, list(small.values()), x, job), strict=True):
+        yield {"target": target, **found, "macs": full / graphprune.profile(small[target], x).macs}
+    if job["runtime"] == "eager":
+        yield {"kind": "parts", "target": 0, **parts(model, x)}
+
+
+def timed(model: nn.Module, others: list[nn.Module], x: torch.Tensor, job: dict) -> list[dict]:
+    """Speedups against ``model`` with bands, all in the same rounds, and the control."""
+    from graphprune.measure import clock_for, interleave, middle_of
+    from graphprune.runtimes import prepare
+
+    torch.set_num_threads(1)
+    first = prepare(model, (x,), {}, job["runtime"], 1)
+    calls = [first, *(prepare(other, (x,), {}, job["runtime"], 1) for other in others), first]
+    rows = interleave(calls, clock_for(torch.device("cpu"), 1)[1], job["measure"], 0.0, least=7)
+    reference, control = rows[:, [0, -1]].mean(1), middle_of(rows[:, 0] / rows[:, -1])
+    found = []
+    for index in range(1, len(calls) - 1):
+        speedup, (low, high) = middle_of(reference / rows[:, index])
+        facts = {"ms": float(1e3 * sorted(rows[:, index])[len(rows) // 2]), "reference": float(1e3 * sorted(reference)[len(rows) // 2])}
+        found.append({"speedup": speedup, "low": low, "high": high, **facts, "control": control[0], "rounds": len(rows)})
+    return found
+
+
+def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
+    """Where the original's time goes, operation by operation: shares of dense products, depthwise products, and all else (bound by memory)."""
+    from graphprune.cost import operation, products
+    from graphprune.groups import couple
+    from graphprune.lengths import Lengths
+    from graphprune.table import Table, computes
+    from graphprune.trees import tensors
+
+    graph = graphprune.trace(model, x)
+    table, lengths = Table(torch.device("cpu"), "eager", 1), Lengths(couple(graph))
+    found = {"products": 0.0, "depthwise": 0.0, "rest": 0.0}
+    for node in graph.nodes:
+        if computes(node):
+            single = operation(node) == "convolution" and node.args[1].shape[1] == 1
+            kind = "depthwise" if single else "products" if list(products(node, lengths)) else "rest"
+            found[kind] += table.seconds(node, [value.shape for value in tensors((node.args, node.kwargs))])
+    return {kind: seconds / sum(found.values()) for kind, seconds in found.items()}
+
+
+def peer(job: dict) -> Iterator[dict]:
+    """Torch-Pruning at the MACs of what was saved: its documented recipe, its ``round_to``, timed beside ours."""
+    plain, x = build(job["model"], job["side"])
+    model, x = ready(plain, x, job["model"])
+    full = graphprune.profile(model, x).macs
+    for target in job["targets"]:
+        folder = Path(job["folder"]) / f"{job['model']}-{job['runtime']}-{job['side']}-{target}"
+        if not (folder / "plan.json").exists():
+            continue
+        ours = graphprune.load(folder, model).eval()
+        budget = graphprune.profile(ours, x).macs
+        try:
+            around = narrowed(plain, x, budget, job["round_to"])
+            mine, *others = timed(model, [ours, *(ready(each, x, job["model"])[0] for each in around.values())], x, job)
+        except Exception as error:
+            yield {"target": target, "why": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            continue
+        theirs = between({count: other["speedup"] for count, other in zip(around, others, strict=True)}, budget)
+        noise = max((row["high"] - row["low"]) / 2 / row["speedup"] for row in (mine, *others))
+        macs = {"macs": full / budget, "their_macs": [full / count for count in around], "their_speedups": [row["speedup"] for row in others]}
+        yield {
+            "target": target,
+            "ours": mine["speedup"],
+            "theirs": theirs,
+            "gain": mine["speedup"] / theirs,
+            "noise": noise,
+            "control": mine["control"],
+            **macs,
+        }
+
+
+def between(speedups: dict[float, float], macs: float) -> float:
+    """The speedup at just these MACs, between the two neighbours that can be had (straight in the logarithms)."""
+    (a, fast), (b, slow) = sorted(speedups.items())[0], sorted(speedups.items())[-1]
+    part = 0.0 if a == b else min(max(math.log(macs / a) / math.log(b / a), 0.0), 1.0)
+    return math.exp((1 - part) * math.log(fast) + part * math.log(slow))
+
+
+def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) -> dict[float, nn.Module]:
+    """Torch-Pruning's models with MACs nearest below and above the budget, by bisection over its ratio."""
+    import copy
+
+    import torch_pruning as tp
+
+    plain, x = copy.deepcopy(plain), x.contiguous()
+    made, low, high = {}, 0.0, 0.95
+    for _ in range(7):
+        middle = (low + high) / 2
+        small = copy.deepcopy(plain)
+        heads = {m.qkv: m.num_heads for m in small.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
+        ignored = [m for m in small.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importance = tp.importance.GroupMagnitudeImportance(p=2)
+            pruner = tp.pruner.BasePruner(small, x, importance=importance, pruning_ratio=middle, ignored_layers=ignored, round_to=round_to, num_heads=heads)
+            pruner.step()
+        for module in small.modules():
+            if getattr(module, "qkv", None) in heads:
+                module.num_heads = pruner.num_heads[module.qkv]
+                module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+                module.attn_dim = module.num_heads * module.head_dim
+        count = graphprune.profile(small.eval(), x).macs
+        made[count] = small
+        low, high = (middle, high) if count > budget else (low, middle)
+    ends = [max((count for count in made if count <= budget), default=min(made)), min((count for count in made if count > budget), default=max(made))]
+    return {count: made[count] for count in ends}
+
+
+def accuracy(job: dict) -> Iterator[dict]:
+    """Latency-aware, MAC-aware and uniform widths at the same measured time: what the test images say, after the same repair."""
+    from accuracy import load, sample
+    from realdata import accuracy as top1
+
+    torch.set_num_threads(1)
+    model, train, labels, test, truth = load(job["model"], job["data"])
+    test, truth = test[:: job["every"]], truth[:: job["every"]]
+    images, _ = sample(train, labels, 512, 0)
+    x = images[: job["batch"]].to(memory_format=torch.channels_last)
+    model = graphprune.fuse(model, x).to(memory_format=torch.channels_last)
+    known: list = []
+
+    def criterion(groups: Any, model: nn.Module, batches: Any) -> Any:
+        size = tuple((group.size, tuple(group.places)) for group in groups)
+        if not known or known[0] != size:
+            known[:] = [size, graphprune.score(groups, model, job["criterion"], images.split(128), progress=False)]
+        return known[1]
+
+    def repaired(small: nn.Module) -> float:
+        return top1(graphprune.repair(small, model, None, images.split(128), progress=False), test, truth)
+
+    def cut(*ratio: float, **wish: Any) -> nn.Module:
+        return graphprune.shrink(model, x, *ratio, criterion=criterion, verify=False, multiple_of=job["multiple_of"], **wish)
+
+    base = top1(model, test, truth)
+    for target in job["targets"]:
+        made = {
+            "latency-aware": cut(speedup=target, threads=1),
+            "MAC-aware": met(model, x, target, lambda ratio: cut(macs=1 - ratio, scope="optimal")),
+            "uniform": met(model, x, target, cut),
+        }
+        rows = timed(model, list(made.values()), x, {**job, "runtime": "eager"})
+        for (way, small), row in zip(made.items(), rows, strict=True):
+            macs = graphprune.profile(model, x).macs / graphprune.profile(small, x).macs
+            yield {"target": target, "way": way, "base": base, "top1": repaired(small), "cut": top1(small, test, truth), "macs": macs, **row}
+
+
+def met(model: nn.Module, x: torch.Tensor, target: float, make: Callable[[float], nn.Module]) -> nn.Module:
+    """The model of a ratio whose measured speedup is the target: bisection, each step timed against the original."""
+    low, high, best = 0.0, 0.95, None
+    for _ in range(7):
+        middle = (low + high) / 2
+        try:
+            small = make(middle)
+        except graphprune.errors.BadTarget:  # below what can be reached
+            high = middle
+            continue
+        found = graphprune.measure(small, x, model, threads=1, seconds=1.5).speedup
+        if best is None or abs(found / target - 1) < best[0]:
+            best = abs(found / target - 1), small
+        if best[0] < 0.01:
+            break
+        low, high = (middle, high) if found < target else (low, middle)
+    return best[1]
+
+
+JOBS = {"search": search, "fresh": fresh, "peer": peer, "accuracy": accuracy}
+
+# --- the parent: which jobs there are, their rows, the report ------------------------------------------------------------
+
+
+def planned(options: argparse.Namespace) -> list[dict]:
+    """Jobs in the order of what they tell."""
+    common = {"side": options.side, "targets": options.targets, "folder": str(options.folder), "measure": options.seconds}
+    jobs = []
+    for runtime in options.runtimes:
+        for model in options.models:
+            cell = {"model": model, "runtime": runtime, **common}
+            if "cells" in options.only:
+                jobs += [{"job": "search", **cell}, {"job": "fresh", **cell}]
+            if "peers" in options.only and runtime == "eager" and model not in ("minilm", "swin_t"):
+                jobs.append({"job": "peer", **cell, "targets": options.peer_targets, "round_to": options.round_to})
+    if "accuracy" in options.only:
+        more = {"data": options.data, "every": options.every, "batch": 64, "criterion": options.criterion, "multiple_of": options.multiple_of}
+        extra = [{"job": "accuracy", "model": m, "runtime": "eager", **common, "targets": options.accuracy_targets, **more} for m in options.accuracy_models]
+        first = next((i for i, job in enumerate(jobs) if job["runtime"] == "compile"), len(jobs))
+        jobs[first:first] = extra
+    return jobs
+
+
+def run(job: dict, options: argparse.Namespace) -> list[dict]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(options.folder / "cache")}
+    command = [sys.executable, __file__, "--worker", json.dumps(job)]
+    start, rows = time.perf_counter(), []
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.job_limit, check=False)
+        out, error = done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        out, error = (late.stdout or b"").decode(), f"over {options.job_limit} s"
+    for line in out.splitlines():
+        if line.startswith("ROW "):
+            rows.append({**{k: job[k] for k in ("job", "model", "runtime", "side")}, **json.loads(line[4:])})
+    if not rows:
+        rows = [{**{k: job[k] for k in ("job", "model", "runtime", "side")}, "target": 0, "why": error.strip().splitlines()[-1][:300] if error.strip() else ""}]
+    return [{**row, "took": time.perf_counter() - start} for row in rows]
+
+
+def named(row: dict) -> str:
+    return " ".join(str(row.get(k, "")) for k in ("job", "model", "runtime", "target", "kind", "way") if row.get(k, "") != "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=["cells", "peers", "accuracy"], help="cells, peers, accuracy; or report alone")
+    parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES), choices=RUNTIMES)
+    parser.add_argument("--targets", nargs="*", type=float, default=list(TARGETS))
+    parser.add_argument("--peer-targets", nargs="*", type=float, default=[2.0])
+    parser.add_argument("--side", type=int, default=224, help="pixels of the input (smaller: quicker cells)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of interleaved timing in a fresh process")
+    parser.add_argument("--round-to", type=int, default=16, help="Torch-Pruning's own alignment")
+    parser.add_argument("--data", help="folder of the trained models (accuracy)")
+    parser.add_argument("--accuracy-models", nargs="*", default=["resnet20", "resnet56"])
+    parser.add_argument("--accuracy-targets", nargs="*", type=float, default=[1.5, 1.25])
+    parser.add_argument("--criterion", default="effect")
+    parser.add_argument("--multiple-of", type=int, default=1)
+    parser.add_argument("--every", type=int, default=2, help="take every n-th test image")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/graphprune-latency"), help="saved models and the table of timings")
+    parser.add_argument("--json", type=Path, default=Path("latency.jsonl"))
+    parser.add_argument("--limit", type=float, default=1e9, help="start no job after so many seconds")
+    parser.add_argument("--job-limit", type=float, default=600)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        job = json.loads(options.worker)
+        for row in JOBS[job["job"]](job):
+            print("ROW", json.dumps(row), flush=True)
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
+    end = time.time() + options.limit
+    for job in planned(options):
+        done = {row["target"] for row in known if all(row[k] == job[k] for k in ("job", "model", "runtime", "side")) and not row.get("kind")}
+        job["targets"] = [target for target in job["targets"] if target not in done]
+        if not job["targets"] or 0 in done or time.time() > end:
+            continue
+        rows = run(job, options)
+        for row in rows:
+            facts = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
+            print(named(row), facts, row.get("why", ""), flush=True)
+        known += rows
+        with options.json.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    if options.out:
+        from latency_report import write
+
+        write(known, options.out)
+
+
+if __name__ == "__main__":
+    main()

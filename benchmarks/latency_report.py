@@ -1,0 +1,188 @@
+"""The tables and plots of ``benchmarks/latency.py``, from its rows."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+NEAR = 0.05
+TITLES = {
+    "resnet50": "ResNet-50", "resnet18": "ResNet-18", "mobilenet_v2": "MobileNetV2", "efficientnet_b0": "EfficientNet-B0", "regnet_y": "RegNetY-800MF",
+    "convnext_t": "ConvNeXt-T", "vit_s": "ViT-S", "swin_t": "Swin-T", "minilm": "MiniLM encoder", "densenet121": "DenseNet-121",
+    "resnet20": "ResNet-20", "resnet56": "ResNet-56",
+}  # fmt: skip
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """The report as Markdown, and its plots beside it; the last row of each cell counts."""
+    latest = {tuple(row.get(k) for k in ("job", "model", "runtime", "side", "target", "kind", "way")): row for row in rows}
+    pick = lambda job, kind=None: [r for r in latest.values() if r["job"] == job and r.get("kind") == kind]  # noqa: E731
+    asked, again = pick("search"), {_cell(r): r for r in pick("fresh")}
+    parts = {r["model"]: r for r in pick("fresh", "parts")}
+    sides = sorted({r["side"] for r in rows})
+    text = [
+        "# Speed asked for, speed got",
+        "",
+        f"Made by `python benchmarks/latency.py`: {_machine()}, torch {torch.__version__}, one thread, float32, batch 1, "
+        f"{' and '.join(map(str, sides))} pixels (MiniLM: 128 tokens), random weights. Both sides of every comparison have their batch norms folded "
+        "(`graphprune.fuse`) and, for convolutional models, `channels_last`. *Fresh* is another process that loads what the search saved and times it in "
+        "the same rounds as the original: median, and its 95 % band. *Efficiency*: fresh speedup / (MACs before / MACs after).",
+        "",
+        *_summary(asked, again),
+        "",
+        *_cells(asked, again),
+        *_efficiency(again.values(), parts),
+        *_peers(pick("peer")),
+        *_accuracy(pick("accuracy")),
+        *_search(asked, pick("search", "warm")),
+    ]
+    path.write_text("\n".join(text).rstrip() + "\n")
+    _plot(asked, again, pick("peer"), path.with_suffix(".png"))
+
+
+def _cell(row: dict) -> tuple:
+    return row["model"], row["runtime"], row["side"], row["target"]
+
+
+def _machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _summary(asked: list[dict], again: dict[tuple, dict]) -> list[str]:
+    lines = []
+    for runtime in dict.fromkeys(r["runtime"] for r in asked):
+        mine = [r for r in asked if r["runtime"] == runtime and r["target"]]
+        cells = [(r, again[_cell(r)]) for r in mine if _cell(r) in again]
+        errors = [abs(fresh["speedup"] / r["target"] - 1) for r, fresh in cells]
+        near, out = sum(e <= NEAR for e in errors), sum("why" in r for r in mine)
+        if errors:
+            lines.append(
+                f"- **{runtime}**: {near} of {len(errors)} cells within {NEAR:.0%} of what was asked, in a fresh process "
+                f"(median error {statistics.median(errors):.1%}, worst {max(errors):.1%}){f'; {out} targets could not be reached' if out else ''}"
+            )
+    return lines
+
+
+def _cells(asked: list[dict], again: dict[tuple, dict]) -> list[str]:
+    lines = ["## Every cell", "", "| model | runtime | asked | predicted | at search | fresh (band) | error | MACs | efficiency | control | original |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in sorted(asked, key=lambda r: (r["runtime"], r["model"], r["target"])):
+        fresh = again.get(_cell(row))
+        head = f"| {TITLES[row['model']]} | {row['runtime']} | {row['target']:g}x |"
+        if "why" in row or fresh is None:
+            lines.append(f"{head} {row.get('why', 'not measured again').replace('|', '/')[:160]} | | | | | | | |")
+            continue
+        lines.append(
+            f"{head} {row['predicted']:.2f}x | {row['measured']:.2f}x | **{fresh['speedup']:.2f}x** ({fresh['low']:.2f} to {fresh['high']:.2f}) | "
+            f"{fresh['speedup'] / row['target'] - 1:+.1%} | {fresh['macs']:.2f}x | {fresh['speedup'] / fresh['macs']:.2f} | {fresh['control']:.3f} | "
+            f"{fresh['reference']:.1f} ms |"
+        )
+    return [*lines, ""]
+
+
+def _efficiency(fresh: Iterable[dict], parts: dict[str, dict]) -> list[str]:
+    lines = ["## Efficiency, and where the time goes", "", "Median over the targets; the last three columns: where the uncut original's time goes in eager"]
+    lines += ["PyTorch, operation by operation. Dense products are bound by arithmetic; depthwise convolutions, norms, activations and additions move about"]
+    lines += ["as many bytes as they compute numbers, so they are bound by memory and fall with the width, not with its square.", ""]
+    lines += ["| model | runtime | efficiency | dense products | depthwise | all else |", "|---|---|---|---|---|---|"]
+    every: dict[tuple[str, str], list[float]] = {}
+    for row in fresh:
+        every.setdefault((row["model"], row["runtime"]), []).append(row["speedup"] / row["macs"])
+    for (model, runtime), values in every.items():
+        shares = parts.get(model)
+        last = " | ".join(f"{shares[k]:.0%}" for k in ("products", "depthwise", "rest")) if shares else " | | "
+        lines.append(f"| {TITLES[model]} | {runtime} | {statistics.median(values):.2f} | {last} |")
+    for runtime in dict.fromkeys(runtime for _, runtime in every):
+        lines.append(f"| median | {runtime} | **{statistics.median(v for (_, r), vs in every.items() if r == runtime for v in vs):.2f}** | | | |")
+    return [*lines, ""]
+
+
+def _peers(rows: list[dict]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "## Beside Torch-Pruning at equal MACs",
+        "",
+        "Torch-Pruning: `GroupMagnitudeImportance(p=2)` with `BasePruner`, `round_to=16`, the classifier ignored, its ratio",
+    ]
+    lines += ["found by bisection so that its MACs come nearest to ours; all three models in the same rounds, norms folded and `channels_last` for all.", ""]
+    lines += ["| model | MACs ours / theirs | ours | theirs | ours is faster by | noise |", "|---|---|---|---|---|---|"]
+    gains = []
+    for row in rows:
+        if "why" in row:
+            lines.append(f"| {TITLES[row['model']]} | Torch-Pruning does not run: {row['why'].replace('|', '/')[:120]} | | | | |")
+            continue
+        gains.append(row["gain"])
+        both = " and ".join(f"{macs:.2f}x" for macs in row["their_macs"])
+        lines.append(
+            f"| {TITLES[row['model']]} | {row['macs']:.2f}x / {both} | {row['ours']:.2f}x | {row['theirs']:.2f}x | "
+            f"**{row['gain'] - 1:+.0%}** | {row['noise']:.1%} |"
+        )
+    return [*lines, f"| median | | | | **{statistics.median(gains) - 1:+.0%}** | |" if gains else "", ""]
+
+
+def _accuracy(rows: list[dict]) -> list[str]:
+    rows = [row for row in rows if "top1" in row]
+    if not rows:
+        return []
+    lines = [
+        "## Accuracy at equal measured time",
+        "",
+        "Trained on CIFAR-10 (JPEG), batch 64, eager, no training after the cut: closed-form repair on 512 images; top-1 on test images.",
+        "",
+    ]
+    lines += ["| model | asked | widths | measured (band) | MACs | top-1 after repair | before repair | uncut |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {TITLES[row['model']]} | {row['target']:g}x | {row['way']} | {row['speedup']:.2f}x ({row['low']:.2f} to {row['high']:.2f}) | "
+            f"{row['macs']:.2f}x | **{row['top1']:.2f}** | {row['cut']:.2f} | {row['base']:.2f} |"
+        )
+    return [*lines, ""]
+
+
+def _search(asked: list[dict], warm: list[dict]) -> list[str]:
+    lines = [
+        "## How long the search takes",
+        "",
+        "*First*: the first target with what the table held then; *warm*: the same again. ResNet-50 runs first in every runtime, so",
+        "its first search is a cold one.",
+        "",
+    ]
+    lines += ["| model | runtime | first | warm |", "|---|---|---|---|"]
+    seconds = {_cell(r): r["seconds"] for r in asked if "seconds" in r}
+    for row in warm:
+        if _cell(row) in seconds:
+            lines.append(f"| {TITLES[row['model']]} | {row['runtime']} | {seconds[_cell(row)]:.1f} s | {row['seconds']:.1f} s |")
+    return [*lines, ""]
+
+
+def _plot(asked: list[dict], again: dict[tuple, dict], peers: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    for index, runtime in enumerate(dict.fromkeys(r["runtime"] for r in asked)):
+        points = [(r["target"] * (1 + 0.01 * index), again[_cell(r)]["speedup"]) for r in asked if r["runtime"] == runtime and _cell(r) in again]
+        if points:
+            left.plot(*zip(*points, strict=True), "o", alpha=0.6, label=runtime)
+    targets = sorted({r["target"] for r in asked if r["target"]}) or [1.0]
+    ends = [min(targets) * 0.95, max(targets) * 1.05]
+    left.plot(ends, ends, "k-", lw=0.8)
+    left.fill_between(ends, [e * (1 - NEAR) for e in ends], [e * (1 + NEAR) for e in ends], alpha=0.15, color="k")
+    left.set(xlabel="speedup asked", ylabel="speedup measured in a fresh process", title="asked and got (band: 5 %)")
+    left.legend()
+    peers = [row for row in peers if "gain" in row]
+    names = [TITLES[row["model"]] for row in peers]
+    right.barh(names, [row["theirs"] for row in peers], height=0.35, align="edge", label="Torch-Pruning")
+    right.barh(names, [row["ours"] for row in peers], height=-0.35, align="edge", label="graphprune")
+    right.set(xlabel="measured speedup at equal MACs", title="beside Torch-Pruning (eager)")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

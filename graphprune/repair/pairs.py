@@ -1,0 +1,127 @@
+"""Queries and keys: a query's products with the kept key positions have to say what its products with all of them said.
+
+For logits ``q·k`` of which only positions K are left, ``argmin E(q·k − q″·k_K)²`` over ``q″`` is ``A q`` with
+``A = cov(k)_KK⁻¹ cov(k)_K,:`` (a constant for each query does not change a softmax, so covariances are meant). What the queries' weight is
+then fitted to is ``A q`` instead of the kept rows of q: :func:`mixes`. Where something stands between the weight and the product that is not
+a move (a rotation by position), the pair is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..moves import MOVES
+from ..notation import Value
+from ..plan import Plan
+from ..probe import batch_inputs, watch
+from ..trace import Graph
+from .sites import Site
+
+Tensor = torch.Tensor
+PASSING = frozenset("select unbind expand clone contiguous _unsafe_view mul div".split())
+RIDGE = 1e-6
+
+
+def mixes(original: nn.Module, graph: Graph, plan: Plan, places: Sequence[Site], batches: Sequence[Any], ridge: float = RIDGE) -> dict[str, Tensor]:
+    """For each queries' weight by name, the matrix (all outputs, kept outputs) that makes the target from the original's outputs."""
+    found = [pair for pair in pairs(graph, places) if _cut(plan, pair[1])]
+    if not found:
+        return {}
+    seen = _covariances(original, graph, [key for _, key, _, _ in found], batches)
+    result: dict[str, Tensor] = {}
+    for query, key, q, k in found:
+        keep, rows = plan.cuts[key.weight][key.axis], plan.cuts.get(query.weight, {}).get(query.axis)
+        if rows is None:
+            continue
+        at = {channel: column for column, channel in enumerate(rows)}
+        mix = result.get(query.weight)
+        if mix is None:
+            mix = torch.zeros(graph.leaves[query.weight].shape[query.axis], len(rows), dtype=torch.float64)
+            mix[torch.tensor(rows), torch.arange(len(rows))] = 1.0
+        kept = torch.isin(k, torch.tensor(keep))
+        cov = seen[key.weight]
+        for queries, keys, left in zip(q.tolist(), k, kept, strict=True):
+            columns = [at.get(queries[d]) for d in left.nonzero().ravel().tolist()]
+            if None in columns:
+                continue
+            gram = cov[keys[left]][:, keys[left]]
+            gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+            mix[queries] = 0.0
+            mix[torch.tensor(queries)[:, None], torch.tensor(columns)[None]] = torch.linalg.solve(gram, cov[keys[left]][:, keys]).T
+        result[query.weight] = mix
+    return result
+
+
+def pairs(graph: Graph, places: Sequence[Site]) -> list[tuple[Site, Site, Tensor, Tensor]]:
+    """Queries' and keys' sites of every product of two activations, and the channels (heads, positions) that meet there."""
+    found = []
+    sources = _Sources(graph, places)
+    for node in graph.nodes:
+        if node.func._schema.name != "aten::bmm":
+            continue
+        left, right = (sources.of(value) for value in node.args[:2])
+        if left is None or right is None:
+            continue
+        (query, q), (key, k) = left, right
+        if (q == q[:, :1]).all() and (k == k[:, :, :1]).all():  # the channels of both stand along the axis that is summed
+            rows, one = torch.cat([q[:, 0], k[:, :, 0]], 1).unique(dim=0), q.shape[2]
+            found.append((query, key, rows[:, :one], rows[:, one:]))
+    return found
+
+
+class _Sources:
+    """The site behind a value that only moves lead to, and the channel of the site that each entry comes from."""
+
+    def __init__(self, graph: Graph, places: Sequence[Site]) -> None:
+        self.graph = graph
+        self.made = {id(site.y): site for site in places}
+
+    def of(self, value: Value) -> tuple[Site, Tensor] | None:
+        path = []
+        while id(value) not in self.made:
+            if value.node < 0:
+                return None
+            node = self.graph.nodes[value.node]
+            name = node.func._schema.name.rpartition("::")[2]
+            given = [arg for arg in node.args if isinstance(arg, Value)]
+            if (name not in MOVES and name not in PASSING) or len(given) != 1 or given[0] is not node.args[0]:
+                return None
+            path.append((node, next(i for i, out in enumerate(node.outs) if out is value)))
+            value = given[0]
+        site = self.made[id(value)]
+        axis = 1 if site.shape is not None else len(value.shape) - 1
+        index = torch.arange(value.shape[axis]).reshape([-1 if d == axis else 1 for d in range(len(value.shape))]).expand(value.shape)
+        for node, at in reversed(path):
+            name = node.func._schema.name.rpartition("::")[2]
+            if name in ("mul", "div"):
+                continue  # by a number: a factor of both sides
+            index = index.contiguous() if "view" in name else index
+            index = node.func(index, *node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "memory_format"})
+            index = index[at] if isinstance(index, tuple | list) else index
+        return site, index
+
+
+def _cut(plan: Plan, key: Site) -> bool:
+    return key.axis in plan.cuts.get(key.weight, {})
+
+
+def _covariances(model: nn.Module, graph: Graph, keys: Sequence[Site], batches: Sequence[Any]) -> Mapping[str, Tensor]:
+    """Of the outputs of the keys' weights on the original."""
+    sums: dict[str, list] = {}
+    names = {id(site.y): site for site in keys}
+
+    def see(value: Value, tensor: Tensor) -> None:
+        site = names[id(value)]
+        rows = tensor.detach().movedim(1 if site.shape is not None else -1, -1).flatten(0, -2).double().cpu()
+        held = sums.setdefault(site.weight, [0, 0.0, 0.0])
+        held[0], held[1], held[2] = held[0] + len(rows), held[1] + rows.sum(0), held[2] + rows.T @ rows
+
+    with torch.no_grad(), watch(model, graph, [site.y for site in names.values()], see):
+        for batch in batches:
+            args, kwargs = batch_inputs(batch)
+            model(*args, **kwargs)
+    return {name: square / count - torch.outer(total / count, total / count) for name, (count, total, square) in sums.items()}

@@ -1,0 +1,78 @@
+"""What the run on the example did not need: calls whose result reaches nothing, and weights that no call reads.
+
+A call whose result reaches no output asks nothing of its operands that cutting could break, if it runs at any size (a
+position at an end, a slice): :func:`forget` takes back the locks it made. Weights that only training reads (auxiliary
+heads) are reached by a second run in training mode; :func:`hold` leaves whole what no run reads.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .labels import Reason
+from .notation import Value
+from .record import Node, Recorder
+from .trees import tensors
+
+
+def forget(recorder: Recorder, outputs: list[Value]) -> None:
+    """Take back the locks of calls that reach no output and that run whatever the sizes."""
+    wanted = {id(value) for value in outputs} | recorder.read
+    held: list[tuple[int, int]] = []
+    for node, (start, end) in zip(reversed(recorder.nodes), reversed(recorder.spans), strict=True):
+        if node.func._schema.is_mutable or any(id(value) in wanted for value in node.outs):
+            wanted.update(id(value) for value in tensors((node.args, node.kwargs)))
+        elif end > start and _runs_anyway(node):
+            held.append((start, end))
+    for start, end in held:  # from the last to the first
+        del recorder.labels.locks[start:end]
+
+
+def _runs_anyway(node: Node) -> bool:
+    name = node.func._schema.name.rpartition("::")[2]
+    return name == "slice" or (name == "select" and node.args[2] in (0, -1))
+
+
+def unread(recorder: Recorder, nodes: list[Node]) -> list[str]:
+    """The leaves (by name) that no call reads, no output is, and no number was taken from."""
+    used = {value.leaf for node in nodes for value in tensors((node.args, node.kwargs)) if value.leaf}
+    return [name for name, value in recorder.leaves.items() if name not in used and id(value) not in recorder.read and value.fields]
+
+
+def hold(recorder: Recorder, names: list[str]) -> None:
+    """Leave whole what no run reads: nobody knows what it would have to fit."""
+    if names:
+        reason = recorder.labels.reason(Reason("not used in the run on the example"))
+        for name in names:
+            for field in recorder.leaves[name].fields:
+                recorder.labels.lock(field, reason)
+
+
+@contextmanager
+def same_dice() -> Iterator[None]:
+    """Random numbers drawn inside are not missed outside."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(state)
+
+
+def train_run(recorder: Recorder, model: Any, call: Callable[[], Any]) -> list[Value]:
+    """Run once more in training mode, for what it asks of the labels; its calls are no part of the graph. Returns its outputs."""
+    kept, spans, recorder.nodes, recorder.spans = recorder.nodes, recorder.spans, [], []
+    try:
+        with same_dice():
+            model.train()
+            return [recorder.value(tensor) for tensor in tensors(call(), torch.Tensor)]
+    except Exception:  # training needs more than the example (targets): what is known by now holds
+        return []
+    finally:
+        for node in recorder.nodes:
+            for value in node.outs:
+                value.node = -1
+        recorder.extra, recorder.nodes, recorder.spans, recorder.step = recorder.nodes, kept, spans, -1
