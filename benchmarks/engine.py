@@ -11,6 +11,7 @@ import argparse
 import copy
 import math
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -66,32 +67,43 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     return models.get_model(name, weights=None, **extra).eval(), torch.randn(1, 3, side, side)
 
 
-def handles(function, model: nn.Module, x: torch.Tensor) -> str:
-    """Empty when the model that comes out runs, is smaller and keeps its output's shape; else what went wrong. Warms up, too."""
+def _stop(*_) -> None:
+    raise TimeoutError("stopped, it took too long")
+
+
+def handles(function, model: nn.Module, x: torch.Tensor, most: int = 100) -> tuple[str, float]:
+    """Empty when the model that comes out runs, is smaller and keeps its output's shape, else what went wrong; and the seconds. Warms up, too.
+
+    Stopped after ``most`` seconds.
+    """
     small = copy.deepcopy(model)
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(most)
+    start = time.perf_counter()
     try:
         small = function(small, x) or small
+        seconds = time.perf_counter() - start
         with torch.no_grad():
             same = small(x).shape == model(x).shape
     except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0][:80]
-    return "" if same and count(small) < count(model) else "not smaller" if same else "another output shape"
+        return f"{type(error).__name__}: {error}".splitlines()[0][:80], time.perf_counter() - start
+    finally:
+        signal.alarm(0)
+    return ("" if same and count(small) < count(model) else "not smaller" if same else "another output shape"), seconds
 
 
-def compare(repeats: int, names: list[str], limit: float) -> list[str]:
+def compare(repeats: int, names: list[str], limit: float, most: int) -> list[str]:
     rows, ratios = ["| model | graphprune s | with self-check s | Torch-Pruning s | ratio |", "|---|---|---|---|---|"], []
     for name in names:
         model, x = build(name)
-        start = time.perf_counter()
-        wrong = handles(theirs, model, x)
-        peer = time.perf_counter() - start
-        failed = [f"{who}: {why}" for who, why in (("graphprune", handles(ours, model, x)), ("Torch-Pruning", wrong)) if why]
-        mine, checked, other = [], [], []
+        wrong, peer = handles(theirs, model, x, most)
+        failed = [f"{who}: {why}" for who, why in (("graphprune", handles(ours, model, x)[0]), ("Torch-Pruning", wrong)) if why]
+        mine, checked, other = [], [], [peer] if peer >= limit else []
         for _ in range(repeats):
             mine.append(timed(ours, model, x))
             checked.append(timed(lambda m, x: ours(m, x, True), model, x))
-            if not wrong and (peer < limit or not other):
+            if not wrong and peer < limit:
                 other.append(timed(theirs, model, x))
         a, b = statistics.median(mine), statistics.median(checked)
         if failed:
@@ -166,18 +178,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="names of models to compare, nothing else")
-    parser.add_argument("--limit", type=float, default=20, help="seconds of the peer above which it is timed once")
+    parser.add_argument("--limit", type=float, default=20, help="seconds of the peer above which its first run is its time")
+    parser.add_argument("--most", type=int, default=100, help="seconds after which the peer is stopped: it does not handle the model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     declare_operators()
     if options.only is not None:
-        compare(options.repeats, options.only, options.limit)
+        compare(options.repeats, options.only, options.limit, options.most)
         return
     seven = seven_billion()
     print(seven[0], flush=True)
-    parts = [*seven, "", *growth(), "", *compare(options.repeats, MODELS + TIMM, options.limit)]
+    parts = [*seven, "", *growth(), "", *compare(options.repeats, MODELS + TIMM, options.limit, options.most)]
     if options.out:
         made = f"Made by `python benchmarks/engine.py --out {options.out}`; torch {torch.__version__}, Torch-Pruning 1.6.1, one thread."
         options.out.write_text("\n".join(["# Engine speed", "", made, "", *parts, ""]))

@@ -30,6 +30,9 @@ PARTS = {
     "skip": (check_skip, apply_skip),
 }
 
+# Entries of a piece, and how many pieces an array may have that is made in one go (allocators keep memory of that size at hand).
+PIECE, SMALL = 2**16, 8
+
 
 def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
     """The smaller model, of the same class; ``model`` is untouched unless ``inplace``.
@@ -90,11 +93,13 @@ def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[i
     """The given positions of the given axes, in the same kind of tensor and the same memory format."""
     indices = {} if indices is None else indices
     data = tensor.detach()
+    picks = []
     for axis, kept in axes.items():
         index = indices.get(id(kept))
         if index is None:
             index = indices[id(kept)] = torch.from_numpy(np.array(kept)).to(data.device)
-        data = data.index_select(axis, index)
+        picks.append((axis, index))
+    data = _picked(data, picks)
     last = data.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     data = data.contiguous(memory_format=torch.channels_last) if last else data.contiguous()
     if not isinstance(tensor, nn.Parameter):
@@ -102,6 +107,20 @@ def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[i
     small = nn.Parameter(data, requires_grad=tensor.requires_grad)
     small.__dict__.update(tensor.__dict__)
     return small
+
+
+def _picked(data: torch.Tensor, picks: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """The given positions of each axis; two axes in pieces that stay in the cache, for fresh memory costs more than copying."""
+    step = max(1, PIECE * len(data) // max(1, data.numel())) if data.ndim else 1
+    if len(picks) != 2 or picks[0][0] != 0 or len(picks[0][1]) <= SMALL * step or data.device.type != "cpu":
+        for axis, index in picks:
+            data = data.index_select(axis, index)
+        return data
+    (_, rows), (axis, index) = picks
+    found = data.new_empty([len(rows), *(len(index) if a == axis else n for a, n in enumerate(data.shape) if a)])
+    for start in range(0, len(rows), step):
+        torch.index_select(data.index_select(0, rows[start : start + step]), axis, index, out=found[start : start + step])
+    return found
 
 
 def _put(module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> None:

@@ -176,17 +176,18 @@ def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
 def _follow(parts: Partition, joint: Joint) -> None:
     """A slice whose entries are one unit goes with it; any other slice stays. What is not a box is locked."""
     local = parts.find(joint.array)
-    whole = sum((local == local[(slice(None),) * axis + (slice(0, 1),)]).all() for axis in range(local.ndim))
-    if whole < local.ndim - 1:
+    varies = sum(1 for axis in range(local.ndim) if np.count_nonzero(local != local[(slice(None),) * axis + (slice(0, 1),)]))
+    if varies > 1:
         parts.lock(local.ravel())
     if joint.slices is None:
         return
     rows = rows_of(local, joint.axes)
-    same = (rows == rows[:, :1]).all(axis=1)
     flat = joint.slices.ravel()
-    if same.all():
+    differ = rows != rows[:, :1]
+    if not np.count_nonzero(differ):
         parts.union(flat, rows[:, 0])
         return
+    same = ~differ.any(axis=1)
     parts.union(flat[same], rows[same, 0])
     parts.lock(flat[~same])
 
@@ -200,16 +201,16 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
     sizes = np.array([field.size for field in fields])
     ends = np.cumsum(sizes)
     starts = ends - sizes
-    hashed = np.random.default_rng(0).integers(1, 2**62, len(slots))
-    signature = np.zeros(len(root), dtype=np.int64)
-    np.add.at(signature, units, np.repeat(hashed, sizes))
+    # Equal sets of slots give equal sums, for each is added up in the order of the slots.
+    signature = np.bincount(units, np.repeat(np.random.default_rng(0).random(len(slots)), sizes), len(root))
     closed = parts.locked[units]
     locked: dict[tuple[str, int], Reason] = {}
-    told = np.where(closed, why[units], -1)
-    at_told = np.append(np.flatnonzero(told >= 0), len(units))
-    first = at_told[np.searchsorted(at_told, starts)]  # where the first reason of each slot stands, if any
+    shut = np.flatnonzero(closed)
+    told = np.append(shut[why[units[shut]] >= 0], len(units))
+    first = told[np.searchsorted(told, starts)]  # where the first reason of each slot stands, if any
     for index in np.flatnonzero(np.logical_or.reduceat(closed, starts)).tolist():
-        locked[slots[index]] = reasons[told[first[index]]] if first[index] < ends[index] else Reason("its slices go with another axis")
+        known = first[index] < ends[index]
+        locked[slots[index]] = reasons[why[units[first[index]]]] if known else Reason("its slices go with another axis")
     stands = np.zeros(len(root), dtype=bool)
     stands[units[~closed]] = True
     free = np.flatnonzero(stands)
@@ -239,7 +240,7 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
 def _same_places(signature: Array, free: Array) -> tuple[Array, Array, list[Array]]:
     """Units with the same signature form a group, in the order of their first unit: position within, group, members."""
     local = np.full(len(signature), -1, dtype=np.int64)
-    owner = np.full(len(signature), -1, dtype=np.int64)
+    owner = np.full(len(signature), -1, dtype=np.int32)
     _, first, which = np.unique(signature[free], return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))

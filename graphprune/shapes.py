@@ -121,13 +121,14 @@ def binary_inplace(x, y, **kwargs):
 
 @shape("convolution.default")
 def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-    space = x.ndim - 2
-    if transposed or not x.is_contiguous() or not weight.is_contiguous() or x.dtype != weight.dtype or weight.ndim != x.ndim or space < 1:
+    size, kernel = tuple(x.shape), tuple(weight.shape)  # asked for once: a look at .shape is slow, and models have many convolutions
+    space = len(size) - 2
+    if transposed or not x.is_contiguous() or not weight.is_contiguous() or x.dtype != weight.dtype or len(kernel) != len(size) or space < 1:
         return None
-    if x.shape[1] != weight.shape[1] * groups or any(len(given) != space for given in (stride, padding, dilation)):
+    if size[1] != kernel[1] * groups or not len(stride) == len(padding) == len(dilation) == space:
         return None
-    out = [x.shape[0], weight.shape[0]]
-    for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
+    out = [size[0], kernel[0]]
+    for n, k, s, p, d in zip(size[2:], kernel[2:], stride, padding, dilation, strict=True):
         out.append((n + 2 * p - d * (k - 1) - 1) // s + 1)
     return new(x, out) if min(out) > 0 else None
 

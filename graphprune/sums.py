@@ -58,15 +58,18 @@ def axis_sums(weight: torch.Tensor, power: int, axes: Collection[int] = (0, 1)) 
         sizes = _powers(weight, power)
         return {axis: sizes.sum([a for a in range(weight.ndim) if a != axis]).cpu().numpy() for axis in axes}
     flat = weight.flatten(1)
-    rows, columns = zip(*(_both(piece, power) for piece in flat.split(max(1, PIECE // max(1, flat.shape[1])))), strict=True)
-    column = sum(columns)
-    return {0: np.concatenate(rows), 1: column.reshape(weight.shape[1], -1).sum(1) if weight.ndim > 2 else column}
+    rows, columns = [], np.zeros(flat.shape[1], dtype=np.float32)
+    for piece in flat.split(max(1, PIECE // max(1, flat.shape[1]))):
+        along, across = _both(piece, power)
+        rows.append(along)
+        columns += across
+    return {0: np.concatenate(rows), 1: columns.reshape(weight.shape[1], -1).sum(1) if weight.ndim > 2 else columns}
 
 
 def _both(piece: torch.Tensor, power: int) -> tuple[Array, Array]:
     if power == 2 and piece.device.type == "cpu":  # no array of squares
         values = piece.numpy()
-        return np.einsum("ij,ij->i", values, values), np.einsum("ij,ij->j", values, values)
+        return torch.linalg.vector_norm(piece, dim=1).square_().numpy(), np.einsum("ij,ij->j", values, values)
     sizes = _powers(piece, power)
     return sizes.sum(1).cpu().numpy(), sizes.sum(0).cpu().numpy()
 
