@@ -69,6 +69,8 @@ def shrink(
     ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets, the default for a time). ``criterion``, ``batches``
     and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
     :func:`graphprune.repair` says which steps ``repair`` may name.
+    ``granularity`` says what a unit is: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m
+    as in "2:4" (:mod:`graphprune.granularity`).
     ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
     ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
     code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.rewrite`).
