@@ -21,8 +21,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from zoo_support import declare_operators  # noqa: E402
 
 import graphprune  # noqa: E402
-from graphprune.parts import Part, pack  # noqa: E402
-from graphprune.positions import times  # noqa: E402
+from graphprune.cutting.parts import Part, pack  # noqa: E402
+from graphprune.granularity.positions import times  # noqa: E402
 
 SHARE = 0.7
 CONVOLUTIONS = ["channel", "block", "layer", "group:box", "group", "kernel", "vector", "weight", "2:4"]

@@ -126,8 +126,8 @@ def fresh(job: dict) -> Iterator[dict]:
 
 def timed(model: nn.Module, others: list[nn.Module], x: torch.Tensor, job: dict) -> list[dict]:
     """Speedups against ``model`` with bands, all in the same rounds, and the control."""
-    from graphprune.measure import clock_for, interleave, middle_of
-    from graphprune.runtimes import prepare
+    from graphprune.timing.measure import clock_for, interleave, middle_of
+    from graphprune.timing.runtimes import prepare
 
     torch.set_num_threads(1)
     first = prepare(model, (x,), {}, job["runtime"], 1)
@@ -145,10 +145,10 @@ def timed(model: nn.Module, others: list[nn.Module], x: torch.Tensor, job: dict)
 def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
     """Where the original's time goes, operation by operation: shares of dense products, depthwise products, and all else (bound by memory)."""
     from graphprune.cost import operation, products
-    from graphprune.groups import couple
-    from graphprune.lengths import Lengths
-    from graphprune.table import Table, computes
-    from graphprune.trees import tensors
+    from graphprune.coupling.groups import couple
+    from graphprune.coupling.lengths import Lengths
+    from graphprune.timing.table import Table, computes
+    from graphprune.tracing.trees import tensors
 
     graph = graphprune.trace(model, x)
     table, lengths = Table(torch.device("cpu"), "eager", 1), Lengths(couple(graph))

@@ -32,8 +32,8 @@ import accuracy as oneshot  # noqa: E402
 import realdata  # noqa: E402
 
 import graphprune  # noqa: E402
-from graphprune.distill import soften  # noqa: E402
-from graphprune.measure import middle_of  # noqa: E402
+from graphprune.loop.distill import soften  # noqa: E402
+from graphprune.timing.measure import middle_of  # noqa: E402
 
 X = torch.zeros(1, 3, 32, 32)
 RUNS = ("ours/2.1", "peer/2.1", "ours/2.6", "peer/2.6", "peer-distilled/2.1", "peer-distilled/2.6", "original/1")

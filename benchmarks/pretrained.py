@@ -34,7 +34,7 @@ from zoo_support import declare_operators  # noqa: E402
 declare_operators()
 
 import graphprune  # noqa: E402
-from graphprune.probe import batch_inputs  # noqa: E402
+from graphprune.tracing.probe import batch_inputs  # noqa: E402
 
 
 @dataclass

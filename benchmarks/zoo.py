@@ -36,7 +36,7 @@ from zoo_models import build, names  # noqa: E402
 from zoo_support import declare_operators, randomise  # noqa: E402
 
 import graphprune  # noqa: E402
-from graphprune.verify import check  # noqa: E402
+from graphprune.cutting.verify import check  # noqa: E402
 
 
 def macs(model: torch.nn.Module, args: tuple, kwargs: dict) -> int:
@@ -120,7 +120,7 @@ def one(name: str, send, limit: float) -> None:
         try:
             more = grow(args, 2)
             out = small.train()(*more, *targets(name, more), **grow(kwargs, 2))
-            from graphprune.trees import tensors
+            from graphprune.tracing.trees import tensors
 
             loss = sum(t.double().mean() for t in tensors(out, torch.Tensor) if t.is_floating_point() and t.requires_grad)
             loss.backward()

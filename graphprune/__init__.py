@@ -1,30 +1,30 @@
 """graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
 
 from . import scores
-from .apply import apply
 from .catalogue import available, register
-from .compose import compose
 from .cost import Cost, cost, profile
-from .distill import Distillation
+from .coupling.groups import Group, Groups, couple
+from .cutting.apply import apply
+from .cutting.compose import compose
+from .cutting.masks import bake, masked, semi_structured
+from .cutting.plan import Plan
+from .cutting.store import expand, load, save
+from .cutting.zeroed import zeroed
 from .errors import GraphpruneError
-from .fuse import fuse
-from .groups import Group, Groups, couple
-from .history import History
-from .iterate import Result, iterate
-from .laws import check_rule
-from .masks import bake, masked, semi_structured
-from .measure import Measurement, measure
-from .optimizer import refresh_ema, refresh_optimizer
-from .plan import Plan
+from .loop.distill import Distillation
+from .loop.history import History
+from .loop.iterate import Result, iterate
+from .loop.optimizer import refresh_ema, refresh_optimizer
+from .loop.sparse import SparseTraining
 from .repair import repair
-from .rules import rule
 from .scores import Score, score
 from .select import select
 from .shrink import shrink
-from .sparse import SparseTraining
-from .store import expand, load, save
-from .trace import Graph, trace
-from .zeroed import zeroed
+from .timing.fuse import fuse
+from .timing.measure import Measurement, measure
+from .tracing.laws import check_rule
+from .tracing.rules import rule
+from .tracing.trace import Graph, trace
 
 __all__ = [
     "Distillation",

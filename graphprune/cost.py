@@ -5,7 +5,7 @@ count is twice that. ``size`` is the bytes of all parameters and buffers. ``memo
 activations alive at one time, inputs and outputs included, when every tensor is freed after its last use; attention is
 counted with its matrix of weights, which fused kernels avoid.
 
-Every cost is a sum of products of axis lengths (:mod:`graphprune.lengths`), so one evaluation is a few array operations.
+Every cost is a sum of products of axis lengths (:mod:`graphprune.coupling.lengths`), so one evaluation is a few array operations.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from .coupling.groups import Groups, couple
+from .coupling.lengths import Lengths
 from .errors import BadTarget
-from .groups import Groups, couple
-from .labels import Array
-from .lengths import Lengths
-from .notation import Value
-from .trace import Graph, Node, trace
-from .trees import tensors
+from .tracing.labels import Array
+from .tracing.notation import Value
+from .tracing.trace import Graph, Node, trace
+from .tracing.trees import tensors
 
 FACTORS = 4
 NAMES = ("params", "macs", "size", "memory")
@@ -132,7 +132,7 @@ class Costs:
 def cost(groups: Groups, kept: Sequence[torch.Tensor] | None = None) -> Cost:
     """What a coupled graph costs when the ``kept`` units (a tensor of indices per group; default all) stay.
 
-    >>> from graphprune.groups import couple
+    >>> from graphprune.coupling.groups import couple
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> groups = couple(trace(net, torch.zeros(3, 4)))
     >>> cost(groups).macs, cost(groups, [torch.arange(4)]).macs

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .apply import apply
-from .budget import Chooser
+from .budget.choose import Chooser
+from .coupling.groups import Groups, couple
+from .cutting.apply import apply
+from .cutting.plan import Plan, Survivors, make_plan
+from .cutting.rewrite import removed, spelled
+from .cutting.verify import check
 from .errors import GraphpruneError, NothingToPrune
-from .groups import Groups, couple
 from .names import overrides
-from .plan import Plan, Survivors, make_plan
-from .rewrite import removed, spelled
 from .scores import Scores
-from .sizes import leaves
-from .symbols import solve
-from .trace import Graph, trace
-from .verify import check
+from .tracing.sizes import leaves
+from .tracing.symbols import solve
+from .tracing.trace import Graph, trace
 
 TRIES = 16  # how many widths are tried before an axis is left whole
 

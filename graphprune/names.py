@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from .coupling.groups import Groups
 from .errors import UnknownName
-from .groups import Groups
 from .select import check_ratio
-from .trees import leaf_tensors
+from .tracing.trees import leaf_tensors
 
 
 def named(model: nn.Module, keep: Any) -> list[str]:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from .coupling.groups import Group, Groups
 from .errors import BadRatio
-from .groups import Group, Groups
 from .scores import Scores, kind
 
 Kept = list[torch.Tensor]

@@ -8,24 +8,24 @@ from typing import Any
 
 from torch import nn
 
-from .apply import apply
-from .budget import Chooser
-from .compose import so_far
+from .budget.choose import Chooser
+from .budget.targets import Aims
+from .cutting.apply import apply
+from .cutting.compose import so_far
+from .cutting.undo import undone
+from .cutting.verify import check, check_model
 from .decide import Wishes, best, decide
-from .granularity import finer, parse
-from .heads import others
-from .latency import reach, remembered, steps
+from .granularity.finer import finer, parse
+from .granularity.heads import others
+from .granularity.request import Request
 from .names import by_tensor, named
 from .repair import after_cut, refill
-from .request import Request
 from .scores import Criterion
 from .scores.attempts import attempts
 from .select import check_ratio
-from .targets import Aims
-from .trace import trace
-from .trees import uncollected
-from .undo import undone
-from .verify import check, check_model
+from .timing.latency import reach, remembered, steps
+from .tracing.trace import trace
+from .tracing.trees import uncollected
 
 
 @uncollected()
@@ -70,10 +70,10 @@ def shrink(
     and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
     :func:`graphprune.repair` says which steps ``repair`` may name.
     ``granularity`` says what a unit is: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m
-    as in "2:4" (:mod:`graphprune.granularity`).
+    as in "2:4" (:mod:`graphprune.granularity.finer`).
     ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
     ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
-    code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.rewrite`).
+    code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.cutting.rewrite`).
     Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
 
     >>> import torch

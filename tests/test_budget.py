@@ -13,12 +13,12 @@ from test_exact import X
 from torch import nn
 
 import graphprune
-from graphprune.budget import fit, holds, keep
+from graphprune.budget.choose import fit, holds, keep
+from graphprune.budget.optimal import losses_of
+from graphprune.budget.space import space
+from graphprune.budget.targets import limits
 from graphprune.cost import NAMES, costs
 from graphprune.errors import BadRatio, BadTarget
-from graphprune.optimal import losses_of
-from graphprune.space import space
-from graphprune.targets import limits
 
 SCOPES = ["layer", "global", "isomorphic", "optimal"]
 SHARES = st.sampled_from([0.9, 0.75, 0.5, 0.35])
@@ -135,7 +135,7 @@ def test_small_instances_equal_brute_force(widths, name, share, seed):
 
 
 def test_step_by_step_is_the_best_of_all_that_cost_no_more(monkeypatch):
-    import graphprune.optimal as optimal
+    import graphprune.budget.optimal as optimal
 
     for widths in ((10, 12, 12, 14), (8, 9, 10, 11), (16, 20, 24)):
         groups, scores, known = coupled(*chain(*widths))

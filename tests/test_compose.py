@@ -9,7 +9,7 @@ from torch import nn
 
 import graphprune
 from graphprune import errors
-from graphprune.plan import Plan
+from graphprune.cutting.plan import Plan
 
 X = torch.randn(2, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

@@ -17,8 +17,8 @@ from zoo_support import declare_operators
 
 import graphprune
 from graphprune.cost import costs
-from graphprune.plan import Survivors
-from graphprune.trees import tensors
+from graphprune.cutting.plan import Survivors
+from graphprune.tracing.trees import tensors
 
 declare_operators()
 

@@ -295,7 +295,7 @@ def test_a_failure_in_place_leaves_the_model_as_it_was(monkeypatch):
     grads = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
     objects = dict(net.named_parameters())
 
-    module = sys.modules["graphprune.apply"]  # the package's own name for it is the function
+    module = sys.modules["graphprune.cutting.apply"]  # the package's own name for it is the function
     real, count = module._edit, []
 
     def fails(*args):

@@ -8,10 +8,10 @@ from torch import nn
 from zoo_support import declare_operators
 
 import graphprune
-from graphprune.blocks import Modules
-from graphprune.depth import scores_of
+from graphprune.cutting.passthrough import Passthrough
 from graphprune.errors import BadLoss, BadScore, NeedsBatches, NothingToPrune, UnknownName
-from graphprune.passthrough import Passthrough
+from graphprune.granularity.blocks import Modules
+from graphprune.granularity.depth import scores_of
 
 declare_operators()
 IMAGE = torch.randn(2, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from torch import nn
 
 import graphprune
 from graphprune import errors
-from graphprune.distill import soften
+from graphprune.loop.distill import soften
 
 X = torch.randn(2, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 MORE = torch.randn(5, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

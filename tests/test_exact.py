@@ -10,7 +10,7 @@ from networks import BLOCKS, Flat, networks
 from torch import nn
 
 import graphprune
-from graphprune.plan import make_plan
+from graphprune.cutting.plan import make_plan
 from graphprune.select import select
 
 DRAWS = int(os.environ.get("GRAPHPRUNE_DRAWS", "150"))

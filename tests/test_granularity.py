@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import graphprune
-from graphprune import masks, positions
+from graphprune.cutting import masks
+from graphprune.cutting.masks import Mask
+from graphprune.cutting.parts import Part
 from graphprune.errors import BadLoss, BadModel, BadPlan, BadRatio, BadScore, NeedsBatches, NothingToPrune, UnknownName
-from graphprune.granularity import NAMES, parse
-from graphprune.masks import Mask
-from graphprune.parts import Part
-from graphprune.ranking import lowest
-from graphprune.weights import weights
+from graphprune.granularity import positions
+from graphprune.granularity.finer import NAMES, parse
+from graphprune.granularity.ranking import lowest
+from graphprune.granularity.weights import weights
 
 X = torch.randn(2, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 2])

@@ -7,8 +7,8 @@ from test_granularity import MASKED, X, net
 from torch import nn
 
 import graphprune
-from graphprune import positions
 from graphprune.errors import BadCalibration, BadRatio, BadTarget
+from graphprune.granularity import positions
 
 
 def counted(model, plan):

@@ -9,8 +9,8 @@ from test_granularity import MASKED, X, Y, net
 from torch import nn
 
 import graphprune
-from graphprune import positions
 from graphprune.errors import BadPlan
+from graphprune.granularity import positions
 
 
 def step(model, optimizer, x=X, y=Y):

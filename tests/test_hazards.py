@@ -9,7 +9,7 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import NothingToPrune
-from graphprune.trees import tensors
+from graphprune.tracing.trees import tensors
 
 HAZARDS = []
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

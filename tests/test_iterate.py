@@ -15,9 +15,9 @@ from torch import nn
 
 import graphprune
 from graphprune import errors
-from graphprune.history import History, Row
-from graphprune.schedule import SCHEDULES, share
-from graphprune.table import Table
+from graphprune.loop.history import History, Row
+from graphprune.loop.schedule import SCHEDULES, share
+from graphprune.timing.table import Table
 
 X = torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 3

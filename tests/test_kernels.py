@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune
-from graphprune import positions
-from graphprune.kernels import Thin, narrow, thin
-from graphprune.parts import Part
+from graphprune.cutting.kernels import Thin, narrow, thin
+from graphprune.cutting.parts import Part
+from graphprune.granularity import positions
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -191,7 +191,7 @@ def test_a_thinner_layer_trains_saves_and_loads(tmp_path, monkeypatch):
 def test_times_measures_what_it_says():
     conv = nn.Conv2d(4, 4, 3)
     columns = torch.rand(4, 3, 3) > 0.5
-    from graphprune.parts import pack
+    from graphprune.cutting.parts import pack
 
     before, after = positions.times(conv, Part("columns", "x.conv.weight", pack(columns)), (1, 4, 8, 8), seconds=0.01)
     assert before > 0 and after > 0 and type(conv) is nn.Conv2d and F.conv2d is not None

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune
-from graphprune.align import SLACK, alignments, staircase
-from graphprune.budget import fit, keep
+from graphprune.budget.choose import fit, keep
 from graphprune.cost import costs
 from graphprune.errors import BadMeasure, BadTarget
-from graphprune.operators import item, together
-from graphprune.table import Table, times
-from graphprune.trees import replace
+from graphprune.timing.align import SLACK, alignments, staircase
+from graphprune.timing.operators import item, together
+from graphprune.timing.table import Table, times
+from graphprune.tracing.trees import replace
 
 X, REAL = torch.zeros(2, 64), Table._time
 
@@ -132,7 +132,7 @@ def test_a_warm_search_times_no_operation(monkeypatch):
 def test_every_runtime_runs_what_it_is_asked_to_time(runtime, monkeypatch):
     pytest.importorskip("torch" if runtime == "eager" else runtime)
     pytest.importorskip("torch" if runtime == "eager" else "onnx")
-    import graphprune.latency as latency
+    import graphprune.timing.latency as latency
 
     real, seen = latency.prepare, []
 
@@ -175,7 +175,7 @@ def filled(args):
 
 
 def test_one_operation_that_a_session_refuses_does_not_take_the_others_along(monkeypatch):
-    import graphprune.table as table
+    import graphprune.timing.table as table
 
     def picky(items, runtime, threads):
         if any(each == "bad" for each in items):

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from graphprune import check_rule
-from graphprune.assemble import ASSEMBLE
 from graphprune.errors import BadRule
-from graphprune.labels import Labels
-from graphprune.moves import MOVES
-from graphprune.notation import Value, parse
-from graphprune.picks import pick
-from graphprune.record import UNTAGGED
-from graphprune.rules import RULES, pointwise
-from graphprune.trees import replace, tensors
+from graphprune.tracing.assemble import ASSEMBLE
+from graphprune.tracing.labels import Labels
+from graphprune.tracing.moves import MOVES
+from graphprune.tracing.notation import Value, parse
+from graphprune.tracing.picks import pick
+from graphprune.tracing.record import UNTAGGED
+from graphprune.tracing.rules import RULES, pointwise
+from graphprune.tracing.trees import replace, tensors
 
 aten = torch.ops.aten
 

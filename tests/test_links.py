@@ -9,9 +9,9 @@ from networks import Attention, Gated
 from torch import nn
 
 import graphprune
+from graphprune.coupling.links import links
 from graphprune.errors import BadInput
-from graphprune.links import links
-from graphprune.probe import batch_inputs, watch
+from graphprune.tracing.probe import batch_inputs, watch
 
 
 def found(net, x):

@@ -7,7 +7,7 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import BadMeasure
-from graphprune.measure import interleave, middle_of
+from graphprune.timing.measure import interleave, middle_of
 
 X = torch.randn(4, 8)
 NET = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 2))
@@ -62,7 +62,7 @@ def test_memory_format_goes_to_both_sides_and_not_to_the_users():
 def test_other_runtimes_compute_the_same(runtime):
     pytest.importorskip(runtime)
     pytest.importorskip("onnx")
-    from graphprune.runtimes import prepare
+    from graphprune.timing.runtimes import prepare
 
     class Nested(nn.Module):
         def __init__(self):

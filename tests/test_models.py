@@ -51,37 +51,34 @@ def test_nothing_in_the_package_knows_a_model():
         assert not re.search(r"resnet|densenet|swin|llama|convnext|yolo|mobilenet|timm|transformers", code, re.I), path
 
 
+ORDER = {
+    "": "errors catalogue tracing coupling cost scores select names cutting budget timing repair granularity decide shrink loop __main__",
+    "tracing": "labels sizes notation picks rules moves assemble laws trees symbols copies shapes record unused trace probe",
+    "coupling": "groups links sums lengths",
+    "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy reconstruct start expansion
+        __init__ attempts""",
+    "cutting": "parts plan rewrite masks kernels passthrough undo apply compose zeroed verify store",
+    "budget": "targets space optimal choose",
+    "timing": "runtimes measure fuse operators table align latency",
+    "repair": "moments solve sites rows paced pairs effect sequential statistics belief free __init__",
+    "granularity": "weights heads request entries ranking evidence positions blocks depth finer",
+    "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
+}
+
+
 def test_imports_go_one_way():
+    """Between the files and packages of the top, and inside every package; each file has its place."""
     import re
     from pathlib import Path
 
-    order = """
-        errors labels sizes notation picks rules moves assemble laws trees symbols copies shapes record runtimes measure unused trace probe groups
-        links sums lengths cost fuse catalogue scores select targets operators table align space optimal budget names parts plan rewrite
-        masks kernels passthrough undo apply compose repair zeroed latency verify weights heads request entries ranking evidence
-        positions blocks depth granularity decide
-        shrink sparse store optimizer schedule rounds history checkpoint iterate distill __main__
-    """.split()
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
-        if path == root / "__init__.py":
+        package = "" if path.parent == root else path.parent.name
+        if path.name == "__init__.py" and package in ("", *(p for p in ORDER if "__init__" not in ORDER[p])):
             continue
-        inner = path.parent != root  # a package's files stand where the package does
-        mine, dots = (path.parent.name, r"\.\.") if inner else (path.stem, r"\.")
-        for name in re.findall(rf"^from {dots}(\w+)(?:\.\w+)? import", path.read_text(), flags=re.M):
-            assert order.index(name) < order.index(mine), f"{path} imports {name}"
-
-
-def test_imports_inside_a_package_go_one_way():
-    import re
-    from pathlib import Path
-
-    orders = {
-        "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy reconstruct start expansion
-        __init__ attempts""".split(),
-        "repair": "moments solve sites rows paced pairs effect sequential statistics belief free __init__".split(),
-    }
-    for package, order in orders.items():
-        for path in (Path(graphprune.__file__).parent / package).glob("*.py"):
-            for name in re.findall(r"^from \.(\w*) import", path.read_text(), flags=re.M):
-                assert order.index(name or "__init__") < order.index(path.stem), f"{path} imports {name}"
+        top, inner = ORDER[""].split(), ORDER[package].split()
+        mine = package or path.stem
+        for name in re.findall(rf"^from {re.escape('..' if package else '.')}(\w+)(?:\.\w+)? import", path.read_text(), flags=re.M):
+            assert top.index(name) < top.index(mine), f"{path} imports {name}"
+        for name in re.findall(r"^from \.(\w*) import", path.read_text(), flags=re.M) if package else ():
+            assert inner.index(name or "__init__") < inner.index(path.stem), f"{path} imports {name}"

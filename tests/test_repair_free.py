@@ -10,7 +10,7 @@ import graphprune
 from graphprune.errors import BadCalibration
 from graphprune.repair.belief import Belief, _through, beliefs, carried
 from graphprune.repair.free import merged
-from graphprune.trees import leaf_tensors
+from graphprune.tracing.trees import leaf_tensors
 
 F64 = torch.float64
 

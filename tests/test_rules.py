@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from graphprune import check_rule
 from graphprune.errors import BadRule
-from graphprune.notation import Value, parse
-from graphprune.rules import RULES
+from graphprune.tracing.notation import Value, parse
+from graphprune.tracing.rules import RULES
 
 size = st.integers(2, 4)
 

@@ -25,12 +25,12 @@ import torch
 from torch import nn
 
 from ..catalogue import register
+from ..cutting.plan import Plan
 from ..errors import BadCalibration, UnknownName
-from ..plan import Plan
-from ..probe import batch_inputs
-from ..trace import Graph, open_paths, trace
-from ..trees import leaf_tensors, tensors
-from ..trees import replace as exchange
+from ..tracing.probe import batch_inputs
+from ..tracing.trace import Graph, open_paths, trace
+from ..tracing.trees import leaf_tensors, tensors
+from ..tracing.trees import replace as exchange
 from .effect import effect
 from .free import STEPS as FREE
 from .free import repair_free

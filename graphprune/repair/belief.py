@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from ..notation import Value
-from ..record import Node, is_pointwise
-from ..trace import Graph, trace
-from ..trees import replace as exchange
-from ..trees import tensors
+from ..tracing.notation import Value
+from ..tracing.record import Node, is_pointwise
+from ..tracing.trace import Graph, trace
+from ..tracing.trees import replace as exchange
+from ..tracing.trees import tensors
 
 __all__ = ["Belief", "beliefs", "carried", "trace"]
 

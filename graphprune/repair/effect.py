@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import BadScore
-from ..probe import watch
 from ..scores.data import samples
 from ..scores.fold import lacking
 from ..scores.greedy import surgeon_in_blocks
 from ..scores.registry import cause, scorer
 from ..scores.task import Scores, Task
-from ..trees import tensors
+from ..tracing.probe import watch
+from ..tracing.trees import tensors
 from .moments import Moments, moments
 from .rows import chosen, outputs, read
 from .sites import Site, sites

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..plan import Plan
-from ..probe import batch_inputs, watch
-from ..trace import Graph
-from ..trees import leaf_tensors
+from ..cutting.plan import Plan
+from ..tracing.probe import batch_inputs, watch
+from ..tracing.trace import Graph
+from ..tracing.trees import leaf_tensors
 from .belief import Belief, beliefs, carried
 from .rows import chosen, outputs, read
 from .sequential import Repaired

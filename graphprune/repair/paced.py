@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from ..errors import BadCalibration
-from ..notation import Value
-from ..probe import batch_inputs, watch
-from ..trace import Graph
+from ..tracing.notation import Value
+from ..tracing.probe import batch_inputs, watch
+from ..tracing.trace import Graph
 
 Tensor = torch.Tensor
 Take = Callable[[Tensor], Any]

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moves import MOVES
-from ..notation import Value
-from ..plan import Plan
-from ..probe import batch_inputs, watch
-from ..trace import Graph
+from ..cutting.plan import Plan
+from ..tracing.moves import MOVES
+from ..tracing.notation import Value
+from ..tracing.probe import batch_inputs, watch
+from ..tracing.trace import Graph
 from .sites import Site
 
 Tensor = torch.Tensor

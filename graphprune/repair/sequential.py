@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..cutting.plan import Plan
 from ..errors import BadCalibration
-from ..notation import Value
-from ..plan import Plan
-from ..trace import Graph
-from ..trees import leaf_tensors, tensors
+from ..tracing.notation import Value
+from ..tracing.trace import Graph
+from ..tracing.trees import leaf_tensors, tensors
 from .moments import Moments, moments
 from .paced import Again, Paced, side_by_side
 from .pairs import mixes

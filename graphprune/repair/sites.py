@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from ..notation import Value
-from ..trace import Graph, Node
-from ..trees import tensors
+from ..tracing.notation import Value
+from ..tracing.trace import Graph, Node
+from ..tracing.trees import tensors
 
 # Calls of the Python code and the places of input, weight and bias among their tensors; whether the weight is (in, out).
 CALLS = {

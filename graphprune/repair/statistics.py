@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import BadCalibration
-from ..trace import Graph
-from ..trees import leaf_tensors
+from ..tracing.trace import Graph
+from ..tracing.trees import leaf_tensors
 from .paced import Again, Paced, side_by_side
 from .sites import norms
 

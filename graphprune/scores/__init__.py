@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from ..coupling.groups import Groups
 from ..errors import UnknownName
-from ..groups import Groups
 from .activations import activation, apoz, entropy, flap, wanda_sp
 from .expansion import fisher, obd, taylor
 from .fold import bn_scale, synaptic

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ..groups import Groups
+from ..coupling.groups import Groups
 from . import Criterion, Score, Scores, named, score
 
 

@@ -19,8 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import BadLoss, BadRatio, NeedsBatches
-from ..probe import batch_inputs
-from ..trees import replace, tensors
+from ..tracing.probe import batch_inputs
+from ..tracing.trees import replace, tensors
 
 Tensor = torch.Tensor
 

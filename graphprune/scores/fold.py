@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from ..coupling.groups import Group
 from ..errors import BadScore
-from ..groups import Group
-from ..notation import Value
-from ..trace import Graph, Node
+from ..tracing.notation import Value
+from ..tracing.trace import Graph, Node
 from .registry import scorer
 from .task import Scores, Task
 

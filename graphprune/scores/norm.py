@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ..coupling.sums import unit_sums
 from ..errors import UnknownName
-from ..sums import unit_sums
 from .fold import folded, product_norm
 from .registry import scorer
 from .task import Scores, Task

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..coupling.groups import Group, Groups
 from ..errors import UnknownName
-from ..groups import Group, Groups
 
 Tensor = torch.Tensor
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..groups import Group
+from ..coupling.groups import Group
 from .fold import lacking
 from .greedy import lasso_entries, pivots, smallest_sum, surgeon, surgeon_in_blocks
 from .registry import scorer

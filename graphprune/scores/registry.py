@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from ..catalogue import register
+from ..coupling.groups import Groups
 from ..errors import BadScore, NeedsBatches, UnknownName
-from ..groups import Groups
 from .data import Data, undisturbed
 from .normalise import normalised
 from .task import Scores, Task

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..coupling.links import Link
 from ..errors import BadInput, BadScore
-from ..links import Link
-from ..notation import Value
-from ..probe import watch
+from ..tracing.notation import Value
+from ..tracing.probe import watch
 from .data import Data, gradient, one_by_one, samples
 from .registry import cause
 from .task import Task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..groups import Group
+from ..coupling.groups import Group
 from .fold import folded
 from .order import in_order
 from .registry import scorer

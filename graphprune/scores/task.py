@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..coupling.groups import Group, Groups
+from ..coupling.links import Link, links
 from ..errors import UnknownName
-from ..groups import Group, Groups
-from ..links import Link, links
-from ..trees import leaf_tensors
+from ..tracing.trees import leaf_tensors
 from .data import Data, bar
 
 Tensor = torch.Tensor

@@ -1,0 +1,253 @@
+"""Which entries must be cut together: labels become units (all or nothing), units in the same places become groups.
+
+A field over several axes can only be cut in slices along one of them, or its tensor would not stay a box. Which one is
+decided here: the axis that operations carried on (heads, when the head's positions are summed), then the outermost one
+that leaves a choice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..tracing.labels import Array, Joint, Partition, Reason
+from ..tracing.labels import rows as rows_of
+from ..tracing.notation import Value
+from ..tracing.trace import Graph
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that stand in the same places; ``places`` maps a (tensor, axis) to the unit of each position (or -1)."""
+
+    index: int
+    name: str
+    units: Array
+    places: dict[tuple[str, int], Array]
+
+    @property
+    def size(self) -> int:
+        return len(self.units)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of a graph, the unit of every label, and the reason for every axis left whole."""
+
+    graph: Graph
+    root: Array
+    groups: tuple[Group, ...]
+    locked: dict[tuple[str, int], Reason]
+
+    owner: Array
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def along(self, value: Value, dim: int) -> set[int]:
+        """The groups whose units stand along an axis of a tensor of the run."""
+        fields = [field for field in value.fields if field.shape[dim] > 1]
+        return {int(i) for field in fields for i in np.unique(self.owner[self.root[field]]) if i >= 0}
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def couple(graph: Graph, keep: tuple[tuple[str, int | None], ...] = (), locks: tuple[tuple[Array, str], ...] = ()) -> Groups:
+    """Join what the run joined, settle fields over several axes, and collect units into groups.
+
+    ``keep`` names (tensor, axis) pairs that stay whole, ``locks`` further labels with a reason.
+    """
+    labels = graph.labels
+    parts = labels.partition()
+    reasons = list(labels.reasons)
+    held = list(labels.locks)
+    for name, axis in keep:
+        for field in graph.leaves[name].fields:
+            if axis is None or field.shape[axis] > 1:
+                reasons.append(Reason("kept on request"))
+                held.append((field.ravel(), len(reasons) - 1))
+    for array, text in locks:
+        reasons.append(Reason(text))
+        held.append((array.ravel(), len(reasons) - 1))
+    if len(held) > len(labels.locks):
+        parts.lock(np.concatenate([array for array, _ in held[len(labels.locks) :]]))
+    if labels.joints:
+        _settle(parts, labels.joints)
+        parts.flatten()
+    root = parts.parent
+    why = np.full(labels.count, -1, dtype=np.int64)
+    if held:
+        arrays = [array.ravel() for array, _ in reversed(held)]  # the first reason is written last
+        why[root[np.concatenate(arrays)]] = np.repeat([reason for _, reason in reversed(held)], [array.size for array in arrays])
+    return _collect(graph, root, parts, why, reasons)
+
+
+def _settle(parts: Partition, joints: list[Joint]) -> None:
+    joints = _distinct(parts, joints)
+    _name_slices(parts, joints)
+    classes: dict[bytes, list[Joint]] = defaultdict(list)
+    for joint in joints:
+        classes[np.unique(joint.array).tobytes()].append(joint)
+    named = [c for c in classes.values() if any(j.slices is not None for j in c)]
+    rest = [c for c in classes.values() if all(j.slices is None for j in c)]
+    for members in named + rest:
+        _decide(parts, members)
+    for joint in joints:  # what was settled later may have changed what a slice holds
+        _follow(parts, joint)
+
+
+def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
+    """The joints as sets of labels, each once (a field is recorded anew by every operation that it passes)."""
+    found: dict[tuple, Joint] = {}
+    roots = parts.find(np.concatenate([a.ravel() for j in joints for a in (j.array, j.slices) if a is not None]))
+    at = 0
+    for joint in joints:
+        array, at = roots[at : at + joint.array.size].reshape(joint.array.shape), at + joint.array.size
+        slices = None
+        if joint.slices is not None:
+            slices, at = roots[at : at + joint.slices.size].reshape(joint.slices.shape), at + joint.slices.size
+        key = (array.tobytes(), array.shape, joint.axes, joint.carried, None if slices is None else slices.tobytes())
+        if key not in found:
+            found[key] = Joint(array, joint.axes, slices, joint.carried)
+    return list(found.values())
+
+
+def _name_slices(parts: Partition, joints: list[Joint]) -> None:
+    """Slices with the same units share a label, wherever they were named."""
+    names: dict[bytes, int] = {}
+    left, right = [], []
+    for joint in joints:
+        if joint.slices is None:
+            continue
+        rows = np.sort(joint.rows(), axis=1)
+        twice = (rows[:, 1:] == rows[:, :-1]).any(axis=1).tolist()
+        for row, again, label in zip(rows, twice, joint.slices.ravel().tolist(), strict=True):
+            left.append(names.setdefault((np.unique(row) if again else row).tobytes(), label))
+            right.append(label)
+    parts.union(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
+
+
+def _decide(parts: Partition, members: list[Joint]) -> None:
+    candidates: dict[tuple, tuple] = {}
+    for number, joint in enumerate(members):
+        local = parts.find(joint.array)
+        for axis in range(local.ndim):
+            named = joint.slices is not None and joint.axes == (axis,)
+            rank = (0 if named and joint.carried else 1 if named else 2, axis, number)
+            rows = rows_of(local, (axis,))
+            key = np.sort(rows, axis=1).tobytes()
+            if key not in candidates or rank < candidates[key][0]:
+                candidates[key] = (rank, rows)
+    for _, rows in sorted(candidates.values(), key=lambda c: c[0]):
+        if _choices(parts, rows, members) >= 2:
+            parts.union(np.repeat(rows[:, 0], rows.shape[1]), rows.ravel())
+            break
+    else:
+        for joint in members:
+            parts.lock(joint.array.ravel())
+    for joint in members:
+        _follow(parts, joint)
+
+
+def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
+    """How many unlocked sets remain when each row becomes one."""
+    trial = Partition(0)
+    every, flat = np.unique(rows, return_inverse=True)
+    flat = flat.reshape(rows.shape).astype(np.int32)
+    trial.parent = np.arange(len(every), dtype=np.int32)
+    trial.locked = parts.locked[every].copy()
+    trial.union(np.repeat(flat[:, 0], flat.shape[1]), flat.ravel())
+    for joint in members:
+        if joint.slices is None:
+            continue
+        inner = rows_of(parts.find(joint.array), joint.axes)
+        inside = trial.find(np.minimum(np.searchsorted(every, inner), len(every) - 1))
+        same = (inside == inside[:, :1]).all(axis=1)
+        closed = parts.is_locked(joint.slices.ravel())
+        trial.locked[inside[same & closed, 0]] = True
+    roots = np.unique(trial.find(trial.parent))
+    return int((~trial.locked[roots]).sum())
+
+
+def _follow(parts: Partition, joint: Joint) -> None:
+    """A slice whose entries are one unit goes with it; any other slice stays. What is not a box is locked."""
+    local = parts.find(joint.array)
+    varies = sum(1 for axis in range(local.ndim) if np.count_nonzero(local != local[(slice(None),) * axis + (slice(0, 1),)]))
+    if varies > 1:
+        parts.lock(local.ravel())
+    if joint.slices is None:
+        return
+    rows = rows_of(local, joint.axes)
+    flat = joint.slices.ravel()
+    differ = rows != rows[:, :1]
+    if not np.count_nonzero(differ):
+        parts.union(flat, rows[:, 0])
+        return
+    same = ~differ.any(axis=1)
+    parts.union(flat[same], rows[same, 0])
+    parts.lock(flat[~same])
+
+
+def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: list[Reason]) -> Groups:
+    slots = [(name, field.shape.index(field.size)) for name, leaf in graph.leaves.items() for field in leaf.fields]
+    if not slots:
+        return Groups(graph, root, (), {}, np.full(len(root), -1, dtype=np.int64))
+    fields = [field.ravel() for leaf in graph.leaves.values() for field in leaf.fields]
+    units = root[np.concatenate(fields)]
+    sizes = np.array([field.size for field in fields])
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    # Equal sets of slots give equal sums, for each is added up in the order of the slots.
+    signature = np.bincount(units, np.repeat(np.random.default_rng(0).random(len(slots)), sizes), len(root))
+    closed = parts.locked[units]
+    locked: dict[tuple[str, int], Reason] = {}
+    shut = np.flatnonzero(closed)
+    told = np.append(shut[why[units[shut]] >= 0], len(units))
+    first = told[np.searchsorted(told, starts)]  # where the first reason of each slot stands, if any
+    for index in np.flatnonzero(np.logical_or.reduceat(closed, starts)).tolist():
+        known = first[index] < ends[index]
+        locked[slots[index]] = reasons[why[units[first[index]]]] if known else Reason("its slices go with another axis")
+    stands = np.zeros(len(root), dtype=bool)
+    stands[units[~closed]] = True
+    free = np.flatnonzero(stands)
+    local, owner, members = _same_places(signature, free)
+    places: list[dict] = [{} for _ in members]
+    mine, inner = owner[units], local[units]
+    if len(free):
+        low, high = np.minimum.reduceat(mine, starts).tolist(), np.maximum.reduceat(mine, starts).tolist()
+        for slot, least, most, start, end in zip(slots, low, high, starts.tolist(), ends.tolist(), strict=True):
+            at = slice(start, end)
+            if least == most >= 0:
+                places[least][slot] = inner[at]
+                continue
+            if most < 0:
+                continue
+            for group in np.unique(mine[at][mine[at] >= 0]):
+                places[group][slot] = np.where(mine[at] == group, inner[at], -1)
+    several = [index for index, units in enumerate(members) if len(units) > 1]
+    groups = tuple(Group(n, next(iter(places[i]))[0], members[i], places[i]) for n, i in enumerate(several))
+    renumber = np.full(len(members) + 1, -1, dtype=np.int64)
+    renumber[several] = np.arange(len(several))
+    for index in np.flatnonzero(np.maximum.reduceat(renumber[owner[units]], starts) < 0):
+        locked.setdefault(slots[index], Reason("all its positions stay or go together, so that nothing would be left"))
+    return Groups(graph, root, groups, locked, renumber[owner])
+
+
+def _same_places(signature: Array, free: Array) -> tuple[Array, Array, list[Array]]:
+    """Units with the same signature form a group, in the order of their first unit: position within, group, members."""
+    local = np.full(len(signature), -1, dtype=np.int64)
+    owner = np.full(len(signature), -1, dtype=np.int32)
+    _, first, which = np.unique(signature[free], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    group = rank[which.ravel()]
+    order = np.argsort(group, kind="stable")
+    counts = np.bincount(group, minlength=len(first))
+    ends = np.cumsum(counts)
+    owner[free] = group
+    local[free[order]] = np.arange(len(free)) - np.repeat(ends - counts, counts)
+    return local, owner, np.split(free[order], ends[:-1]) if len(first) else []

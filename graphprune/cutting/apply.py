@@ -1,0 +1,205 @@
+"""Do it: :func:`apply` cuts the tensors of a copy, changes the attributes that follow, and returns the copy.
+
+Shapes of known torch modules follow from their own weights; other attributes are the plan's edits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import BadPlan
+from ..tracing.copies import duplicate
+from ..tracing.symbols import SHAPED
+from ..tracing.trees import leaf_tensors, modules_of
+from .kernels import apply_kernel, check_kernel
+from .masks import apply_mask, check_mask
+from .passthrough import apply_skip, check_skip
+from .plan import Plan
+from .rewrite import spell
+from .undo import undone
+
+# What is checked before anything is touched, and what is done.
+PARTS = {
+    "mask": (check_mask, apply_mask),
+    "kernel": (check_kernel, apply_kernel),
+    "columns": (check_kernel, apply_kernel),
+    "skip": (check_skip, apply_skip),
+}
+
+# Entries of a piece, and how many pieces an array may have that is made in one go (allocators keep memory of that size at hand).
+PIECE, SMALL = 2**16, 8
+
+
+def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
+    """The smaller model, of the same class; ``model`` is untouched unless ``inplace``.
+
+    Raises :class:`~graphprune.errors.BadPlan` when the plan was made for other shapes. What fails in place leaves the model as it was.
+    """
+    if inplace:
+        with undone(model, plan.edits):
+            return _apply(model, plan, inplace=True)
+    return _apply(model, plan, inplace=False)
+
+
+def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
+    cut, memo, indices = {}, {}, {}
+    held = list(leaf_tensors(model))
+    for name, _, _, tensor in held:
+        if name in plan.numbers and id(tensor) not in cut:
+            told = torch.tensor(plan.numbers[name], device=tensor.device, dtype=tensor.dtype)
+            left = cut_tensor(tensor, plan.cuts.get(name, {}), indices).long()
+            if len(left) and not -len(told) <= int(left.min()) <= int(left.max()) < len(told):
+                raise BadPlan(f"{name} numbers positions that the plan does not know: is it the same model?")
+            cut[id(tensor)] = told[left]
+        if name in plan.cuts:
+            if tuple(tensor.shape) != tuple(plan.shapes[name]):
+                raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")
+            if id(tensor) not in cut:
+                cut[id(tensor)] = cut_tensor(tensor, plan.cuts[name], indices)
+        elif not inplace and (not tensor.is_leaf or (type(tensor) is torch.Tensor and not tensor.ndim and not tensor.__dict__)):
+            memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)  # deepcopy takes 20 times as long
+    missing = {name for name in plan.cuts.keys() - {name for name, *_ in held} if "[" not in name}  # a cache may be empty
+    if missing:
+        raise BadPlan(f"the plan cuts {sorted(missing)[0]}, which this model does not have")
+    for part in plan.parts:
+        if part.kind not in PARTS:
+            raise BadPlan(f"the plan asks for {part.kind!r}, which this version does not know")
+        PARTS[part.kind][0](model, part, plan.shapes.get(part.name, ()))
+    if inplace:
+        small = model
+        for _, module, name, tensor in held:
+            if id(tensor) in cut:
+                _put(module, name, tensor, cut[id(tensor)])
+    else:
+        small = duplicate(model, {**memo, **cut})
+    if plan.rewrites:
+        if inplace and "" in plan.rewrites:
+            raise BadPlan("the model's own code is rewritten, which gives a new object; use inplace=False")
+        small = spell(small, plan.rewrites)
+    for _, module in modules_of(small):
+        _follow(module)
+    for edit in plan.edits:
+        _edit(small, edit[:-1], edit[-1])
+    for part in plan.parts:
+        PARTS[part.kind][1](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
+    return small
+
+
+def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """The given positions of the given axes, in the same kind of tensor and the same memory format."""
+    indices = {} if indices is None else indices
+    data = tensor.detach()
+    picks = []
+    for axis, kept in axes.items():
+        index = indices.get(id(kept))
+        if index is None:
+            index = indices[id(kept)] = torch.from_numpy(np.array(kept)).to(data.device)
+        picks.append((axis, index))
+    data = _picked(data, picks)
+    last = data.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    data = data.contiguous(memory_format=torch.channels_last) if last else data.contiguous()
+    if not isinstance(tensor, nn.Parameter):
+        return data.requires_grad_(tensor.requires_grad)
+    small = nn.Parameter(data, requires_grad=tensor.requires_grad)
+    small.__dict__.update(tensor.__dict__)
+    return small
+
+
+def _picked(data: torch.Tensor, picks: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """The given positions of each axis; two axes in pieces that stay in the cache, for fresh memory costs more than copying."""
+    step = max(1, PIECE * len(data) // max(1, data.numel())) if data.ndim else 1
+    if len(picks) != 2 or picks[0][0] != 0 or len(picks[0][1]) <= SMALL * step or data.device.type != "cpu":
+        for axis, index in picks:
+            data = data.index_select(axis, index)
+        return data
+    (_, rows), (axis, index) = picks
+    found = data.new_empty([len(rows), *(len(index) if a == axis else n for a, n in enumerate(data.shape) if a)])
+    for start in range(0, len(rows), step):
+        torch.index_select(data.index_select(0, rows[start : start + step]), axis, index, out=found[start : start + step])
+    return found
+
+
+def _put(module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    """A parameter stays the same object with less in it, so whoever holds it (an optimizer, a hook) holds the cut one."""
+    if isinstance(old, nn.Parameter):
+        old.grad = None
+        old.data = new.data
+        return
+    for held in (module._parameters, module._buffers, module.__dict__):
+        if name in held:
+            held[name] = new
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [getattr(module, weight) for weight in module._flat_weights_names]
+
+
+def _weight(module: nn.Module) -> Any:
+    for name in ("weight", "weight_v", "running_mean"):
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is not None:
+            return tensor
+    held = getattr(module, "parametrizations", None)
+    return getattr(module, "weight", None) if held is not None and "weight" in held else None
+
+
+def _follow(module: nn.Module) -> None:
+    """Attributes of torch's own modules that repeat the shapes of their weights."""
+    if isinstance(module, nn.RNNBase):
+        module.input_size = module.weight_ih_l0.shape[1]
+        module.hidden_size = module.weight_hh_l0.shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        return
+    weight = _weight(module) if isinstance(module, SHAPED) else None
+    if weight is None or isinstance(weight, nn.UninitializedTensorMixin if hasattr(nn, "UninitializedTensorMixin") else ()):
+        return
+    shape = tuple(weight.shape)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = shape
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        first, second = shape[:2]
+        if module.transposed:
+            module.in_channels, module.out_channels = first, second * module.groups
+        elif module.groups == module.in_channels and second == 1:
+            module.in_channels = module.groups = first if module.out_channels == module.in_channels else module.groups
+            module.out_channels = first
+        else:
+            module.out_channels, module.in_channels = first, second * module.groups
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        module.num_features = shape[0]
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        module.normalized_shape = shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = shape
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = shape[0]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = shape[0]
+
+
+def _edit(model: nn.Module, path: tuple, new: int) -> None:
+    module = model.get_submodule(path[0])
+    _set(module.__dict__, path[1], path[2:], new)
+    if isinstance(module, nn.modules.conv._ConvNd) and path[1] == "groups":
+        weight = _weight(module)
+        if module.transposed:
+            module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * new
+        else:
+            module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * new
+
+
+def _set(holder: Any, key: Any, rest: tuple, new: int) -> None:
+    """Set ``holder[key]…``, through lists and tuples (made anew), dictionaries and objects (changed)."""
+    if not rest:
+        holder[key] = new
+        return
+    inner = holder[key]
+    if isinstance(inner, dict):
+        _set(inner, rest[0], rest[1:], new)
+    elif isinstance(inner, list | tuple):
+        items = list(inner)
+        _set(items, rest[0], rest[1:], new)
+        holder[key] = type(inner)(items)
+    else:
+        _set(inner.__dict__, rest[0], rest[1:], new)

@@ -1,0 +1,118 @@
+"""Two cuts as one: :func:`compose` maps the second plan's positions through the first's, back to the original model.
+
+Composition is associative, and the empty plan changes nothing, so any number of rounds is one plan that
+:func:`graphprune.load` and :func:`graphprune.expand` understand.
+
+>>> first, second = Plan({"w": {0: [1, 3, 5]}}, {"w": (6,)}), Plan({"w": {0: [0, 2]}}, {"w": (3,)})
+>>> compose(first, second).cuts
+{'w': {0: [1, 5]}}
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..errors import BadPlan
+from .masks import parameter_name
+from .parts import Part, narrowed, pack, unpack, widened
+from .plan import Plan
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """The plan with ``apply(model, compose(first, second))`` equal to ``apply(apply(model, first), second)``.
+
+    Raises :class:`~graphprune.errors.BadPlan` when ``second`` was made for other shapes than ``first`` leaves.
+    """
+    second = _unmasked(second, {part.name for part in first.parts if part.kind == "mask"})
+    cuts = {name: dict(axes) for name, axes in first.cuts.items()}
+    shapes = dict(first.shapes)
+    for name, axes in second.cuts.items():
+        _check(first, second, name)
+        shapes.setdefault(name, second.shapes[name])
+        mine = cuts.setdefault(name, {})
+        for axis, kept in axes.items():
+            mine[axis] = [mine[axis][position] for position in kept] if axis in mine else list(kept)
+    parts = _parts(first, second)
+    shapes = {**{part.name: second.shapes[part.name] for part in second.parts if part.name in second.shapes}, **shapes}
+    edits = {edit[:-1]: edit[-1] for edit in (*first.edits, *second.edits)}
+    edited = tuple((*path, new) for path, new in edits.items())
+    rewrites = tuple(dict.fromkeys((*first.rewrites, *second.rewrites)))
+    numbers = dict(second.numbers)
+    for name, new in first.numbers.items():
+        then = second.numbers.get(name)
+        numbers[name] = [-1 if n < 0 else then[n] for n in new] if then else new
+    return Plan(cuts, shapes, edited, _notes(first, second), _lines(cuts, shapes, first, second), rewrites=rewrites, numbers=numbers, parts=parts)
+
+
+def so_far(model: torch.nn.Module, plan: Plan) -> Plan:
+    """``plan`` relative to the model that was there before the first cut: the model's own plan, if it has one, and then this."""
+    earlier = model.__dict__.get("graphprune_plan")
+    return compose(earlier, plan) if earlier is not None else plan
+
+
+def _unmasked(plan: Plan, masked: set[str]) -> Plan:
+    """A plan of a model with masks, in the names that its weights had before: a mask follows the weight it lies on."""
+    if not masked:
+        return plan
+    names = {name: parameter_name(name) for name in plan.shapes}
+    lie = {name for name in plan.shapes if any(name == f"{path}parametrizations.{own}.0.mask" for path, own in map(_split, masked))}
+    known = lambda held: {names[n] if names[n] in masked else n: value for n, value in held.items() if n not in lie}  # noqa: E731
+    return replace(plan, cuts=known(plan.cuts), shapes=known(plan.shapes))
+
+
+def _split(name: str) -> tuple[str, str]:
+    path, dot, own = name.rpartition(".")
+    return path + dot, own
+
+
+def _parts(first: Plan, second: Plan) -> tuple[Part, ...]:
+    """The parts of both, in positions of the original; what lies inside a module that goes later goes with it."""
+    found = {(part.kind, part.name): part for part in first.parts}
+    for part in second.parts:
+        if part.kind != "skip":
+            _check(first, second, part.name)
+        found[part.kind, part.name] = _earlier(part, found.get((part.kind, part.name)), first, second)
+    gone = tuple(f"{part.name}." for part in second.parts if part.kind == "skip")
+    return tuple(part for part in found.values() if not gone or not part.name.startswith(gone))
+
+
+def _earlier(part: Part, before: Part | None, first: Plan, second: Plan) -> Part:
+    """A part of the second plan, about what was there before the first."""
+    if part.kind == "kernel" and before:
+        return replace(part, data=tuple(tuple(taps[i] for i in kept) for taps, kept in zip(before.data, part.data, strict=True)))
+    if part.kind not in ("mask", "columns"):
+        return part
+    shape, cuts, skip = second.shapes[part.name], first.cuts.get(part.name, {}), part.kind == "columns"
+    whole = first.shapes.get(part.name, shape)[skip:]
+    mask = widened(unpack(part.data, shape[skip:]), whole, {axis - skip: kept for axis, kept in cuts.items() if axis >= skip})
+    return replace(part, data=pack(mask & unpack(before.data, whole) if before else mask))
+
+
+def _check(first: Plan, second: Plan, name: str) -> None:
+    left = _left(first, name, second.shapes[name])
+    if left != tuple(second.shapes[name]):
+        raise BadPlan(f"the second plan cuts {name} of shape {tuple(second.shapes[name])}, the first one leaves {left}")
+
+
+def _left(first: Plan, name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+    shape = first.shapes.get(name, otherwise)
+    left = tuple(len(first.cuts.get(name, {}).get(axis, range(size))) for axis, size in enumerate(shape))
+    thin = [narrowed(unpack(part.data, shape[1:]), _inner(first, name)) for part in first.parts if (part.kind, part.name) == ("columns", name)]
+    return (left[0], int(thin[0].sum())) if thin else left
+
+
+def _inner(plan: Plan, name: str) -> dict[int, list[int]]:
+    """The cuts of all axes but the first, counted without it."""
+    return {axis - 1: kept for axis, kept in plan.cuts.get(name, {}).items() if axis}
+
+
+def _notes(first: Plan, second: Plan) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*first.notes, *second.notes)))
+
+
+def _lines(cuts: dict, shapes: dict, first: Plan, second: Plan) -> tuple[str, ...]:
+    lines = [f"{name} axis {axis}: {shapes[name][axis]} -> {len(kept)}" for name, axes in cuts.items() for axis, kept in sorted(axes.items())]
+    done = [line for plan in (first, second) if plan.parts for line in plan.lines]
+    return tuple(dict.fromkeys((*lines, *done, *(line for line in second.lines if line.startswith("whole: ")))))

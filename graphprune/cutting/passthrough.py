@@ -1,0 +1,79 @@
+"""Modules that are gone: :class:`Passthrough` stands where one was, holds nothing, and hands on what it was given.
+
+>>> gone = Passthrough(nn.Linear(2, 2), source=0)
+>>> float(gone(torch.ones(1))), list(gone.parameters())
+(1.0, [])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadPlan
+from .parts import Part
+
+
+class Passthrough(nn.Module):
+    """Returns the argument ``source`` (a position or a keyword), or zeros of its shape, in the form the module had.
+
+    ``form`` is ``()`` for a tensor, or ``(kind, length, place)`` for a "tuple" or "list" with None everywhere else.
+    Plain attributes of the module that was here (numbers, strings) can still be read, since parents look at them; what it
+    held is None.
+    """
+
+    def __init__(self, was: nn.Module, source: int | str, form: tuple = (), zero: bool = False) -> None:
+        super().__init__()
+        kept = {k: v for k, v in was.__dict__.items() if not k.startswith("_") and isinstance(v, int | float | str | None)}
+        self.__dict__.update(kept)
+        for name in (*was._parameters, *was._buffers, *was._modules):
+            self.register_parameter(name, None)  # a parent that asks sees that it is gone
+        self.was, self.source, self.form, self.zero = type(was).__name__, source, form, zero
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[self.source] if isinstance(self.source, int) else kwargs[self.source]
+        given = torch.zeros_like(given) if self.zero else given
+        if not self.form:
+            return given
+        kind, length, place = self.form
+        out = [None] * length
+        out[place] = given
+        return tuple(out) if kind == "tuple" else out
+
+    def extra_repr(self) -> str:
+        return f"was {self.was}" + (", gives zeros" if self.zero else "")
+
+
+def check_skip(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
+    """Is there a module for a plan's ``skip`` part?"""
+    path, _, name = part.name.rpartition(".")
+    try:
+        model.get_submodule(path)._modules[name]
+    except (AttributeError, KeyError) as error:
+        raise BadPlan(f"the plan removes {part.name}, which this model does not have") from error
+
+
+def apply_skip(model: nn.Module, part: Part, shape: tuple[int, ...], cuts: Mapping[int, Sequence[int]]) -> None:
+    """Do what a plan's ``skip`` part says: the module's parameters leave the model."""
+    was = model.get_submodule(part.name)
+    source, form, zero = part.data
+    gone = Passthrough(was, source, tuple(form), bool(zero)).train(was.training)
+    for module in model.modules():
+        for key, held in module._modules.items():
+            if held is was:
+                module._modules[key] = gone
+
+
+def passed(part: Part, args: tuple, kwargs: dict, out: Any) -> Any:
+    """What the oracle's hook returns in place of a module's output: its own input, or zeros.
+
+    >>> passed(Part("skip", "block", (0, (), False)), (1,), {}, None)
+    1
+    """
+    source, form, zero = part.data
+    given = args[source] if isinstance(source, int) else kwargs[source]
+    given = torch.zeros_like(given) if zero else given
+    return type(out)(given if i == form[2] else item for i, item in enumerate(out)) if form else given

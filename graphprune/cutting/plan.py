@@ -1,0 +1,160 @@
+"""What will be done: a :class:`Plan` is frozen data, and nothing but :mod:`graphprune.cutting.apply` touches a model.
+
+It holds, for every tensor axis that is cut, the surviving positions, and the attributes that change with them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..coupling.groups import Groups
+from ..errors import BadPlan
+from ..select import Kept
+from ..tracing.labels import Array
+from ..tracing.notation import Value
+from ..tracing.picks import renumber
+from ..tracing.symbols import Need
+from .parts import Part, survivors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new).
+
+    ``numbers``: for buffers that number positions of a cut axis, the new number of every old one (-1: gone).
+    ``rewrites``: the modules whose code holds sizes as literals; they come back as ``torch.fx.GraphModule``.
+    ``parts``: changes beyond cutting axes (masks, smaller kernels, skipped modules).
+    """
+
+    cuts: dict[str, dict[int, list[int]]]
+    shapes: dict[str, tuple[int, ...]]
+    edits: tuple[tuple, ...] = ()
+    notes: tuple[str, ...] = ()
+    lines: tuple[str, ...] = field(default=(), compare=False)
+    rewrites: tuple[str, ...] = ()
+    numbers: dict[str, list[int]] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
+        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        named = {id(t): name for name, t in tensors.items() if name in self.cuts}  # tied tensors are cut under one name
+        return {name: self.mask(named.get(id(t), name), tuple(t.shape)) for name, t in tensors.items()}
+
+    def mask(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        mask = torch.ones(shape, dtype=torch.bool)
+        for axis, kept in self.cuts.get(name, {}).items():
+            along = torch.zeros(shape[axis], dtype=torch.bool)
+            along[kept] = True
+            mask &= along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        for part in self.parts:
+            if part.name == name and part.kind != "skip":
+                mask &= survivors(part, shape)
+        return mask
+
+    def explain(self) -> str:
+        """Group by group what goes and what it takes along; for every axis left whole, why."""
+        return "\n".join((*self.lines, *self.notes))
+
+    def to_json(self) -> str:
+        cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
+        data = {"version": 1, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
+        data |= {"rewrites": self.rewrites} if self.rewrites else {}
+        data |= {"numbers": self.numbers} if self.numbers else {}
+        data |= {"parts": [part.to_json() for part in self.parts]} if self.parts else {}
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises :class:`~graphprune.errors.BadPlan` when the text is not one."""
+        try:
+            data = json.loads(text)
+            cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
+            shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+            numbers = {name: [int(i) for i in new] for name, new in data.get("numbers", {}).items()}
+            parts = tuple(Part.from_json(part) for part in data.get("parts", ()))
+            texts = (tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
+            return cls(cuts, shapes, _tuples(data["edits"]), *texts, numbers, parts)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
+
+
+def _tuples(items: Any) -> Any:
+    return tuple(_tuples(item) for item in items) if isinstance(items, list) else items
+
+
+class Survivors:
+    """Which labels survive, and what that leaves of any axis of any tensor of the run."""
+
+    def __init__(self, groups: Groups, kept: Kept) -> None:
+        gone = np.zeros(len(groups.root), dtype=bool)
+        for group, stay in zip(groups, kept, strict=True):
+            out = np.ones(group.size, dtype=bool)
+            out[stay.numpy()] = False
+            gone[group.units[out]] = True
+        self.stays = ~gone[groups.root] if len(gone) else ~gone
+
+    def axis(self, value: Value, dim: int) -> Array:
+        mask = np.ones(value.shape[dim], dtype=bool)
+        for held in value.fields:
+            if held.shape[dim] > 1:
+                others = tuple(a for a in range(held.ndim) if a != dim)
+                mask &= self.stays[held].any(axis=others)
+        return mask
+
+    def length(self, need: Need) -> int:
+        mask = self.axis(need.value, need.dim)
+        if need.kind == "before":
+            return int(mask[: need.at].sum())
+        if need.kind == "after":
+            return int(mask[len(mask) - need.at :].sum()) if need.at else 0
+        if need.kind == "blocks":
+            return int(mask.reshape(need.at, -1).any(axis=1).sum())
+        return int(mask.sum())
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return tuple(int(self.axis(value, dim).sum()) for dim in range(len(value.shape)))
+
+
+def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[str, ...]) -> Plan:
+    """Turn kept units into cuts of tensors."""
+    masks: dict[tuple[str, int], Array] = {}
+    for group, stay in zip(groups, kept, strict=True):
+        stays = np.zeros(group.size + 1, dtype=bool)
+        stays[stay.numpy()] = stays[-1] = True  # position -1: of no unit of this group
+        for slot, units in group.places.items():
+            mask = stays[units]
+            masks[slot] = masks[slot] & mask if slot in masks else mask
+    lists: dict[bytes, list[int]] = {}  # equal cuts share one list
+    cuts: dict[str, dict[int, list[int]]] = {}
+    leaves = groups.graph.leaves
+    for (name, axis), mask in sorted(masks.items(), key=lambda item: item[0][1]):
+        if not mask.all():
+            key = mask.tobytes()
+            if key not in lists:
+                lists[key] = np.flatnonzero(mask).tolist()
+            cuts.setdefault(name, {})[axis] = lists[key]
+    cuts = {name: cuts[name] for name in leaves if name in cuts}
+    shapes = {name: leaves[name].shape for name in cuts}
+    lines = []
+    for group, stay in zip(groups, kept, strict=True):
+        lines.append(f"group {group.index} ({group.name}): {len(stay)} of {group.size} units stay")
+        for name, axis in group.places:
+            size = leaves[name].shape[axis]
+            left = cuts[name].get(axis) if name in cuts else None
+            lines.append(f"  {name} axis {axis}: {size} -> {size if left is None else len(left)}")
+    for (name, axis), reason in groups.locked.items():
+        lines.append(f"whole: {name} axis {axis} ({math.prod(leaves[name].shape)} entries): {reason}")
+    numbers, stays = {}, Survivors(groups, kept)
+    for name, (value, dim) in groups.graph.__dict__.get("picks", {}).items():
+        mask = stays.axis(value, dim)
+        if not mask.all():
+            numbers[name] = renumber(mask)
+            lines.append(f"  {name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
+    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines), numbers=numbers)

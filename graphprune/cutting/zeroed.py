@@ -1,0 +1,185 @@
+"""The oracle: :func:`zeroed` runs the original with every removed entry set to zero.
+
+Statistics over a cut axis (a norm, a mean, a softmax) are computed over the survivors. It replays the recorded calls on
+real tensors and never looks at the cut model, so the two can be compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import BadInput
+from ..tracing.notation import Value
+from ..tracing.trace import Graph, trace
+from ..tracing.trees import leaf_tensors, replace, tensors
+from .masks import parameter_name
+from .passthrough import passed
+from .plan import Plan
+
+
+def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable[..., list[torch.Tensor]]:
+    """A function of the model's inputs that returns the list of output tensors of the zeroed original."""
+
+    def run(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        if plan.parts:
+            return _settled(model, plan, args, kwargs)
+        given = list(tensors((args, kwargs), torch.Tensor))
+        fits = graph is not None and [tuple(t.shape) for t in given] == [v.shape for v in graph.inputs]
+        found = graph if fits and graph else trace(model, args, kwargs)
+        if found.__dict__["real"]:  # control flow depends on values: record the path that the zeroed weights take
+            found = trace(_masked(model, plan), args, kwargs)
+        return replay(found, model, plan, given)
+
+    return run
+
+
+def _settled(model: nn.Module, plan: Plan, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """What changes no shape on the way is done to a twin: zeroed weights, and hooks that skip modules; cut axes are then as ever."""
+    twin = _masked(model, plan).eval()
+    for part in plan.parts:
+        if part.kind == "skip":
+            hook = lambda _, a, k, out, part=part: passed(part, a, k, out)  # noqa: E731
+            twin.get_submodule(part.name).register_forward_hook(hook, with_kwargs=True)
+    taps = {part.name for part in plan.parts if part.kind == "kernel"}
+    left = {name: {axis: kept for axis, kept in axes.items() if axis < 2 or name not in taps} for name, axes in plan.cuts.items()}
+    left = {name: axes for name, axes in left.items() if axes}
+    if left:
+        return zeroed(twin, Plan(left, plan.shapes))(*args, **kwargs)
+    with torch.no_grad():
+        return [t.clone() for t in tensors(twin(*args, **kwargs), torch.Tensor)]
+
+
+def _masked(model: nn.Module, plan: Plan) -> nn.Module:
+    memo, known = {}, {*plan.cuts, *(part.name for part in plan.parts)}
+    for leaf, _, _, tensor in leaf_tensors(model):
+        name = leaf if leaf in known else parameter_name(leaf)
+        data = tensor.detach().clone()
+        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in known else data
+        memo.setdefault(id(tensor), nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
+    return copy.deepcopy(model, memo)
+
+
+class Masks:
+    """The surviving positions along every axis of every value, from the plan's cuts of the leaves.
+
+    It asks nothing of how groups were settled: a cut position takes the labels joined to it, and a slice (a head, a convolution group) goes with the
+    last of its entries.
+    """
+
+    def __init__(self, graph: Graph, plan: Plan) -> None:
+        root = graph.labels.partition().parent
+        gone = np.zeros(len(root), dtype=bool)
+        for name, axes in plan.cuts.items():
+            for axis, kept in axes.items():
+                field = next(f for f in graph.leaves[name].fields if f.shape[axis] > 1)
+                removed = np.ones(field.size, dtype=bool)
+                removed[kept] = False
+                gone[root[field.ravel()[removed]]] = True
+        slices = [(root[joint.rows()], root[joint.slices.ravel()]) for joint in graph.labels.joints if joint.slices is not None]
+        before = -1
+        while before != (before := int(gone.sum())):
+            for rows, names in slices:
+                gone[names[gone[rows].all(axis=1)]] = True
+                gone[rows[gone[names]]] = True
+        self.stays = ~gone[root]
+
+    def kept(self, value: Value) -> dict[int, torch.Tensor]:
+        found = {}
+        for dim, size in enumerate(value.shape):
+            mask = torch.ones(size, dtype=torch.bool)
+            for field in value.fields:
+                if field.shape[dim] > 1:
+                    stays = np.moveaxis(self.stays[field], dim, 0)
+                    mask &= torch.from_numpy(stays.reshape(size, -1).any(axis=1))
+            if not mask.all():
+                found[dim] = mask.nonzero().ravel()
+        return found
+
+
+def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Run the recorded calls on the zeroed leaves."""
+    masks = Masks(graph, plan)
+    held: dict[int, torch.Tensor] = {}
+    shared: dict[int, torch.Tensor] = {}
+    for name, _, _, tensor in leaf_tensors(model):
+        leaf = graph.leaves.get(name)
+        if leaf is None:
+            continue
+        if id(tensor) not in shared:
+            data = tensor.detach()
+            mask = plan.mask(name, tuple(data.shape)).to(data.device)
+            shared[id(tensor)] = data.masked_fill(~mask, 0) if name in plan.cuts else data.clone()
+        held[id(leaf)] = shared[id(tensor)]
+    for name, tensor in graph.__dict__["constants"].items():
+        held[id(graph.leaves[name])] = tensor.clone()
+    for value, tensor in zip(graph.inputs, inputs, strict=True):
+        held[id(value)] = tensor.detach().clone()
+    device = next((t.device for t in shared.values()), torch.device("cpu"))
+    last = {id(v): i for i, node in enumerate(graph.nodes) for v in tensors((node.args, node.kwargs))}
+    wanted = {id(value) for value in graph.outputs}
+    with torch.no_grad():
+        for index, node in enumerate(graph.nodes):
+            results = _call(node, held, masks, device)
+            for value, tensor in zip(node.outs, results, strict=True):
+                held[id(value)] = tensor
+            for value in list(tensors((node.args, node.kwargs))):
+                if last[id(value)] == index and id(value) not in wanted:
+                    held.pop(id(value), None)
+    missing = [value for value in graph.outputs if id(value) not in held]
+    if missing:
+        raise BadInput("an output of the model does not come from the recorded run")
+    return [held[id(value)] for value in graph.outputs]
+
+
+def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[torch.Tensor]:
+    kwargs = dict(node.kwargs)
+    if "device" in kwargs:
+        kwargs["device"] = device
+    cuts = {id(v): masks.kept(v) for v in tensors((node.args, kwargs))} if node.reduces else {}
+    if not any(cuts.values()):
+        swap = lambda v: held[id(v)]  # noqa: E731
+        args = replace(node.args, swap)
+        try:
+            return list(tensors(node.func(*args, **replace(kwargs, swap)), torch.Tensor))
+        except RuntimeError:
+            if node.func is not torch.ops.aten.view.default:
+                raise
+            return [args[0].reshape(args[1])]  # real tensors may lie in memory in another order than the recorded ones
+
+    def take(value: Value) -> torch.Tensor:
+        tensor = held[id(value)]
+        for dim, kept in cuts[id(value)].items():
+            tensor = tensor.index_select(dim, kept)
+        return tensor
+
+    args = list(replace(node.args, take))
+    name = node.func._schema.name.rpartition("::")[2]
+    if name in ("native_layer_norm", "_fused_rms_norm"):
+        args[1] = list(args[0].shape[-len(args[1]) :])
+    if name == "native_group_norm":
+        args[4], args[6] = args[0].shape[1], _blocks(node.args[0], cuts, args[6])
+    if name == "convolution":
+        args[8] = _blocks(node.args[0], cuts, args[8])
+    small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
+    return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
+
+
+def _blocks(value: Value, cuts: dict, count: int) -> int:
+    """How many of ``count`` equal blocks of channels have survivors."""
+    stays = torch.zeros(value.shape[1], dtype=torch.bool)
+    stays[cuts[id(value)].get(1, slice(None))] = True
+    return int(stays.reshape(count, -1).any(dim=1).sum())
+
+
+def _spread(tensor: torch.Tensor, value: Value, kept: dict[int, torch.Tensor]) -> torch.Tensor:
+    for dim, positions in kept.items():
+        shape = list(tensor.shape)
+        shape[dim] = value.shape[dim]
+        tensor = tensor.new_zeros(shape).index_copy(dim, positions, tensor)
+    return tensor

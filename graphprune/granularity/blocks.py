@@ -1,0 +1,300 @@
+"""Modules whose removal is possible: what they return has the shape of what they take, so the input can stand for it.
+
+Read from the graph and from one run with hooks, never from names: which module holds which calls, whether its output is
+its input plus something (*residual*), whether it is one of a chain, or whether all that happens to its output is that it
+is added to something else (a *branch*).
+
+>>> from ..tracing.trace import trace
+>>> net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+>>> [found.name for found in Modules(trace(net, torch.zeros(1, 4)), net).layers()]
+['1']
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cutting.parts import Part
+from ..tracing.moves import MOVES
+from ..tracing.notation import Value
+from ..tracing.trace import Graph, Node, is_pointwise
+from ..tracing.trees import tensors
+
+NORMS = frozenset("native_batch_norm native_layer_norm native_group_norm _fused_rms_norm cudnn_batch_norm _native_batch_norm_legit_no_training".split())
+ADDS = frozenset(("add", "add_"))
+SCALES = frozenset(("mul", "mul_", "native_dropout"))
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A module that can go: ``skips`` are the plan's parts (itself, and what only it needed); ``before`` and ``after`` the stream around it."""
+
+    name: str
+    skips: tuple[Part, ...]
+    before: Value
+    after: Value
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a module was called: which argument its output can be replaced by, and the form of the output."""
+
+    source: int | str
+    form: tuple
+
+
+class Modules:
+    """What the modules of a model do in its graph."""
+
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
+        self.graph, self.model = graph, model
+        self.modules = dict(model.named_modules())
+        self.shaped = _shaped(graph, model)
+        self.users: dict[int, list[int]] = defaultdict(list)
+        self.inside: dict[str, list[int]] = defaultdict(list)
+        for index, node in enumerate(graph.nodes):
+            for value in tensors((node.args, node.kwargs)):
+                self.users[id(value)].append(index)
+            path = node.module
+            while path:
+                self.inside[path].append(index)
+                path = path.rpartition(".")[0]
+        self.final = {id(value) for value in graph.outputs}
+        self.fixed = _fixed(graph)
+        self._residual: dict[str, bool] = {}
+
+    def blocks(self) -> list[Removable]:
+        """Residual modules; where a model has none, modules with children in a chain. Of nested ones the elements of the innermost chain."""
+        names = list(self._blocks("", self.model, residual=True)) or list(self._blocks("", self.model, residual=False))
+        return list(self._kept(names, zero=False))
+
+    def layers(self) -> list[Removable]:
+        """Branches that are only added to a stream, and single layers in a chain."""
+        names = list(self._branches("", self.model))
+        found = list(self._kept(names, zero=True))
+        taken = {part.name for removable in found for part in removable.skips}
+        chain = [n for n, m in self.modules.items() if self._hidden(n, m) and not any(n == t or n.startswith(t + ".") for t in taken)]
+        return found + list(self._kept(chain, zero=False))
+
+    def _kept(self, names: list[str] | Iterator[str], zero: bool) -> Iterator[Removable]:
+        for name in names:
+            ends = self.ends(name)
+            skips = self.skips({name: zero}) if ends else None
+            if not skips or not any(p.ndim > 1 for part in skips for p in self.modules[part.name].parameters()):
+                continue
+            before, after = ends
+            if zero:
+                node = self.graph.nodes[self._sum(after)]
+                before = next(v for v in tensors(node.args) if not self._from(v, after))
+                after = node.outs[0]
+            yield Removable(name, skips, before, after)
+
+    def _blocks(self, path: str, module: nn.Module, residual: bool) -> Iterator[str]:
+        for own, child in module.named_children():
+            name = f"{path}.{own}" if path else own
+            if self._block(name, child, module, residual) and not self._holds_blocks(name, residual):
+                yield name
+            else:
+                yield from self._blocks(name, child, residual)
+
+    def _block(self, name: str, module: nn.Module, parent: nn.Module, residual: bool) -> bool:
+        if name not in self.shaped or not any(True for _ in module.children()) or self.ends(name) is None:
+            return False
+        return self.residual(name) if residual else self._chained(name, parent)
+
+    def _holds_blocks(self, name: str, residual: bool) -> bool:
+        """Is there a chain of blocks inside? Then its elements are the blocks."""
+        for inner, module in self.modules.items():
+            if inner.startswith(name + "."):
+                parent = self.modules[inner.rpartition(".")[0]]
+                if self._block(inner, module, parent, residual) and self._chained(inner, parent):
+                    return True
+        return False
+
+    def _chained(self, name: str, parent: nn.Module) -> bool:
+        if isinstance(parent, nn.Sequential):
+            return True
+        ends = self.ends(name)
+        if not isinstance(parent, nn.ModuleList) or ends is None:
+            return False
+        mine = set(self.inside[name])
+        return all(user in mine for user in self.users[id(ends[0])])  # parallel elements read the same input
+
+    def _branches(self, path: str, module: nn.Module) -> Iterator[str]:
+        for own, child in module.named_children():
+            name = f"{path}.{own}" if path else own
+            ends = self.ends(name) if name in self.shaped and any(True for _ in child.parameters()) else None
+            if ends and self._sum(ends[1]) is not None:
+                yield name
+            else:
+                yield from self._branches(name, child)
+
+    def _hidden(self, name: str, module: nn.Module) -> bool:
+        parent = self.modules.get(name.rpartition(".")[0]) if name else None
+        single = not any(True for _ in module.children()) and any(p.ndim > 1 for p in module.parameters(recurse=False))
+        return single and name in self.shaped and parent is not None and self._chained(name, parent) and self.ends(name) is not None
+
+    def ends(self, name: str) -> tuple[Value, Value] | None:
+        """What goes into a module and what comes out: the values at its border, None where the border is not that simple."""
+        mine = set(self.inside.get(name, ()))
+        out = [v for i in mine for v in self.graph.nodes[i].outs if id(v) in self.final or any(u not in mine for u in self.users[id(v)])]
+        if len(out) != 1 or name not in self.shaped:
+            return None
+        given = [v for i in sorted(mine) for v in tensors((self.graph.nodes[i].args, self.graph.nodes[i].kwargs)) if v.node not in mine]
+        fits = [v for v in given if v.shape == out[0].shape and (not v.leaf or v.leaf.startswith("<input"))]
+        return (fits[0], out[0]) if fits else None
+
+    def residual(self, name: str) -> bool:
+        """Is there a way from the output back to the input that only adds, normalises, moves or acts entry by entry?"""
+        if name not in self._residual:
+            self._residual[name] = self._reaches(name)
+        return self._residual[name]
+
+    def _reaches(self, name: str) -> bool:
+        start, end = self.ends(name) or (None, None)
+        todo, seen = [(end, False)], set()
+        while todo:
+            value, added = todo.pop()
+            if value is start and added:
+                return True
+            if value is None or value is start or value.node not in self.inside[name] or (id(value), added) in seen:
+                continue
+            seen.add((id(value), added))
+            node = self.graph.nodes[value.node]
+            given = [v for v in tensors((node.args, node.kwargs)) if id(v) not in self.fixed]
+            name_ = _name(node)
+            if name_ in ADDS:
+                todo += [(v, True) for v in given]
+            elif given and (name_ in NORMS or name_ in MOVES or (len(given) == 1 and is_pointwise_node(node))):
+                todo.append((given[0], added))
+        return False
+
+    def _sum(self, value: Value) -> int | None:
+        """The addition that is all that happens to a value, but for scaling by parameters, dropout and movement."""
+        while True:
+            users = set(self.users[id(value)])
+            if len(users) != 1 or id(value) in self.final:
+                return None
+            index = users.pop()
+            node, name = self.graph.nodes[index], _name(self.graph.nodes[index])
+            given = list(tensors((node.args, node.kwargs)))
+            if name in ADDS:
+                other = [v for v in given if v is not value]
+                stream = len(other) == 1 and other[0].shape == value.shape == node.outs[0].shape and id(other[0]) not in self.fixed
+                return index if stream else None
+            if name in MOVES or (name in SCALES and all(v is value or id(v) in self.fixed for v in given)):
+                value = node.outs[0]
+                continue
+            return None
+
+    def _from(self, value: Value, origin: Value) -> bool:
+        """Does a value come from another by the steps of :meth:`_sum`?"""
+        while value is not origin and value.node >= 0:
+            given = [v for v in tensors((self.graph.nodes[value.node].args, self.graph.nodes[value.node].kwargs)) if id(v) not in self.fixed]
+            if len(given) != 1:
+                return False
+            value = given[0]
+        return value is origin
+
+    def skips(self, gone: dict[str, bool]) -> tuple[Part, ...] | None:
+        """The parts that remove modules (True: their output becomes zero) and whatever only they needed; None where weights would be left over."""
+        live = self.live(gone)
+        dead: list[str] = []
+        self._dead("", self.model, live, gone, dead)
+        if any(name not in self.shaped for name in dead):
+            return None
+        order = [*gone, *dead]
+        return tuple(Part("skip", name, (self.shaped[name].source, self.shaped[name].form, gone.get(name, False))) for name in order)
+
+    def live(self, gone: dict[str, bool]) -> set[int]:
+        """The calls whose results still reach an output."""
+        jump = {}
+        for name, zero in gone.items():
+            before, after = self.ends(name)
+            jump[id(after)] = () if zero else (before,)
+        live: set[int] = set()
+        todo = list(self.graph.outputs)
+        while todo:
+            value = todo.pop()
+            if id(value) in jump:
+                todo += jump[id(value)]
+                jump[id(value)] = ()  # once is enough; it stays a way past what is gone
+                continue
+            if value.node < 0 or value.node in live:
+                continue
+            live.add(value.node)
+            node = self.graph.nodes[value.node]
+            todo += list(tensors((node.args, node.kwargs)))
+        return live
+
+    def _dead(self, path: str, module: nn.Module, live: set[int], gone: dict[str, bool], dead: list[str]) -> None:
+        for own, child in module.named_children():
+            name = f"{path}.{own}" if path else own
+            weighty = any(True for _ in child.parameters())
+            if name in gone or not weighty or not self.inside.get(name):
+                continue
+            whole = not any(index in live for index in self.inside[name])
+            if whole and (name in self.shaped or not any(True for _ in child.children())):
+                dead.append(name)
+            else:
+                self._dead(name, child, live, gone, dead)
+
+
+def _fixed(graph: Graph) -> set[int]:
+    """The values that do not depend on the inputs: parameters, constants, and what is computed from them alone."""
+    found = {id(leaf) for leaf in graph.leaves.values()}
+    for node in graph.nodes:
+        if all(id(value) in found for value in tensors((node.args, node.kwargs))):
+            found |= {id(value) for value in node.outs}
+    return found
+
+
+def is_pointwise_node(node: Node) -> bool:
+    return torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, _name(node))
+
+
+def _name(node: Node) -> str:
+    return node.func._schema.name.rpartition("::")[2]
+
+
+def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
+    """The modules that were called once and took a tensor of the shape and kind that they returned."""
+    calls: dict[str, list] = defaultdict(list)
+    handles = []
+    for name, module in model.named_modules():
+        hook = lambda _, args, kwargs, out, name=name: calls[name].append(_form(args, kwargs, out))  # noqa: E731
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    modes = [(module, module.training) for module in model.modules()]
+    args, kwargs = graph.example
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(*args, **kwargs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for handle in handles:
+            handle.remove()
+    return {name: found[0] for name, found in calls.items() if name and len(found) == 1 and found[0]}
+
+
+def _form(args: tuple, kwargs: dict, out: Any) -> Shape | None:
+    """Which argument can stand for the output: the first tensor of its shape and dtype."""
+    form: tuple = ()
+    if type(out) in (tuple, list):
+        places = [i for i, item in enumerate(out) if item is not None]
+        if len(places) != 1:
+            return None
+        form, out = (type(out).__name__, len(out), places[0]), out[places[0]]
+    if not isinstance(out, torch.Tensor) or not out.is_floating_point():
+        return None
+    for key, item in [*enumerate(args), *kwargs.items()]:
+        if isinstance(item, torch.Tensor) and item.shape == out.shape and item.dtype == out.dtype:
+            return Shape(key, form)
+    return None

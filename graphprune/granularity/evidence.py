@@ -1,0 +1,73 @@
+"""What scores of entries need besides the weights: gradients of the loss, and the batch-norm scale before a weight.
+
+>>> from ..tracing.trace import trace
+>>> from .weights import weights
+>>> net = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+>>> graph = trace(net, torch.zeros(1, 2, 3, 3))
+>>> scale_of(graph, weights(graph, net)[0][1], dict(net.named_parameters())).tolist()
+[1.0, 1.0, 1.0, 1.0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import NeedsBatches
+from ..scores.data import Data, undisturbed
+from ..scores.data import gradients as data_gradients
+from ..tracing.notation import Value
+from ..tracing.rules import RULES
+from ..tracing.trace import Graph, is_pointwise
+from ..tracing.trees import leaf_tensors, tensors
+from .entries import unit_scores
+from .weights import THROUGH, Weight
+
+
+def scored(
+    graph: Graph, model: nn.Module, usable: Mapping[Weight, tuple], criterion: Any, batches: Iterable | None, loss: Callable | None
+) -> dict[Weight, torch.Tensor]:
+    """The scores of the units of every weight; ``usable`` says how each is seen as units (:func:`~graphprune.entries.views`)."""
+    grads = gradients(model, list(usable), batches, loss) if criterion == "taylor" else {}
+    data = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
+    found = {}
+    for weight, view in usable.items():
+        gamma = scale_of(graph, weight, data) if criterion == "synaptic" else None
+        tensor = data[weight.leaf] if weight.mask is None else data[weight.leaf].detach() * weight.mask
+        found[weight] = unit_scores(weight, view, tensor, criterion, grads.get(weight), gamma)
+    return found
+
+
+def gradients(model: nn.Module, wanted: Sequence[Weight], batches: Iterable | None, loss: Callable | None) -> dict[Weight, torch.Tensor]:
+    """The mean gradient of the loss over all samples of the batches; the model and its ``.grad`` are left as they were."""
+    if batches is None:
+        raise NeedsBatches("the score 'taylor' needs data and a loss; give batches= (any iterable of batches) and loss=")
+    held = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
+    data, total, count = Data(model, batches, loss, name="taylor"), {}, 0
+    with undisturbed(model):
+        for found, size in data_gradients(data, {weight.leaf: held[weight.leaf] for weight in wanted}):
+            total = {leaf: total.get(leaf, 0) + grad * size for leaf, grad in found.items()}
+            count += size
+    return {weight: total[weight.leaf] / count for weight in wanted}
+
+
+def scale_of(graph: Graph, weight: Weight, data: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The batch-norm scale of each channel a weight reads, when one stands before it with only pointwise steps between."""
+    value = graph.nodes[weight.call].args[0]
+    while isinstance(value, Value) and value.node >= 0:
+        node = graph.nodes[value.node]
+        name = node.func._schema.name.rpartition("::")[2]
+        if name in ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"):
+            gamma = data.get(node.args[1].leaf) if isinstance(node.args[1], Value) else None
+            fits = gamma is not None and gamma.numel() == weight.shape[weight.inputs] and weight.groups == 1
+            return gamma.detach() if fits else None
+        given = list(tensors((node.args, node.kwargs)))
+        one = len(given) == 1 and len(given[0].shape) == len(value.shape) and given[0].shape[1:2] == value.shape[1:2]
+        pooled = name in RULES and "pool" in name
+        if not one or not (name in THROUGH or pooled or torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, name)):
+            return None
+        value = given[0]
+    return None

@@ -1,0 +1,182 @@
+"""How coarsely to prune: the textbook's names, and :func:`finer`, which plans everything but channels and heads.
+
+>>> parse("2:4").keep, parse("vector:column").option
+(2, 'column')
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..catalogue import register
+from ..cost import cost
+from ..coupling.groups import couple
+from ..cutting.parts import Part, pack
+from ..cutting.plan import Plan
+from ..errors import BadRatio, NothingToPrune, UnknownName
+from ..scores import Score
+from ..tracing.trace import Graph
+from .depth import plan_depth
+from .entries import ENTRYWISE, Spec, check_criterion, n_of_m, stays, views
+from .evidence import scored
+from .positions import best_box, realise
+from .ranking import below, ranked
+from .request import Request, reached, smallest
+from .weights import Weight, weights
+
+NAMES = {
+    "channel": "whole channels and every slice coupled to them: dense and smaller (the default)",
+    "head": "attention heads alone; every other axis stays: dense and smaller",
+    "block": "whole residual blocks and elements of chains: the modules are gone",
+    "layer": "residual branches and hidden layers of a chain: the modules are gone",
+    "group": "the same (channel, tap) pairs in every filter: a smaller kernel, a thinner product where measured faster, else masked",
+    "group:box": "whole rows and columns of every kernel of a layer: a smaller dense kernel",
+    "kernel": "one filter x one input channel: masked",
+    "vector": "rows of kernels (vector:column: columns): masked",
+    "weight": "single weights by ratio, or by a threshold on the score (weight:0.01): masked",
+    "n:m": "n of every m neighbours stay, as in 2:4: masked; CUDA has kernels for 2:4 (semi_structured)",
+}
+for _name, _line in NAMES.items():
+    register("granularity", _name, _line)
+OPTIONS = {"group": ("box",), "vector": ("row", "column")}
+WHOLE = "stays whole at this ratio"
+SLOW = "note: masked entries are stored and multiplied as zeros: stock hardware will not run the model faster for them"
+
+
+def parse(granularity: str) -> Spec:
+    """Read a granularity; raises :class:`~graphprune.errors.UnknownName` (with the nearest name) or BadRatio for an odd n:m."""
+    if not isinstance(granularity, str):
+        raise UnknownName(f"granularity is {granularity!r}; it is one of {', '.join(NAMES)}")
+    pair = re.fullmatch(r"(\d+):(\d+)", granularity)
+    if pair:
+        keep, of = int(pair[1]), int(pair[2])
+        if not 0 < keep < of:
+            raise BadRatio(f"{granularity} is no n:m sparsity: n of every m entries stay, with 0 < n < m, as in 2:4")
+        return Spec("n:m", granularity, keep, of)
+    name, colon, option = granularity.partition(":")
+    number = colon and name in ("weight", "kernel", "vector") and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", option)
+    if name not in NAMES or name == "n:m" or (colon and option not in OPTIONS.get(name, ()) and not number):
+        near = difflib.get_close_matches(granularity, [*NAMES, "2:4"], 1, 0.3)
+        raise UnknownName(f"no granularity {granularity!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(NAMES)}")
+    return Spec(name, option)
+
+
+def finer(graph: Graph, model: nn.Module, spec: Spec, request: Request) -> Plan:
+    """The plan for a granularity other than channels and heads."""
+    if isinstance(request.criterion, Score):
+        request = replace(request, criterion=request.criterion.name)
+    if request.scope not in ("layer", "global", "isomorphic"):
+        raise BadRatio(f"scope is {request.scope!r}; with granularity {spec.text!r} it is 'layer', 'global' or 'isomorphic'")
+    if spec.name in ("layer", "block"):
+        return plan_depth(graph, model, spec.name, request)
+    check_criterion(request.criterion, ENTRYWISE)
+    says_itself = spec.name == "n:m" or spec.threshold is not None
+    limits = request.limits(graph, spec.text, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
+    found, left = weights(graph, model)
+    mine = [weight for weight in found if weight.leaf not in request.keep and weight.name not in request.keep]
+    left |= {weight.name: "kept on request" for weight in found if weight not in mine}
+    usable = _usable(mine, left, spec)
+    scores = scored(graph, model, usable, request.criterion, request.batches, request.loss)
+    keeps, notes = _box_keeps(scores, spec, request, limits, graph) if spec.option == "box" else _keeps(scores, spec, request, limits, graph)
+    decided = {}
+    for weight, keep in keeps.items():
+        keep = keep if weight.mask is None else keep & weight.mask.cpu()
+        if keep.all() and weight.mask is None:
+            left[weight.name] = WHOLE
+        elif spec.name == "group" and not keep.all():
+            decided[weight] = (keep, *realise(weight, keep, graph, model))
+        else:
+            decided[weight] = (keep, Part("mask", weight.name, pack(keep)), "masked")
+    if not usable:
+        rows = "\n".join(f"  {name} {why}" for name, why in list(left.items())[:8])
+        raise NothingToPrune(f"no weight of this model can be pruned with granularity {spec.text!r}" + (f":\n{rows}" if rows else ""))
+    return _plan(decided, left, notes)
+
+
+def _usable(mine: Sequence[Weight], left: dict[str, str], spec: Spec) -> dict[Weight, tuple]:
+    """How each weight is seen as units; ``left`` takes the reasons for those that have none."""
+    usable = {}
+    for weight in mine:
+        view = views(weight, spec)
+        if spec.option == "box" and (view is None or math.prod(weight.shape[2:]) == 1):
+            left[weight.name] = "has no kernel of more than one tap"
+        elif view is None:
+            left[weight.name] = f"has no units of granularity {spec.name!r}"
+        elif spec.name == "n:m" and weight.shape[weight.inputs] % spec.of:
+            left[weight.name] = f"sums over {weight.shape[weight.inputs]} entries, which {spec.of} does not divide"
+        else:
+            usable[weight] = view
+    return usable
+
+
+def _keeps(scores: dict[Weight, torch.Tensor], spec: Spec, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+    """Which entries of every weight stay, and a line for each limit."""
+    if spec.name == "n:m":
+        return {weight: n_of_m(weight, spec, found) for weight, found in scores.items()}, []
+    if spec.threshold is not None:
+        return {weight: stays(weight, spec, gone) for weight, gone in below(scores, spec).items()}, []
+    pools = ranked(scores, spec, request.scope, request.own(scores))
+    ratio, notes = request.ratio, []
+    if limits:
+        full = cost(couple(graph))
+
+        def costs(share: float) -> dict[str, float]:
+            saved = [pool.saved(share) for pool in pools]
+            return {name: getattr(full, name) - sum(each[name] for each in saved) for name in limits}
+
+        ratio = smallest(costs, limits, ratio, spec.text)
+        notes = reached(costs(ratio), limits)
+    gone = {weight: found for pool in pools for weight, found in pool.gone(ratio, strict=not limits).items()}
+    return {weight: stays(weight, spec, gone[weight]) for weight in scores}, notes
+
+
+def _box_keeps(scores: dict[Weight, torch.Tensor], spec: Spec, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+    """Whole rows and columns of taps stay, the same for every filter and channel of a layer."""
+    own = request.own(scores)
+    taps = {weight: found.reshape(weight.shape[2:]).cpu() for weight, found in scores.items()}
+    taps = {weight: found.square() if request.criterion == "l2" else found for weight, found in taps.items()}
+    ratio, notes = request.ratio, []
+    if limits:
+        full = cost(couple(graph))
+        bytes_ = {weight: graph.leaves[weight.leaf].dtype.itemsize for weight in taps}
+
+        def costs(share: float) -> dict[str, float]:
+            left = {name: float(getattr(full, name)) for name in limits}
+            for weight, found in taps.items():
+                box = best_box(found, own.get(weight.name, min(share, 1 - 1 / found.numel())), weight.name)
+                gone = math.prod(weight.shape) * (1 - math.prod(map(len, box)) / found.numel())
+                each = {"params": gone, "macs": gone * weight.macs, "size": gone * bytes_[weight]}
+                left = {name: value - each[name] for name, value in left.items()}
+            return left
+
+        levels = [step / found.numel() for found in taps.values() for step in range(found.numel())]
+        ratio = smallest(costs, limits, ratio, spec.text, levels)
+        notes = reached(costs(ratio), limits)
+    keeps = {}
+    for weight, found in taps.items():
+        most = 1 - 1 / found.numel() if limits else 1.0
+        box = best_box(found, own.get(weight.name, min(ratio, most)), weight.name)
+        keeps[weight] = torch.zeros(weight.shape, dtype=torch.bool)
+        keeps[weight][(slice(None), slice(None), *torch.meshgrid(*map(torch.tensor, box), indexing="ij"))] = True
+    return keeps, notes
+
+
+def _plan(decided: dict[Weight, tuple], left: dict[str, str], notes: list[str]) -> Plan:
+    parts, cuts, lines, slow = [], {}, [*notes], False
+    for weight, (keep, part, how) in decided.items():
+        parts.append(part)
+        if part.kind == "kernel":
+            cuts[weight.leaf] = {axis: list(taps) for axis, taps in enumerate(part.data, start=2) if len(taps) < weight.shape[axis]}
+        slow |= part.kind == "mask"
+        count = int(keep.sum())
+        lines.append(f"{weight.name}: {count} of {keep.numel()} weights stay ({1 - count / keep.numel():.2%} gone), {how}")
+    lines += [f"whole: {name}: {why}" for name, why in left.items()]
+    shapes = {part.name: weight.shape for weight, (_, part, _) in decided.items()}
+    return Plan(cuts, shapes, (), (SLOW,) if slow else (), tuple(lines), parts=tuple(parts))

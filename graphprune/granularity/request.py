@@ -1,0 +1,103 @@
+"""What is asked of a granularity other than channels and heads: :class:`Request`, and how much must go so that limits hold.
+
+Limits are those of :mod:`graphprune.budget.targets`. Where entries become zero, ``params`` counts the entries that stay and ``macs`` the products with them;
+masked entries are still stored, so ``size`` cannot be met by masks.
+
+>>> round(smallest(lambda share: {"params": 100 * (1 - share)}, {"params": 25.0}, 0.0), 9)
+0.75
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..budget.choose import NARROWEST
+from ..budget.targets import Aims, show
+from ..cost import NAMES, cost
+from ..coupling.groups import couple
+from ..errors import BadRatio, BadTarget
+from ..tracing.trace import Graph
+from .weights import Weight
+
+REASONS = {
+    "size": "masked entries are stored as zeros: ask for params= or macs=",
+    "memory": "it leaves every activation as large as it is: cut channels",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """``ratio``, targets, score and scope as :func:`~graphprune.shrink` takes them; ``keep`` and ``ratios`` name tensors."""
+
+    ratio: float
+    aims: Aims = Aims()
+    criterion: Any = "l2"
+    scope: str = "layer"
+    keep: Sequence[str] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    batches: Iterable | None = None
+    loss: Callable | None = None
+    multiple_of: Any = None
+    min_units: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple_of not in (None, 1) or self.min_units != 1:
+            raise BadRatio("multiple_of= and min_units= are about widths; they go with granularity 'channel' or 'head'")
+
+    def own(self, found: Iterable[Weight]) -> dict[str, float]:
+        """The ratios of single weights, by name."""
+        return {weight.name: self.ratios[weight.leaf] for weight in found if weight.leaf in self.ratios}
+
+    def limits(self, graph: Graph, text: str, allowed: Sequence[str]) -> dict[str, float]:
+        """The absolute limits; raises :class:`~graphprune.errors.BadTarget` for those that granularity ``text`` cannot meet."""
+        if self.aims.timed:
+            raise BadTarget(f"latency= and speedup= are met by widths, with granularity 'channel' or 'head'; {text!r} takes a ratio, params= or macs=")
+        asked = [name for name in NAMES if getattr(self.aims, name) is not None]
+        for name in asked:
+            if name not in allowed:
+                raise BadTarget(f"{name}= cannot be met with granularity {text!r}: {REASONS.get(name, 'it says itself how much goes')}")
+        return self.aims.limits(cost(couple(graph))) if asked else {}
+
+
+def smallest(costs: Callable[[float], Mapping[str, float]], limits: Mapping[str, float], ratio: float, text: str = "", levels: Sequence[float] = ()) -> float:
+    """The smallest share from ``ratio`` on (of ``levels``, if any are given) at which no cost exceeds its limit; costs fall as it grows.
+
+    Raises :class:`~graphprune.errors.BadTarget` with what can be reached when none does.
+    """
+    if holds(costs(ratio), limits):
+        return ratio
+    low, high = ratio, NARROWEST
+    least = costs(high)
+    if not holds(least, limits):
+        raise unmet(least, limits, text)
+    if levels:
+        steps = sorted({level for level in levels if ratio < level < 1} | {high})
+        first, last = 0, len(steps) - 1
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (first, middle) if holds(costs(steps[middle]), limits) else (middle + 1, last)
+        return steps[last]
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(costs(middle), limits) else (middle, high)
+    return high
+
+
+def holds(found: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    return all(found[name] <= limit * (1 + 1e-12) for name, limit in limits.items())
+
+
+def unmet(least: Mapping[str, float], limits: Mapping[str, float], text: str) -> BadTarget:
+    """The error for limits below what can be reached."""
+    name = next(name for name, limit in limits.items() if least[name] > limit * (1 + 1e-12))
+    return BadTarget(
+        f"{name}: at most {show(name, limits[name])} were asked for; the smallest value that granularity {text!r} reaches is {show(name, least[name])} "
+        "(something stays of everything it may prune). Ask for less, or cut channels"
+    )
+
+
+def reached(found: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
+    """One line for each target."""
+    return [f"{name}: at most {show(name, limit)} asked, {show(name, found[name])} left" for name, limit in limits.items()]

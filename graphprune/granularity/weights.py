@@ -1,0 +1,149 @@
+"""The weights whose entries can be pruned, read from the graph: operands of convolutions and matrix products.
+
+A parameter counts when movements alone (a transpose, a view), or a mask of ours, lie between it and the product. Which of
+its axes the product sums over is read from its labels, so it does not matter how a module stores its weight.
+
+>>> from ..tracing.trace import trace
+>>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+>>> [(w.name, w.inputs) for w in weights(trace(net, torch.zeros(1, 4)), net)[0]]
+[('0.weight', 1), ('2.weight', 1)]
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..cost import macs_by_call
+from ..cutting.kernels import Thin
+from ..cutting.masks import mask_of, masked, parameter_name
+from ..tracing.moves import MOVES
+from ..tracing.notation import Value
+from ..tracing.trace import Graph, Node
+from ..tracing.trees import leaf_tensors, tensors
+
+# Where the weight stands among an operation's arguments, and which of its axes is summed: (position, axis from the end).
+CONTRACTIONS = {
+    "mm": ((0, -1), (1, -2)),
+    "addmm": ((1, -1), (2, -2)),
+    "bmm": ((0, -1), (1, -2)),
+    "baddbmm": ((1, -1), (2, -2)),
+    "linear": ((1, -1),),
+    "mv": ((0, -1),),
+}
+RECURRENT = "belongs to a recurrent layer, which reads its weights all at once"
+THROUGH = frozenset((*MOVES, "expand"))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that a product multiplies with.
+
+    ``name`` as the user knows it, ``leaf`` as the graph does (they differ when it is masked); ``inputs``: the axis summed
+    over; ``kernel``: how many of the last axes are a convolution's kernel; ``call``: the first product's place in ``graph.nodes``;
+    ``macs``: how often each of its entries is multiplied with in one run on the example.
+    """
+
+    name: str
+    leaf: str
+    shape: tuple[int, ...]
+    inputs: int
+    kernel: int
+    groups: int
+    call: int
+    macs: float = field(default=0.0, compare=False)
+    mask: torch.Tensor | None = field(default=None, compare=False)
+
+
+def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str]]:
+    """All such weights in order of use, and for every other candidate the reason why its entries stay."""
+    held = {leaf: (module, own, tensor) for leaf, module, own, tensor in leaf_tensors(model)}
+    owners = defaultdict(list)
+    for leaf, (_, _, tensor) in held.items():
+        owners[id(tensor)].append(leaf)
+    masks = masked(model)
+    found, left = {}, {}
+    macs, spent = macs_by_call(graph), defaultdict(float)
+    for index, node in enumerate(graph.nodes):
+        for value, axis in _operands(node):
+            leaf, anchor = source(graph, value, masks)
+            spent[leaf] += macs[index]
+            if leaf is None or leaf in found or leaf in left:
+                continue
+            module, own, tensor = held.get(leaf, (None, "", None))
+            if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2 or not tensor.is_floating_point():
+                continue
+            name = parameter_name(leaf)
+            shared = [other for other in owners[id(tensor)] if other != leaf]
+            inputs = _along(anchor, value, axis)
+            if shared:
+                left[leaf] = f"is tied to {shared[0]}"
+            elif isinstance(module, Thin):
+                left[leaf] = "is a product of gathered columns already"
+            elif isinstance(module, nn.RNNBase):
+                left[leaf] = RECURRENT
+            elif inputs is None:
+                left[leaf] = "is summed over several of its axes at once"
+            else:
+                conv = node.func._schema.name.endswith("::convolution")
+                groups = node.args[8] if conv else 1
+                found[leaf] = Weight(name, leaf, tuple(tensor.shape), inputs, tensor.ndim - 2 if conv else 0, groups, index, 0.0, masks.get(name))
+    for prefix, module in model.named_modules():
+        for own in module.parametrizations if parametrize.is_parametrized(module) else ():
+            if mask_of(module, own) is None:
+                left[f"{prefix}.{own}".lstrip(".")] = (
+                    f"is already parametrised ({type(module.parametrizations[own][-1]).__name__}): remove_parametrizations first"
+                )
+    for leaf, (module, _, tensor) in held.items():
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and leaf not in found and "parametrizations." not in leaf:
+            left.setdefault(leaf, RECURRENT if isinstance(module, nn.RNNBase) else "is no operand of a product")
+    return [replace(weight, macs=spent[leaf] / math.prod(weight.shape)) for leaf, weight in found.items()], left
+
+
+def _operands(node: Node) -> list[tuple[Value, int]]:
+    """The tensors that may be weights of a product, each with the axis summed over."""
+    name = node.func._schema.name.rpartition("::")[2]
+    if name == "convolution":
+        return [(node.args[1], 0 if node.args[6] else 1)]
+    spots = CONTRACTIONS.get(name, ())
+    return [(node.args[at], len(node.args[at].shape) + axis) for at, axis in spots if len(node.args) > at and isinstance(node.args[at], Value)]
+
+
+def source(graph: Graph, value: Value, masks: dict[str, torch.Tensor]) -> tuple[str | None, Value]:
+    """The leaf that a tensor of the run is, seen through movements and our own masks; and the last value that has the leaf's axes."""
+    anchor = None
+    while not value.leaf:
+        if value.node < 0:
+            return None, value
+        node = graph.nodes[value.node]
+        given = list(tensors((node.args, node.kwargs)))
+        name = node.func._schema.name.rpartition("::")[2]
+        if name == "where" and len(given) > 1 and _masks(given[0].leaf, masks):
+            anchor, value = value, given[1]
+        elif name in THROUGH and len(given) == 1:
+            value = given[0]
+        else:
+            return None, value
+    return value.leaf, anchor or value
+
+
+def _masks(leaf: str, masks: dict[str, torch.Tensor]) -> bool:
+    path, found, rest = leaf.rpartition("parametrizations.")
+    return bool(found) and path + rest.partition(".")[0] in masks
+
+
+def _along(leaf: Value, value: Value, axis: int) -> int | None:
+    """The axis of the leaf whose labels stand along an axis of what was made of it."""
+    here = [f.ravel() for f in value.fields if f.shape[axis] > 1]
+    if not here:
+        return axis if value.shape == leaf.shape else None
+    if len(here) > 1:
+        return None
+    mine = [a for f in leaf.fields for a in [int(np.argmax(f.shape))] if np.isin(here[0], f).all()]
+    return mine[0] if len(mine) == 1 else None

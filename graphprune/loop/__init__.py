@@ -1,0 +1,1 @@
+"""Around training: rounds with checkpoints, optimizer state, distillation, regularisers."""

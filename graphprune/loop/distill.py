@@ -1,0 +1,165 @@
+"""Learning from the original: :class:`Distillation` is a loss to add to one's own.
+
+Outputs are compared by their softened probabilities (Hinton, Vinyals & Dean 2015). Inner features are compared where the
+cut groups are read (hints, Romero et al. 2015): the student's channels are the surviving ones of the teacher, so no
+regressor has to be learned between the two.
+
+>>> from ..shrink import shrink
+>>> teacher = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+>>> student, plan = shrink(teacher, torch.zeros(1, 4), ratio=0.5, return_plan=True)
+>>> x = torch.randn(5, 4)
+>>> with Distillation(teacher, student, plan, torch.zeros(1, 4), features=1.0) as distill:
+...     loss = distill(x, student(x))
+>>> loss.requires_grad, loss.ndim
+(True, 0)
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import kl_div, log_softmax
+
+from ..coupling.groups import couple
+from ..coupling.links import links
+from ..cutting.plan import Plan
+from ..cutting.zeroed import Masks
+from ..errors import BadInput, BadPlan
+from ..tracing.notation import Value
+from ..tracing.probe import watch
+from ..tracing.trace import trace
+from ..tracing.trees import normal_inputs, tensors
+
+
+def soften(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 4.0, axis: int = -1) -> torch.Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` along ``axis``, mean over all other axes (Hinton et al. 2015).
+
+    >>> float(soften(torch.ones(2, 3), torch.ones(2, 3)))
+    0.0
+    """
+    mine, theirs = (log_softmax(_wide(logits) / temperature, dim=axis) for logits in (student, teacher))
+    rows = kl_div(mine, theirs, reduction="none", log_target=True).sum(axis)
+    return rows.mean() * temperature**2
+
+
+class Distillation:
+    """A loss between the original and a cut model: ``loss = criterion(outputs, labels) + distill(inputs, outputs)``.
+
+    ``plan`` is relative to ``teacher``; ``example_input`` is what :func:`graphprune.shrink` was given. ``temperature``
+    softens the outputs, ``axis`` is that of the classes, ``logits`` weighs this part. ``features`` weighs the relative
+    squared error of the inner features (mean over the cut groups, at the last place that reads each); the student has
+    to run inside ``with distill:`` then. ``inputs`` is a tensor, a tuple (positional) or a dict (keyword), ``outputs``
+    what the student returned for them: a tensor or a nest, whose first floating tensor of two or more axes counts.
+    The teacher runs in eval mode without gradients and is left as it is.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        plan: Plan | None = None,
+        example_input: Any = None,
+        *,
+        temperature: float = 4.0,
+        logits: float = 1.0,
+        features: float = 0.0,
+        axis: int = -1,
+        example_kwargs: dict | None = None,
+    ) -> None:
+        self.teacher, self.student = teacher, student
+        self.temperature, self.logits, self.features, self.axis = temperature, logits, features, axis
+        self.points: dict[int, tuple[Value, dict[int, torch.Tensor]]] = {}
+        self.seen: dict[int, torch.Tensor] = {}
+        self.active: ExitStack | None = None
+        if not features:
+            return
+        found = plan or student.__dict__.get("graphprune_plan")
+        if found is None or example_input is None:
+            raise BadPlan("features need the plan of the cut, relative to the teacher, and the example input")
+        args, kwargs = normal_inputs(example_input, example_kwargs)
+        self.graph = trace(teacher, args, kwargs)
+        self.points = _points(self.graph, found)
+
+    def __enter__(self) -> Distillation:
+        self.active = ExitStack()
+        if self.features:
+            self.active.enter_context(watch(self.student, self.graph, self._values(), self._see))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.active is not None:
+            self.active.close()
+        self.active = None
+        self.seen.clear()
+
+    def __call__(self, inputs: Any, outputs: Any) -> torch.Tensor:
+        """The loss of one batch, a tensor without axes."""
+        mine, self.seen = self.seen, {}
+        if self.features and not mine:
+            raise BadInput("the student's features were not seen: run the student inside `with distill:`, once before each call of the loss")
+        answers, theirs = self._teach(inputs)
+        total = self.logits * soften(_logits(outputs), _logits(answers), self.temperature, self.axis)
+        if not self.features:
+            return total
+        gaps = [_gap(mine[key], theirs[key], kept) for key, (_, kept) in self.points.items()]
+        return total + self.features * torch.stack(gaps).mean()
+
+    def _teach(self, inputs: Any) -> tuple[Any, dict[int, torch.Tensor]]:
+        args, kwargs = normal_inputs(inputs, None)
+        modes = [(module, module.training) for module in self.teacher.modules()]
+        try:
+            with ExitStack() as scopes:
+                scopes.enter_context(torch.no_grad())
+                if self.features:
+                    scopes.enter_context(watch(self.teacher, self.graph, self._values(), self._see))
+                answers = self.teacher.eval()(*args, **kwargs)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        theirs, self.seen = self.seen, {}
+        return answers, theirs
+
+    def _values(self) -> list[Value]:
+        return [value for value, _ in self.points.values()]
+
+    def _see(self, value: Value, tensor: torch.Tensor) -> None:
+        self.seen[id(value)] = tensor
+
+
+def _points(graph: Any, plan: Plan) -> dict[int, tuple[Value, dict[int, torch.Tensor]]]:
+    """For every group that is cut, the last activation that is read, and which of its positions survive."""
+    masks, found = Masks(graph, plan), {}
+    for members in links(couple(graph)):
+        read = [link for link in members if link.role == "consumes" and link.value is not None]
+        if read:
+            value = read[-1].value
+            kept = masks.kept(value)
+            if kept:
+                found[id(value)] = (value, kept)
+    if not found:
+        raise BadPlan("the plan cuts nothing whose activation the model's own code holds; use features=0")
+    return found
+
+
+def _logits(outputs: Any) -> torch.Tensor:
+    for tensor in tensors(outputs, torch.Tensor):
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            return tensor
+    raise BadInput("no floating tensor of two or more axes among the outputs; pass the logits themselves")
+
+
+def _gap(mine: torch.Tensor, theirs: torch.Tensor, kept: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The squared distance to the teacher's surviving channels, relative to their own square."""
+    for dim, positions in kept.items():
+        theirs = theirs.index_select(dim, positions.to(theirs.device))
+    if mine.shape != theirs.shape:
+        raise BadPlan(f"the student's features have shape {tuple(mine.shape)}, the plan leaves {tuple(theirs.shape)} of the teacher's")
+    mine, theirs = _wide(mine), _wide(theirs)
+    return (mine - theirs).square().mean() / theirs.square().mean().clamp(min=1e-12)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,168 @@
+"""Batch norm folded into the layer before it: :func:`fuse`, for inference, the user's model untouched.
+
+A norm with fixed statistics is a scale and a shift per channel, so a convolution, linear layer or transposed convolution
+whose result nothing else reads can do its work. Pairs are found in the recorded graph, not by names or by order in the
+module tree. It makes a model faster without pruning, so give it to both sides of a comparison.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..cost import operation
+from ..errors import NotEqual
+from ..tracing.copies import duplicate
+from ..tracing.notation import Value
+from ..tracing.trace import Graph, Node, evaluating, trace
+from ..tracing.trees import leaf_tensors, tensors
+
+NORMS = frozenset(("native_batch_norm", "_native_batch_norm_legit_no_training"))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A norm that can go: the weight it is folded into, its axis of outputs, the convolution's groups where that axis holds
+    one group only (transposed), and the module that runs the norm."""
+
+    weight: str
+    bias: str
+    axis: int
+    groups: int
+    norm: str
+    scale: str | None
+    shift: str | None
+    mean: str
+    variance: str
+    eps: float
+
+
+def fuse(model: nn.Module, example_input: Any, example_kwargs: dict | None = None) -> nn.Module:
+    """A copy in eval mode that computes the same with its batch norms folded where that is exact; others stay.
+
+    ``example_input`` is a tensor, a tuple (positional) or a dict (keyword). Raises what :func:`graphprune.trace` raises, and
+    :class:`~graphprune.errors.NotEqual` when the result differs on the example (code that reads the weights of a norm).
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> print(fuse(net, torch.zeros(1, 3, 8, 8))[1])
+    Identity()
+    """
+    graph = trace(model, example_input, example_kwargs)
+    fused = evaluating(duplicate(model, {id(t): t.detach().clone() for *_, t in leaf_tensors(model) if not t.is_leaf}))
+    for pair in pairs(graph, fused):
+        _fold(fused, pair)
+    _compare(graph, model, fused)
+    return fused
+
+
+def pairs(graph: Graph, model: nn.Module) -> list[Pair]:
+    """The norms that can be folded: every tensor of the pair is used once, and the norm's module can do without it."""
+    reads = Counter(storage for node in graph.nodes for storage in {value.storage for value in tensors((node.args, node.kwargs))})
+    reads.update(value.storage for value in graph.outputs)
+    found = []
+    for node in graph.nodes:
+        pair = _pair(graph, node, reads, model) if operation(node) in NORMS else None
+        if pair and _without(model.get_submodule(pair.norm)) is not None:
+            found.append(pair)
+    return found
+
+
+def _pair(graph: Graph, norm: Node, reads: Counter, model: nn.Module) -> Pair | None:
+    x, *held = norm.args[:5]
+    before = graph.nodes[x.node] if x.node >= 0 else None
+    name = operation(before) if before else ""
+    if name not in ("convolution", "addmm", "mm") or reads[x.storage] != 1 or not any(out is x for out in before.outs):
+        return None
+    if name == "convolution":
+        weight, bias, transposed = before.args[1], before.args[2], before.args[6]
+        axis, groups = (1, before.args[8]) if transposed else (0, 1)
+    else:
+        bias, weight = (before.args[0] if name == "addmm" else None), _transposed(graph, before.args[-1])
+        axis, groups = 0, 1
+    own = [value for value in (weight, bias, *held) if value is not None]
+    # A linear weight is read by its transposition and by the product.
+    most = 2 if name != "convolution" else 1
+    if not all(isinstance(v, Value) and v.leaf and v.leaf[0] != "<" and reads[v.storage] <= (most if v is weight else 1) for v in own):
+        return None
+    path = weight.leaf.rpartition(".")[0]
+    empty = bias is None and model.get_submodule(path)._parameters.get("bias", 0) is not None
+    if not norm.module or held[2] is None or held[3] is None or norm.args[5] is True or empty:
+        return None
+    scale, shift, mean, variance = (value and value.leaf for value in held)
+    eps = norm.args[-1]
+    return Pair(weight.leaf, bias.leaf if bias else f"{path}.bias".lstrip("."), axis, groups, norm.module, scale, shift, mean, variance, eps)
+
+
+def _transposed(graph: Graph, value: Value) -> Value | None:
+    """The leaf whose transposition the value is."""
+    node = graph.nodes[value.node] if value.node >= 0 else None
+    return node.args[0] if node and operation(node) in ("t", "transpose") and isinstance(node.args[0], Value) else None
+
+
+def _without(module: nn.Module) -> nn.Module | None:
+    """What stands in for a norm's module once the norm is gone; None where its code cannot be recorded."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if type(module).forward is nn.modules.batchnorm._BatchNorm.forward:
+        return nn.Identity().eval()
+
+    class Shallow(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return True
+
+    try:
+        graph = Shallow().trace(module)
+    except Exception:
+        return None
+    norms = [node for node in graph.nodes if node.op == "call_function" and node.target in (nn.functional.batch_norm, torch.batch_norm)]
+    if len(norms) != 1:
+        return None
+    norms[0].replace_all_uses_with(norms[0].args[0] if norms[0].args else norms[0].kwargs["input"])
+    graph.erase_node(norms[0])
+    rest = fx.GraphModule(module, graph)
+    rest.graph.eliminate_dead_code()
+    rest.recompile()
+    return rest.eval()
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, pair: Pair) -> None:
+    held = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
+    path, _, name = pair.weight.rpartition(".")
+    layer, weight, bias = model.get_submodule(path), held[pair.weight], held.get(pair.bias)
+    read = lambda name, default: default if name is None else held[name].double()  # noqa: E731
+    mean = held[pair.mean].double()
+    factor = read(pair.scale, torch.ones_like(mean)) / torch.sqrt(held[pair.variance].double() + pair.eps)
+    shift = read(pair.shift, torch.zeros_like(mean)) + ((0 if bias is None else bias.double()) - mean) * factor
+    if pair.axis == 0:
+        each = factor.reshape(-1, *[1] * (weight.ndim - 1))
+    else:  # (inputs, outputs of one group, …): the outputs of a group belong to its own inputs
+        each = factor.reshape(pair.groups, 1, -1).expand(-1, weight.shape[0] // pair.groups, -1).reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
+    layer._parameters[name] = nn.Parameter((weight.double() * each).to(weight.dtype), weight.requires_grad)
+    where, _, name = pair.bias.rpartition(".")
+    model.get_submodule(where)._parameters[name] = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
+    parent, _, name = pair.norm.rpartition(".")
+    model.get_submodule(parent)._modules[name] = _without(model.get_submodule(pair.norm))
+
+
+def _compare(graph: Graph, model: nn.Module, fused: nn.Module) -> None:
+    args, kwargs = graph.example
+    twin = evaluating(duplicate(model, {id(tensor): tensor for *_, tensor in leaf_tensors(model)}))
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            wanted = list(tensors(twin(*args, **kwargs), torch.Tensor))
+            found = list(tensors(fused(*args, **kwargs), torch.Tensor))
+    except Exception as error:
+        raise NotEqual(f"the fused model does not run on the example: {type(error).__name__}: {error}; fuse its parts, or leave it") from error
+    finally:
+        torch.set_rng_state(state)
+    for mine, theirs in zip(found, wanted, strict=True):
+        if theirs.is_floating_point() and theirs.numel() and not theirs.is_meta:
+            gap = float((mine.double() - theirs.double()).abs().max()) / (float(theirs.double().abs().max()) or 1.0)
+            if gap > {torch.float64: 1e-8, torch.float32: 1e-3}.get(theirs.dtype, 5e-2):
+                raise NotEqual(f"the fused model differs by {gap:.1e} (relative): its code uses the weights of a norm elsewhere; fuse its parts, or leave it")

@@ -1,0 +1,275 @@
+"""A time that is asked for, and met: :func:`reach` predicts, cuts, measures end to end, corrects, and tries again.
+
+Predictions are sums over the operations (:mod:`graphprune.timing.table`); what they miss (memory traffic between operations,
+fusion, the runtime's own overhead) is learnt from the measurements: the search is a bracketed secant method on the
+logarithms of predicted and measured time, both as shares of the original's. Each measurement is interleaved with the
+original, so that what disturbs the machine disturbs both. The correction is kept on disk next to the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..budget.targets import Aims, stays
+from ..cost import Costs, operation, priced
+from ..coupling.groups import Groups
+from ..cutting.apply import apply
+from ..cutting.plan import Plan
+from ..errors import BadMeasure, BadTarget, GraphpruneError
+from ..scores import Scores
+from ..tracing.labels import Array
+from ..tracing.trace import Graph
+from ..tracing.trees import tensors
+from .align import alignments
+from .measure import clock_for, interleave, middle_of, using_threads
+from .runtimes import evaluating, prepare
+from .table import Table, times
+
+TOLERANCE = 0.015
+SECONDS = 2.0
+ATTEMPTS = 8
+NOISE = 0.1
+Propose = Callable[[dict], tuple[Groups, list, Plan]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One end-to-end comparison: seconds of the new model, its share of the original's time with a band, the control."""
+
+    seconds: float
+    share: float
+    band: tuple[float, float]
+    control: float
+
+    @property
+    def noise(self) -> float:
+        return (self.band[1] - self.band[0]) / 2 / self.share
+
+
+class Stopwatch:
+    """Times models against the original on the runtime that was asked for."""
+
+    def __init__(self, model: nn.Module, graph: Graph, aims: Aims, seconds: float = SECONDS) -> None:
+        self.model, self.aims, self.seconds = model, aims, seconds
+        self.args, self.kwargs = graph.example
+        self.device = next((t.device for t in tensors(graph.example, torch.Tensor)), torch.device("cpu"))
+        self.threads = aims.threads or torch.get_num_threads()
+        self.call: Any = None
+
+    def __call__(self, small: nn.Module, target: float | None = None) -> Timing:
+        """Ends early when it is clear whether ``target`` (a share of the original's time) is met.
+
+        Raises :class:`~graphprune.errors.BadMeasure` when the times make no sense or scatter too much.
+        """
+        enough = lambda rows: _clear(_timing(rows), target)  # noqa: E731
+        with using_threads(self.threads), evaluating(self.model), evaluating(small):
+            rows = self._own(small, enough) if self.aims.measure else self._runtime(small, enough)
+        found = _timing(rows)
+        if found.noise > NOISE:
+            low, high = found.band
+            raise BadMeasure(
+                f"the measured time scatters too much: {found.share:.3f} of the original's, between {low:.3f} and {high:.3f} "
+                f"({len(rows)} rounds; a band of {100 * found.noise:.0f} %, where {100 * NOISE:.0f} % are allowed); "
+                "run on a quiet machine, on one thread (threads=1), or time more work per call (a larger batch)"
+            )
+        return found
+
+    def alone(self) -> float:
+        """Seconds of the original."""
+        with using_threads(self.threads), evaluating(self.model):
+            if self.aims.measure:
+                return statistics.median(_seconds(self.aims.measure, self.model) for _ in range(3))
+            self.call = self.call or prepare(self.model, self.args, self.kwargs, self.aims.runtime, self.threads)
+            return float(np.median(interleave([self.call], clock_for(self.device, self.threads)[1], self.seconds / 4, 0.01)))
+
+    def _runtime(self, small: nn.Module, enough: Callable) -> Any:
+        self.call = self.call or prepare(self.model, self.args, self.kwargs, self.aims.runtime, self.threads)
+        call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads)
+        clock = clock_for(self.device, self.threads)[1]
+        rows = interleave([self.call, call, self.call], clock, self.seconds, enough, chained=True)
+        if _timing(rows).noise > NOISE / 2:  # a busy machine: the same once more, for longer
+            rows = np.concatenate([rows, interleave([self.call, call, self.call], clock, 3 * self.seconds, enough, chained=True)])
+        return rows
+
+    def _own(self, small: nn.Module, enough: Callable) -> Any:
+        models = {1: self.model, 2: small}
+        clock = lambda call, repeats: _seconds(self.aims.measure, models[call()])  # noqa: E731
+        return interleave([lambda: 1, lambda: 2, lambda: 1], clock, 2 * self.seconds, enough, warm=False, chained=True)
+
+
+def _timing(rows: np.ndarray) -> Timing:
+    share, band = middle_of(rows[:, 1] / rows[:, [0, 2]].mean(axis=1))
+    return Timing(float(np.median(rows[:, 1])), share, band, middle_of(rows[:, 0] / rows[:, 2])[0])
+
+
+def _clear(found: Timing, target: float | None) -> bool:
+    """Whether more rounds would change nothing: the band is narrow, or (within 2 %) on one side of what counts as met."""
+    low, high = found.band
+    if found.noise <= TOLERANCE / 3:
+        return True
+    if target is None or found.noise > 0.02:
+        return False
+    least, most = target * (1 - TOLERANCE), target * (1 + TOLERANCE)
+    return high < least or low > most or (least < low and high < most)
+
+
+def _seconds(measure: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    """What the user's own measure says, checked."""
+    try:
+        given = measure(model)
+    except GraphpruneError:
+        raise
+    except Exception as error:
+        raise BadMeasure(f"measure failed: {type(error).__name__}: {error}; it has to return the seconds of one call of the model it is given") from error
+    try:
+        found = float(given)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found) or found <= 0:
+        raise BadMeasure(f"measure returned {given!r}; it has to return the seconds of one call, a number above 0")
+    return found
+
+
+def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str = "layer") -> tuple[nn.Module, Plan]:
+    """The cut model that takes as long as asked, and its plan, which says what was asked, predicted and measured.
+
+    ``propose`` plans under a limit on predicted time. Raises :class:`~graphprune.errors.BadTarget` when the narrowest
+    widths are not fast enough, and :class:`~graphprune.errors.BadMeasure`.
+    """
+    watch = Stopwatch(model, graph, aims)
+    table = Table(watch.device, aims.runtime, watch.threads)
+    with using_threads(watch.threads):
+        make = times(graph, table)
+        full = _predicted(*propose({"time": (math.inf, make)})[:1], None, make)
+    label = _name(graph, aims, scope)
+    learnt = table.known.setdefault("corrections", {}).get(label, [])
+    points: list[tuple[float, float]] = [(0.0, 0.0)]
+    target = aims.share(watch.alone() if isinstance(aims.latency, str) else 0.0)
+    wanted, best = math.log(min(target, 1.0)), None
+    tried: list[float] = []
+    for _ in range(ATTEMPTS):
+        x = _next(points, wanted) if len(points) > 1 else _first(learnt, wanted)
+        groups, kept, plan = propose({"time": (full * math.exp(x), make)})
+        predicted = _predicted(groups, kept, make) / full
+        if any(abs(predicted / other - 1) < 1e-9 for other in tried):
+            break  # the same widths again: the next ones are a whole unit away
+        tried.append(predicted)
+        small = apply(model, plan)
+        timing = watch(small, target)
+        points.append((math.log(predicted), math.log(timing.share)))
+        error = abs(timing.share / target - 1)
+        if best is None or error < best[0]:
+            best = error, small, plan, predicted, timing
+        if error <= TOLERANCE:
+            break
+        if predicted > math.exp(x) * 1.02 and timing.share > target:
+            raise _too_fast(aims, timing, priced(groups, {"time": make}), np.array([len(stay) for stay in kept], dtype=float))
+    assert best is not None
+    table.known["corrections"][label] = [*learnt, *points[1:]][-6:]
+    table.save()
+    _, small, plan, predicted, timing = best
+    return small, dataclasses.replace(plan, notes=(*plan.notes, _line(aims, predicted, timing, watch)))
+
+
+def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array) -> BadTarget:
+    blocks = "\n".join(stays(known, least))
+    return BadTarget(
+        f"{aims.asked}: the narrowest widths that the rules allow take {timing.share:.3f} of the original's time "
+        f"({1 / timing.share:.2f}x faster; band {1 / timing.band[1]:.2f} to {1 / timing.band[0]:.2f}); that is the most that can be reached. "
+        f"Fewer keep rules, a smaller min_units or multiple_of may help. What stays, largest first:\n{blocks}"
+    )
+
+
+def _first(learnt: list[list[float]], wanted: float) -> float:
+    """The first guess, from earlier searches: what met the target then, or what lies around it; later guesses are made
+    from what was measured now."""
+    near = min(learnt, key=lambda point: abs(point[1] - wanted), default=None)
+    if near and abs(near[1] - wanted) <= TOLERANCE:
+        return near[0] + 1e-9
+    return _next([(0.0, 0.0), *((a, b) for a, b in learnt)], wanted)
+
+
+def _next(points: list[tuple[float, float]], wanted: float) -> float:
+    """Where predicted time (log) should give the ``wanted`` measured one: between neighbours, or beyond the last by its slope.
+
+    >>> _next([(0.0, 0.0)], -1.0), round(_next([(0.0, 0.0), (-1.0, -0.8)], -1.0), 3)
+    (-1.0, -1.25)
+    """
+    below = [p for p in points if p[1] <= wanted]
+    above = [p for p in points if p[1] > wanted] or [(0.0, 0.0)]
+    right = min(above, key=lambda p: p[1])
+    if below:
+        left = max(below, key=lambda p: p[1])
+        part = (wanted - right[1]) / (left[1] - right[1])
+        return right[0] + part * (left[0] - right[0])
+    slope = min(max(right[1] / right[0], 0.4), 2.0) if right[0] else 1.0
+    return right[0] + (wanted - right[1]) / slope
+
+
+def _predicted(groups: Groups, kept: Any, make: Callable) -> float:
+    known = priced(groups, {"time": make})
+    chosen = [torch.arange(group.size) for group in groups] if kept is None else kept
+    return float(known.parts["time"](known.lengths.of(chosen)[None])[0])
+
+
+def _name(graph: Graph, aims: Aims, scope: str) -> str:
+    """A model's own correction: its operations and shapes, and whose clock it is."""
+    text = "".join(f"{operation(node)}{[v.shape for v in node.outs]}" for node in graph.nodes)
+    return hashlib.sha256((text + scope + ("own" if aims.measure else "")).encode()).hexdigest()[:16]
+
+
+def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str:
+    low, high = 1 / timing.band[1], 1 / timing.band[0]
+    where = "own measure" if aims.measure else f"{aims.runtime}, {watch.threads} thread{'s' if watch.threads > 1 else ''}"
+    return (
+        f"latency: asked {aims.asked}, predicted {1 / predicted:.2f}x, measured {1 / timing.share:.2f}x ({low:.2f} to {high:.2f}; "
+        f"{timing.seconds * 1e3:.2f} ms; the original against itself {timing.control:.3f}); {where}"
+    )
+
+
+def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups], Mapping[int, int]]:
+    """What widths are multiples of: the number given, or ("auto", and by default where a time is asked for) what the device likes."""
+    if multiple_of is None:
+        multiple_of = "auto" if aims.timed else 1
+    if multiple_of != "auto":
+        if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
+            raise BadTarget(f'multiple_of is {multiple_of!r}; it is a whole number from 1 on, or "auto"')
+        return multiple_of
+    watch = Stopwatch(nn.Identity(), graph, aims)
+    table = Table(watch.device, aims.runtime, watch.threads)
+
+    known: dict[tuple, Mapping[int, int]] = {}
+
+    def learnt(groups: Groups) -> Mapping[int, int]:
+        key = tuple((group.size, tuple(group.places)) for group in groups)
+        if key not in known:
+            with using_threads(watch.threads):
+                known[key] = alignments(groups, table)
+        return known[key]
+
+    return learnt
+
+
+def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:
+    """Scores of equal groups are computed once, however many widths are tried."""
+    known: dict[tuple, tuple[list[Scores], Iterator[Scores]]] = {}
+
+    def tried(groups: Groups) -> Iterator[Scores]:
+        key = tuple((group.size, tuple(group.places)) for group in groups)
+        done, rest = known.setdefault(key, ([], scored(groups)))
+        yield from done
+        for each in rest:
+            done.append(each)
+            yield each
+
+    return tried

@@ -1,0 +1,198 @@
+"""How long a model takes: :func:`measure` times it against a reference, interleaved, and says how sure it is.
+
+A round times the reference, the model and the reference again; the two times of the reference against each other are the
+control (it must give 1). The speedup is the median over rounds of reference / model; its band is the 95 % confidence
+interval of that median, from order statistics (no distribution assumed). On one thread the clock is the CPU time of the
+process, which other programs disturb least; on several threads it is wall time; on a GPU it is the device's own events.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import BadMeasure
+from ..tracing.trees import normal_inputs, replace, tensors
+from .runtimes import Call, evaluating, prepare
+
+Clock = Callable[[Call, int], float]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one call (median, and the quartiles ``low`` and ``high``); against a reference also ``speedup``, its
+    95 % ``band``, the reference's seconds and the ``control`` (reference against itself: 1 when the clock can be trusted).
+    """
+
+    seconds: float
+    low: float
+    high: float
+    rounds: int
+    clock: str
+    threads: int
+    runtime: str
+    memory_format: str
+    reference: float | None = None
+    speedup: float | None = None
+    band: tuple[float, float] | None = None
+    control: float | None = None
+
+    @property
+    def noise(self) -> float:
+        """Half the width of the band (without a reference: of the quartiles), as a share of the value."""
+        if self.speedup and self.band:
+            return (self.band[1] - self.band[0]) / 2 / self.speedup
+        return (self.high - self.low) / 2 / self.seconds
+
+    def __str__(self) -> str:
+        text = f"{self.seconds * 1e3:.2f} ms ({self.low * 1e3:.2f} to {self.high * 1e3:.2f})"
+        if self.speedup and self.band and self.control:
+            text += f", {self.speedup:.2f}x faster ({self.band[0]:.2f} to {self.band[1]:.2f}; reference against itself {self.control:.3f})"
+        return f"{text}; {self.runtime}, {self.threads} threads, {self.memory_format}, {self.clock} time, {self.rounds} rounds"
+
+
+def measure(
+    model: nn.Module,
+    example_input: Any,
+    reference: nn.Module | None = None,
+    *,
+    example_kwargs: dict | None = None,
+    runtime: str = "eager",
+    threads: int | None = None,
+    memory_format: torch.memory_format | None = None,
+    seconds: float = 10.0,
+    tolerance: float = 0.01,
+) -> Measurement:
+    """Time ``model`` (and ``reference``, interleaved) on the example, in eval mode and without gradients.
+
+    Goes on until the band is within ``tolerance`` of the value or ``seconds`` are used up (at least five rounds).
+    ``threads=None`` leaves torch's setting; ``memory_format`` converts copies of both models and of four-dimensional
+    inputs. Raises :class:`~graphprune.errors.BadMeasure` when a runtime is missing or refuses the model.
+
+    >>> wide, slim = nn.Linear(512, 512), nn.Linear(512, 64)
+    >>> found = measure(slim, torch.zeros(64, 512), wide, threads=1, seconds=0.2)
+    >>> found.speedup > 1, found.threads
+    (True, 1)
+    """
+    args, kwargs = normal_inputs(example_input, example_kwargs)
+    models = [model] if reference is None else [model, reference]
+    if memory_format is not None:
+        models = [copy.deepcopy(each).to(memory_format=memory_format) for each in models]
+        swap = lambda t: t.to(memory_format=memory_format) if t.ndim == 4 else t  # noqa: E731
+        args, kwargs = replace(args, swap), replace(kwargs, swap)
+    device = next((t.device for t in tensors((args, kwargs), torch.Tensor)), torch.device("cpu"))
+    with using_threads(threads), evaluating(models[0]), evaluating(models[-1]):
+        calls = [prepare(each, args, kwargs, runtime, threads) for each in models]
+        name, clock = clock_for(device, torch.get_num_threads())
+        found = interleave(calls if reference is None else [calls[1], calls[0], calls[1]], clock, seconds, tolerance)
+        used = torch.get_num_threads()
+    mine = found[:, 1 if reference is not None else 0]
+    low, middle, high = (float(q) for q in np.quantile(mine, (0.25, 0.5, 0.75)))
+    plain = Measurement(middle, low, high, len(found), name, used, runtime, str(memory_format or "as given").replace("torch.", ""))
+    if reference is None:
+        return plain
+    ratio, band = middle_of(found[:, [0, 2]].mean(1) / mine)
+    facts = {"reference": float(np.median(found[:, [0, 2]])), "speedup": ratio, "band": band, "control": middle_of(found[:, 0] / found[:, 2])[0]}
+    return Measurement(**{**plain.__dict__, **facts})
+
+
+def middle_of(values: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The median, and its 95 % confidence interval from order statistics.
+
+    >>> middle_of(np.arange(25.0))
+    (12.0, (7.0, 17.0))
+    """
+    ordered = np.sort(values)
+    count = len(ordered)
+    reach = 0.98 * math.sqrt(count)
+    low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach) - 1)
+    return float(np.median(ordered)), (float(ordered[low]), float(ordered[high]))
+
+
+Enough = Callable[[np.ndarray], bool]
+
+
+def interleave(
+    calls: Sequence[Call], clock: Clock, seconds: float, enough: Enough | float, least: int = 5, warm: bool = True, chained: bool = False
+) -> np.ndarray:
+    """Seconds per call, one row for each round, until ``enough`` (a function of the rows, or the share within which the
+    band of the first two must be) or until ``seconds`` are used up.
+
+    Every other round runs backwards, so that a drift cancels. ``chained``: where a round begins with the call that the last
+    one ended with, that timing counts for both (quicker; neighbouring rows are then not quite independent).
+    """
+    done = enough if callable(enough) else lambda rows: _settled(rows, enough)
+    once = [1.0 for _ in calls]
+    for _ in range(2 if warm else 0):
+        once = [clock(call, 1) for call in calls]
+    repeats = [max(1, math.ceil(0.003 / max(each, 1e-9))) for each in once]
+    rows: list[list[float]] = []
+    end = time.perf_counter() + seconds
+    while len(rows) < least or (time.perf_counter() < end and not done(np.array(rows))):
+        order = list(range(len(calls)) if len(rows) % 2 == 0 else reversed(range(len(calls))))
+        row = [0.0] * len(calls)
+        if chained and rows:
+            first = order.pop(0)
+            row[first] = rows[-1][first]
+        for index in order:
+            row[index] = clock(calls[index], repeats[index])
+        if not all(math.isfinite(each) and each > 0 for each in row):
+            raise BadMeasure("the clock returned zero or less; time more work per call (a larger batch)")
+        rows.append(row)
+    return np.array(rows)
+
+
+def _settled(rows: np.ndarray, tolerance: float) -> bool:
+    values = rows[:, 0] / rows[:, 1] if rows.shape[1] > 1 else rows[:, 0]
+    middle, (low, high) = middle_of(values)
+    return high - low <= 2 * tolerance * middle
+
+
+def clock_for(device: torch.device, threads: int) -> tuple[str, Clock]:
+    """The clock of a device: its name, and a function (call, repeats) -> seconds of one call."""
+    if device.type == "cuda":
+        return "device", _events
+    return ("CPU", _stopwatch(time.process_time)) if threads == 1 else ("wall", _stopwatch(time.perf_counter))
+
+
+def _stopwatch(now: Callable[[], float]) -> Clock:
+    def clock(call: Call, repeats: int) -> float:
+        start = now()
+        for _ in range(repeats):
+            call()
+        return (now() - start) / repeats
+
+    return clock
+
+
+def _events(call: Call, repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+@contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """torch on so many threads for a while."""
+    before = torch.get_num_threads()
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise BadMeasure(f"threads is {threads!r}; it is a whole number from 1 on")
+    try:
+        torch.set_num_threads(threads or before)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,125 @@
+"""Recorded operations by themselves, on the runtime that is asked for: :func:`lone` one call, :func:`together` many at once.
+
+Eager operations are called as recorded (also for ``compile``, which uses the same kernels for products). ONNX Runtime and
+OpenVINO get products as the nodes of one file, side by side, and their own profilers say what each took: one session
+instead of hundreds, and no price for the call, nor for reordering memory at its ends, which a whole model pays only once.
+What surrounds products there is fused into them or cheap, so only operations that stay on their own (norms with
+statistics, softmax, pooling) are counted besides, at their eager price.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cost import operation
+from ..tracing.trace import Node
+from .runtimes import openvino_request
+
+FUSED = frozenset("native_batch_norm relu relu_ hardtanh hardtanh_ add add_ mul mul_ silu silu_ sigmoid clamp clamp_ clone hardswish hardswish_".split())
+EAGER = ("eager", "compile")
+RUNS = 8
+AROUND = frozenset("Parameter Result Constant Const Reorder Input Output".split())
+
+
+class Item(NamedTuple):
+    """A node of an ONNX file: its kind, what it is given, the weights it holds, and its attributes."""
+
+    kind: str
+    given: tuple[torch.Tensor, ...]
+    weights: list[torch.Tensor]
+    facts: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * 4 for tensor in (*self.given, *self.weights))
+
+
+def lone(node: Node, args: tuple, kwargs: dict, runtime: str) -> Callable[[], Any] | None:
+    """A function that makes the call once; None where the runtime fuses it away."""
+    if runtime != "eager" and operation(node) in FUSED:
+        return None
+    return lambda: node.func(*args, **kwargs)
+
+
+def item(node: Node, args: tuple) -> Item | None:
+    """The call as a node of an ONNX file, if it is a product."""
+    name = operation(node)
+    if name == "convolution":
+        x, weight, bias, stride, padding, dilation, transposed, extra, groups = args
+        facts = {"strides": stride, "pads": [*padding, *padding], "dilations": dilation, "group": groups, "kernel_shape": list(weight.shape[2:])}
+        facts |= {"output_padding": extra} if transposed else {}
+        return Item("ConvTranspose" if transposed else "Conv", (x,), [weight] if bias is None else [weight, bias], facts)
+    if name in ("mm", "addmm"):
+        return Item("MatMul", (args[-2],), [args[-1]], {})
+    return Item("MatMul", args[-2:], [], {}) if name in ("bmm", "baddbmm") else None
+
+
+def together(items: Sequence[Item], runtime: str, threads: int) -> list[float]:
+    """Seconds of each, by the runtime's own profiler: the smallest of several runs (what disturbs only adds)."""
+    file, feed = _file(items)
+    runs = _onnxruntime(file, feed, threads) if runtime == "onnxruntime" else _openvino(file, feed, threads, len(items))
+    return [min(runs.get(index, [0.0])) for index in range(len(items))]
+
+
+def _onnxruntime(file: bytes, feed: dict[str, Any], threads: int) -> dict[int, list[float]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads, options.enable_profiling = 3, threads, True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        for _ in range(RUNS):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    found: dict[int, list[float]] = {}
+    for event in events:
+        # A convolution in blocked layout is named by its output, any other node by itself; reorders have other names.
+        name = re.fullmatch(r"y(\d+)(_nchwc)?_kernel_time", event.get("name", ""))
+        if name:
+            found.setdefault(int(name[1]), []).append(max(event["dur"], 0.5) * 1e-6)
+    return found
+
+
+def _openvino(file: bytes, feed: dict[str, Any], threads: int, count: int) -> dict[int, list[float]]:
+    import openvino
+
+    request = openvino_request(openvino.Core().read_model(file, b""), threads, PERF_COUNT=True)
+    means: dict[int, list[float]] = {}
+    for _ in range(RUNS):
+        request.infer(feed)
+        nodes = [entry for entry in request.get_profiling_info() if entry.node_type not in AROUND]
+        # Nodes keep the name of their output, except where OpenVINO makes new ones of its own: those follow in order.
+        names = [re.match(r"y(\d+)(/|$)", entry.node_name) for entry in nodes]
+        left = iter(sorted(set(range(count)) - {int(name[1]) for name in names if name}))
+        for entry, name in zip(nodes, names, strict=True):
+            index = int(name[1]) if name else next(left, None)
+            if index is not None:
+                means.setdefault(index, []).append(entry.real_time.total_seconds())
+    # What is reported is the mean over all runs so far.
+    single = {index: [now * (i + 1) - (mean[i - 1] * i if i else 0) for i, now in enumerate(mean)] for index, mean in means.items()}
+    return {index: [max(each, 5e-7) for each in values] for index, values in single.items()}
+
+
+def _file(items: Sequence[Item]) -> tuple[bytes, dict[str, Any]]:
+    from onnx import TensorProto, helper, numpy_helper
+
+    feed, inputs, held, nodes, outputs = {}, [], [], [], []
+    for index, (kind, given, weights, facts) in enumerate(items):
+        names = [f"x{index}_{i}" for i in range(len(given))] + [f"w{index}_{i}" for i in range(len(weights))]
+        for name, tensor in zip(names, given, strict=False):
+            feed[name] = tensor.detach().cpu().float().contiguous().numpy()
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(tensor.shape)))
+        held += [numpy_helper.from_array(w.detach().cpu().float().contiguous().numpy(), name) for name, w in zip(names[len(given) :], weights, strict=True)]
+        facts = {key: [int(v) for v in value] if isinstance(value, list | tuple) else int(value) for key, value in facts.items()}
+        nodes.append(helper.make_node(kind, names, [f"y{index}"], name=f"y{index}", **facts))
+        outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, None))
+    graph = helper.make_graph(nodes, "operations", inputs, outputs, held)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString(), feed

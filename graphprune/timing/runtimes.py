@@ -1,0 +1,132 @@
+"""Where a model is run: eager PyTorch, torch.compile, ONNX Runtime or OpenVINO; :func:`prepare` returns one call of it.
+
+The last two are optional packages; asking for one that is not installed raises
+:class:`~graphprune.errors.BadMeasure` and says what to install.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadMeasure
+from ..tracing.trees import replace, tensors
+
+RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
+Call = Callable[[], Any]
+
+
+class Flat(nn.Module):
+    """A model as a function from its input tensors to its output tensors, whatever nests hold them."""
+
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        super().__init__()
+        self.model, self.args, self.kwargs = model, args, kwargs
+
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        left = iter(given)
+        args = replace(self.args, lambda _: next(left))
+        kwargs = replace(self.kwargs, lambda _: next(left))
+        return tuple(tensors(self.model(*args, **kwargs), torch.Tensor))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager", threads: int | None = None) -> Call:
+    """A function that runs the model once on the given inputs, in eval mode and without gradients.
+
+    Raises :class:`~graphprune.errors.BadMeasure` when the runtime is unknown, not installed, or refuses the model.
+
+    >>> prepare(nn.Linear(2, 3).eval(), (torch.zeros(1, 2),), {})().shape
+    torch.Size([1, 3])
+    """
+    if runtime not in RUNTIMES:
+        raise BadMeasure(f"runtime is {runtime!r}; it is one of {', '.join(RUNTIMES)}")
+    if runtime == "eager":
+        return torch.inference_mode()(lambda: model(*args, **kwargs))
+    if runtime == "compile":
+        return _compiled(model, args, kwargs)
+    try:
+        return {"onnxruntime": _onnxruntime, "openvino": _openvino}[runtime](model, args, kwargs, threads)
+    except ImportError as error:
+        raise BadMeasure(f"runtime {runtime!r} is not installed: pip install {runtime}{' onnx' if runtime == 'onnxruntime' else ''}") from error
+    except Exception as error:
+        raise BadMeasure(f"{runtime} does not take this model: {type(error).__name__}: {str(error)[:500]}") from error
+
+
+def _compiled(model: nn.Module, args: tuple, kwargs: dict) -> Call:
+    import torch._dynamo.config as config
+
+    compiled = torch.compile(model, dynamic=False)
+    call = torch.inference_mode()(lambda: compiled(*args, **kwargs))
+    # Models of one class share their code, and torch.compile falls back to eager after eight variants of a code.
+    with config.patch(recompile_limit=1024, accumulated_recompile_limit=4096), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call()
+    return call
+
+
+def to_onnx(model: nn.Module, args: tuple, kwargs: dict) -> bytes:
+    """The model as an ONNX file; inputs are named x0, x1 … in the order of the given tensors."""
+    given = tuple(tensors((args, kwargs), torch.Tensor))
+    file = io.BytesIO()
+    names = [f"x{index}" for index in range(len(given))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Flat(model, args, kwargs).eval(), given, file, input_names=names, opset_version=17, dynamo=False)
+    return file.getvalue()
+
+
+def _onnxruntime(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    session = onnxruntime.InferenceSession(to_onnx(model, args, kwargs), options, providers=["CPUExecutionProvider"])
+    known = {item.name for item in session.get_inputs()}
+    feed = {f"x{index}": tensor.detach().cpu().contiguous().numpy() for index, tensor in enumerate(tensors((args, kwargs), torch.Tensor))}
+    feed = {name: array for name, array in feed.items() if name in known}
+    return lambda: session.run(None, feed)
+
+
+def openvino_request(model: Any, threads: int | None, **settings: Any) -> Any:
+    """A request to run an OpenVINO model on the CPU, in single precision."""
+    import openvino
+
+    settings |= {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+
+
+def _openvino(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
+    import openvino
+
+    given = tuple(tensors((args, kwargs), torch.Tensor))
+    try:  # several times quicker than OpenVINO's own reader of PyTorch
+        converted = openvino.Core().read_model(to_onnx(model, args, kwargs), b"")
+        order = [next(int(name[1:]) for name in port.get_names() if name[1:].isdigit()) for port in converted.inputs]
+    except Exception:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted = openvino.convert_model(Flat(model, args, kwargs).eval(), example_input=given)
+        order = list(range(len(given)))
+        if len(converted.inputs) == len(given):
+            converted.reshape({port: list(tensor.shape) for port, tensor in zip(converted.inputs, given, strict=True)})
+    request = openvino_request(converted, threads)
+    feed = [given[index].detach().cpu().contiguous().numpy() for index in order]
+    return lambda: request.infer(feed)

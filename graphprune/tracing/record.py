@@ -1,0 +1,355 @@
+"""Seeing every ATen call of a run, carrying the labels across it, and writing it down: :class:`Recorder`.
+
+What is known of an operation (its rule, whether it moves, computes or is pointwise) is looked up once per overload.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from os.path import basename
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import GraphpruneError
+from .assemble import ASSEMBLE, free, merged
+from .labels import Array, Fields, Labels, Reason, varying
+from .moves import MOVES
+from .notation import Value, meet
+from .picks import INTEGERS, pick, picked
+from .rules import RULES, pointwise
+from .shapes import SHAPES
+from .sizes import Size
+from .trees import PLAIN, replace, tensors
+
+# Pointwise operations whose overloads lack torch's tag.
+UNTAGGED = frozenset(
+    "copy where masked_fill lerp addcmul addcdiv clamp hardswish hardsigmoid hardtanh relu6 silu gelu leaky_relu elu "
+    "selu celu softplus mish prelu _prelu_kernel glu_none rsub nan_to_num bitwise_not logical_not erf log_sigmoid_forward".split()
+)
+FACTORIES = frozenset(("zeros", "ones", "full", "empty", "rand", "randn"))
+# Moves that take parts of an axis.
+PARTS = frozenset("slice split split_with_sizes unsafe_split unsafe_split_with_sizes split_with_sizes_copy narrow".split())
+FILLED = frozenset(("ones_like", "full_like", "empty_like", "fill_"))
+HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+META, CPU = torch.device("meta"), torch.device("cpu")
+Tensor = torch.Tensor
+_INSIDE: dict[str, bool] = {}
+
+
+def place() -> tuple[str, int] | None:
+    """File and line of the innermost frame that belongs neither to torch nor to this package."""
+    frame, inside = sys._getframe(2), _INSIDE
+    while frame:
+        file = frame.f_code.co_filename
+        if file not in inside:
+            inside[file] = file.startswith((HERE, TORCH)) or file[0] == "<"
+        if not inside[file]:
+            return file, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+def line(where: tuple[str, int] | None) -> str:
+    return f"{basename(where[0])}:{where[1]}" if where else ""
+
+
+@dataclass(eq=False)
+class Node:
+    """One ATen call: what it is, its arguments (tensors as Value), its results, and where it was made."""
+
+    func: Any
+    args: tuple
+    kwargs: dict
+    outs: list[Value]
+    module: str
+    where: tuple[str, int] | None
+    reduces: bool = False
+    step: int = -1
+
+    @property
+    def line(self) -> str:
+        return line(self.where)
+
+
+class Known:
+    """What is known of one overload."""
+
+    def __init__(self, func: Any) -> None:
+        self.name = name = func._schema.name.rpartition("::")[2]
+        self.plain = name[:-1] if name.endswith("_") and name[:-1] in RULES else name
+        self.writes = func._schema.is_mutable
+        self.inplace = func._schema.name.endswith("_")
+        self.shape = SHAPES.get(str(func))
+        self.pointwise = torch.Tag.pointwise in func.tags or is_pointwise(func, name)
+        self.zero = (name in MOVES or name in ("select", "unbind", "expand")) and name not in FILLED
+        self.makes = name.startswith("new_") or name in ("expand", "repeat")
+
+
+def is_pointwise(func: Any, name: str) -> bool:
+    """In-place overloads and a few others lack the tag of their functional twin."""
+    if name.rstrip("_") in UNTAGGED:
+        return True
+    twin = getattr(torch.ops.aten, name.rstrip("_"), None) if name.endswith("_") else None
+    return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every ATen call, carries the labels across it, and writes the node down."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # there is no compiled frame to keep out of a run
+
+    def __init__(self, labels: Labels, names: dict[int, str], stack: list[str], real: bool) -> None:
+        super().__init__()
+        self.labels, self.names, self.stack, self.real = labels, names, stack, real
+        self.values: dict[int, Value] = {}
+        self.alive: list[Any] = []
+        self.leaves: dict[str, Value] = {}
+        self.nodes: list[Node] = []
+        self.extra: list[Node] = []  # of a second run, in training mode
+        self.spans: list[tuple[int, int]] = []  # the locks that each call made
+        self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
+        self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
+        self.read: set[int] = set()  # values that the Python code looked into
+        self.constants: dict[str, Tensor] = {}
+        self.copied: set[int] = set()  # by id: fields that number the copies of an expanded axis
+        self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
+        self.step = -1
+
+    def leaf(self, tensor: Tensor, name: str) -> Value:
+        size = tuple(tensor.shape)
+        value = Value(size, free(self.labels, size, range(len(size))), zero=True, leaf=name)
+        self.leaves[name] = value
+        self.keep(tensor, value)
+        if tensor.dtype in INTEGERS and tensor.ndim == 1 and not tensor.is_meta:
+            self.numbers[name] = tensor
+        return value
+
+    def keep(self, tensor: Tensor, value: Value) -> None:
+        value.dtype, value.storage = tensor.dtype, tensor.untyped_storage()._cdata
+        if not tensor.is_contiguous():
+            value.order = tuple(sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis)))
+        self.values[id(tensor)] = value
+        self.alive.append(tensor)
+
+    def value(self, tensor: Tensor) -> Value:
+        found = self.values.get(id(tensor))
+        if found is None:
+            name = self.names.get(id(tensor))
+            if name:
+                return self.leaf(tensor, name)
+            found = Value(tuple(tensor.shape), leaf=f"<constant {len(self.leaves)}>")
+            self.leaves[found.leaf] = found
+            self.constants[found.leaf] = tensor
+            self.keep(tensor, found)
+        return found
+
+    def line(self) -> str:
+        return line(place())
+
+    def run(self, func: Any, known: Known, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
+        """Execute: on the meta device as soon as one operand lies there."""
+        if self.real:
+            return func(*args, **kwargs)
+        meta = [t.is_meta for t in given]
+        if meta and False not in meta:
+            if known.shape is not None:
+                found = known.shape(*args, **kwargs)
+                if found is not None:
+                    return found
+            if "device" in kwargs:
+                kwargs = {**kwargs, "device": META}
+            return func(*args, **kwargs)
+        if True in meta:
+            if known.inplace and not meta[0]:
+                return given[0]
+            swap = lambda t: t if t.is_meta else t.to("meta")  # noqa: E731
+            args, kwargs = replace(args, swap), replace(kwargs, swap)
+            if "device" in kwargs:
+                kwargs["device"] = META
+        elif str(kwargs.get("device", "")) == "meta":
+            kwargs = {**kwargs, "device": given[0].device if given else CPU}
+        return func(*args, **kwargs)
+
+    def see(self, items: Any, given: list[Tensor], held: list[Value]) -> list:
+        """The arguments of a call with values for tensors; both are also noted in order."""
+        seen = []
+        for item in items:
+            kind = type(item)
+            if kind in PLAIN:
+                seen.append(item)
+            elif isinstance(item, Tensor):
+                value = self.values.get(id(item))
+                if value is None:
+                    value = self.value(item)
+                given.append(item)
+                held.append(value)
+                seen.append(value)
+            elif kind is list or kind is tuple:
+                seen.append(kind(self.see(item, given, held)))
+            else:
+                given += tensors(item, Tensor)
+                seen.append(replace(item, self.value))
+                held += tensors(seen[-1])
+        return seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        known = self.known.get(id(func))
+        if known is None:
+            known = self.known[id(func)] = Known(func)
+        given: list[Tensor] = []
+        held: list[Value] = []
+        seen = tuple(self.see(args, given, held))
+        named = dict(zip(kwargs, self.see(kwargs.values(), given, held), strict=True)) if kwargs else kwargs
+        first = args[0] if args else None
+        result = self.run(func, known, args, kwargs, given)
+        results = [result] if isinstance(result, Tensor) else list(tensors(result, Tensor))
+        if not results:
+            self.read.update(id(value) for value in held)
+            return result
+        first_lock = len(self.labels.locks)
+        shapes = [tuple(t.shape) for t in results]
+        module, where = (self.stack[-1] if self.stack else ""), place()
+        try:
+            outs, reduces = self.carry(known, seen, named, held, shapes, module, where)
+        except (GraphpruneError, ValueError, IndexError, KeyError, TypeError) as error:
+            outs, reduces = self.refuse(known, held, len(shapes), module, where, f"not understood: {error}")
+        if not _fits(shapes, outs):
+            whole = [Value(s, f) for s, f in zip(shapes, outs, strict=True)]
+            outs, reduces = self.refuse(known, held + whole, len(shapes), module, where, "its rule does not fit")
+        number = len(self.nodes)
+        zero = known.zero and bool(held) and held[0].zero
+        values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
+        for tensor, value in zip(results, values, strict=True):
+            if tensor is first and known.writes:
+                value.zero = False
+            self.keep(tensor, value)
+        self.nodes.append(Node(func, seen, named, values, module, where, reduces, self.step))
+        self.spans.append((first_lock, len(self.labels.locks)))
+        return result
+
+    def carry(self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
+        name = known.name
+        if name in FACTORIES and not given:
+            return ASSEMBLE[name](self.labels, self.reason(name, module, where), shapes, *args, **kwargs), False
+        if not known.makes:
+            for value in given:
+                if value.fields:
+                    break
+            else:
+                return [()] * len(shapes), False
+        reason = self.reason(name, module, where)
+        if name in ("index_select", "index"):
+            found = picked(name, args, self.numbers)
+            if found:
+                x, dim, index = found
+                self.picks.setdefault(index.leaf, []).append((x, dim))
+                outs = pick(self.labels, x, dim, index, self.numbers[index.leaf], reason)
+                self.box(outs)
+                return outs, False
+        if name in ASSEMBLE:
+            outs = ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs)
+            if name == "expand":
+                self.copied.update(id(field) for field in outs[0][len(args[0].fields) :])
+            return outs, False
+        if name in MOVES:
+            source, rest = args[0], args[1:]
+            moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
+            moved = self.copies(source.fields, moved, reason)
+            outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
+            if len(outs) == 1:
+                outs = [merged(self.labels, outs[0], reason)]
+            self.box(outs)
+            if name in PARTS:
+                self.singled(source, outs, shapes, reason)
+            return outs, False
+        if known.plain == "_grouped_mm":
+            aligned(args[:2])
+        if known.plain in RULES:
+            described = RULES[known.plain](*args, **kwargs)
+            outs, reduces = meet(self.labels, described, shapes, reason)
+            weight = next((v for v in described.operands[1:] if isinstance(v, Value)), None)
+            linear = weight is not None and (weight.zero or described.operands[0].zero) and "[" not in described.text
+            return outs + [()] * (len(shapes) - len(outs)), reduces and not linear
+        if known.pointwise:
+            ranked = [v for v in given if v.shape] or given
+            if len(ranked) == 1 and len(ranked[0].shape) == len(shapes[0]):
+                return [ranked[0].fields for _ in shapes], False
+            return meet(self.labels, pointwise(ranked, [len(s) for s in shapes]), shapes, reason)
+        if name == "as_strided_" and shapes[0] == args[0].shape and sum(n > 1 for n in shapes[0]) < 2:
+            return [args[0].fields], False
+        return self.refuse(known, given, len(shapes), module, where, "no rule for this operation")
+
+    def reason(self, name: str, module: str, where: Any) -> int:
+        return self.labels.reason(Reason("meets an axis that keeps its size", name, module, where))
+
+    def refuse(self, known: Known, given: list[Value], count: int, module: str, where: Any, text: str) -> tuple[list[Fields], bool]:
+        """Lock what an operation touches, and only that."""
+        unknown = self.labels.reason(Reason(text, known.name, module, where))
+        for value in given:
+            for held in value.fields:
+                self.labels.lock(held, unknown)
+        return [()] * count, False
+
+    def copies(self, before: Fields, moved: list[list], reason: int) -> list[list]:
+        """A count of copies that comes to lie on one axis with what is copied (grouped-query heads): the count stays, so that the rest may go."""
+        if not any(id(field) in self.copied for field in before):
+            return moved
+        kept = []
+        for field, column in zip(before, moved, strict=True):
+            if id(field) in self.copied:
+                self.copied.update(id(array) for array in column)
+                others = [(f, c) for f, c in zip(before, moved, strict=True) if f is not field]
+                if any(_cross(f, field) and not _cross(c[0], column[0]) for f, c in others):
+                    self.labels.lock(field, reason)
+                    continue
+            kept.append(column)
+        return kept
+
+    def singled(self, source: Value, outs: list[Fields], shapes: list, reason: int) -> None:
+        """A part of length 1 names one position of an axis: that position stays."""
+        if any(len(shape) != len(source.shape) for shape in shapes):
+            return
+        for held, shape in zip(outs, shapes, strict=True):
+            for before, after in zip(source.fields, held, strict=True):
+                lost = [a for a, n in enumerate(shape) if n == 1 and before.shape[a] > 1 and after.shape[a] == 1]
+                if lost:
+                    self.labels.lock(after.ravel(), reason)
+
+    def box(self, outs: list[Fields]) -> None:
+        for held in outs:
+            for array in held:
+                if max(array.shape) != array.size:  # more than one axis varies
+                    self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
+
+
+def aligned(operands: tuple) -> None:
+    """The kernel wants rows of a multiple of 16 bytes: a branch on the size, taken."""
+    for value in operands:
+        step = 16 // value.dtype.itemsize
+        for dim in range(len(value.shape) - 2, len(value.shape)):
+            if value.shape[dim] % step == 0 and any(field.shape[dim] > 1 for field in value.fields):
+                Size.outcomes.append(("==", ("%", ("dim", value, dim), step), 0, True))
+
+
+def _cross(one: Array, two: Array) -> bool:
+    """Do two fields vary along different axes?"""
+    return not set(varying(one)) & set(varying(two))
+
+
+def _fits(shapes: list, outs: list[Fields]) -> bool:
+    """Whether every field has length 1 or the tensor's own along each axis."""
+    for size, held in zip(shapes, outs, strict=True):
+        for field in held:
+            if field.ndim != len(size):
+                return False
+            for n, whole in zip(field.shape, size, strict=True):
+                if n != whole and n != 1:
+                    return False
+    return True

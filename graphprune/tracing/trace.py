@@ -1,0 +1,299 @@
+"""One run of the model, without values, in which labels ride along: :func:`trace` returns the :class:`Graph`.
+
+The run happens on a throw-away copy whose floating parameters lie on the meta device, under a dispatch mode that sees
+every ATen operation and a function mode that sees what sizes the Python code asked for. Where control flow depends on
+values, the run is repeated with real ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import BadInput
+from .copies import duplicate
+from .labels import Labels, Reason
+from .notation import Value
+from .picks import settle
+from .record import META, Node, Recorder, is_pointwise
+from .sizes import Size
+from .symbols import SIZED, Call, calls_of, plant
+from .trees import leaf_tensors, modules_of, normal_inputs, replace, tensors
+from .unused import forget, hold, train_run, unread
+
+__all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
+
+NOT_RUN = (
+    "the model does not run on the example input: {}: {}\nCall model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
+)
+
+# Calls that turn a size into a factor of the function: it may not change.
+FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
+# What asks a tensor for a property: these calls are no steps of the model.
+UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
+
+
+class Step(NamedTuple):
+    """One call of the Python code: its name, the values of its tensor arguments and of its results, in order, and whether any is floating."""
+
+    name: str
+    args: tuple[Value | None, ...]
+    results: tuple[Value | None, ...]
+    floats: bool = True
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a model computes: the calls in order, the leaves (parameters, buffers, constants) and all labels."""
+
+    nodes: list[Node]
+    steps: list[Step]
+    leaves: dict[str, Value]
+    labels: Labels
+    inputs: list[Value]
+    outputs: list[Value]
+    calls: list[Call]
+    floats: list
+    equals: list
+    outcomes: list
+    symbols: dict
+    example: tuple[tuple, dict]
+
+    def to_networkx(self) -> Any:
+        """The dependency graph: one node per call (with its operation, module and line), one edge per tensor."""
+        import networkx
+
+        graph = networkx.DiGraph()
+        for index, node in enumerate(self.nodes):
+            graph.add_node(index, op=str(node.func), module=node.module, line=node.line)
+            for value in tensors((node.args, node.kwargs)):
+                if value.node >= 0:
+                    graph.add_edge(value.node, index)
+                elif value.leaf:
+                    graph.add_edge(value.leaf, index)
+        return graph
+
+
+def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, list[tuple[torch.Tensor, str]]]:
+    """A throw-away copy that drops the weights (or copies them), and every tensor in it with its name."""
+    memo: dict[int, Any] = {}
+    held: list[tuple[torch.Tensor, str]] = []
+    for name, _, _, tensor in leaf_tensors(model):
+        if id(tensor) in memo:
+            continue
+        data = tensor.detach()
+        if isinstance(tensor, nn.Parameter):
+            twin = nn.Parameter(data.clone() if real else data.to(META), requires_grad=False)
+        else:
+            twin = data.clone() if real or not data.is_floating_point() else data.to(META)
+        memo[id(tensor)] = twin
+        held.append((twin, name))
+    return evaluating(duplicate(model, memo)), held
+
+
+def evaluating(model: nn.Module) -> nn.Module:
+    """``model.eval()``, without a call for each module unless one has its own."""
+    modules = [module for _, module in modules_of(model)]
+    if any(type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval for module in modules):
+        return model.eval()
+    for module in modules:
+        module.__dict__["training"] = False
+    return model
+
+
+def _batch_norm(*args: Any) -> torch.Tensor:
+    return torch.native_batch_norm(*args[:8])[0]
+
+
+# What a function does in one call, where torch's way to it makes several.
+DIRECT = {torch.batch_norm: _batch_norm}
+PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, FACTOR, CALL = range(8)
+_KINDS: dict[Any, tuple[int, str, bool]] = {}
+
+
+def _kind(func: Any) -> tuple[int, str, bool]:
+    """What to do about a function (nothing for most), its name, and whether it is a step of the model."""
+    name = getattr(func, "__name__", "")
+    named = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR}
+    if name == "__get__":
+        return (SHAPE if getattr(func, "__self__", None) is torch.Tensor.shape else GET), name, False
+    kind = named.get(name, FACTOR if name in FACTORS else CALL if name in SIZED or name.startswith("conv") else PASS)
+    return kind, name, name not in UNSTEPPED
+
+
+def floating(held: list[torch.Tensor]) -> bool:
+    """Whether a call on these works on activations, not only on positions and masks (which depend on the number of samples in some models)."""
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in held)
+
+
+class Functions(TorchFunctionMode):
+    """Sees what the Python code asks for: gives out sizes that remember, and writes down calls that use them."""
+
+    def __init__(self, recorder: Recorder, calls: list[Call]) -> None:
+        super().__init__()
+        self.recorder, self.calls = recorder, calls
+        self.steps: list[Step] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        found = _KINDS.get(func)
+        if found is None:
+            found = _KINDS[func] = _kind(func)
+        kind, name, step = found
+        if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
+            kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
+        result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
+        if kind == PASS or kind == GET:
+            return result
+        if kind == SHAPE:
+            return self.sizes(args[0], result)
+        if kind == SIZE and args:
+            sizes = self.sizes(args[0], args[0].size())
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            return sizes if dim is None else sizes[dim]
+        if kind == NUMEL:
+            return math.prod(self.sizes(args[0], args[0].size()))
+        if kind == FACTOR:
+            Size.floats += [arg.expr for arg in args if type(arg) is Size]
+        elif kind == CALL:
+            own = len(Size.outcomes)
+            calls_of(self.calls, self.recorder, name, args, kwargs, result, self.recorder.stack[-1] if self.recorder.stack else "")
+            del Size.outcomes[own:]  # what was compared here is no branch of the model
+        return result
+
+    def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        known = self.recorder.values
+        held = list(tensors((args, kwargs) if kwargs else args, torch.Tensor))
+        given = tuple([known.get(id(tensor)) for tensor in held])
+        floats = floating(held)
+        self.recorder.step = len(self.steps)
+        result = DIRECT.get(func, func)(*args, **kwargs)
+        self.recorder.step = -1
+        made = [result] if isinstance(result, torch.Tensor) else list(tensors(result, torch.Tensor))
+        self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
+        return result
+
+    def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
+        value = self.recorder.values.get(id(tensor))
+        if value is None or not value.fields:
+            return shape
+        moving = {axis for held in value.fields for axis, n in enumerate(held.shape) if n > 1}
+        return torch.Size([Size(n, ("dim", value, i)) if i in moving else n for i, n in enumerate(shape)])
+
+
+SWITCHES = [(space, name) for space in (nn.functional, torch.functional) for name in dir(space) if name.startswith("has_torch_function")]
+
+
+@contextmanager
+def open_paths() -> Iterator[None]:
+    """Keep fused fast paths, and torch's own checks for function modes, out of the run: every call becomes visible."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    spaces = [(space, name, getattr(space, name)) for space, name in SWITCHES]
+    for space, name, _ in spaces:
+        setattr(space, name, lambda *_: False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for space, name, old in spaces:
+            setattr(space, name, old)
+
+
+@contextmanager
+def _valueless() -> Iterator[None]:
+    """No gradients, and no fused kernels whose parts could not be seen."""
+    fused = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = fused
+
+
+@contextmanager
+def _where(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep ``stack`` at the path of the module that is running (global hooks would slow every call down)."""
+    path = {id(module): name for name, module in modules_of(model)}
+    call = nn.Module.__call__
+
+    def tell(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        stack.append(path.get(id(self), ""))
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            stack.pop()
+
+    nn.Module.__call__ = tell
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = call
+
+
+def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = None) -> Graph:
+    """Run ``model`` once and return what it computes, with the labels of every tensor.
+
+    Raises :class:`~graphprune.errors.BadInput` when the model does not run on the example.
+
+    >>> len(trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.zeros(1, 4)).leaves)
+    2
+    """
+    example = normal_inputs(example_input, example_kwargs)
+    try:
+        found = _run(model, example, real=False)
+        stale = any("[" in name for name in found.__dict__["unread"])  # a cache that the run looked for under another device
+        return _run(model, example, real=True) if stale else found
+    except Exception as first:
+        try:
+            return _run(model, example, real=True)
+        except Exception as error:
+            raise BadInput(NOT_RUN.format(type(error).__name__, error)) from (error if str(error) else first)
+
+
+def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
+    twin, held = shadow(model, real)
+    names = {id(tensor): name for tensor, name in held}
+    parameters = frozenset(name for tensor, name in held if isinstance(tensor, nn.Parameter))
+    labels, stack, calls = Labels(), [], []
+    recorder = Recorder(labels, names, stack, real)
+    for tensor, name in held:
+        recorder.leaf(tensor, name)
+    symbols = plant(twin, recorder.values, model)
+    swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
+    args, kwargs = replace(example[0], swap), replace(example[1], swap)
+    inputs = []
+    for tensor in tensors((args, kwargs), torch.Tensor):
+        value = Value(tuple(tensor.shape), leaf=f"<input {len(inputs)}>")
+        recorder.keep(tensor, value)
+        inputs.append(value)
+    Size.floats, Size.equals, Size.outcomes = [], [], []
+    with ExitStack() as scopes:
+        functions = Functions(recorder, calls)
+        for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
+            scopes.enter_context(scope)
+        result = twin(*args, **kwargs)
+        outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
+        steps, others = list(functions.steps), []
+        if parameters.intersection(unread(recorder, recorder.nodes)):
+            others = train_run(recorder, twin, lambda: twin(*args, **kwargs))
+    forget(recorder, outputs)
+    numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
+    idle = unread(recorder, recorder.nodes + recorder.extra)
+    hold(recorder, idle)
+    reason = labels.reason(Reason("an output of the model keeps its size"))
+    for value in outputs + others:
+        for held in value.fields:
+            labels.lock(held, reason)
+    uses = Size.floats, Size.equals, Size.outcomes
+    found = Graph(recorder.nodes, steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
+    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters, unread=idle, picks=numbered)
+    return found
