@@ -24,7 +24,7 @@ from .task import Scores, Task
 
 Tensor = torch.Tensor
 LARGEST = 4096
-ENTRIES = 2**18
+ENTRIES = 2**17
 
 
 @dataclass(frozen=True)
