@@ -70,6 +70,31 @@ def test_heads_of_keys_and_values_go_with_their_queries(heads, groups):
     assert small.o.in_features == 2 * heads and small.copies == heads // groups
 
 
+class Repeated(Grouped):
+    """The number of copies is derived where it is used; nothing else asks for the number of groups."""
+
+    def __init__(self, heads, groups, how):
+        super().__init__(heads, groups)
+        self.heads, self.groups, self.how = heads, groups, how
+
+    def repeated(self, x):
+        copies = self.heads // self.groups
+        return x.repeat_interleave(copies, 1) if self.how == "interleaved" else x.repeat(1, copies, 1, 1)
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], self.heads, self.size)
+        q, (k, v) = self.q(x).view(shape), (layer(x).view(*shape[:-2], -1, self.size) for layer in (self.k, self.v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(self.turned(q), self.repeated(self.turned(k)), self.repeated(v))
+        return self.o(y.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+@pytest.mark.parametrize("how", ["interleaved", "tiled"])
+def test_a_number_of_copies_stays(how):
+    small, _ = shrunk(Repeated(8, 4, how), X)
+    assert (small.q.out_features, small.k.out_features, small.heads, small.groups) == (16, 8, 4, 2)
+
+
 class PadShortcut(nn.Module):
     def __init__(self, channels):
         super().__init__()

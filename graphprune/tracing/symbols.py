@@ -32,13 +32,15 @@ COUNTS = ("groups", "num_groups", "normalized_shape")
 # The functions whose sizes are written down (and every convolution).
 SIZED = frozenset(
     "view reshape expand unflatten broadcast_to zeros ones full empty randn rand new_zeros new_ones new_full new_empty split "
-    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad channel_shuffle native_channel_shuffle scaled_dot_product_attention".split()
+    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad "
+    "repeat repeat_interleave tile channel_shuffle native_channel_shuffle scaled_dot_product_attention".split()
 )
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a size stands for: the length of an axis, or the survivors before / after a position, or blocks of it."""
+    """What a size stands for: the length of an axis, or the survivors before / after a position, or blocks of it;
+    a count of copies stays what it was."""
 
     kind: str
     value: Value
@@ -184,6 +186,11 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
     elif name == "narrow" and known(args[0]):
         add(args[3], out, "size", args[1])
         add(args[2], known(args[0]), "before", args[1], int(args[2]))
+    elif name in ("repeat", "tile", "repeat_interleave") and out:
+        counts = args[1:2] if name == "repeat_interleave" else args[1:]
+        for given in _ints(counts or [kwargs.get("repeats", kwargs.get("dims", ()))]):
+            if isinstance(given, Size):
+                calls.append(Call(given.expr, Need("count", out, 0, int(given)), name, module, recorder.line()))
     elif name == "group_norm":
         add(args[1], known(args[0]), "blocks", 1, int(args[1]))
     elif name.startswith("conv") and known(args[0]):
