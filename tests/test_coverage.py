@@ -289,6 +289,18 @@ def test_a_buffer_that_is_also_data_stays():
         graphprune.shrink(drawn(Picked([3, 1, 4, 0, 5, 9, 2, 6, 8, 7], otherwise=True)), X)
 
 
+class Stacked(Picked):
+    """The buffer is read from within a list."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.stack([self.order, self.order]).double().mean()
+
+
+def test_a_buffer_that_is_also_data_in_a_list_stays():
+    with pytest.raises(errors.NothingToPrune, match="numbers positions of this axis"):
+        graphprune.shrink(drawn(Stacked([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])), X)
+
+
 class Cached(nn.Module):
     """A table that evaluation computes once, by the name of the device."""
 
