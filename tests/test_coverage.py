@@ -323,6 +323,8 @@ def test_tables_kept_in_a_dictionary_are_cut_too():
     assert small.cache["cpu"].shape == (6,) and small.scale.shape == (6,) and net.cache["cpu"].shape == (12,)
     fresh = graphprune.apply(drawn(Cached()), plan)
     assert torch.allclose(fresh(X), small(X))
+    wanted = small(X)
+    assert graphprune.apply(net, plan, inplace=True) is net and torch.equal(net(X), wanted)
 
 
 def test_a_failure_in_place_leaves_the_model_as_it_was(monkeypatch):
