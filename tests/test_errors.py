@@ -1,5 +1,7 @@
 """Bad input gives an error that says what, where and what now, and leaves the model as it was."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -189,3 +191,16 @@ def test_wrapped_for_distributed_training(tmp_path):
         assert graphprune.shrink(model.module, X)[0].out_features == 4
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("granularity", ["weight", "group:box"])
+def test_what_fails_in_place_takes_values_and_classes_back(granularity, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("too late")
+
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), torch.randn(1, 3, 8, 8)
+    before, text = net(x), repr(net)
+    monkeypatch.setattr(sys.modules["graphprune.shrink"], "refill", fails)
+    with pytest.raises(RuntimeError, match="too late"):
+        graphprune.shrink(net, x, 0.5, granularity=granularity, inplace=True)
+    assert torch.equal(net(x), before) and repr(net) == text and [type(m) for m in net] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
