@@ -95,6 +95,22 @@ def test_a_number_of_copies_stays(how):
     assert (small.q.out_features, small.k.out_features, small.heads, small.groups) == (16, 8, 4, 2)
 
 
+@pytest.mark.parametrize("how", ["interleaved", "tiled"])
+def test_what_is_copied_for_every_head_follows_the_heads(how):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.a, self.b = 4, nn.Linear(8, 16), nn.Linear(16, 2)
+            self.bias = nn.Parameter(torch.ones(1, 1, 1))
+
+        def forward(self, x):
+            bias = self.bias.repeat_interleave(self.heads, 1) if how == "interleaved" else self.bias.repeat(1, self.heads, 1)
+            return self.b((self.a(x[:, 0]).view(-1, self.heads, 4).softmax(-1) + bias).flatten(1))
+
+    small, _ = shrunk(Biased(), X)
+    assert (small.heads, small.a.out_features) == (2, 8)
+
+
 class PadShortcut(nn.Module):
     def __init__(self, channels):
         super().__init__()
