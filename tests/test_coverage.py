@@ -70,6 +70,47 @@ def test_heads_of_keys_and_values_go_with_their_queries(heads, groups):
     assert small.o.in_features == 2 * heads and small.copies == heads // groups
 
 
+class Repeated(Grouped):
+    """The number of copies is derived where it is used; nothing else asks for the number of groups."""
+
+    def __init__(self, heads, groups, how):
+        super().__init__(heads, groups)
+        self.heads, self.groups, self.how = heads, groups, how
+
+    def repeated(self, x):
+        copies = self.heads // self.groups
+        return x.repeat_interleave(copies, 1) if self.how == "interleaved" else x.repeat(1, copies, 1, 1)
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], self.heads, self.size)
+        q, (k, v) = self.q(x).view(shape), (layer(x).view(*shape[:-2], -1, self.size) for layer in (self.k, self.v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(self.turned(q), self.repeated(self.turned(k)), self.repeated(v))
+        return self.o(y.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+@pytest.mark.parametrize("how", ["interleaved", "tiled"])
+def test_a_number_of_copies_stays(how):
+    small, _ = shrunk(Repeated(8, 4, how), X)
+    assert (small.q.out_features, small.k.out_features, small.heads, small.groups) == (16, 8, 4, 2)
+
+
+@pytest.mark.parametrize("how", ["interleaved", "tiled"])
+def test_what_is_copied_for_every_head_follows_the_heads(how):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.a, self.b = 4, nn.Linear(8, 16), nn.Linear(16, 2)
+            self.bias = nn.Parameter(torch.ones(1, 1, 1))
+
+        def forward(self, x):
+            bias = self.bias.repeat_interleave(self.heads, 1) if how == "interleaved" else self.bias.repeat(1, self.heads, 1)
+            return self.b((self.a(x[:, 0]).view(-1, self.heads, 4).softmax(-1) + bias).flatten(1))
+
+    small, _ = shrunk(Biased(), X)
+    assert (small.heads, small.a.out_features) == (2, 8)
+
+
 class PadShortcut(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -264,6 +305,18 @@ def test_a_buffer_that_is_also_data_stays():
         graphprune.shrink(drawn(Picked([3, 1, 4, 0, 5, 9, 2, 6, 8, 7], otherwise=True)), X)
 
 
+class Stacked(Picked):
+    """The buffer is read from within a list."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.stack([self.order, self.order]).double().mean()
+
+
+def test_a_buffer_that_is_also_data_in_a_list_stays():
+    with pytest.raises(errors.NothingToPrune, match="numbers positions of this axis"):
+        graphprune.shrink(drawn(Stacked([3, 1, 4, 0, 5, 9, 2, 6, 8, 7])), X)
+
+
 class Cached(nn.Module):
     """A table that evaluation computes once, by the name of the device."""
 
@@ -286,6 +339,8 @@ def test_tables_kept_in_a_dictionary_are_cut_too():
     assert small.cache["cpu"].shape == (6,) and small.scale.shape == (6,) and net.cache["cpu"].shape == (12,)
     fresh = graphprune.apply(drawn(Cached()), plan)
     assert torch.allclose(fresh(X), small(X))
+    wanted = small(X)
+    assert graphprune.apply(net, plan, inplace=True) is net and torch.equal(net(X), wanted)
 
 
 def test_a_failure_in_place_leaves_the_model_as_it_was(monkeypatch):

@@ -1,5 +1,10 @@
 """Bad input gives an error that says what, where and what now, and leaves the model as it was."""
 
+import copy
+import random
+import sys
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -189,3 +194,44 @@ def test_wrapped_for_distributed_training(tmp_path):
         assert graphprune.shrink(model.module, X)[0].out_features == 4
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("granularity", ["weight", "group:box"])
+def test_what_fails_in_place_takes_values_and_classes_back(granularity, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("too late")
+
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), torch.randn(1, 3, 8, 8)
+    before, text = net(x), repr(net)
+    monkeypatch.setattr(sys.modules["graphprune.shrink"], "refill", fails)
+    with pytest.raises(RuntimeError, match="too late"):
+        graphprune.shrink(net, x, 0.5, granularity=granularity, inplace=True)
+    assert torch.equal(net(x), before) and repr(net) == text and [type(m) for m in net] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+
+
+def test_random_numbers_of_the_model_are_given_back():
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) + torch.rand(2) * random.random()
+
+    states = torch.get_rng_state(), random.getstate()
+    assert graphprune.shrink(Noisy(*copy.deepcopy(NET)), X)[0].out_features < NET[0].out_features
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+
+
+def test_threads_leave_torch_as_it_was():
+    held = nn.Module.__call__, nn.functional.has_torch_function
+    inside, enough = [], threading.Event()
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            inside.append(nn.Module.__call__)
+            enough.wait(0.1 * len(inside))  # the second to come is the last to go
+            return super().forward(x)
+
+    threads = [threading.Thread(target=graphprune.trace, args=(nn.Sequential(Slow(4, 2)), X)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (nn.Module.__call__, nn.functional.has_torch_function) == held

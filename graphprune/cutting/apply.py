@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import BadPlan
 from ..tracing.copies import duplicate
 from ..tracing.symbols import SHAPED
-from ..tracing.trees import leaf_tensors, modules_of
+from ..tracing.trees import leaf_tensors, modules_of, replace
 from .kernels import apply_kernel, check_kernel
 from .masks import apply_mask, check_mask
 from .passthrough import apply_skip, check_skip
@@ -72,7 +72,10 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     if inplace:
         small = model
         for _, module, name, tensor in held:
-            if id(tensor) in cut:
+            if id(tensor) in cut and "[" in name:
+                own = name.partition("[")[0]
+                module.__dict__[own] = replace(module.__dict__[own], lambda held: cut.get(id(held), held))
+            elif id(tensor) in cut:
                 _put(module, name, tensor, cut[id(tensor)])
     else:
         small = duplicate(model, {**memo, **cut})

@@ -61,8 +61,8 @@ def mask(module: nn.Module, name: str, keep: torch.Tensor) -> None:
     old = mask_of(module, name)
     weight = module.parametrizations[name].original if old else getattr(module, name)
     keep = keep.to(weight.device)
-    with torch.no_grad():
-        weight.masked_fill_(~keep, 0)  # weight decay and momentum then have nothing to move
+    # Weight decay and momentum then have nothing to move; not in place, so that what fails later can put the old values back.
+    weight.data = weight.data.masked_fill(~keep, 0)
     if old:
         old.mask = keep
     else:

@@ -109,6 +109,8 @@ class Survivors:
         return mask
 
     def length(self, need: Need) -> int:
+        if need.kind == "count":
+            return need.at
         mask = self.axis(need.value, need.dim)
         if need.kind == "before":
             return int(mask[: need.at].sum())

@@ -27,11 +27,14 @@ OWN = ("_parameters", "_buffers", "_modules")
 @contextmanager
 def undone(model: nn.Module, edits: tuple[tuple, ...] = ()) -> Iterator[None]:
     """Whatever fails inside leaves modules, their tensors (by reference, not by value) and the holders of ``edits`` as they were."""
+    kinds = [(module, type(module)) for _, module in modules_of(model)]
     kept = [(holder, dict(holder)) for holder in _holders(model, edits)]
     data = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for *_, tensor in leaf_tensors(model)]
     try:
         yield
     except BaseException:
+        for module, kind in kinds:
+            module.__class__ = kind
         for holder, before in kept:
             holder.clear()
             holder.update(before)

@@ -32,13 +32,15 @@ COUNTS = ("groups", "num_groups", "normalized_shape")
 # The functions whose sizes are written down (and every convolution).
 SIZED = frozenset(
     "view reshape expand unflatten broadcast_to zeros ones full empty randn rand new_zeros new_ones new_full new_empty split "
-    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad channel_shuffle native_channel_shuffle scaled_dot_product_attention".split()
+    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad "
+    "repeat repeat_interleave tile channel_shuffle native_channel_shuffle scaled_dot_product_attention".split()
 )
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a size stands for: the length of an axis, or the survivors before / after a position, or blocks of it."""
+    """What a size stands for: the length of an axis, or the survivors before / after a position, or blocks of it;
+    a count of copies stays what it was."""
 
     kind: str
     value: Value
@@ -150,6 +152,13 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
         if moves or isinstance(given, Size):
             calls.append(Call(expression(given), Need(kind, value, dim % len(value.shape), at), name, module, recorder.line()))
 
+    def copied(given: Any, length: int, dim: int) -> None:
+        """A count of copies: the new length where one entry is copied; else it may not change."""
+        if length == 1:
+            add(given, out, "size", dim)
+        elif isinstance(given, Size):
+            add(given, out, "count", dim, int(given))
+
     out = known(result)
     if name in ("view", "reshape", "expand", "unflatten", "broadcast_to") and out:
         sizes = _ints(args[1:]) if name != "unflatten" else _ints([args[2] if len(args) > 2 else kwargs["sizes"]])
@@ -184,6 +193,13 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
     elif name == "narrow" and known(args[0]):
         add(args[3], out, "size", args[1])
         add(args[2], known(args[0]), "before", args[1], int(args[2]))
+    elif name in ("repeat", "tile") and out and args:
+        counts = _ints(args[1:] or [kwargs.get("repeats", kwargs.get("dims", ()))])
+        for back, given in enumerate(reversed(counts), 1):
+            copied(given, args[0].shape[-back] if back <= args[0].ndim else 1, len(out.shape) - back)
+    elif name == "repeat_interleave" and out and args:
+        given, dim = (args[at] if len(args) > at else kwargs.get(key) for at, key in ((1, "repeats"), (2, "dim")))
+        copied(given, args[0].numel() if dim is None else args[0].shape[dim], dim or 0)
     elif name == "group_norm":
         add(args[1], known(args[0]), "blocks", 1, int(args[1]))
     elif name.startswith("conv") and known(args[0]):

@@ -8,6 +8,7 @@ values, the run is repeated with real ones.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from .record import META, Node, Recorder, is_pointwise
 from .sizes import Size
 from .symbols import SIZED, Call, calls_of, plant
 from .trees import leaf_tensors, modules_of, normal_inputs, replace, tensors
-from .unused import forget, hold, train_run, unread
+from .unused import forget, hold, same_dice, train_run, unread
 
 __all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
 
@@ -112,6 +113,7 @@ def _batch_norm(*args: Any) -> torch.Tensor:
     return torch.native_batch_norm(*args[:8])[0]
 
 
+RUNNING = threading.RLock()  # a run exchanges functions of torch, for all threads: one at a time
 # What a function does in one call, where torch's way to it makes several.
 DIRECT = {torch.batch_norm: _batch_norm}
 PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, FACTOR, CALL = range(8)
@@ -248,6 +250,11 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
     2
     """
     example = normal_inputs(example_input, example_kwargs)
+    with RUNNING, same_dice():
+        return _traced(model, example)
+
+
+def _traced(model: nn.Module, example: tuple[tuple, dict]) -> Graph:
     try:
         found = _run(model, example, real=False)
         stale = any("[" in name for name in found.__dict__["unread"])  # a cache that the run looked for under another device

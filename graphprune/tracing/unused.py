@@ -57,9 +57,11 @@ def hold(recorder: Recorder, names: list[str]) -> None:
 def same_dice() -> Iterator[None]:
     """Random numbers drawn inside are not missed outside."""
     state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(state)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
 
 
 def train_run(recorder: Recorder, model: Any, call: Callable[[], Any]) -> list[Value]:
