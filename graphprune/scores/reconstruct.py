@@ -24,7 +24,7 @@ from .task import Scores, Task
 
 Tensor = torch.Tensor
 LARGEST = 4096
-ENTRIES = 2**17
+ENTRIES = 2**16
 
 
 @dataclass(frozen=True)
