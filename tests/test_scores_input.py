@@ -259,3 +259,10 @@ def test_dropout_is_off():
     joint = (grad * net[3].weight).sum(0) + (weight * net[0].weight).sum(1) + bias * net[0].bias
     assert torch.allclose(mine, joint.square(), rtol=1e-9)
     assert net.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranks_in_half_precision(dtype):
+    net, x = copy.deepcopy(NET).to(dtype), X.to(dtype)
+    for mine, wide in zip(found("hrank", net, [x], None), found("hrank", copy.deepcopy(net).float(), [x.float()], None), strict=True):
+        assert torch.isfinite(mine).all() and (mine - wide).abs().max() <= 3
