@@ -50,6 +50,7 @@ def test_bad_losses(name):
         (lambda output, labels: output.sum() * torch.inf, "the loss is -?(inf|nan)"),
         (lambda output, labels: 1.0, "must be one number, it has type float"),
         (None, "needs a loss; give loss="),
+        ("cross_entropy", "loss is 'cross_entropy'; give a function"),
     ]:
         with pytest.raises(errors.BadLoss, match=text):
             found(name, loss=loss)
