@@ -189,3 +189,8 @@ def test_wrapped_for_distributed_training(tmp_path):
         assert graphprune.shrink(model.module, X)[0].out_features == 4
     finally:
         dist.destroy_process_group()
+
+
+def test_a_name_that_resembles_none_says_where_the_names_are():
+    with pytest.raises(errors.UnknownName, match="named_modules"):
+        graphprune.shrink(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.zeros(1, 4), keep=["decoder"])
