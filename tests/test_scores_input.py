@@ -267,3 +267,9 @@ def test_ranks_in_half_precision(dtype):
     net, x = copy.deepcopy(NET).to(dtype), X.to(dtype)
     for mine, wide in zip(found("hrank", net, [x], None), found("hrank", copy.deepcopy(net).float(), [x.float()], None), strict=True):
         assert torch.isfinite(mine).all() and (mine - wide).abs().max() <= 3
+
+
+@pytest.mark.parametrize("name", WITH_DATA)
+def test_a_batch_without_samples(name):
+    with pytest.raises(errors.NeedsBatches, match="without samples"):
+        found(name, batches=[(X[:0], Y[:0])])

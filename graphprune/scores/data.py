@@ -54,6 +54,9 @@ class Data:
         count = 0
         for batch in bar(self.batches, self.name, self.progress):
             count += 1
+            # A dict batch of a loss (model, batch) may hold its inputs under any name; only that loss knows how to read it.
+            if not self.whole and not samples(batch):
+                raise NeedsBatches(f"the score {self.name!r} met a batch without samples (batch {count}); leave it out")
             yield batch
         if not count:
             hint = "the iterator is used up" if self.once else "the iterable is empty"
