@@ -31,7 +31,8 @@ def named(model: nn.Module, keep: Any) -> list[str]:
             hits = [n for n in (*modules, *leaves_) if n and (n == item or fnmatch.fnmatchcase(n, item))]
             if not hits:
                 near = difflib.get_close_matches(item, [*modules, *leaves_], 3)
-                raise UnknownName(f"{item!r} fits no module or parameter; the nearest are {', '.join(near) or 'none'}")
+                hint = f"the nearest are {', '.join(near)}" if near else "model.named_modules() lists what there is"
+                raise UnknownName(f"{item!r} fits no module or parameter; {hint}")
         elif isinstance(item, type):
             hits = [name for name, module in modules.items() if isinstance(module, item)]
         elif isinstance(item, nn.Module):

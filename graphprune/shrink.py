@@ -70,7 +70,8 @@ def shrink(
     and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
     :func:`graphprune.repair` says which steps ``repair`` may name.
     ``granularity`` says what a unit is: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m
-    as in "2:4" (:mod:`graphprune.granularity.finer`).
+    as in "2:4" (:mod:`graphprune.granularity.finer`). A ``criterion`` of your own is a function ``(groups, model, batches) -> tensors``
+    for channels and heads, ``(name, module) -> float`` for blocks and layers, ``weight -> tensor`` for everything finer.
     ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
     ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
     code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.cutting.rewrite`).

@@ -235,3 +235,8 @@ def test_threads_leave_torch_as_it_was():
     for thread in threads:
         thread.join()
     assert (nn.Module.__call__, nn.functional.has_torch_function) == held
+
+
+def test_a_name_that_resembles_none_says_where_the_names_are():
+    with pytest.raises(errors.UnknownName, match="named_modules"):
+        graphprune.shrink(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.zeros(1, 4), keep=["decoder"])

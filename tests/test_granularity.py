@@ -494,3 +494,16 @@ def test_heads_that_share_keys_go_together():
     (zero,) = graphprune.zeroed(model, plan)(x)
     assert (small(x) - zero).abs().max() < 1e-12 < (small(x) - model(x)).abs().max()
     assert small(torch.randn(1, 7, 8, dtype=torch.float64)).shape == (1, 7, 8)
+
+
+@pytest.mark.parametrize("granularity", ["block", "group", "weight", "2:4"])
+def test_options_of_a_score_are_not_dropped_in_silence(granularity):
+    with pytest.raises(BadScore, match="takes no options of a score"):
+        graphprune.shrink(net(), X, 0.5, granularity=granularity, criterion=graphprune.scores.l2.with_(reduce="mean"))
+
+
+def test_a_kernel_over_one_axis_has_boxes_too():
+    model = nn.Sequential(nn.Conv1d(2, 4, 5, padding=2), nn.ReLU(), nn.Conv1d(4, 3, 3)).double().eval()
+    x = torch.randn(2, 2, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(model, x, 0.5, granularity="group:box", return_plan=True)
+    assert torch.allclose(small(x), graphprune.zeroed(model, plan)(x)[0]) and small[0].weight.shape[2] < 5

@@ -50,6 +50,7 @@ def test_bad_losses(name):
         (lambda output, labels: output.sum() * torch.inf, "the loss is -?(inf|nan)"),
         (lambda output, labels: 1.0, "must be one number, it has type float"),
         (None, "needs a loss; give loss="),
+        ("cross_entropy", "loss is 'cross_entropy'; give a function"),
     ]:
         with pytest.raises(errors.BadLoss, match=text):
             found(name, loss=loss)
@@ -259,3 +260,16 @@ def test_dropout_is_off():
     joint = (grad * net[3].weight).sum(0) + (weight * net[0].weight).sum(1) + bias * net[0].bias
     assert torch.allclose(mine, joint.square(), rtol=1e-9)
     assert net.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranks_in_half_precision(dtype):
+    net, x = copy.deepcopy(NET).to(dtype), X.to(dtype)
+    for mine, wide in zip(found("hrank", net, [x], None), found("hrank", copy.deepcopy(net).float(), [x.float()], None), strict=True):
+        assert torch.isfinite(mine).all() and (mine - wide).abs().max() <= 3
+
+
+@pytest.mark.parametrize("name", WITH_DATA)
+def test_a_batch_without_samples(name):
+    with pytest.raises(errors.NeedsBatches, match="without samples"):
+        found(name, batches=[(X[:0], Y[:0])])

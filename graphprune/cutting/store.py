@@ -103,7 +103,10 @@ def load(folder: str | Path, base: nn.Module) -> nn.Module:
 
 
 def expand(small: nn.Module, plan: Plan | None = None) -> dict[str, torch.Tensor]:
-    """The weights padded back to the original shapes, zero where entries were removed: a state by tensor name."""
+    """The weights padded back to the original shapes, zero where entries were removed: a state by tensor name.
+
+    The tensors of removed modules (granularity "block" or "layer") are not in it: zeros there need not compute the same.
+    """
     plan = _plan(small, plan)
     wide: dict[str, torch.Tensor] = {}
     thin = {part.name: unpack(part.data, tuple(plan.shapes[part.name][1:])) for part in plan.parts if part.kind == "columns"}

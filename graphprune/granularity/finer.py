@@ -20,8 +20,8 @@ from ..cost import cost
 from ..coupling.groups import couple
 from ..cutting.parts import Part, pack
 from ..cutting.plan import Plan
-from ..errors import BadRatio, NothingToPrune, UnknownName
-from ..scores import Score
+from ..errors import BadRatio, BadScore, NothingToPrune, UnknownName
+from ..scores import SCORES, Score
 from ..tracing.trace import Graph
 from .depth import plan_depth
 from .entries import ENTRYWISE, Spec, check_criterion, n_of_m, stays, views
@@ -71,6 +71,10 @@ def parse(granularity: str) -> Spec:
 def finer(graph: Graph, model: nn.Module, spec: Spec, request: Request) -> Plan:
     """The plan for a granularity other than channels and heads."""
     if isinstance(request.criterion, Score):
+        if request.criterion.options != SCORES[request.criterion.name].options:
+            raise BadScore(
+                f"granularity {spec.text!r} takes no options of a score, {request.criterion.options} were given; give the name {request.criterion.name!r}"
+            )
         request = replace(request, criterion=request.criterion.name)
     if request.scope not in ("layer", "global", "isomorphic"):
         raise BadRatio(f"scope is {request.scope!r}; with granularity {spec.text!r} it is 'layer', 'global' or 'isomorphic'")

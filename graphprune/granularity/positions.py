@@ -61,7 +61,7 @@ def box_of(columns: torch.Tensor) -> Box | None:
     if not (columns == columns[:1]).all() or not columns.any():
         return None
     taps = columns[0]
-    box = tuple(tuple(taps.movedim(axis, 0).flatten(1).any(1).nonzero().ravel().tolist()) for axis in range(taps.ndim))
+    box = tuple(tuple(taps.movedim(axis, 0).reshape(taps.shape[axis], -1).any(1).nonzero().ravel().tolist()) for axis in range(taps.ndim))
     full = int(taps.sum()) == int(torch.Size([len(along) for along in box]).numel())
     return box if full and all(steps(along) for along in box) else None
 

@@ -49,7 +49,8 @@ def score(
     ``criterion`` is a name of :func:`graphprune.available`, a :class:`Score` such as ``scores.l2.with_(reduce="mean")``,
     or any function ``(groups, model, batches) -> list of tensors``. ``batches`` is any iterable (a DataLoader, a list),
     ``loss`` a function ``(output, labels)`` or ``(model, batch)``; the model, its ``.grad``, its mode and the random state
-    are left as they were. Raises :class:`~graphprune.errors.UnknownName`, :class:`~graphprune.errors.NeedsBatches`,
+    are left as they were (a function of your own gets the model itself).
+    Raises :class:`~graphprune.errors.UnknownName`, :class:`~graphprune.errors.NeedsBatches`,
     :class:`~graphprune.errors.BadLoss` or :class:`~graphprune.errors.BadScore`.
     """
     if isinstance(criterion, str):

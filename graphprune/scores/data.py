@@ -46,12 +46,17 @@ class Data:
             raise BadRatio(f"reduction is {self.reduction!r}; it says whether the loss is the 'mean' or the 'sum' over the samples of a batch")
         if not isinstance(self.batches, Iterable) or isinstance(self.batches, torch.Tensor | str | Mapping):
             raise NeedsBatches(f"batches is a {type(self.batches).__name__}; give an iterable of batches, such as [x] or a DataLoader")
+        if self.loss is not None and not callable(self.loss):
+            raise BadLoss(f"loss is {self.loss!r}; give a function (output, labels) or (model, batch)")
 
     def __iter__(self) -> Iterator[Any]:
         """The batches in order, with a progress bar when they take more than a few seconds."""
         count = 0
         for batch in bar(self.batches, self.name, self.progress):
             count += 1
+            # A dict batch of a loss (model, batch) may hold its inputs under any name; only that loss knows how to read it.
+            if not self.whole and not samples(batch):
+                raise NeedsBatches(f"the score {self.name!r} met a batch without samples (batch {count}); leave it out")
             yield batch
         if not count:
             hint = "the iterator is used up" if self.once else "the iterable is empty"

@@ -40,6 +40,8 @@ def hrank(task: Task, work: float = 2**23, otherwise: str | None = None) -> Scor
     def see(place: Place, parts: Tensor) -> None:
         one = maps(place, parts[:1])
         taken = maps(place, spaced(parts, one.numel() * min(one.shape[2:]), work))
+        # Decompositions know no half precision.
+        taken = taken if taken.dtype == torch.float64 else taken.float()
         sums[place.group] += torch.linalg.matrix_rank(taken).double().sum(0).cpu()
         counts[place.group] += len(taken)
 
