@@ -273,3 +273,15 @@ def test_ranks_in_half_precision(dtype):
 def test_a_batch_without_samples(name):
     with pytest.raises(errors.NeedsBatches, match="without samples"):
         found(name, batches=[(X[:0], Y[:0])])
+
+
+def test_a_function_of_ones_own_may_change_modes_and_random_numbers():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+
+    def mine(groups, model, batches):
+        model.train()
+        return [torch.rand(group.size) for group in groups]
+
+    state = torch.get_rng_state()
+    assert graphprune.shrink(net, torch.zeros(1, 4), 0.5, criterion=mine)[0].out_features == 4
+    assert not net.training and torch.equal(torch.get_rng_state(), state)

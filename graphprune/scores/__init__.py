@@ -19,6 +19,7 @@ import torch
 from ..coupling.groups import Groups
 from ..errors import UnknownName
 from .activations import activation, apoz, entropy, flap, wanda_sp
+from .data import undisturbed
 from .expansion import fisher, obd, taylor
 from .fold import bn_scale, synaptic
 from .gates import group_fisher, mask_fisher, taylor_gate
@@ -49,7 +50,7 @@ def score(
     ``criterion`` is a name of :func:`graphprune.available`, a :class:`Score` such as ``scores.l2.with_(reduce="mean")``,
     or any function ``(groups, model, batches) -> list of tensors``. ``batches`` is any iterable (a DataLoader, a list),
     ``loss`` a function ``(output, labels)`` or ``(model, batch)``; the model, its ``.grad``, its mode and the random state
-    are left as they were (a function of your own gets the model itself).
+    are left as they were (a function of your own gets the model itself, in its own mode).
     Raises :class:`~graphprune.errors.UnknownName`, :class:`~graphprune.errors.NeedsBatches`,
     :class:`~graphprune.errors.BadLoss` or :class:`~graphprune.errors.BadScore`.
     """
@@ -59,6 +60,7 @@ def score(
         return criterion(groups, model, batches, loss, **options)
     if not callable(criterion):
         raise UnknownName(f"criterion is {criterion!r}; it is a name, a score, or a function (groups, model, batches) -> tensors")
-    found = criterion(groups, model, batches, **options)
+    with undisturbed(model, seed=None):
+        found = criterion(groups, model, batches, **options)
     name = getattr(criterion, "__name__", type(criterion).__name__)
     return [tensor.detach().double().cpu() for tensor in checked(groups, model, found, name)]

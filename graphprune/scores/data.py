@@ -131,16 +131,17 @@ def one_by_one(batch: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Eval mode and a seed while a score runs the model; modes, buffers, ``requires_grad`` and random states are put back."""
+def undisturbed(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
+    """Eval mode and a seed (if given) while a score runs the model; modes, buffers, ``requires_grad`` and random states are put back."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            model.eval()
+            if seed is not None:
+                torch.manual_seed(seed)
+                model.eval()
             yield
     finally:
         for module, mode in modes:
