@@ -392,3 +392,33 @@ def test_masks_and_padded_weights_of_a_tied_tensor_under_every_name():
     masks, wide = plan.masks(net), graphprune.expand(small)
     assert small.a.weight is small.b.weight and int(masks["b.weight"].sum()) == small.b.weight.numel() == 24
     assert all(torch.equal(wide[name], tensor * masks[name]) for name, tensor in net.state_dict().items())
+
+
+class Listed(nn.Module):
+    """Positions picked by lists in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(16, 4)
+
+    def forward(self, x):
+        y = self.a(self.hidden(x).relu()).view(x.shape[0], 6, 4)
+        return self.b(torch.cat([y[:, :2], y[:, [-2]], y[:, [-1]]], 1).flatten(1))
+
+
+def test_lists_as_indices_keep_their_values_in_the_oracle():
+    net, x = Listed().double().eval(), torch.randn(3, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x[:2], 0.5, return_plan=True)
+    (zero,) = graphprune.zeroed(net, plan)(x)
+    assert torch.allclose(small(x), zero, atol=1e-12) and not torch.allclose(net(x), zero, atol=1e-3)
+
+
+def test_an_output_that_is_not_finite_where_the_other_is_fails_the_check():
+    from graphprune.cutting.verify import check
+
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)
+    small, plan = graphprune.shrink(net, x, 0.5, return_plan=True)
+    with torch.no_grad():
+        net[2].bias[0] = torch.nan
+    with pytest.raises(errors.NotEqual, match="not finite in the same places"):
+        check(graphprune.trace(net, x), net, small, plan)

@@ -135,6 +135,13 @@ def floating(held: list[torch.Tensor]) -> bool:
     return any(tensor.is_floating_point() or tensor.is_complex() for tensor in held)
 
 
+def indexed(index: Any) -> Any:
+    """Lists of positions as tensors with values; torch itself would make them where the indexed tensor lies, which may hold none."""
+    if isinstance(index, tuple):
+        return tuple([indexed(part) for part in index])
+    return torch.tensor(index, device="cpu") if type(index) is list and index and all(type(entry) in (int, bool) for entry in index) else index
+
+
 class Functions(TorchFunctionMode):
     """Sees what the Python code asks for: gives out sizes that remember, and writes down calls that use them."""
 
@@ -176,6 +183,8 @@ class Functions(TorchFunctionMode):
         given = tuple([known.get(id(tensor)) for tensor in held])
         floats = floating(held)
         self.recorder.step = len(self.steps)
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], indexed(args[1]), *args[2:])
         result = DIRECT.get(func, func)(*args, **kwargs)
         self.recorder.step = -1
         made = [result] if isinstance(result, torch.Tensor) else list(tensors(result, torch.Tensor))
