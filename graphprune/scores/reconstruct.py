@@ -75,12 +75,12 @@ def forms(task: Task, centre: bool = False) -> Iterator[list[Form]]:
         rows = rows if torch.equal(columns.flatten(), torch.arange(len(rows))) else rows[columns.flatten()]
         rows = rows if apart else rows.reshape(len(columns), -1)
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        if id(place) not in sums:
-            sums[id(place)] = [0, torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), len(rows), dtype=torch.float64)]
-        total = sums[id(place)]
-        total[0] += rows.shape[1]
-        total[1] += rows.sum(1, dtype=torch.float64).cpu()
-        total[2] += inner(rows).cpu()
+        count, first, second = rows.shape[1], rows.sum(1, dtype=torch.float64).cpu(), inner(rows).cpu()
+        if id(place) in sums:
+            total = sums[id(place)]
+            total[:] = total[0] + count, total[1] + first, total[2].add_(second)
+        else:
+            sums[id(place)] = [count, first, second.double()]
 
     observe(task, every, see)
     for group, mine in zip(task.groups, every, strict=True):
