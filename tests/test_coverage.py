@@ -422,3 +422,22 @@ def test_an_output_that_is_not_finite_where_the_other_is_fails_the_check():
         net[2].bias[0] = torch.nan
     with pytest.raises(errors.NotEqual, match="not finite in the same places"):
         check(graphprune.trace(net, x), net, small, plan)
+
+
+class Shares(nn.Module):
+    """Every head divided by its own sum: 0 / 0 for heads that are zeroed."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.a(x).square()[:, :, None].expand(-1, -1, 3)
+        return self.b((y / y.sum(-1, keepdim=True)).sum(-1) * x[:, :1])
+
+
+def test_zeros_divided_by_their_sum_stay_zero_in_the_oracle():
+    net, x = Shares().double().eval(), torch.randn(3, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x[:2], 0.5, return_plan=True)
+    (zero,) = graphprune.zeroed(net, plan)(x)
+    assert small.a.out_features == 4 and torch.allclose(small(x), zero, atol=1e-12)

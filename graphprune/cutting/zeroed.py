@@ -127,7 +127,7 @@ def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor
         for index, node in enumerate(graph.nodes):
             results = _call(node, held, masks, device)
             for value, tensor in zip(node.outs, results, strict=True):
-                held[id(value)] = tensor
+                held[id(value)] = _filled(tensor, masks.kept(value)) if tensor.is_floating_point() and not tensor.isfinite().all() else tensor
             for value in list(tensors((node.args, node.kwargs))):
                 if last[id(value)] == index and id(value) not in wanted:
                     held.pop(id(value), None)
@@ -168,6 +168,16 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
         args[8] = _blocks(node.args[0], cuts, args[8])
     small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
     return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
+
+
+def _filled(tensor: torch.Tensor, kept: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Removed entries stay zero where the call makes 0 / 0 of them."""
+    for dim, positions in kept.items():
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        gone[positions] = False
+        gone = gone.reshape([-1 if axis == dim else 1 for axis in range(tensor.ndim)]).to(tensor.device)
+        tensor = tensor.masked_fill(gone & ~tensor.isfinite(), 0)
+    return tensor
 
 
 def _blocks(value: Value, cuts: dict, count: int) -> int:
