@@ -88,16 +88,22 @@ def narrowed(cut: Callable[[float], nn.Module], x: torch.Tensor, budget: float, 
     return best
 
 
-def peer(model: nn.Module, criterion: str, globally: bool, budget: float, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
+def importances() -> dict[str, Callable]:
+    """Torch-Pruning's criteria by name."""
     import torch_pruning as tp
 
-    kinds = {
+    return {
         "L1": lambda: tp.importance.MagnitudeImportance(p=1),
         "L2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
         "BN scale": lambda: tp.importance.BNScaleImportance(),
         "Taylor": lambda: tp.importance.GroupTaylorImportance(),
         "FPGM": lambda: tp.importance.FPGMImportance(),
     }
+
+
+def peer(model: nn.Module, criterion: str, globally: bool, budget: float, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
+    import torch_pruning as tp
+
     grads: list[torch.Tensor] = []
     if criterion == "Taylor":
         for part, truth in zip(x.split(128), y.split(128), strict=True):
@@ -115,7 +121,7 @@ def peer(model: nn.Module, criterion: str, globally: bool, budget: float, x: tor
         pruner = tp.pruner.BasePruner(
             small,
             x[:1],
-            importance=kinds[criterion](),
+            importance=importances()[criterion](),
             global_pruning=globally,
             pruning_ratio=ratio if globally else step / 64,
             pruning_ratio_dict=None if globally else later,

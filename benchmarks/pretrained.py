@@ -28,6 +28,7 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
+from accuracy import importances  # noqa: E402
 from realdata import find_data, load_imagenet_sample, normalise  # noqa: E402
 from zoo_support import declare_operators  # noqa: E402
 
@@ -234,13 +235,6 @@ def peers(case: Case) -> list[tuple[str, bool]]:
 def peer(case: Case, kind: str, globally: bool, budget: float) -> nn.Module:
     import torch_pruning as tp
 
-    kinds = {
-        "L1": lambda: tp.importance.MagnitudeImportance(p=1),
-        "L2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "BN scale": lambda: tp.importance.BNScaleImportance(),
-        "Taylor": lambda: tp.importance.GroupTaylorImportance(),
-        "FPGM": lambda: tp.importance.FPGMImportance(),
-    }
     grads: list[torch.Tensor] = []
     if kind == "Taylor":
         for batch in case.batches:
@@ -257,7 +251,7 @@ def peer(case: Case, kind: str, globally: bool, budget: float) -> nn.Module:
         tp.pruner.BasePruner(
             small,
             case.example,
-            importance=kinds[kind](),
+            importance=importances()[kind](),
             global_pruning=globally,
             pruning_ratio=ratio,
             max_pruning_ratio=0.95 if globally else 1.0,
