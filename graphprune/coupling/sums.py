@@ -18,7 +18,7 @@ import torch
 from ..tracing.labels import Array
 from .groups import Groups
 
-PIECE = 2**16
+PIECE = 2**17  # entries: a piece and its squares stay in the cache, and the calls are few
 
 
 def unit_sums(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -> list[torch.Tensor]:
@@ -58,21 +58,18 @@ def axis_sums(weight: torch.Tensor, power: int, axes: Collection[int] = (0, 1)) 
         sizes = _powers(weight, power)
         return {axis: sizes.sum([a for a in range(weight.ndim) if a != axis]).cpu().numpy() for axis in axes}
     flat = weight.flatten(1)
-    rows, columns = [], np.zeros(flat.shape[1], dtype=np.float32)
-    for piece in flat.split(max(1, PIECE // max(1, flat.shape[1]))):
-        along, across = _both(piece, power)
-        rows.append(along)
-        columns += across
-    return {0: np.concatenate(rows), 1: columns.reshape(weight.shape[1], -1).sum(1) if weight.ndim > 2 else columns}
+    step = max(1, PIECE // max(1, flat.shape[1]))
+    if len(flat) <= step:
+        sizes = _powers(flat, power)
+        rows, columns = sizes.sum(1), sizes.sum(0)
+    else:
+        held = torch.empty_like(flat[:step])  # written again and again: fresh memory costs more than the sums
+        every = [(sizes.sum(1), sizes.sum(0)) for piece in flat.split(step) for sizes in [_powers(piece, power, held[: len(piece)])]]
+        rows, columns = torch.cat([along for along, _ in every]), torch.stack([across for _, across in every]).sum(0)
+    if weight.ndim > 2:
+        columns = columns.view(weight.shape[1], -1).sum(1)
+    return {0: rows.cpu().numpy(), 1: columns.cpu().numpy()}
 
 
-def _both(piece: torch.Tensor, power: int) -> tuple[Array, Array]:
-    if power == 2 and piece.device.type == "cpu":  # no array of squares
-        values = piece.numpy()
-        return torch.linalg.vector_norm(piece, dim=1).square_().numpy(), np.einsum("ij,ij->j", values, values)
-    sizes = _powers(piece, power)
-    return sizes.sum(1).cpu().numpy(), sizes.sum(0).cpu().numpy()
-
-
-def _powers(weight: torch.Tensor, power: int) -> torch.Tensor:
-    return weight.square() if power == 2 else weight.abs()
+def _powers(weight: torch.Tensor, power: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.mul(weight, weight, out=out) if power == 2 else torch.abs(weight, out=out)

@@ -106,6 +106,7 @@ class Labels:
     count: int = 0
     starts: list[int] = field(default_factory=list)
     pairs: list[tuple[Array, Array]] = field(default_factory=list)
+    wholes: list[tuple[int, int]] = field(default_factory=list)
     locks: list[tuple[Array, int]] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
@@ -114,12 +115,22 @@ class Labels:
     _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
     _seen: set[tuple[int, int]] = field(default_factory=set)
     _alive: list[tuple[Array, Array]] = field(default_factory=list)
+    _blocks: dict[int, tuple[int, Array]] = field(default_factory=dict)
 
     def fresh(self, size: int) -> Array:
+        made = np.arange(self.count, self.count + size, dtype=np.int32)
         if size:
+            self._blocks[id(made)] = len(self.starts), made
             self.starts.append(self.count)
         self.count += size
-        return np.arange(self.count - size, self.count, dtype=np.int32)
+        return made
+
+    def block(self, array: Array) -> int:
+        """The number of the labels handed out together that ``array`` holds, all of them and in order along one axis; else -1."""
+        whole = array if array.base is None else array.base
+        number, made = self._blocks.get(id(whole), (-1, array))
+        size = array.size
+        return number if made is whole and made.size == size and size in array.shape and array.item(0) == made.item(0) else -1
 
     def is_repeated(self, array: Array) -> bool:
         """Whether a field numbers copies of one and the same thing (an expanded axis)."""
@@ -134,6 +145,11 @@ class Labels:
             return
         self._seen.add(key)
         self._alive.append((left, right))  # so that their ids stay theirs
+        if left.shape == right.shape:
+            blocks = self.block(left), self.block(right)
+            if min(blocks) >= 0:
+                self.wholes.append(blocks)
+                return
         self.pairs.append((left, right) if left.shape == right.shape else tuple(np.broadcast_arrays(left, right)))
 
     def reason(self, reason: Reason) -> int:
@@ -176,12 +192,170 @@ class Labels:
 
     def partition(self) -> Partition:
         parts = Partition(self.count)
+        if self.wholes:
+            starts = np.array(self.starts, dtype=np.int32)
+            blocks = Partition(len(starts))
+            blocks.union(*np.array(self.wholes, dtype=np.int32).T)
+            root = blocks.find(np.arange(len(starts), dtype=np.int32))
+            parts.parent += np.repeat(starts[root] - starts, np.diff(starts, append=np.int32(self.count)))
         if self.pairs:
-            left = np.concatenate([pair[0].ravel() for pair in self.pairs])
-            right = np.concatenate([pair[1].ravel() for pair in self.pairs])
-            rest = self._whole(parts, left, right)
-            parts.union(left[rest], right[rest])
-        parts.flatten()
+            left, right = (np.concatenate([pair[side].ravel() for pair in self.pairs]) for side in (0, 1))
+            parts.union(left, right)
+            parts.flatten()
+        if self.locks:
+            parts.lock(np.concatenate([labels.ravel() for labels, _ in self.locks]))
+        return parts
+
+
+def rows(self) -> Array:
+        """The labels of each slice, one row a slice."""
+        return rows(self.array, self.axes)
+
+
+class Partition:
+    """Sets of labels that stay or go together (union-find over arrays; a set's name is its smallest label)."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = np.arange(count, dtype=np.int32)
+        self.locked = np.zeros(count, dtype=bool)
+
+    def find(self, labels: Array) -> Array:
+        root = self.parent[labels]
+        while True:
+            above = self.parent[root]
+            if not np.count_nonzero(above != root):  # on small arrays much cheaper than all()
+                return root
+            root = above
+
+    def union(self, left: Array, right: Array) -> None:
+        while left.size:
+            left, right = self.find(left), self.find(right)
+            differ = left != right
+            count = np.count_nonzero(differ)
+            if not count:
+                return
+            if count < differ.size:
+                left, right = left[differ], right[differ]
+            low, high = np.minimum(left, right), np.maximum(left, right)
+            np.minimum.at(self.parent, high, low)
+            closed = self.locked[high] | self.locked[low]
+            if np.count_nonzero(closed):
+                self.locked[low[closed]] = True
+                self.locked[self.find(high)[closed]] = True
+
+    def lock(self, labels: Array) -> None:
+        self.locked[self.find(labels)] = True
+
+    def is_locked(self, labels: Array) -> Array:
+        return self.locked[self.find(labels)]
+
+    def flatten(self) -> None:
+        self.parent = self.find(np.arange(len(self.parent), dtype=np.int32))
+
+
+@dataclass
+class Labels:
+    """Hands out labels and records what is asked of them; :meth:`partition` answers all joins and locks at once."""
+
+    count: int = 0
+    starts: list[int] = field(default_factory=list)
+    pairs: list[tuple[Array, Array]] = field(default_factory=list)
+    wholes: list[tuple[int, int]] = field(default_factory=list)
+    locks: list[tuple[Array, int]] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
+    joints: list[Joint] = field(default_factory=list)
+    repeated: list[tuple[int, int]] = field(default_factory=list)
+    _names: dict[bytes, int] = field(default_factory=dict)
+    _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
+    _seen: set[tuple[int, int]] = field(default_factory=set)
+    _alive: list[tuple[Array, Array]] = field(default_factory=list)
+    _blocks: dict[int, tuple[int, Array]] = field(default_factory=dict)
+
+    def fresh(self, size: int) -> Array:
+        made = np.arange(self.count, self.count + size, dtype=np.int32)
+        if size:
+            self._blocks[id(made)] = len(self.starts), made
+            self.starts.append(self.count)
+        self.count += size
+        return made
+
+    def block(self, array: Array) -> int:
+        """The number of the labels handed out together that ``array`` holds, all of them and in order along one axis; else -1."""
+        whole = array if array.base is None else array.base
+        number, made = self._blocks.get(id(whole), (-1, array))
+        size = array.size
+        return number if made is whole and made.size == size and size in array.shape and array.item(0) == made.item(0) else -1
+
+    def is_repeated(self, array: Array) -> bool:
+        """Whether a field numbers copies of one and the same thing (an expanded axis)."""
+        first = int(array.flat[0])
+        return any(start <= first < end for start, end in self.repeated)
+
+    def join(self, left: Array, right: Array) -> None:
+        if left is right:
+            return
+        key = (id(left), id(right))
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self._alive.append((left, right))  # so that their ids stay theirs
+        if left.shape == right.shape:
+            blocks = self.block(left), self.block(right)
+            if min(blocks) >= 0:
+                self.wholes.append(blocks)
+                return
+        self.pairs.append((left, right) if left.shape == right.shape else tuple(np.broadcast_arrays(left, right)))
+
+    def reason(self, reason: Reason) -> int:
+        self.reasons.append(reason)
+        return len(self.reasons) - 1
+
+    def lock(self, labels: Array, reason: int) -> None:
+        self.locks.append((labels, reason))
+
+    def joint(self, array: Array) -> None:
+        """Record that ``array`` (varying over two axes or more) must stay a box when it is cut."""
+        self.joints.append(Joint(array))
+
+    def marginal(self, array: Array, axes: tuple[int, ...], carried: bool = False) -> Array:
+        """One label for each slice of ``array`` along ``axes``; slices with the same labels share theirs.
+
+        A slice whose entries have one label keeps it, so nothing new is made for a field that does not vary inside.
+        """
+        key = (id(array), axes)
+        if key not in self._cache:
+            self._cache[key] = (array, self._slices(array, axes))
+            self.joints.append(Joint(array, axes, self._cache[key][1], carried))
+        elif carried:
+            self.joints.append(Joint(array, axes, self._cache[key][1], carried))
+        return self._cache[key][1]
+
+    def _slices(self, array: Array, axes: tuple[int, ...]) -> Array:
+        lead = np.moveaxis(array, axes, range(len(axes)))
+        rows = np.sort(lead.reshape(int(np.prod(lead.shape[: len(axes)])), -1), axis=1)
+        names = np.empty(len(rows), dtype=np.int32)
+        for index, row in enumerate(rows):
+            if row[0] == row[-1]:
+                names[index] = row[0]
+                continue
+            name = self._names.get(row.tobytes())
+            if name is None:
+                name = self._names[row.tobytes()] = int(self.fresh(1)[0])
+            names[index] = name
+        return names.reshape(lead.shape[: len(axes)])
+
+    def partition(self) -> Partition:
+        parts = Partition(self.count)
+        if self.wholes:
+            starts = np.array(self.starts, dtype=np.int32)
+            blocks = Partition(len(starts))
+            blocks.union(*np.array(self.wholes, dtype=np.int32).T)
+            root = blocks.find(np.arange(len(starts), dtype=np.int32))
+            parts.parent += np.repeat(starts[root] - starts, np.diff(starts, append=np.int32(self.count)))
+        if self.pairs:
+            left, right = (np.concatenate([pair[side].ravel() for pair in self.pairs]) for side in (0, 1))
+            parts.union(left, right)
+            parts.flatten()
         if self.locks:
             parts.lock(np.concatenate([labels.ravel() for labels, _ in self.locks]))
         return parts

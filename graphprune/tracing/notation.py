@@ -11,10 +11,11 @@ that stays, ``[c]`` an axis with a statistic over it (*mixed*). An axis on both 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,13 +44,12 @@ class Value:
     order: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Expr:
+class Expr(NamedTuple):
     """A rule's answer for one call: the text, the tensors it speaks of, and sizes that shapes do not tell."""
 
     text: str
     operands: tuple
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = MappingProxyType({})
 
 
 def expr(text: str, *operands: object, **sizes: int) -> Expr:
