@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..tracing.labels import Array
+from ..tracing.trees import is_parameter
 from .groups import Groups
 
 PIECE = 2**17  # entries: a piece and its squares stay in the cache, and the calls are few
@@ -24,7 +25,8 @@ PIECE = 2**17  # entries: a piece and its squares stay in the cache, and the cal
 def unit_sums(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -> list[torch.Tensor]:
     """Sum of ``|w| ** power`` (1 or 2) over the parameter entries that each unit takes along: float64, shape (units,) per group."""
     starts = np.cumsum([0, *(group.size for group in groups)])
-    weights = {name: tensors[name].detach().float() for name in dict.fromkeys(name for group in groups for name, _ in group.places) if _counts(tensors[name])}
+    named = dict.fromkeys(name for group in groups for name, _ in group.places)
+    weights = {name: tensors[name].detach().float() for name in named if is_parameter(tensors[name]) and not tensors[name].is_meta}
     sums = _vector_sums({name: weight for name, weight in weights.items() if weight.ndim == 1}, power)
     axes: dict[str, set[int]] = defaultdict(set)
     for group in groups:
@@ -46,10 +48,6 @@ def unit_sums(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -
     index = np.where(units < 0, starts[-1], units + offsets)
     total = torch.from_numpy(np.bincount(index, values, minlength=starts[-1] + 1))
     return [total[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
-
-
-def _counts(tensor: torch.Tensor) -> bool:
-    return type(tensor) is not torch.Tensor and isinstance(tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
 def _vector_sums(vectors: Mapping[str, torch.Tensor], power: int) -> dict[str, dict[int, Array]]:

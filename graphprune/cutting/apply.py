@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import BadPlan
 from ..tracing.copies import duplicate
 from ..tracing.symbols import SHAPED
-from ..tracing.trees import leaf_tensors, modules_of, replace
+from ..tracing.trees import is_parameter, leaf_tensors, modules_of, replace
 from .kernels import apply_kernel, check_kernel
 from .masks import apply_mask, check_mask
 from .passthrough import apply_skip, check_skip
@@ -105,7 +105,7 @@ def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[i
     data = _picked(data, picks)
     last = data.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     data = data.contiguous(memory_format=torch.channels_last) if last else data.contiguous()
-    if not isinstance(tensor, nn.Parameter):
+    if not is_parameter(tensor):
         return data.requires_grad_(tensor.requires_grad)
     small = nn.Parameter(data, requires_grad=tensor.requires_grad)
     small.__dict__.update(tensor.__dict__)

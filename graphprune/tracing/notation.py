@@ -125,12 +125,12 @@ class Recipe:
     reduces: bool
 
     def replay(self, labels: Labels, rule: Expr, reason: int) -> tuple[list[Fields], bool]:
-        flat = [array.ravel() for value in rule.operands if isinstance(value, Value) for array in value.fields]
+        flat = [array if array.ndim == 1 else array.ravel() for value in rule.operands if value.__class__ is Value for array in value.fields]
         for left, right in self.joins:
             labels.join(flat[left], flat[right])
         for index in self.locks:
             labels.lock(flat[index], reason)
-        return [tuple([flat[index].reshape(view) for index, view in out]) for out in self.outs], self.reduces
+        return [tuple([flat[index] if len(view) == 1 else flat[index].reshape(view) for index, view in out]) for out in self.outs], self.reduces
 
 
 class _Told(Exception):

@@ -26,7 +26,7 @@ from .picks import settle
 from .record import META, Node, Recorder, is_pointwise
 from .sizes import Size
 from .symbols import SIZED, Call, calls_of, plant
-from .trees import leaf_tensors, modules_of, normal_inputs, replace, tensors
+from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, same_dice, train_run, unread
 
 __all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
@@ -90,8 +90,8 @@ def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, list[tuple[torch.Te
         if id(tensor) in memo:
             continue
         data = tensor.detach()
-        if isinstance(tensor, nn.Parameter):
-            twin = nn.Parameter(data.clone() if real else data.to(META), requires_grad=False)
+        if is_parameter(tensor):
+            twin = nn.Parameter(data.clone() if real else data.to(META), False)
         else:
             twin = data.clone() if real or not data.is_floating_point() else data.to(META)
         memo[id(tensor)] = twin
@@ -278,7 +278,7 @@ def _traced(model: nn.Module, example: tuple[tuple, dict]) -> Graph:
 def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     twin, held = shadow(model, real)
     names = {id(tensor): name for tensor, name in held}
-    parameters = frozenset(name for tensor, name in held if isinstance(tensor, nn.Parameter))
+    parameters = frozenset([name for tensor, name in held if is_parameter(tensor)])
     labels, stack, calls = Labels(), [], []
     recorder = Recorder(labels, names, stack, real)
     for tensor, name in held:

@@ -67,6 +67,11 @@ def replace(tree: Any, swap: Any) -> Any:
     return tree
 
 
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """``isinstance(tensor, nn.Parameter)``, whose answer takes long for plain tensors."""
+    return type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Hold the garbage collector back: a run makes many objects, none in circles, and each of its passes would walk them all."""
