@@ -61,11 +61,11 @@ class Call:
     line: str
 
 
-def plant(model: nn.Module, values: Mapping[int, Value], original: nn.Module | None = None) -> dict[tuple, int]:
+def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], original: nn.Module) -> dict[tuple, int]:
     """Replace integer attributes (also inside lists, tuples, dictionaries and configuration objects) by sizes; return what they were.
 
     ``values`` finds the value of a tensor by its id: attributes that repeat the shape of a weight speak of that weight.
-    Objects that ``original`` shares with its copy ``model`` are left alone.
+    ``modules`` are those of a copy of ``original``; objects that both share are left alone.
     """
     symbols: dict[tuple, int] = {}
 
@@ -92,7 +92,7 @@ def plant(model: nn.Module, values: Mapping[int, Value], original: nn.Module | N
             elif depth and configures(item) and id(item) not in seen:
                 enter(item, (*path, key), depth - 1)
 
-    for name, module in modules_of(model):
+    for name, module in modules:
         known = _shaped(type(module))
         for key, value in list(module.__dict__.items()):
             kind = type(value)
@@ -100,7 +100,7 @@ def plant(model: nn.Module, values: Mapping[int, Value], original: nn.Module | N
                 continue
             if kind not in PLANTED:
                 if configures(value):
-                    if not entered and original is not None:
+                    if not entered:
                         seen.update(id(item) for _, module in modules_of(original) for item in module.__dict__.values())
                     entered = True
                     if id(value) not in seen:

@@ -231,9 +231,9 @@ def _valueless() -> Iterator[None]:
 
 
 @contextmanager
-def _where(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def _where(modules: list[tuple[str, nn.Module]], stack: list[str]) -> Iterator[None]:
     """Keep ``stack`` at the path of the module that is running (global hooks would slow every call down)."""
-    path = {id(module): name for name, module in modules_of(model)}
+    path = {id(module): name for name, module in modules}
     call = nn.Module.__call__
 
     def tell(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -283,7 +283,8 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     recorder = Recorder(labels, names, stack, real)
     for tensor, name in held:
         recorder.leaf(tensor, name)
-    symbols = plant(twin, recorder.values, model)
+    modules = modules_of(twin)
+    symbols = plant(modules, recorder.values, model)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
     inputs = []
@@ -294,7 +295,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     Size.floats, Size.equals, Size.outcomes = [], [], []
     with ExitStack() as scopes:
         functions = Functions(recorder, calls)
-        for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
+        for scope in (open_paths(), _valueless(), _where(modules, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
         outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
