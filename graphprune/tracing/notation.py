@@ -25,7 +25,7 @@ from .labels import Array, Fields, Labels, compact, varying
 Axes = tuple[tuple[str, ...], ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class Value:
     """What is known of one tensor of the run: its shape, its fields, and where it came from.
 

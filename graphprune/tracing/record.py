@@ -57,7 +57,7 @@ def line(where: tuple[str, int] | None) -> str:
     return f"{basename(where[0])}:{where[1]}" if where else ""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """One ATen call: what it is, its arguments (tensors as Value), its results, and where it was made."""
 
@@ -210,7 +210,7 @@ class Recorder(TorchDispatchMode):
         named = dict(zip(kwargs, self.see(kwargs.values(), given, held), strict=True)) if kwargs else kwargs
         first = args[0] if args else None
         result = self.run(func, known, args, kwargs, given)
-        results = [result] if isinstance(result, Tensor) else list(tensors(result, Tensor))
+        results = [result] if isinstance(result, Tensor) else tensors(result, Tensor)
         if not results:
             self.read.update(id(value) for value in held)
             return result

@@ -132,7 +132,10 @@ def _kind(func: Any) -> tuple[int, str, bool]:
 
 def floating(held: list[torch.Tensor]) -> bool:
     """Whether a call on these works on activations, not only on positions and masks (which depend on the number of samples in some models)."""
-    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in held)
+    for tensor in held:
+        if tensor.is_floating_point() or tensor.is_complex():
+            return True
+    return False
 
 
 def indexed(index: Any) -> Any:
@@ -179,15 +182,15 @@ class Functions(TorchFunctionMode):
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         known = self.recorder.values
-        held = list(tensors((args, kwargs) if kwargs else args, torch.Tensor))
+        held = tensors((args, kwargs) if kwargs else args, torch.Tensor)
         given = tuple([known.get(id(tensor)) for tensor in held])
         floats = floating(held)
         self.recorder.step = len(self.steps)
-        if name in ("__getitem__", "__setitem__"):
+        if name == "__getitem__" or name == "__setitem__":
             args = (args[0], indexed(args[1]), *args[2:])
         result = DIRECT.get(func, func)(*args, **kwargs)
         self.recorder.step = -1
-        made = [result] if isinstance(result, torch.Tensor) else list(tensors(result, torch.Tensor))
+        made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
         self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
 
