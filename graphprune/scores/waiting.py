@@ -1,0 +1,82 @@
+"""Second moments of activations as sums over rows: which rows of a tensor are taken, and how they are added up.
+
+A product of few rows costs as much as writing its large result, whatever the number of rows; so rows wait until they are as many as
+their columns, and the work by batch is that of reading, however small the batches are.
+
+>>> gathered = Waiting(lambda rows: (len(rows), rows.T @ rows))
+>>> for _ in range(5):
+...     gathered.add(torch.ones(1, 3))
+>>> gathered.total()[0], gathered.total()[1].tolist()[0]
+(5, [5.0, 5.0, 5.0])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def sampled(tensor: Tensor, dim: int, each: int) -> Tensor:
+    """Rows (n, positions along ``dim``) in float32 at least; of a large map ``each`` random ones for every sample (first axis).
+
+    >>> sampled(torch.arange(24.0).reshape(2, 3, 4), 1, 4)[1].tolist()
+    [1.0, 5.0, 9.0]
+    >>> sampled(torch.zeros(2, 3, 4), 1, 3).shape
+    torch.Size([6, 3])
+    """
+    moved = tensor.movedim(dim, -1) if tensor.ndim > 1 else tensor[None]
+    every, most = math.prod(moved.shape[:-1]), max(1, each) * max(1, tensor.shape[0])
+    if tensor.ndim > 2 and every > most:
+        at = torch.randperm(every, device=tensor.device)[:most].sort().values
+        rows = moved[torch.unravel_index(at, moved.shape[:-1])]  # before anything is moved: a copy of the whole map costs more than the product
+    else:
+        rows = moved.reshape(every, -1)
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def inner(rows: Tensor) -> Tensor:
+    """``rows @ rows.T``; of a large one the lower blocks are copied from the upper ones.
+
+    >>> rows = torch.arange(6.0).reshape(3, 2)
+    >>> torch.equal(inner(rows), rows @ rows.T)
+    True
+    """
+    half = len(rows) // 2
+    if half < 128:
+        return rows @ rows.T
+    found = rows.new_empty(len(rows), len(rows))
+    found[:half, :half], found[half:, half:] = inner(rows[:half]), inner(rows[half:])
+    torch.matmul(rows[:half], rows[half:].T, out=found[:half, half:])
+    found[half:, :half] = found[:half, half:].T
+    return found
+
+
+class Waiting:
+    """Rows that wait, at most as many as their columns and one batch; ``add_up`` makes of many rows a tuple that can be added up."""
+
+    def __init__(self, add_up: Callable[[Tensor], tuple]) -> None:
+        self.add_up, self.rows, self.found = add_up, [], None
+
+    def add(self, rows: Tensor) -> None:
+        self.rows.append(rows)
+        if sum(map(len, self.rows)) >= rows.shape[1]:
+            self.settle()
+
+    def settle(self) -> None:
+        if not self.rows:
+            return
+        part = self.add_up(torch.cat(self.rows) if len(self.rows) > 1 else self.rows[0])
+        self.rows = []
+        if self.found is None:
+            self.found = tuple(p.double() if isinstance(p, Tensor) else p for p in part)
+        else:
+            self.found = tuple(f.add_(p) if isinstance(f, Tensor) else f + p for f, p in zip(self.found, part, strict=True))
+
+    def total(self) -> tuple:
+        """The sums over all rows so far, in float64."""
+        self.settle()
+        return self.found
