@@ -56,22 +56,32 @@ def inner(rows: Tensor) -> Tensor:
 
 
 class Waiting:
-    """Rows that wait, at most as many as their columns and one batch; ``add_up`` makes of many rows a tuple that can be added up."""
+    """Copies of rows that wait, at most as many as their columns; ``add_up`` makes of rows a tuple of what can be added up."""
 
     def __init__(self, add_up: Callable[[Tensor], tuple]) -> None:
-        self.add_up, self.rows, self.found = add_up, [], None
+        self.add_up, self.found = add_up, ()
+        self.rows, self.count = torch.empty(0), 0
 
     def add(self, rows: Tensor) -> None:
-        self.rows.append(rows)
-        if sum(map(len, self.rows)) >= rows.shape[1]:
+        most = rows.shape[1]
+        if self.count + len(rows) > most:
             self.settle()
+        if len(rows) >= most or not self.found:
+            self._take(rows)
+            return
+        if not self.rows.numel():
+            self.rows = torch.empty(most, most, dtype=rows.dtype, device=rows.device)
+        self.rows[self.count : self.count + len(rows)] = rows  # a copy: the model may write over its activations
+        self.count += len(rows)
 
     def settle(self) -> None:
-        if not self.rows:
-            return
-        part = self.add_up(torch.cat(self.rows) if len(self.rows) > 1 else self.rows[0])
-        self.rows = []
-        if self.found is None:
+        if self.count:
+            self._take(self.rows[: self.count])
+        self.count = 0
+
+    def _take(self, rows: Tensor) -> None:
+        part = self.add_up(rows)
+        if not self.found:
             self.found = tuple(p.double() if isinstance(p, Tensor) else p for p in part)
         else:
             self.found = tuple(f.add_(p) if isinstance(f, Tensor) else f + p for f, p in zip(self.found, part, strict=True))
@@ -79,4 +89,5 @@ class Waiting:
     def total(self) -> tuple:
         """The sums over all rows so far, in float64."""
         self.settle()
+        self.rows = torch.empty(0)
         return self.found
