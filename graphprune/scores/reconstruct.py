@@ -52,13 +52,19 @@ def forms(task: Task, centre: bool = False) -> Iterator[list[Form]]:
     shapes = {id(p): _columns(task.groups.groups[p.group], p) for mine in every for p in mine}
     sums = {id(place): Waiting(_sums) for mine in every for place in mine}
 
+    count = 1
+
+    def begin(size: int) -> None:
+        nonlocal count
+        count = size
+
     def see(place: Place, tensor: Tensor) -> None:
         columns, apart = shapes[id(place)]
-        rows = sampled(tensor, place.dim, ENTRIES // tensor.shape[place.dim])
+        rows = sampled(tensor, place.dim, ENTRIES // tensor.shape[place.dim], count)
         rows = rows if torch.equal(columns.flatten(), torch.arange(rows.shape[1])) else rows[:, columns.flatten()]
         sums[id(place)].add(rows if apart else rows.reshape(len(rows), *columns.shape).transpose(1, 2).flatten(0, 1))
 
-    observe(task, every, see)
+    observe(task, every, see, begin)
     for group, mine in zip(task.groups, every, strict=True):
         yield [_form(task, group, place, shapes[id(place)], sums.pop(id(place)).total(), centre) for place in mine]
 

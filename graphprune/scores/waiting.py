@@ -20,16 +20,16 @@ import torch
 Tensor = torch.Tensor
 
 
-def sampled(tensor: Tensor, dim: int, each: int) -> Tensor:
-    """Rows (n, positions along ``dim``) in float32 at least; of a large map ``each`` random ones for every sample (first axis).
+def sampled(tensor: Tensor, dim: int, each: int, count: int) -> Tensor:
+    """Rows (n, positions along ``dim``) in float32 at least; of a large map ``each`` random ones for each of ``count`` samples.
 
-    >>> sampled(torch.arange(24.0).reshape(2, 3, 4), 1, 4)[1].tolist()
+    >>> sampled(torch.arange(24.0).reshape(2, 3, 4), 1, 4, 2)[1].tolist()
     [1.0, 5.0, 9.0]
-    >>> sampled(torch.zeros(2, 3, 4), 1, 3).shape
+    >>> sampled(torch.zeros(2, 3, 4), 1, 3, 2).shape
     torch.Size([6, 3])
     """
     moved = tensor.movedim(dim, -1) if tensor.ndim > 1 else tensor[None]
-    every, most = math.prod(moved.shape[:-1]), max(1, each) * max(1, tensor.shape[0])
+    every, most = math.prod(moved.shape[:-1]), max(1, each) * max(1, count)
     if tensor.ndim > 2 and every > most:
         at = torch.randperm(every, device=tensor.device)[:most].sort().values
         rows = moved[torch.unravel_index(at, moved.shape[:-1])]  # before anything is moved: a copy of the whole map costs more than the product
