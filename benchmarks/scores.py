@@ -203,19 +203,20 @@ def passes_of(score: Score) -> tuple[Callable, ...]:
 
 
 class Timed:
-    """One batch that tells when it has been read to the end: what comes after the last pass does not grow with the images."""
+    """A batch, some times over, that tells when it has been read to the end: what comes after the last pass does not grow with the images."""
 
-    def __init__(self, batch: tuple) -> None:
-        self.batch, self.end = batch, 0.0
+    def __init__(self, batch: tuple, times: int) -> None:
+        self.batch, self.times, self.end = batch, times, 0.0
 
     def __iter__(self) -> Iterator[tuple]:
-        yield self.batch
+        for _ in range(self.times):
+            yield self.batch
         self.end = time.process_time()
 
 
 def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[[dict], None]) -> None:
     for name, (make, images) in networks().items():
-        known = {row["score"] for row in rows if row["kind"] == "time" and row["model"] == name}
+        known = {row["score"] for row in rows if row["kind"] == "time" and row["model"] == name and row.get("batches", 1) == options.batches}
         wanted = [s for s in SCORES.values() if s.name not in known and (not options.names or s.name in options.names)]
         if not wanted or (options.models and name not in options.models):
             continue
@@ -229,9 +230,10 @@ def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[
             for made in passes_of(score):
                 if made not in plain:
                     start = time.process_time()
-                    made(model, x, y)
-                    plain[made] = time.process_time() - start
-            given = Timed((x, y)) if score.needs_now() != "nothing" else None
+                    for _ in range(min(options.batches, 8)):
+                        made(model, x, y)
+                    plain[made] = (time.process_time() - start) * options.batches / min(options.batches, 8)
+            given = Timed((x, y), options.batches) if score.needs_now() != "nothing" else None
             start = time.process_time()
             graphprune.score(groups, model, score, given, F.cross_entropy if score.needs_now() == "loss" else None, progress=False, **options_of(score))
             end = time.process_time()
@@ -247,7 +249,8 @@ def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[
                     "read": read,
                     "passes": base,
                     "made": made,
-                    "images": images,
+                    "images": images * options.batches,
+                    "batches": options.batches,
                 }
             )
 
@@ -346,7 +349,7 @@ def times_part(rows: list[dict]) -> list[str]:
             return ["", "", ""]
         if not row["made"]:
             return ["", "", f"{row['seconds']:.2f}"]
-        return [f"{row['read']:.2f}", f"{row['read'] / row['passes']:.2f}", f"{row['seconds'] - row['read']:.2f}"]
+        return [f"{row['read'] / row.get('batches', 1):.2f}", f"{row['read'] / row['passes']:.2f}", f"{row['seconds'] - row['read']:.2f}"]
 
     def many(row: dict) -> float:
         """Over its passes, for MANY images: what follows the last pass is done once."""
@@ -354,14 +357,15 @@ def times_part(rows: list[dict]) -> list[str]:
         return (row["read"] * times + row["seconds"] - row["read"]) / (row["passes"] * times)
 
     def named(over: list[dict], number: Callable[[dict], float]) -> str:
-        return ", ".join(f"`{row['score']}` on {row['model']} ({number(row):.1f})" for row in over) or "none"
+        return ", ".join(f"`{row['score']}` on {row['model']} ({number(row):.2f})" for row in over) or "none"
 
     lines = []
     for name in SCORES:
         held = [found.get((name, model)) for model in models]
         if any(held):
             lines.append([f"`{name}`", next(row["made"] or "none" for row in held if row), *(text for row in held for text in cells(row))])
-    images = ", ".join(f"{next(r['images'] for r in mine if r['model'] == model)} images for {model}" for model in models)
+    images = ", ".join(f"{next(r['images'] // r.get('batches', 1) for r in mine if r['model'] == model)} images for {model}" for model in models)
+    whole = [f"`{row['score']}` on {row['model']} ({row['images']})" for row in found.values() if row.get("batches", 1) > 1]
     head = ["score", "passes", *(text for model in models for text in (f"{model}: reading, s", "over its passes", "once, s"))]
     with_data = [row for row in mine if row["made"]]
     slow = [row for row in mine if not row["made"] and row["seconds"] > 60]
@@ -376,7 +380,8 @@ def times_part(rows: list[dict]) -> list[str]:
         "",
         f"Without data and over 60 s: {named(slow, lambda row: row['seconds'])}. Reading over twice the passes: "
         f"{named([r for r in with_data if r['read'] > 2 * r['passes']], lambda r: r['read'] / r['passes'])}. "
-        f"Everything over twice the passes, for {MANY} images: {named([r for r in with_data if many(r) > 2], many)}.",
+        f"Everything over twice the passes, for {MANY} images: {named([r for r in with_data if many(r) > 2], many)}; the most: "
+        f"{named(sorted(with_data, key=many, reverse=True)[:5], many)}. Read with so many images instead of one batch: {', '.join(whole) or 'none'}.",
     ]
 
 
@@ -411,6 +416,7 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true", help="measure nothing")
     parser.add_argument("--names", nargs="*", help="these scores only")
     parser.add_argument("--models", nargs="*", help="with --times: these models only")
+    parser.add_argument("--batches", type=int, default=1, help="with --times: how many batches of that size are read")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000)
     options = parser.parse_args()

@@ -18,10 +18,10 @@ from ..coupling.groups import Group
 from .fold import lacking
 from .greedy import lasso_entries, pivots, smallest_sum, surgeon, surgeon_in_blocks
 from .registry import scorer
-from .waiting import Waiting, inner, sampled
 from .seen import Place, observe, places
 from .similar import by_unit
 from .task import Scores, Task
+from .waiting import Waiting, inner, sampled
 
 Tensor = torch.Tensor
 LARGEST = 4096

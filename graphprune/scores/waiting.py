@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 Tensor = torch.Tensor
+BLOCK = 256
 
 
 def sampled(tensor: Tensor, dim: int, each: int, count: int) -> Tensor:
@@ -39,19 +40,20 @@ def sampled(tensor: Tensor, dim: int, each: int, count: int) -> Tensor:
 
 
 def inner(rows: Tensor) -> Tensor:
-    """``rows @ rows.T``; of a large one the lower blocks are copied from the upper ones.
+    """``rows @ rows.T``; of a large one what lies below the diagonal is copied from above, block by block.
 
     >>> rows = torch.arange(6.0).reshape(3, 2)
     >>> torch.equal(inner(rows), rows @ rows.T)
     True
     """
-    half = len(rows) // 2
-    if half < 128:
+    if len(rows) <= BLOCK:
         return rows @ rows.T
     found = rows.new_empty(len(rows), len(rows))
-    found[:half, :half], found[half:, half:] = inner(rows[:half]), inner(rows[half:])
-    torch.matmul(rows[:half], rows[half:].T, out=found[:half, half:])
-    found[half:, :half] = found[:half, half:].T
+    for at in range(0, len(rows), BLOCK):
+        end = at + BLOCK
+        part = rows[at:end] @ rows[at:].T
+        found[at:end, at:] = part
+        found[end:, at:end] = part[:, BLOCK:].T
     return found
 
 
