@@ -2,6 +2,7 @@
 
     python benchmarks/scores.py --data DIR --json scores.jsonl --out docs/scores.md          # accuracy, about 40 CPU minutes
     python benchmarks/scores.py --times --json scores.jsonl --out docs/scores.md             # seconds, under 10 minutes
+    python benchmarks/scores.py --data DIR --blocks --json scores.jsonl --out docs/scores.md # whole blocks, about 6 minutes
     python benchmarks/scores.py --only-table --json scores.jsonl --out docs/scores.md        # the page again, from the rows
 
 Rows are appended to ``--json`` as they are made, and those found there are not made again.
@@ -46,6 +47,7 @@ CALIBRATION, BATCH, STEPS, RATE = 512, 128, 40, 0.05
 BASELINE = 8  # seeds of the random score
 MANY = 512  # images of a usual calibration
 LAST = torch.channels_last
+BLOCKS = ("influence", "reconstruction", "taylor", "l2", "random")
 
 
 # ------------------------------------------------------------------ accuracy
@@ -141,6 +143,62 @@ def measure_accuracy(options: argparse.Namespace, rows: list[dict], done: Callab
                 row = {"kind": "accuracy", "score": name, "share": share, "seed": seed, "cut": before, "tuned": after, "choice": choice}
                 known[choice, share] = row
                 done({**row, "left": left, "seconds": spent})
+
+
+# ------------------------------------------------------------------ whole blocks
+
+
+def measure_blocks(options: argparse.Namespace, rows: list[dict], done: Callable[[dict], None]) -> None:
+    """The scores of whole blocks on the same network, images and fine-tuning; shares of the MACs that blocks cannot reach have no row."""
+    train, labels, test, truth = load_cifar(options.data)
+    test, truth = balanced(test, truth, options.images)
+    model, example = cifar_resnet(20, options.data).to(memory_format=LAST), torch.zeros(1, 3, 32, 32)
+    for seed in range(options.seeds):
+        finished = {(row["score"], row["share"]) for row in rows if row["kind"] == "blocks" and row["seed"] == seed}
+        known: dict[tuple, dict] = {(row["choice"], row["share"]): row for row in rows if row["kind"] == "blocks" and row["seed"] == seed}
+        x, y = drawn(train, labels, CALIBRATION, seed)
+        given = {"batches": list(zip(x.split(BATCH), y.split(BATCH), strict=True)), "loss": F.cross_entropy, "verify": False, "return_plan": True}
+        for name in options.names or BLOCKS:
+            for share in SHARES:
+                if (name, share) in finished:
+                    continue
+                noise = torch.Generator().manual_seed(seed)
+                criterion = (lambda _, module, noise=noise: float(torch.rand((), generator=noise))) if name == "random" else name
+                try:
+                    small, plan = graphprune.shrink(model, example, macs=share, granularity="block", criterion=criterion, **given)
+                except graphprune.errors.BadTarget as error:
+                    print(f"{name} at {share}: {error}", flush=True)
+                    continue
+                choice = " ".join(sorted(part.name for part in plan.parts))
+                small = small.to(memory_format=LAST)
+                same = known.get((choice, share))
+                before = same["cut"] if same else top1(small, test, truth)
+                after = same["tuned"] if same else top1(tuned(small, train, labels, seed), test, truth)
+                left = graphprune.profile(small, example).macs / graphprune.profile(model, example).macs
+                row = {"kind": "blocks", "score": name, "share": share, "seed": seed, "cut": before, "tuned": after, "choice": choice, "left": left}
+                known[choice, share] = row
+                done(row)
+
+
+def blocks_part(rows: list[dict]) -> list[str]:
+    mine = [row for row in rows if row["kind"] == "blocks"]
+    if not mine:
+        return ["Not measured yet: `benchmarks/scores.py --blocks`."]
+    shares = [share for share in SHARES if any(row["share"] == share for row in mine)]
+    lines = []
+    for name in BLOCKS:
+        cells = [[row for row in mine if row["score"] == name and row["share"] == share] for share in shares]
+        if any(cells):
+            lines.append([f"`{name}`", *(spread([row[kind] for row in cell]) for kind in ("cut", "tuned") for cell in cells)])
+    heads = [f"{1 - statistics.mean(row['left'] for row in mine if row['share'] == share):.0%} fewer MACs" for share in shares]
+    return [
+        f"The same network, images, fine-tuning and seeds ({len({row['seed'] for row in mine})}) with granularity `block`: whole residual blocks go, as few as",
+        f"meet `macs=` {', '.join(f'{share:g}' for share in shares)}; lower ones cannot be met, since the blocks that change the shape and one other stay.",
+        "`influence` and `reconstruction` score nothing but blocks and layers; `taylor` is the first-order change of the loss without the block, `l2` the norm",
+        "of its weights.",
+        "",
+        *table(["score", *heads, *(f"{head}, tuned" for head in heads)], lines),
+    ]
 
 
 # ------------------------------------------------------------------ times
@@ -400,6 +458,10 @@ def page(rows: list[dict]) -> str:
         "",
         *accuracy_part(rows),
         "",
+        "## Whole blocks",
+        "",
+        *blocks_part(rows),
+        "",
         "## Times",
         "",
         *times_part(rows),
@@ -413,6 +475,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("scores.jsonl"), help="rows, appended to as they are made")
     parser.add_argument("--out", type=Path, help="write the page from the rows")
     parser.add_argument("--times", action="store_true", help="measure seconds instead of accuracy")
+    parser.add_argument("--blocks", action="store_true", help="measure scores of whole blocks instead of channels")
     parser.add_argument("--only-table", action="store_true", help="measure nothing")
     parser.add_argument("--names", nargs="*", help="these scores only")
     parser.add_argument("--models", nargs="*", help="with --times: these models only")
@@ -430,7 +493,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     if not options.only_table:
-        (measure_times if options.times else measure_accuracy)(options, rows, done)
+        (measure_times if options.times else measure_blocks if options.blocks else measure_accuracy)(options, rows, done)
     if options.out:
         options.out.write_text(page(rows))
 
