@@ -430,8 +430,8 @@ def times_part(rows: list[dict]) -> list[str]:
     return [
         f"CPU seconds on one thread, one batch of 224 x 224 images ({images}), random weights, torch {torch.__version__.split('+')[0]}.",
         "*Passes*: what the score is made of, timed plainly over the same batch, with nothing watching: *forward*; *gradient*, forward and backward for all",
-        "parameters; *single*, the same for one image at a time; *curvature*, a product with the Hessian. *Reading*: the score's time until the last pass has",
-        "ended, and its ratio to those passes, which does not grow with the number of images. *Once*: what follows, whatever the number of images",
+        "parameters (`effect` itself asks only for those of activations); *single*, the same for one image at a time; *curvature*, a product with the Hessian.",
+        "*Reading*: the score's time until the last pass has ended, and its ratio to those passes, which does not grow with the number of images. *Once*: what follows, whatever the number of images",
         "(decompositions of matrices of units); for a score without data, all of it.",
         "",
         *table(head, lines),

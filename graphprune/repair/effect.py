@@ -5,6 +5,8 @@ kernel apart where affordable) and ``B = E[g gᵀ]`` that of the gradient of a r
 change of the output to first order (Kronecker factors as in Wang et al. 2019 and van der Ouderaa et al. 2024). No labels are needed, and
 units of different layers can be compared: ``per="macs"`` divides by the operations a unit costs, which under ``scope="global"`` gives
 each group the width where the next unit's loss per operation is the same.
+
+Of many positions a random part is read, the same share of every batch: what is left out would cost more than ``WORK`` of the passes.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ as outputs, so one C x C Gram matrix ``G = X Xᵀ / N`` serves all of them, inst
 1 x 1 kernels this is exact. A unit of several columns (a head) keeps them apart while the whole matrix stays below
 ``LARGEST``; beyond that its columns count as further positions. Of a large map a fixed number of random positions is read
 (ThiNet and He et al. read 10 an image; here as many as hold ``ENTRIES`` numbers an image), so that the products cost no more than the forward pass.
+
+Up to ``SMALL`` columns everything is computed in double precision. Larger matrices are inverted and downdated in single precision where the damping
+keeps their condition far enough below ``1 / eps`` (a test compares the order of removal), and their eigenvectors taken in it.
 """
 
 from __future__ import annotations
