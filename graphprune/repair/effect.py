@@ -118,7 +118,8 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
             loss = sum((o * torch.randn_like(o)).sum() for o in centred)
         if not bool(torch.isfinite(torch.as_tensor(loss))):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
-        torch.autograd.grad(loss, first, allow_unused=True)
+        if outs and first:
+            torch.autograd.grad(loss, first, allow_unused=True)
     for mine in seen.values():
         if mine.second is not None:
             mine.second.div_(max(total, 1))

@@ -19,6 +19,7 @@ import torch
 
 Tensor = torch.Tensor
 BLOCK = 256
+MOST = 2048
 
 
 def sampled(tensor: Tensor, dim: int, each: int, count: int) -> Tensor:
@@ -58,21 +59,21 @@ def inner(rows: Tensor) -> Tensor:
 
 
 class Waiting:
-    """Copies of rows that wait, at most as many as their columns; ``add_up`` makes of rows a tuple of what can be added up."""
+    """Copies of rows that wait, at most as many as their columns and MOST; ``add_up`` makes of rows a tuple of what can be added up."""
 
     def __init__(self, add_up: Callable[[Tensor], tuple]) -> None:
         self.add_up, self.found = add_up, ()
         self.rows, self.count = torch.empty(0), 0
 
     def add(self, rows: Tensor) -> None:
-        most = rows.shape[1]
+        most = min(rows.shape[1], MOST)
         if self.count + len(rows) > most:
             self.settle()
         if len(rows) >= most or not self.found:
             self._take(rows)
             return
         if not self.rows.numel():
-            self.rows = torch.empty(most, most, dtype=rows.dtype, device=rows.device)
+            self.rows = torch.empty(most, rows.shape[1], dtype=rows.dtype, device=rows.device)
         self.rows[self.count : self.count + len(rows)] = rows  # a copy: the model may write over its activations
         self.count += len(rows)
 
