@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune
+from graphprune.errors import BadScore
 from graphprune.scores import reconstruct
 from graphprune.scores.reconstruct import Form
 from graphprune.scores.waiting import Waiting, inner, sampled
@@ -118,3 +119,20 @@ def test_only_activations_get_gradients(monkeypatch):
     graphprune.score(groups, net, "effect", batches[:1], progress=False)
     assert len(asked) == 1 and len(asked[0]) == 1 and asked[0][0] is net[0].weight
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+class Scaled(nn.Module):
+    """Units that no convolution or matrix product reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.scale = nn.Embedding(5, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return (self.table(x) * self.scale).sum(-1)
+
+
+def test_effect_without_a_weight_to_refit_says_so():
+    net, x = Scaled(), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(BadScore, match="'effect' measures a weight that sums over the units of an activation, and 1 of 1 groups have none"):
+        graphprune.score(graphprune.couple(graphprune.trace(net, x)), net, "effect", [x], progress=False)
