@@ -5,12 +5,14 @@ kernel apart where affordable) and ``B = E[g gᵀ]`` that of the gradient of a r
 change of the output to first order (Kronecker factors as in Wang et al. 2019 and van der Ouderaa et al. 2024). No labels are needed, and
 units of different layers can be compared: ``per="macs"`` divides by the operations a unit costs, which under ``scope="global"`` gives
 each group the width where the next unit's loss per operation is the same.
+
+Of many positions a random part is read, the same share of every batch: what is left out would cost more than ``WORK`` of the passes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -20,6 +22,7 @@ from ..scores.fold import lacking
 from ..scores.greedy import surgeon_in_blocks
 from ..scores.registry import cause, scorer
 from ..scores.task import Scores, Task
+from ..scores.waiting import Waiting, inner, sampled
 from ..tracing.probe import watch
 from ..tracing.trees import tensors
 from .moments import Moments, moments
@@ -29,15 +32,25 @@ from .sites import Site, sites
 Tensor = torch.Tensor
 LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs
 ROWS = 16384
+ENTRIES = 2**16  # numbers of each sample that are taken in any case
+WORK = 0.15  # how much of the time of the passes the products of either kind may take
 ENOUGH = 0.25  # columns per row up to which a Gram matrix is taken at its word
 
 
-@dataclass
 class _Seen:
-    """What is added up for a site: moments of its rows, and the gradient's second moment."""
+    """What is added up for a site: moments of the rows it reads, and the second moment of the gradients of what it writes."""
 
-    data: Moments | None = None
-    grads: Tensor | float = 0.0
+    def __init__(self) -> None:
+        self.rows = Waiting(lambda rows: (moments(rows[None], rows[None, :, :1]),))
+        self.grads = Waiting(lambda rows: (inner(rows.T).cpu(),))
+
+    @cached_property
+    def data(self) -> Moments | None:
+        return next(iter(self.rows.total()), None)
+
+    @cached_property
+    def second(self) -> Tensor | None:
+        return next(iter(self.grads.total()), None)
 
 
 @scorer(
@@ -69,9 +82,11 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str 
 
 
 def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
-    """One forward and one backward pass for every batch."""
+    """One forward pass for every batch, and one backward pass through the activations alone."""
     seen = {name: _Seen() for name in every}
     held = {name: task.tensors[name] for name in every}
+    for parameter in task.model.parameters():
+        parameter.requires_grad_(False)
     for weight in held.values():
         weight.requires_grad_(True)
     readers: dict[int, list[Site]] = {}
@@ -83,15 +98,19 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
     for batch in task.data:
         count = samples(batch)
         total += count
+        first: list[Tensor] = [t for t in tensors(batch, Tensor) if t.requires_grad]
 
-        def see(value: object, tensor: Tensor, count: int = count) -> None:
+        def see(value: object, tensor: Tensor, count: int = count, first: list[Tensor] = first) -> None:
             for site in readers[id(value)]:
+                weight = held[site.weight]
                 if site.x is value:
-                    part = _rows(site, tensor.detach(), held[site.weight], count)
-                    mine = seen[site.weight]
-                    mine.data = part if part is None or mine.data is None else mine.data + part
+                    if not tensor.requires_grad:  # every gradient passes on its way to a weight of this kind
+                        first.append(weight)
+                    rows = _rows(site, tensor.detach(), weight, count)
+                    if rows is not None:
+                        seen[site.weight].rows.add(rows)
                 if site.y is value and tensor.requires_grad:
-                    tensor.register_hook(lambda grad, site=site: _add(seen[site.weight], grad, site))
+                    tensor.register_hook(lambda grad, site=site, weight=weight: seen[site.weight].grads.add(_gradients(site, grad, weight.detach(), count)))
 
         with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, values.values(), see):
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
@@ -99,33 +118,53 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
             loss = sum((o * torch.randn_like(o)).sum() for o in centred)
         if not bool(torch.isfinite(torch.as_tensor(loss))):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
-        torch.autograd.grad(loss, list(held.values()), allow_unused=True)
+        if outs and first:
+            torch.autograd.grad(loss, first, allow_unused=True)
     for mine in seen.values():
-        mine.grads = mine.grads / max(total, 1)
+        if mine.second is not None:
+            mine.second.div_(max(total, 1))
     return seen
 
 
-def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Moments | None:
-    """Moments of the rows that a site reads; None where its input comes in several groups."""
-    kernel = tuple(weight.shape[2:]) if site.shape is not None else ()
+def _each(every: int, count: int, columns: int, cost: float, passes: float) -> int:
+    """How many of the positions of each sample are taken, where a product costs so much for each of them and the passes so much.
+
+    At least as many as hold ENTRIES numbers, so that few samples are enough for a matrix; beyond, all that cost a share of the passes.
+    """
+    return max(ENTRIES // columns, math.ceil(WORK * passes / cost * every / max(count, 1)))
+
+
+def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Tensor | None:
+    """Rows that a site reads; None where its input comes in several groups."""
     if site.shape is None:
-        every = math.prod(x.shape[:-1])
-        at = chosen(site, every, ROWS / max(every, 1) / 4, 4)
-    else:
-        if weight.shape[1] != x.shape[1]:
-            return None
-        every = math.prod(outputs(site, tuple(x.shape), kernel))
-        at = chosen(site, every, ROWS / count / every / 4, 4)
+        every, columns = math.prod(x.shape[:-1]), x.shape[-1]
+        return sampled(x, -1, _each(every, count, columns, columns**2 / 2, 3 * weight.numel()), count)
+    kernel = tuple(weight.shape[2:])
+    if weight.shape[1] != x.shape[1]:
+        return None
+    every = math.prod(outputs(site, tuple(x.shape), kernel))
+    at = chosen(site, every, ROWS / count / every / 4, 4)
     rows = read(site, x, kernel, at)
-    if rows.shape[2] > LARGEST and kernel:
+    if rows.shape[2] > LARGEST:
         taps = math.prod(kernel)
         rows = rows.reshape(rows.shape[1], -1, taps).transpose(1, 2).reshape(1, -1, x.shape[1])
-    return moments(rows, rows[:, :, :1])
+    return rows[0] if rows.dtype == torch.float64 else rows[0].float()
 
 
-def _add(mine: _Seen, grad: Tensor, site: Site) -> None:
-    flat = grad.detach().movedim(1 if site.shape is not None else -1, 0).flatten(1).float()
-    mine.grads = mine.grads + (flat @ flat.T).double()
+def _told(site: Site, weight: Tensor) -> bool:
+    """Whether the gradient of what is written is better told by what it says of what is read: ``WᵀBW`` at once, without the wide ``B``."""
+    return site.shape is None and weight.shape[site.axis] > 2 * weight.shape[1 - site.axis]
+
+
+def _gradients(site: Site, grad: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Gradients of a site's outputs as rows, scaled so that their products add up to those of all positions."""
+    dim = 1 if site.shape is not None else -1
+    outs, every = grad.shape[dim], grad.numel() // grad.shape[dim]
+    told = _told(site, weight)
+    cost = weight.numel() + (weight.numel() / outs) ** 2 / 2 if told else outs**2 / 2
+    rows = sampled(grad.detach(), dim, _each(every, count, outs, cost, 3 * weight.numel()), count)
+    rows = rows * math.sqrt(every / len(rows))
+    return rows @ (weight.T if site.turned else weight).to(rows.dtype) if told else rows
 
 
 def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -134,10 +173,12 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     weight = weight.T if site.turned else weight
     columns = mine.data.xx.shape[1]
     flat = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]  # (outputs, inputs, taps)
-    if units.numel() != flat.shape[1] or isinstance(mine.grads, float):
+    both = mine.second
+    if units.numel() != flat.shape[1] or both is None:
         return None
-    both = mine.grads.cpu()
-    if columns == flat.shape[1] * flat.shape[2]:
+    if _told(site, task.tensors[site.weight]):
+        each, reads = 1, both
+    elif columns == flat.shape[1] * flat.shape[2]:
         spread, each = flat.flatten(1), flat.shape[2]
         reads = spread.T @ both @ spread
     else:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..scores.waiting import inner
+
 Tensor = torch.Tensor
 
 
@@ -37,8 +39,8 @@ class Moments:
             total,
             self.x + share * dx,
             self.y + share * dy,
-            self.xx + other.xx + weight * dx[:, :, None] * dx[:, None, :],
-            self.yx + other.yx + weight * dy[:, :, None] * dx[:, None, :],
+            (self.xx + other.xx).baddbmm_(dx[:, :, None], dx[:, None, :], alpha=weight),
+            (self.yx + other.yx).baddbmm_(dy[:, :, None], dx[:, None, :], alpha=weight),
             self.yy + other.yy + weight * dy.square(),
         )
 
@@ -48,4 +50,5 @@ def moments(x: Tensor, y: Tensor) -> Moments:
     x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
     mean_x, mean_y = x.mean(1, dtype=torch.float64), y.mean(1, dtype=torch.float64)
     x, y = x - mean_x[:, None].to(x.dtype), y - mean_y[:, None].to(y.dtype)
-    return Moments(x.shape[1], mean_x, mean_y, (x.transpose(1, 2) @ x).double(), (y.transpose(1, 2) @ x).double(), y.square().sum(1, dtype=torch.float64))
+    squares = inner(x[0].T)[None] if len(x) == 1 else x.transpose(1, 2) @ x
+    return Moments(x.shape[1], mean_x, mean_y, squares.double(), (y.transpose(1, 2) @ x).double(), y.square().sum(1, dtype=torch.float64))
