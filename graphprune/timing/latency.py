@@ -23,6 +23,7 @@ from torch import nn
 from ..budget.targets import Aims, stays
 from ..cost import Costs, operation, priced
 from ..coupling.groups import Groups
+from ..coupling.lengths import Lengths
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..errors import BadMeasure, BadTarget, GraphpruneError
@@ -33,7 +34,7 @@ from ..tracing.trees import tensors
 from .align import alignments
 from .measure import clock_for, interleave, middle_of, using_threads
 from .runtimes import evaluating, prepare
-from .table import Table, times
+from .table import Table, Times, times
 
 TOLERANCE = 0.015
 SECONDS = 2.0
@@ -240,7 +241,7 @@ def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str
 def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups], Mapping[int, int]]:
     """What widths are multiples of: the number given, or ("auto", and by default where a time is asked for) what the device likes."""
     if multiple_of is None:
-        multiple_of = "auto" if aims.timed else 1
+        multiple_of = "auto" if aims.timed or aims.weight else 1
     if multiple_of != "auto":
         if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
             raise BadTarget(f'multiple_of is {multiple_of!r}; it is a whole number from 1 on, or "auto"')
@@ -258,6 +259,22 @@ def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups]
         return known[key]
 
     return learnt
+
+
+def predicted(graph: Graph, aims: Aims, scope: str) -> dict[str, tuple[float, Callable[[Lengths], Times]]]:
+    """The predicted time as a cost without a limit, where the aims are to be reached by fast widths; nothing otherwise."""
+    if not aims.weight:
+        return {}
+    if scope != "optimal":
+        raise BadTarget(f"objective={aims.objective!r} chooses every width by its time, and scope={scope!r} by the scores; leave one of them out")
+    watch = Stopwatch(nn.Identity(), graph, aims)
+    table = Table(watch.device, aims.runtime, watch.threads)
+
+    def make(lengths: Lengths) -> Times:
+        with using_threads(watch.threads):
+            return times(lengths.groups.graph, table)(lengths)
+
+    return {"time": (math.inf, make)}
 
 
 def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:
