@@ -8,7 +8,7 @@ Every job runs in a process of its own on one thread; finished rows are read fro
 Batch norms are folded (``graphprune.fuse``) and convolutional models are ``channels_last`` on both sides of every
 comparison. Weights are random (times do not depend on them), batch 1, ``--side`` pixels or 128 tokens. A *cell* is a
 model, a runtime and a target: ``search`` asks ``graphprune.shrink(speedup=…)`` and saves the result; ``fresh`` loads it in
-another process and times it interleaved with the original; ``peer`` times Torch-Pruning at equal MACs beside it
+another process and times it interleaved with the original; ``peer`` times Torch-Pruning and ours at equal MACs
 (``pip install torch-pruning``); ``accuracy`` compares latency-aware, MAC-aware and uniform widths at equal measured time.
 """
 
@@ -37,6 +37,7 @@ import graphprune  # noqa: E402
 MODELS = "resnet50 mobilenet_v2 vit_s convnext_t resnet18 efficientnet_b0 minilm regnet_y densenet121 swin_t".split()
 RUNTIMES = ("eager", "onnxruntime", "openvino", "compile")
 TARGETS = (2.0, 1.5, 3.0)
+OBJECTIVES = ("time", 0.5, "score")
 TOKENS = 128
 CONVOLUTIONAL = "resnet50 mobilenet_v2 convnext_t resnet18 efficientnet_b0 regnet_y densenet121".split()
 
@@ -162,42 +163,36 @@ def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
 
 
 def peer(job: dict) -> Iterator[dict]:
-    """Torch-Pruning at the MACs of what was saved: its documented recipe, its ``round_to``, timed beside ours."""
+    """Torch-Pruning by its documented recipe, at the MACs that its ``round_to`` allows nearest to the target; ours with no fewer
+    MACs, spent for speed (``objective="time"``), for score per time (0.5) and for score alone; all timed in the same rounds."""
     plain, x = build(job["model"], job["side"])
     model, x = ready(plain, x, job["model"])
     full = graphprune.profile(model, x).macs
     for target in job["targets"]:
-        folder = Path(job["folder"]) / f"{job['model']}-{job['runtime']}-{job['side']}-{target}"
-        if not (folder / "plan.json").exists():
-            continue
-        ours = graphprune.load(folder, model).eval()
-        budget = graphprune.profile(ours, x).macs
         try:
-            around = narrowed(plain, x, budget, job["round_to"])
-            mine, *others = timed(model, [ours, *(ready(each, x, job["model"])[0] for each in around.values())], x, job)
+            count, theirs = min(narrowed(plain, x, full / target, job["round_to"]).items(), key=lambda made: abs(math.log(made[0] * target / full)))
+            made = [at_least(model, x, count, objective) for objective in OBJECTIVES]
+            first, *rows = timed(model, [ready(theirs, x, job["model"])[0], *(small for small, _ in made)], x, job)
         except Exception as error:
             yield {"target": target, "why": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
-        theirs = between({count: other["speedup"] for count, other in zip(around, others, strict=True)}, budget)
-        noise = max((row["high"] - row["low"]) / 2 / row["speedup"] for row in (mine, *others))
-        equal = min(around) <= 1.02 * budget and max(around) >= 0.98 * budget
-        macs = {"equal": equal, "macs": full / budget, "their_macs": [full / count for count in around], "their_speedups": [row["speedup"] for row in others]}
-        yield {
-            "target": target,
-            "ours": mine["speedup"],
-            "theirs": theirs,
-            "gain": mine["speedup"] / theirs,
-            "noise": noise,
-            "control": mine["control"],
-            **macs,
-        }
+        theirs = {"theirs": first["speedup"], "their_macs": full / count, "control": first["control"]}
+        for objective, (_, macs), row in zip(OBJECTIVES, made, rows, strict=True):
+            noise = max((each["high"] - each["low"]) / 2 / each["speedup"] for each in (first, row))
+            gain = row["speedup"] / first["speedup"]
+            yield {"target": target, "kind": f"objective {objective}", **theirs, "ours": row["speedup"], "macs": full / macs, "gain": gain, "noise": noise}
+        yield {"target": target, **theirs}
 
 
-def between(speedups: dict[float, float], macs: float) -> float:
-    """The speedup at just these MACs, between the two neighbours that can be had (straight in the logarithms)."""
-    (a, fast), (b, slow) = sorted(speedups.items())[0], sorted(speedups.items())[-1]
-    part = 0.0 if a == b else min(max(math.log(macs / a) / math.log(b / a), 0.0), 1.0)
-    return math.exp((1 - part) * math.log(fast) + part * math.log(slow))
+def at_least(model: nn.Module, x: torch.Tensor, macs: float, objective: str | float) -> tuple[nn.Module, float]:
+    """Ours with at least so many MACs, as few more as the widths allow, and how many it has."""
+    full = graphprune.profile(model, x).macs
+    for more in (0.0, 0.004, 0.008, 0.015, 0.03, 0.05):
+        small = graphprune.shrink(model, x, macs=min(1.0, macs / full * (1 + more)), objective=objective, scope="optimal", multiple_of="auto", threads=1)
+        found = graphprune.profile(small, x).macs
+        if found >= macs:
+            break
+    return small, found
 
 
 def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) -> dict[float, nn.Module]:

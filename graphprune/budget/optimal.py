@@ -39,7 +39,9 @@ def widths(groups: Groups, scores: Scores, limits: Mapping[str, float], known: C
     losses = losses_of(groups, scores, allowed)
     search = _complete if allowed.size <= COMPLETE else _descend
     found = search(losses, limits, known, allowed, time)
-    return allowed.widths((_filled(found, losses, limits, known, allowed) if "time" in limits else found)[None])[0].astype(np.int64)
+    if "time" in limits:
+        found = _filled(found, losses, limits, known, allowed, only_free=time > 0)
+    return allowed.widths(found[None])[0].astype(np.int64)
 
 
 def losses_of(groups: Groups, scores: Scores, allowed: Space) -> list[Array]:
@@ -78,31 +80,33 @@ def _shares(limits: Mapping[str, float], known: Costs, allowed: Space, at: Array
     return np.stack([found[name] / limit for name, limit in limits.items()], axis=1)
 
 
+def _seconds(known: Costs, allowed: Space, at: Array) -> Array:
+    return known.at(allowed.widths(at), ["time"])["time"]
+
+
 def _fits(shares: Array) -> Array:
     return (shares <= 1 + 1e-12).all(axis=-1)
 
 
-def _filled(at: Array, losses: list[Array], limits: Mapping[str, float], known: Costs, allowed: Space) -> Array:
+def _filled(at: Array, losses: list[Array], limits: Mapping[str, float], known: Costs, allowed: Space, only_free: bool = False) -> Array:
     """Wider again where the limits still hold: time is a staircase, what stands on one step is free, and the last step of the
-    descent may have been a large one. The widening with the most score for its time comes first."""
+    descent may have been a large one. The widening with the most score for its time comes first; ``only_free``: none that takes time."""
     for _ in range(FILLS):
         trial = np.maximum(at[None] - np.eye(len(at), dtype=np.int64), 0)
-        taken = known.at(allowed.widths(np.concatenate([at[None], trial])), ["time"])["time"]
+        taken = _seconds(known, allowed, np.concatenate([at[None], trial]))
         more = np.maximum(taken[1:] - taken[0], 0.0)
         may = (at > 0) & _fits(_shares(limits, known, allowed, trial))
         free = np.where(may & (more <= taken[0] * 1e-12), 1, 0)
-        if free.any() and known.at(allowed.widths((at - free)[None]), ["time"])["time"][0] <= taken[0] * (1 + 1e-12):
-            at = at - free
+        if free.any():
+            every = (at - free)[None]
+            together = _fits(_shares(limits, known, allowed, every))[0] and _seconds(known, allowed, every)[0] <= taken[0] * (1 + 1e-12)
+            at = every[0] if together else trial[np.argmax(free)]
             continue
-        if not may.any():
+        if only_free or not may.any():
             break
         gained = np.array([loss[level] - loss[max(level - 1, 0)] for loss, level in zip(losses, at, strict=True)])
         at = trial[np.argmax(np.where(may, gained / (more + taken[0] * 1e-12), -1.0))]
     return at
-
-
-def _seconds(known: Costs, allowed: Space, at: Array) -> Array:
-    return known.at(allowed.widths(at), ["time"])["time"]
 
 
 def _complete(losses: list[Array], limits: Mapping[str, float], known: Costs, allowed: Space, time: float = 0.0) -> Array:

@@ -68,7 +68,8 @@ class Aims:
             raise BadTarget(f'objective is {self.objective!r}; it is "score", "time", or a number between 0 (score) and 1 (time)')
         if self.weight and (self.timed or not self.any):
             raise BadTarget(
-                f"objective={self.objective!r} spends a budget on the fastest widths: give one of {', '.join(NAMES)}, and no latency or speedup, which set the time"
+                f"objective={self.objective!r} spends a budget on the fastest widths: give one of {', '.join(NAMES)}; "
+                "latency and speedup set the time themselves"
             )
 
     def limits(self, full: Cost) -> dict[str, float]:

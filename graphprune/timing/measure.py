@@ -1,9 +1,9 @@
 """How long a model takes: :func:`measure` times it against a reference, interleaved, and says how sure it is.
 
 A round times the reference, the model and the reference again; the two times of the reference against each other are the
-control (it must give 1). Each timing follows a call of the same model that is not timed: a model that has just taken turns
-with another one finds the caches full of the other's weights, which costs a small network several per cent, and the more
-the larger the other one is; how fast it is then would depend on the company and the order in which it was measured. The speedup is the median over rounds of reference / model; its band is the 95 % confidence
+control (it must give 1). Each timing follows a call of the same model that is not timed: right after another model the caches
+are full of that one's weights, which costs a small network several per cent, so its speedup would depend on the company and
+the order in which it is measured. The speedup is the median over rounds of reference / model; its band is the 95 % confidence
 interval of that median, from order statistics (no distribution assumed). On one thread the clock is the CPU time of the
 process, which other programs disturb least; on several threads it is wall time; on a GPU it is the device's own events.
 """
