@@ -188,6 +188,17 @@ def test_one_operation_that_a_session_refuses_does_not_take_the_others_along(mon
     assert {k: found.known[k] for k in "abcd"} == {"a": 1.0, "b": 0.0, "c": 1.0, "d": 1.0}
 
 
+def test_a_runtime_that_is_not_installed_leaves_no_timings_behind(monkeypatch):
+    import graphprune.timing.table as table
+
+    def absent(*_):
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(table, "together", absent)
+    refused(BadMeasure, "pip install openvino", macs=0.5, objective="time", runtime="openvino")
+    assert not any("addmm" in key for key in Table(torch.device("cpu"), "openvino", 1).known)
+
+
 SYNTHETIC = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 

@@ -29,6 +29,7 @@ from ..tracing.trace import Graph, Node
 from ..tracing.trees import replace, tensors
 from .measure import clock_for
 from .operators import EAGER, Item, item, lone, together
+from .runtimes import missing
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.1)
 BATCH, BYTES = 64, 2**28  # operations, and bytes of their tensors, in one session
@@ -117,6 +118,8 @@ class Table:
     def _run(self, batch: dict[str, Item]) -> None:
         try:
             self.known.update(zip(batch, together(list(batch.values()), self.runtime, self.threads) if batch else (), strict=True))
+        except ImportError as error:
+            raise missing(self.runtime) from error
         except Exception:  # of the runtime's own kind; one that is refused would take the others along
             if len(batch) == 1:
                 self.known.update(dict.fromkeys(batch, 0.0))
