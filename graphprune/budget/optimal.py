@@ -40,7 +40,7 @@ def widths(groups: Groups, scores: Scores, limits: Mapping[str, float], known: C
     search = _complete if allowed.size <= COMPLETE else _descend
     found = search(losses, limits, known, allowed, time)
     if "time" in limits:
-        found = _filled(found, losses, limits, known, allowed, only_free=time > 0)
+        found = _filled(found, losses, limits, known, allowed, time)
     return allowed.widths(found[None])[0].astype(np.int64)
 
 
@@ -88,24 +88,30 @@ def _fits(shares: Array) -> Array:
     return (shares <= 1 + 1e-12).all(axis=-1)
 
 
-def _filled(at: Array, losses: list[Array], limits: Mapping[str, float], known: Costs, allowed: Space, only_free: bool = False) -> Array:
+def _filled(at: Array, losses: list[Array], limits: Mapping[str, float], known: Costs, allowed: Space, time: float = 0.0) -> Array:
     """Wider again where the limits still hold: time is a staircase, what stands on one step is free, and the last step of the
-    descent may have been a large one. The widening with the most score for its time comes first; ``only_free``: none that takes time."""
+    descent may have been a large one. The widening with the most score for its time comes first; where speed counts, the one
+    with the highest price, and only until the limits are used up."""
     for _ in range(FILLS):
         trial = np.maximum(at[None] - np.eye(len(at), dtype=np.int64), 0)
         taken = _seconds(known, allowed, np.concatenate([at[None], trial]))
         more = np.maximum(taken[1:] - taken[0], 0.0)
-        may = (at > 0) & _fits(_shares(limits, known, allowed, trial))
+        here, *shares = _shares(limits, known, allowed, np.concatenate([at[None], trial]))
+        may = (at > 0) & _fits(np.array(shares))
         free = np.where(may & (more <= taken[0] * 1e-12), 1, 0)
         if free.any():
             every = (at - free)[None]
             together = _fits(_shares(limits, known, allowed, every))[0] and _seconds(known, allowed, every)[0] <= taken[0] * (1 + 1e-12)
             at = every[0] if together else trial[np.argmax(free)]
             continue
-        if only_free or not may.any():
+        if not may.any() or (time and here.max() >= USED):
             break
         gained = np.array([loss[level] - loss[max(level - 1, 0)] for loss, level in zip(losses, at, strict=True)])
-        at = trial[np.argmax(np.where(may, gained / (more + taken[0] * 1e-12), -1.0))]
+        value = gained / (more + taken[0] * 1e-12)
+        if time:
+            used = np.maximum((np.array(shares) - here).sum(axis=1), 1e-12)
+            value = (gained / used) ** (1 - time) * (used / more) ** time
+        at = trial[np.argmax(np.where(may, value, -1.0))]
     return at
 
 

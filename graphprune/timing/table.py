@@ -255,15 +255,17 @@ def times(graph: Graph, table: Table, align: int = 16) -> Callable[[Lengths], Ti
 def _sampled(node: Node, axes: list, forms: list[int], lengths: Lengths, align: int) -> tuple[list[int], list[list[float]], list]:
     """The two lengths that a call depends on most, the grid of each, and the shapes of its tensors at every point of both."""
     product = operation(node) in PRODUCTS or operation(node) == "convolution"
-    lead = forms[:2] if product else forms[:1]
+    # What only moves or meets entries takes as long as its result is large (a concatenation: the sum of its parts).
+    made = [] if product else [form for _, form in (lengths.form(node.outs[0], dim) for dim in range(len(node.outs[0].shape))) if form]
+    lead = forms[:2] if product else (made or forms)[:1]
     points = [_points(lengths, form, align) for form in lead]
-    full = [int(lengths.constant[f] + sum(s * lengths.groups.groups[g].size for g, s in lengths.slopes[f].items())) or 1 for f in forms]
+    full = {f: int(lengths.constant[f] + sum(s * lengths.groups.groups[g].size for g, s in lengths.slopes[f].items())) or 1 for f in (*forms, *lead)}
     every = []
     for first in points[0]:
-        share = first / full[0]  # further widths go with the first
+        share = first / full[lead[0]]  # further widths go with the first
         row = []
         for second in points[1] if len(lead) > 1 else [1]:
-            now = {form: max(1, round(size * share)) for form, size in zip(forms, full, strict=True)}
+            now = {form: max(1, round(size * share)) for form, size in full.items()}
             now |= {lead[0]: first} | ({lead[1]: second} if len(lead) > 1 else {}) | {0: 1}
             row.append([tuple(factor * now[form] for factor, form in axis) for axis in axes])
         every.append(row)
