@@ -144,7 +144,8 @@ def timed(model: nn.Module, others: list[nn.Module], x: torch.Tensor, job: dict)
 
 
 def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
-    """Where the original's time goes, operation by operation: shares of dense products, depthwise products, and all else (bound by memory)."""
+    """Where the original's time goes, operation by operation: shares of dense products, depthwise products, and all else (bound
+    by memory), and the milliseconds of all by themselves."""
     from graphprune.cost import operation, products
     from graphprune.coupling.groups import couple
     from graphprune.coupling.lengths import Lengths
@@ -159,7 +160,8 @@ def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
             single = operation(node) == "convolution" and node.args[1].shape[1] == 1
             kind = "depthwise" if single else "products" if list(products(node, lengths)) else "rest"
             found[kind] += table.seconds(node, [value.shape for value in tensors((node.args, node.kwargs))])
-    return {kind: seconds / sum(found.values()) for kind, seconds in found.items()}
+    total = sum(found.values())
+    return {kind: seconds / total for kind, seconds in found.items()} | {"ms": 1e3 * total}
 
 
 def peer(job: dict) -> Iterator[dict]:
