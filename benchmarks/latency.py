@@ -9,7 +9,8 @@ Batch norms are folded (``graphprune.fuse``) and convolutional models are ``chan
 comparison. Weights are random (times do not depend on them), batch 1, ``--side`` pixels or 128 tokens. A *cell* is a
 model, a runtime and a target: ``search`` asks ``graphprune.shrink(speedup=…)`` and saves the result; ``fresh`` loads it in
 another process and times it interleaved with the original; ``peer`` times Torch-Pruning and ours at equal MACs
-(``pip install torch-pruning``); ``accuracy`` compares latency-aware, MAC-aware and uniform widths at equal measured time.
+(``pip install torch-pruning``); ``accuracy`` compares latency-aware, MAC-aware and uniform widths at equal measured time, ``objectives`` what one budget of
+MACs gives when it is spent for score or for time.
 """
 
 from __future__ import annotations
@@ -227,8 +228,9 @@ def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) ->
     return {count: made[count] for count in ends}
 
 
-def accuracy(job: dict) -> Iterator[dict]:
-    """Latency-aware, MAC-aware and uniform widths at the same measured time: what the test images say, after the same repair."""
+def trained(job: dict) -> tuple:
+    """A trained model, its batch, a function that cuts it by scores which are computed once, and one that says what the test
+    images say: before and after the same repair."""
     from accuracy import load, sample
     from realdata import accuracy as top1
 
@@ -246,13 +248,19 @@ def accuracy(job: dict) -> Iterator[dict]:
             known[:] = [size, graphprune.score(groups, model, job["criterion"], images.split(128), progress=False)]
         return known[1]
 
-    def repaired(small: nn.Module) -> float:
-        return top1(graphprune.repair(small, model, None, images.split(128), progress=False), test, truth)
-
     def cut(*ratio: float, **wish: Any) -> nn.Module:
         return graphprune.shrink(model, x, *ratio, criterion=criterion, verify=False, multiple_of=job["multiple_of"], **wish)
 
-    base = top1(model, test, truth)
+    def judged(small: nn.Module) -> dict[str, float]:
+        after = top1(graphprune.repair(small, model, None, images.split(128), progress=False), test, truth)
+        return {"top1": after, "cut": top1(small, test, truth), "macs": graphprune.profile(model, x).macs / graphprune.profile(small, x).macs}
+
+    return model, x, cut, judged, top1(model, test, truth)
+
+
+def accuracy(job: dict) -> Iterator[dict]:
+    """Latency-aware, MAC-aware and uniform widths at the same measured time: what the test images say, after the same repair."""
+    model, x, cut, judged, base = trained(job)
     for target in job["targets"]:
         made = {
             "latency-aware": cut(speedup=target, threads=1),
@@ -261,8 +269,17 @@ def accuracy(job: dict) -> Iterator[dict]:
         }
         rows = timed(model, list(made.values()), x, {**job, "runtime": "eager"})
         for (way, small), row in zip(made.items(), rows, strict=True):
-            macs = graphprune.profile(model, x).macs / graphprune.profile(small, x).macs
-            yield {"target": target, "way": way, "base": base, "top1": repaired(small), "cut": top1(small, test, truth), "macs": macs, **row}
+            yield {"target": target, "way": way, "base": base, **judged(small), **row}
+
+
+def objectives(job: dict) -> Iterator[dict]:
+    """One budget of MACs spent for score, for score per time, and for time: what the clock says, and what the test images say."""
+    model, x, cut, judged, base = trained(job)
+    for target in job["targets"]:
+        made = {objective: cut(macs=1 / target, objective=objective, scope="optimal", threads=1) for objective in OBJECTIVES}
+        rows = timed(model, list(made.values()), x, {**job, "runtime": "eager"})
+        for (way, small), row in zip(made.items(), rows, strict=True):
+            yield {"target": target, "way": str(way), "base": base, **judged(small), **row}
 
 
 def met(model: nn.Module, x: torch.Tensor, target: float, make: Callable[[float], nn.Module]) -> nn.Module:
@@ -284,7 +301,7 @@ def met(model: nn.Module, x: torch.Tensor, target: float, make: Callable[[float]
     return best[1]
 
 
-JOBS = {"search": search, "fresh": fresh, "peer": peer, "accuracy": accuracy}
+JOBS = {"search": search, "fresh": fresh, "peer": peer, "accuracy": accuracy, "objectives": objectives}
 
 # --- the parent: which jobs there are, their rows, the report ------------------------------------------------------------
 
@@ -300,9 +317,9 @@ def planned(options: argparse.Namespace) -> list[dict]:
                 jobs += [{"job": "search", **cell}, {"job": "fresh", **cell}]
             if "peers" in options.only and runtime == "eager" and model not in ("minilm", "swin_t"):
                 jobs.append({"job": "peer", **cell, "targets": options.peer_targets, "round_to": options.round_to})
-    if "accuracy" in options.only:
+    for name in [name for name in ("accuracy", "objectives") if name in options.only]:
         more = {"data": options.data, "every": options.every, "batch": 64, "criterion": options.criterion, "multiple_of": options.multiple_of}
-        extra = [{"job": "accuracy", "model": m, "runtime": "eager", **common, "targets": options.accuracy_targets, **more} for m in options.accuracy_models]
+        extra = [{"job": name, "model": m, "runtime": "eager", **common, "targets": options.accuracy_targets, **more} for m in options.accuracy_models]
         first = next((i for i, job in enumerate(jobs) if job["runtime"] == "compile"), len(jobs))
         jobs[first:first] = extra
     return jobs
@@ -332,7 +349,7 @@ def named(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["cells", "peers", "accuracy"], help="cells, peers, accuracy; or report alone")
+    parser.add_argument("--only", nargs="*", default=["cells", "peers", "accuracy", "objectives"], help="cells, peers, accuracy, objectives; or report alone")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--targets", nargs="*", type=float, default=list(TARGETS))

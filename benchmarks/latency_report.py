@@ -38,7 +38,7 @@ def write(rows: list[dict], path: Path) -> None:
         *_cells(asked, again),
         *_efficiency(again.values(), parts, peers),
         *_peers(peers, [row for row in pick("peer") if "why" in row]),
-        *_accuracy(pick("accuracy")),
+        *_accuracy(pick("accuracy"), pick("objectives")),
         *_search(asked, pick("search", "warm")),
     ]
     path.write_text("\n".join(text).rstrip() + "\n")
@@ -149,7 +149,7 @@ def _peers(rows: list[dict], refused: list[dict]) -> list[str]:
         "",
         "What this is: the speed that the same number of MACs can have, depending on which channels go. What it is not: a comparison of accuracy. The fastest",
         "widths give up whole regions of the network (the largest images, the stream between the blocks) whatever their scores, so they are a corner of what",
-        "is possible and want training; 0.5 keeps a good part of every group. Accuracy at equal time is compared in the next section, with scores.",
+        "is possible and want training; 0.5 keeps a good part of every group. The sections after this one compare accuracy, at equal time and at equal MACs.",
         "",
         '| model | MACs theirs / ours | theirs | ours, "time" | faster by | ours, 0.5 | faster by | ours, "score" | faster by | noise |',
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -168,23 +168,25 @@ def _peers(rows: list[dict], refused: list[dict]) -> list[str]:
     return [*lines, f"| median | | | {' | '.join(f'| **{gain:+.0%}**' for gain in middle)} | |" if cells else "", ""]
 
 
-def _accuracy(rows: list[dict]) -> list[str]:
-    rows = [row for row in rows if "top1" in row]
-    if not rows:
-        return []
-    lines = [
-        "## Accuracy at equal measured time",
-        "",
-        "Trained on CIFAR-10 (JPEG), batch 64, eager, no training after the cut: closed-form repair on 512 images; top-1 on test images.",
-        "",
-    ]
-    lines += ["| model | asked | widths | measured (band) | MACs | top-1 after repair | before repair | uncut |", "|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        lines.append(
-            f"| {TITLES[row['model']]} | {row['target']:g}x | {row['way']} | {row['speedup']:.2f}x ({row['low']:.2f} to {row['high']:.2f}) | "
-            f"{row['macs']:.2f}x | **{row['top1']:.2f}** | {row['cut']:.2f} | {row['base']:.2f} |"
-        )
-    return [*lines, ""]
+def _accuracy(rows: list[dict], budgets: list[dict]) -> list[str]:
+    lines = []
+    head = "Trained on CIFAR-10 (JPEG), batch 64, eager, no training after the cut: closed-form repair on 512 images; top-1 on test images."
+    for title, text, column, mine in (
+        ("Accuracy at equal measured time", head, "widths", rows),
+        ("Accuracy at equal MACs, spent for score or for speed", f"{head} Asked: MACs before / after.", "objective", budgets),
+    ):
+        mine = [row for row in mine if "top1" in row]
+        if not mine:
+            continue
+        lines += [f"## {title}", "", text, "", f"| model | asked | {column} | measured (band) | MACs | top-1 after repair | before repair | uncut |"]
+        lines.append("|---|---|---|---|---|---|---|---|")
+        for row in mine:
+            lines.append(
+                f"| {TITLES[row['model']]} | {row['target']:g}x | {row['way']} | {row['speedup']:.2f}x ({row['low']:.2f} to {row['high']:.2f}) | "
+                f"{row['macs']:.2f}x | **{row['top1']:.2f}** | {row['cut']:.2f} | {row['base']:.2f} |"
+            )
+        lines.append("")
+    return lines
 
 
 def _search(asked: list[dict], warm: list[dict]) -> list[str]:
