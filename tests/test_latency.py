@@ -373,3 +373,28 @@ def test_more_weight_on_time_is_faster_at_the_same_macs(monkeypatch):
 )
 def test_objectives_that_make_no_sense_are_refused(asked):
     refused(BadTarget, "objective", **asked)
+
+
+def test_an_operation_is_timed_with_its_inputs_at_hand_and_its_weights_gone(monkeypatch):
+    """On a machine whose cache holds what was touched since the last sweep."""
+    import graphprune.timing.table as table
+
+    monkeypatch.setattr(Table, "_time", REAL)
+    cached, seen = set(), []
+
+    class Cache(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            given = [a for a in args if isinstance(a, torch.Tensor)]
+            if any(a.numel() == table.SWEEP for a in given):
+                cached.clear()
+            elif func is torch.ops.aten.addmm.default:
+                seen.append([a.shape in cached for a in given])
+            cached.update(a.shape for a in given)
+            return func(*args, **(kwargs or {}))
+
+    graph = graphprune.trace(nn.Linear(7, 5), torch.zeros(3, 7))
+    (node,) = [node for node in graph.nodes if "addmm" in str(node.func)]
+    with Cache():
+        assert Table(torch.device("cpu")).seconds(node, [(5,), (3, 7), (7, 5)]) > 0
+    assert len(seen) >= 4 and all(row == [False, True, False] for row in seen[2:])  # bias, input, weight; the first two calls warm up
+    assert seen[1] == [True, True, True]  # control: without a sweep all is there
