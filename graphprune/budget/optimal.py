@@ -31,7 +31,7 @@ STEPS = 24  # how many steps lead from the widest to the narrowest level of a ch
 
 BATCH = 6
 FILLS = 200
-USED = 0.98  # the share of a limit that fast widths have to use, if any widths use as much
+USED = 0.99  # the share of a limit that fast widths have to use, if any widths use as much
 
 
 def widths(groups: Groups, scores: Scores, limits: Mapping[str, float], known: Costs, allowed: Space, time: float = 0.0) -> Array:

@@ -39,7 +39,7 @@ from .table import Table, Times, times
 TOLERANCE = 0.015
 SECONDS = 2.0
 ATTEMPTS = 8
-NOISE = 0.1
+NOISE, UNSURE = 0.1, 0.02  # bands that are refused, and bands for which it is worth to measure for longer
 Propose = Callable[[dict], tuple[Groups, list, Plan]]
 
 
@@ -98,7 +98,7 @@ class Stopwatch:
         call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads)
         clock = clock_for(self.device, self.threads)[1]
         rows = interleave([self.call, call, self.call], clock, self.seconds, enough, chained=True)
-        if _timing(rows).noise > NOISE / 2:  # a busy machine: the same once more, for longer
+        if _timing(rows).noise > UNSURE:  # a busy machine: the same once more, for longer
             rows = np.concatenate([rows, interleave([self.call, call, self.call], clock, 3 * self.seconds, enough, chained=True)])
         return rows
 
@@ -114,11 +114,11 @@ def _timing(rows: np.ndarray) -> Timing:
 
 
 def _clear(found: Timing, target: float | None) -> bool:
-    """Whether more rounds would change nothing: the band is narrow, or (within 2 %) on one side of what counts as met."""
+    """Whether more rounds would change nothing: the band is narrow, or (when not too wide) on one side of what counts as met."""
     low, high = found.band
     if found.noise <= TOLERANCE / 3:
         return True
-    if target is None or found.noise > 0.02:
+    if target is None or found.noise > UNSURE:
         return False
     least, most = target * (1 - TOLERANCE), target * (1 + TOLERANCE)
     return high < least or low > most or (least < low and high < most)
