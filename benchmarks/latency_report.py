@@ -221,7 +221,8 @@ def _plot(asked: list[dict], again: dict[tuple, dict], peers: list[dict], path: 
     left.plot(ends, ends, "k-", lw=0.8)
     left.fill_between(ends, [e * (1 - NEAR) for e in ends], [e * (1 + NEAR) for e in ends], alpha=0.15, color="k")
     left.set(xlabel="speedup asked", ylabel="speedup measured in a fresh process", title="asked and got (band: 5 %)")
-    left.legend()
+    if asked:
+        left.legend()
     names = [TITLES[row["model"]] for row in peers]
     right.barh(names, [row["theirs"] for row in peers], height=0.35, align="edge", label="Torch-Pruning")
     right.barh(names, [row["ours"] for row in peers], height=-0.35, align="edge", label='graphprune, objective="time"')
