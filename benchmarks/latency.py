@@ -190,7 +190,7 @@ def peer(job: dict) -> Iterator[dict]:
 def at_least(model: nn.Module, x: torch.Tensor, macs: float, objective: str | float) -> tuple[nn.Module, float]:
     """Ours with at least so many MACs, as few more as the widths allow, and how many it has."""
     full = graphprune.profile(model, x).macs
-    for more in (0.0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05):
+    for more in (0.0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08, 0.12):
         small = graphprune.shrink(model, x, macs=min(1.0, macs / full * (1 + more)), objective=objective, scope="optimal", multiple_of="auto", threads=1)
         found = graphprune.profile(small, x).macs
         if found >= macs:
