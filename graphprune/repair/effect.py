@@ -47,11 +47,11 @@ class _Seen:
     needs="inputs",
     cost="a forward and a backward pass with Gram matrices of kernel taps, then O(C³) a group",
 )
-def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str | None = None) -> Scores:
+def effect(task: Task, per: str = "macs", damping: float = 1e-4, temperature: float | None = None, otherwise: str | None = None) -> Scores:
     """``Σ_q tr(B_q W_S ((H_q⁻¹)_SS)⁻¹ W_Sᵀ)`` at the moment of removal, summed over the consumers q of a group; ``per``: "macs" or "unit"."""
     graph = task.groups.graph
     every = {site.weight: site for site in sites(graph)[0]}
-    seen = _observe(task, every)
+    seen = _observe(task, every, temperature)
     found: list[Tensor | None] = []
     for group, mine in zip(task.groups, task.links, strict=True):
         parts = []
@@ -68,7 +68,7 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str 
     return lacking(task, found, otherwise, "effect", "a weight that sums over the units of an activation")
 
 
-def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
+def _observe(task: Task, every: dict[str, Site], temperature: float | None) -> dict[str, _Seen]:
     """One forward and one backward pass for every batch."""
     seen = {name: _Seen() for name in every}
     held = {name: task.tensors[name] for name in every}
@@ -95,14 +95,23 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
 
         with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, values.values(), see):
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
-            centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
-            loss = sum((o * torch.randn_like(o)).sum() for o in centred)
+            loss = sum((o * _direction(o.detach(), temperature)).sum() for o in outs)
         if not bool(torch.isfinite(torch.as_tensor(loss))):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
         torch.autograd.grad(loss, list(held.values()), allow_unused=True)
     for mine in seen.values():
         mine.grads = mine.grads / max(total, 1)
     return seen
+
+
+def _direction(out: Tensor, temperature: float | None) -> Tensor:
+    noise = torch.randn_like(out)
+    if out.ndim < 2 or out.shape[-1] < 2:
+        return noise
+    if temperature is None:
+        return noise - noise.mean(-1, keepdim=True)
+    chance = (out / temperature).softmax(-1)
+    return chance.sqrt() * noise - chance * (chance.sqrt() * noise).sum(-1, keepdim=True)
 
 
 def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Moments | None:
