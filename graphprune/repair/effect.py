@@ -25,10 +25,12 @@ from ..tracing.trees import tensors
 from .moments import Moments, moments
 from .rows import chosen, outputs, read
 from .sites import Site, sites
+from .unseen import Halves, unseen
 
 Tensor = torch.Tensor
 LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs
 ROWS = 16384
+EVERY = 4  # of so many batches one is kept out of the fits and tells what they are worth
 ENOUGH = 0.25  # columns per row up to which a Gram matrix is taken at its word
 
 
@@ -37,6 +39,8 @@ class _Seen:
     """What is added up for a site: moments of its rows, and the gradient's second moment."""
 
     data: Moments | None = None
+    check: Moments | None = None
+    independent: float = 0.0
     grads: Tensor | float = 0.0
 
 
@@ -63,7 +67,9 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, temperature: fl
         if not parts:
             found.append(None)
             continue
-        losses = surgeon_in_blocks([p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts])
+        losses = surgeon_in_blocks([p[0] for p in parts], [p[1].reads for p in parts], [p[1].blocks for p in parts])
+        if all(p[1].check is not None for p in parts):
+            losses = unseen(losses, [p[1] for p in parts])
         found.append(losses / _cost(task, every, mine) if per == "macs" else losses)
     return lacking(task, found, otherwise, "effect", "a weight that sums over the units of an activation")
 
@@ -80,16 +86,20 @@ def _observe(task: Task, every: dict[str, Site], temperature: float | None) -> d
         readers.setdefault(id(site.y), []).append(site)
     values = {id(v): v for site in every.values() for v in (site.x, site.y)}
     total = 0
-    for batch in task.data:
+    for index, batch in enumerate(task.data):
         count = samples(batch)
         total += count
 
-        def see(value: object, tensor: Tensor, count: int = count) -> None:
+        def see(value: object, tensor: Tensor, count: int = count, at: int = index) -> None:
             for site in readers[id(value)]:
                 if site.x is value:
                     part = _rows(site, tensor.detach(), held[site.weight], count)
                     mine = seen[site.weight]
-                    mine.data = part if part is None or mine.data is None else mine.data + part
+                    if at % EVERY == EVERY - 1 and part is not None:
+                        mine.check = part if mine.check is None else mine.check + part
+                    else:
+                        mine.data = part if part is None or mine.data is None else mine.data + part
+                    mine.independent += _independent(site, tensor.detach(), part)
                 if site.y is value and tensor.requires_grad:
                     tensor.register_hook(lambda grad, site=site: _add(seen[site.weight], grad, site))
 
@@ -132,13 +142,25 @@ def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Moments | None:
     return moments(rows, rows[:, :, :1])
 
 
+def _independent(site: Site, x: Tensor, part: Moments | None) -> float:
+    """How many independent rows the rows of a batch are worth: those of one sample resemble each other (design effect, Kish 1965)."""
+    if part is None:
+        return 0.0
+    rows = x.movedim(1 if site.shape is not None else -1, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
+    each = part.count / len(rows)
+    if len(rows) < 2 or each <= 1:
+        return float(part.count)
+    alike = rows.mean(1).var(0).sum() / (rows - rows.mean((0, 1))).square().mean((0, 1)).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return part.count / (1 + (each - 1) * float(alike.clamp(0, 1)))
+
+
 def _add(mine: _Seen, grad: Tensor, site: Site) -> None:
     flat = grad.detach().movedim(1 if site.shape is not None else -1, 0).flatten(1).float()
     mine.grads = mine.grads + (flat @ flat.T).double()
 
 
-def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``H⁻¹``, ``Wᵀ B W`` and the columns of each unit."""
+def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Halves] | None:
+    """``H⁻¹``, and ``Wᵀ B W`` with the columns of each unit and the covariances on both parts of the samples."""
     weight = task.tensors[site.weight].detach().double().cpu()
     weight = weight.T if site.turned else weight
     columns = mine.data.xx.shape[1]
@@ -152,9 +174,11 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     else:
         each = 1
         reads = sum(flat[:, :, t].T @ both @ flat[:, :, t] for t in range(flat.shape[2]))
-    hessian = mine.data.xx[0].cpu() / mine.data.count
+    every = mine.data if mine.check is None else mine.data + mine.check
+    hessian = every.xx[0].cpu() / every.count
     # Of fewer rows than columns any column seems to follow from the others; what they cannot tell counts as independent.
-    alone = min(1.0, max(0.0, columns / mine.data.count - ENOUGH))
+    beyond = max(0.0, columns / max(mine.independent, 1.0) - ENOUGH)
+    alone = beyond / (1 + beyond)
     hessian = (1 - alone) * hessian + alone * torch.diag(hessian.diagonal())
     scale = hessian.diagonal().mean()
     hessian = hessian + torch.eye(columns, dtype=hessian.dtype) * (damping * scale if scale > 0 else 1.0)
@@ -164,7 +188,9 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     if len(order) % size:
         return None
     places = order.reshape(size, -1)
-    return inverse, reads, (places[:, :, None] * each + torch.arange(each)).flatten(1)
+    blocks = (places[:, :, None] * each + torch.arange(each)).flatten(1)
+    check = None if mine.check is None else mine.check.xx[0].cpu() / mine.check.count
+    return inverse, Halves(mine.data.xx[0].cpu() / mine.data.count, check, reads, blocks)
 
 
 def _cost(task: Task, every: dict[str, Site], mine: list) -> float:
