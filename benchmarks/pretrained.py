@@ -351,9 +351,10 @@ def table(known: dict, options: argparse.Namespace) -> str:
         "",
         f"`python benchmarks/pretrained.py --count {options.count} --test {options.test} --side {options.side}`; torch {torch.__version__}, one",
         f"thread. Calibration: {options.count} inputs; measured on {options.test} others (photos of {options.side} pixels; twice as many sentence pairs).",
-        "Both sides prune inside the blocks and keep the stream. *Loss*: share of predictions that change in per cent (photos), cross entropy gained in nats (text), points of",
-        'Spearman correlation lost (sentence pairs). Ours: criterion `effect`, `repair="auto"`, and without',
-        'any data `repair="data-free"`. Torch-Pruning 1.6.1: the best of L1, L2, FPGM, BN scale and Taylor (with labels) layer by layer and L2 and Taylor',
+        "Both sides prune inside the blocks and keep the stream. *Loss*: share of predictions that change in per cent (photos), cross entropy gained in",
+        'nats (text), points of Spearman correlation lost (sentence pairs). Ours: criterion `effect` under `scope="global"`,',
+        '`repair="auto"`, and without any data `repair="data-free"`. Torch-Pruning 1.6.1: the best of L1, L2, FPGM, BN scale and Taylor (with labels; where',
+        "there are labels or a loss) layer by layer and L2 and Taylor",
         "globally, chosen on the test inputs. MACs of each in brackets, as a share of the original's.",
         "",
     ]
@@ -362,8 +363,9 @@ def table(known: dict, options: argparse.Namespace) -> str:
         extra = next((n for n in ("top1", "perplexity", "spearman") if n in base), "")
         lines += [f"## {base['title']}: {extra} {base[extra]:.2f}", ""]
         lines += [
-            f"| fewer MACs | ours: loss | {extra}, KL or cosine | data-free | before repair | Torch-Pruning as it ships | with BN re-estimation | ours / its |",
-            "|---" * 8 + "|",
+            f"| fewer MACs | ours: loss | {extra}, KL or cosine | data-free | before repair | Torch-Pruning as it ships | with BN re-estimation | ours / its |"
+            + (" drop of top-1, ours / its best |" if extra == "top1" else ""),
+            "|---" * (9 if extra == "top1" else 8) + "|",
         ]
         for target in dict.fromkeys(k.split("/")[1] for k in known if k.startswith(f"{name}/") and k.count("/") == 2):
             mine = known.get(f"{name}/{target}/ours")
@@ -375,7 +377,7 @@ def table(known: dict, options: argparse.Namespace) -> str:
             other = mine.get("ours kl", mine.get("ours cosine", 0.0))
             row = f"| {target}x | **{mine['ours loss']:.2f}** ({mine['macs'] / base['macs']:.3f}) | {mine[f'ours {extra}']:.2f}, {other:.3f} | "
             row += f"{mine['free loss']:.2f} | {mine['cut loss']:.2f} | "
-            ratios = []
+            ratios, drops = [], []
             for way in ("ships", "bn"):
                 best = min((k for k in held if f"{way} loss" in held[k]), key=lambda k, w=way: held[k][f"{w} loss"], default=None)
                 if best is None:
@@ -383,7 +385,10 @@ def table(known: dict, options: argparse.Namespace) -> str:
                     continue
                 row += f"{held[best][f'{way} loss']:.2f} ({best}, {held[best]['macs'] / base['macs']:.3f}) | "
                 ratios.append(f"{mine['ours loss'] / max(held[best][f'{way} loss'], 1e-9):.2f}")
-            lines.append(row + ", ".join(ratios) + " |")
+                if extra == "top1":
+                    least = base[extra] - max(v[f"{way} {extra}"] for v in held.values())
+                    drops.append(f"{base[extra] - mine[f'ours {extra}']:.2f} / {least:.2f}")
+            lines.append(row + ", ".join(ratios) + " |" + (" " + ", ".join(drops) + " |" if drops else ""))
         lines.append("")
     return "\n".join(lines)
 
