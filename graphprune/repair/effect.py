@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -42,6 +43,13 @@ class _Seen:
     check: Moments | None = None
     independent: float = 0.0
     grads: Tensor | float = 0.0
+    together: float = 0.0
+    apart: float = 0.0
+
+    @property
+    def alike(self) -> float:
+        """How much more the positions of a sample do together than apart: Kronecker factors take them for independent."""
+        return self.together / self.apart if self.apart > 0 else 1.0
 
 
 @scorer(
@@ -51,11 +59,11 @@ class _Seen:
     needs="inputs",
     cost="a forward and a backward pass with Gram matrices of kernel taps, then O(C³) a group",
 )
-def effect(task: Task, per: str = "macs", damping: float = 1e-4, temperature: float | None = None, otherwise: str | None = None) -> Scores:
+def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str | None = None) -> Scores:
     """``Σ_q tr(B_q W_S ((H_q⁻¹)_SS)⁻¹ W_Sᵀ)`` at the moment of removal, summed over the consumers q of a group; ``per``: "macs" or "unit"."""
     graph = task.groups.graph
     every = {site.weight: site for site in sites(graph)[0]}
-    seen = _observe(task, every, temperature)
+    seen = _observe(task, every)
     found: list[Tensor | None] = []
     for group, mine in zip(task.groups, task.links, strict=True):
         parts = []
@@ -74,7 +82,7 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, temperature: fl
     return lacking(task, found, otherwise, "effect", "a weight that sums over the units of an activation")
 
 
-def _observe(task: Task, every: dict[str, Site], temperature: float | None) -> dict[str, _Seen]:
+def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
     """One forward and one backward pass for every batch."""
     seen = {name: _Seen() for name in every}
     held = {name: task.tensors[name] for name in every}
@@ -100,28 +108,21 @@ def _observe(task: Task, every: dict[str, Site], temperature: float | None) -> d
                     else:
                         mine.data = part if part is None or mine.data is None else mine.data + part
                     mine.independent += _independent(site, tensor.detach(), part)
+                    if part is not None and tensor.requires_grad and tensor.shape[0] % count == 0:
+                        tensor.register_hook(partial(_together, mine, site, tensor.detach(), count))
                 if site.y is value and tensor.requires_grad:
                     tensor.register_hook(lambda grad, site=site: _add(seen[site.weight], grad, site))
 
         with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, values.values(), see):
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
-            loss = sum((o * _direction(o.detach(), temperature)).sum() for o in outs)
+            centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
+            loss = sum((o * torch.randn_like(o)).sum() for o in centred)
         if not bool(torch.isfinite(torch.as_tensor(loss))):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
         torch.autograd.grad(loss, list(held.values()), allow_unused=True)
     for mine in seen.values():
         mine.grads = mine.grads / max(total, 1)
     return seen
-
-
-def _direction(out: Tensor, temperature: float | None) -> Tensor:
-    noise = torch.randn_like(out)
-    if out.ndim < 2 or out.shape[-1] < 2:
-        return noise
-    if temperature is None:
-        return noise - noise.mean(-1, keepdim=True)
-    chance = (out / temperature).softmax(-1)
-    return chance.sqrt() * noise - chance * (chance.sqrt() * noise).sum(-1, keepdim=True)
 
 
 def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Moments | None:
@@ -154,6 +155,15 @@ def _independent(site: Site, x: Tensor, part: Moments | None) -> float:
     return part.count / (1 + (each - 1) * float(alike.clamp(0, 1)))
 
 
+def _together(mine: _Seen, site: Site, x: Tensor, count: int, grad: Tensor) -> None:
+    """First-order effect of every channel, squared after and before the sum over the positions of a sample."""
+    axis = 1 if site.shape is not None else -1
+    x, grad = (t.movedim(axis, -1).reshape(count, -1, t.shape[axis]) for t in (x, grad))
+    effect = (x - x.mean((0, 1))) * grad
+    mine.together += float(effect.sum(1).square().sum())
+    mine.apart += float(effect.square().sum())
+
+
 def _add(mine: _Seen, grad: Tensor, site: Site) -> None:
     flat = grad.detach().movedim(1 if site.shape is not None else -1, 0).flatten(1).float()
     mine.grads = mine.grads + (flat @ flat.T).double()
@@ -170,10 +180,10 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     both = mine.grads.cpu()
     if columns == flat.shape[1] * flat.shape[2]:
         spread, each = flat.flatten(1), flat.shape[2]
-        reads = spread.T @ both @ spread
+        reads = spread.T @ both @ spread * mine.alike
     else:
         each = 1
-        reads = sum(flat[:, :, t].T @ both @ flat[:, :, t] for t in range(flat.shape[2]))
+        reads = sum(flat[:, :, t].T @ both @ flat[:, :, t] for t in range(flat.shape[2])) * mine.alike
     every = mine.data if mine.check is None else mine.data + mine.check
     hessian = every.xx[0].cpu() / every.count
     # Of fewer rows than columns any column seems to follow from the others; what they cannot tell counts as independent.
