@@ -363,6 +363,30 @@ def test_a_query_says_with_the_kept_keys_what_it_said_with_all():
     assert not [r for r in better.graphprune_repairs if r.step == "left"]
 
 
+class Heads(nn.Module):
+    """Four heads of four channels, of which two say nearly nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_that_are_gone_ask_nothing():
+    torch.manual_seed(0)
+    net, data = Heads().double().eval(), [torch.randn(8, 6, 16, dtype=F64) for _ in range(4)]
+    with torch.no_grad():
+        net.o.weight[:, 8:] *= 0.1
+    small, plan = graphprune.shrink(net, data[0][:1], 0.5, granularity="head", return_plan=True)
+    assert all(len(plan.cuts[f"{name}.weight"][0]) == 8 for name in "qkv")
+    better = graphprune.repair(small, net, plan, data)
+    fresh = [torch.randn(8, 6, 16, dtype=F64)]
+    assert distance(better, net, fresh) < 0.8 * distance(small, net, fresh)
+
+
 def test_a_rewritten_module_is_repaired():
     class Literal(nn.Module):
         def __init__(self):
