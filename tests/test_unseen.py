@@ -28,8 +28,8 @@ def slow(fit, check, reads, gone, stay):
     fit, check = fit - fit.mean(0), check - check.mean(0)
     losses = [float(torch.einsum("np,pq,nq->n", check[:, gone], reads[gone][:, gone], check[:, gone]).mean())]
     for ridge in RIDGES if stay else ():
-        level = ridge * fit[:, stay].square().mean()
-        padded = torch.cat([fit[:, stay], (level * len(fit)).sqrt() * torch.eye(len(stay), dtype=F64)])
+        level = ridge * fit[:, stay].square().sum(0)
+        padded = torch.cat([fit[:, stay], torch.diag(level.sqrt())])
         maps = torch.linalg.lstsq(padded, torch.cat([fit[:, gone], torch.zeros(len(stay), len(gone), dtype=F64)])).solution
         rest = check[:, gone] - check[:, stay] @ maps
         losses.append(float(torch.einsum("np,pq,nq->n", rest, reads[gone][:, gone], rest).mean()))

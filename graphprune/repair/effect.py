@@ -84,15 +84,16 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str 
 
 def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
     """One forward and one backward pass for every batch."""
+    read = {link.leaf for mine in task.links for link in mine if link.role == "consumes"}
     seen = {name: _Seen() for name in every}
-    held = {name: task.tensors[name] for name in every}
+    held = {name: task.tensors[name] for at, name in enumerate(every) if name in read or at == 0}  # from the first one, gradients pass all others
     for weight in held.values():
         weight.requires_grad_(True)
     readers: dict[int, list[Site]] = {}
-    for site in every.values():
+    for site in (every[name] for name in every if name in read):
         readers.setdefault(id(site.x), []).append(site)
         readers.setdefault(id(site.y), []).append(site)
-    values = {id(v): v for site in every.values() for v in (site.x, site.y)}
+    values = {id(v): v for name, site in every.items() if name in read for v in (site.x, site.y)}
     total = 0
     for index, batch in enumerate(task.data):
         count = samples(batch)
@@ -151,8 +152,10 @@ def _independent(site: Site, x: Tensor, part: Moments | None) -> float:
     each = part.count / len(rows)
     if len(rows) < 2 or each <= 1:
         return float(part.count)
-    alike = rows.mean(1).var(0).sum() / (rows - rows.mean((0, 1))).square().mean((0, 1)).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return part.count / (1 + (each - 1) * float(alike.clamp(0, 1)))
+    spread = (rows - rows.mean((0, 1))).square().mean((0, 1))
+    between = rows.mean(1).var(0, correction=0)
+    alike = (between[spread > 0] / spread[spread > 0]).mean().nan_to_num(0.0)  # channel by channel: rescaled ones change nothing
+    return part.count / (1 + (each - 1) * float(alike))
 
 
 def _together(mine: _Seen, site: Site, x: Tensor, count: int, grad: Tensor) -> None:

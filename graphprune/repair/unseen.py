@@ -58,10 +58,10 @@ def _loss(part: Halves, gone: Tensor, stay: Tensor) -> float:
         return alone
     gram, cross = part.fit[k][:, k], part.fit[k][:, p]
     there, across = part.check[k][:, k], part.check[k][:, p]
-    scale = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    power = torch.where(gram.diagonal() > 0, gram.diagonal(), 1.0)  # a ridge for each column by its own size: rescaled channels change nothing
     best = alone
     for ridge in RIDGES:
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * scale * torch.eye(len(k), dtype=gram.dtype))
+        factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(ridge * power))
         if bool(failed):
             continue
         maps = torch.cholesky_solve(cross, factor)
