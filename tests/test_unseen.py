@@ -46,7 +46,7 @@ def test_sums_of_losses_are_those_of_the_refit_on_other_samples(seed, units, eac
     fit, check, reads = draw(60, columns) @ mixing, draw(30, columns) @ mixing, weight.T @ weight
     blocks = torch.randperm(columns, generator=generator).reshape(units, each)
     losses = draw(units).abs()
-    found = unseen(losses, [Halves(cov(fit), cov(check), reads, blocks)], steps)
+    found = unseen(losses, [Halves(cov(fit), cov(check), weight, blocks)], steps)
     order = losses.argsort(stable=True)
     highest, start, total, floor = 0.0, 0, 0.0, 0.0
     for count in sorted({round(units * step / steps) for step in range(1, steps + 1)} - {0}):
@@ -60,7 +60,7 @@ def test_sums_of_losses_are_those_of_the_refit_on_other_samples(seed, units, eac
         start, highest = count, there
     assert total >= highest * (1 - 1e-9)
     assert torch.equal(found.argsort(stable=True), order)
-    wrong = unseen(losses, [Halves(cov(check), cov(fit), 2 * reads, blocks)], steps)
+    wrong = unseen(losses, [Halves(cov(check), cov(fit), 2 * weight, blocks)], steps)
     assert not torch.allclose(found, wrong, rtol=1e-3)
 
 

@@ -5,6 +5,10 @@ kernel apart where affordable) and ``B = E[g gᵀ]`` that of the gradient of a r
 change of the output to first order (Kronecker factors as in Wang et al. 2019 and van der Ouderaa et al. 2024). No labels are needed, and
 units of different layers can be compared: ``per="macs"`` divides by the operations a unit costs, which under ``scope="global"`` gives
 each group the width where the next unit's loss per operation is the same.
+
+Two things keep layers comparable. Kronecker factors take the positions of a sample for independent; before a pooling they all push the same
+way, so each layer's losses are multiplied by how much more the channels' first-order effects are together than apart. And the refit is
+measured on every fourth batch, which it has not seen (:mod:`graphprune.repair.unseen`).
 """
 
 from __future__ import annotations
@@ -75,9 +79,10 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str 
         if not parts:
             found.append(None)
             continue
-        losses = surgeon_in_blocks([p[0] for p in parts], [p[1].reads for p in parts], [p[1].blocks for p in parts])
-        if all(p[1].check is not None for p in parts):
-            losses = unseen(losses, [p[1] for p in parts])
+        halves = [p[1] for p in parts]
+        losses = surgeon_in_blocks([p[0] for p in parts], [h.writes.T @ h.writes for h in halves], [h.blocks for h in halves])
+        if all(h.check is not None for h in halves) and any(p[2] > 0 for p in parts):
+            losses = unseen(losses, halves)
         found.append(losses / _cost(task, every, mine) if per == "macs" else losses)
     return lacking(task, found, otherwise, "effect", "a weight that sums over the units of an activation")
 
@@ -172,7 +177,7 @@ def _add(mine: _Seen, grad: Tensor, site: Site) -> None:
     mine.grads = mine.grads + (flat @ flat.T).double()
 
 
-def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Halves] | None:
+def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Halves, float] | None:
     """``H⁻¹``, and ``Wᵀ B W`` with the columns of each unit and the covariances on both parts of the samples."""
     weight = task.tensors[site.weight].detach().double().cpu()
     weight = weight.T if site.turned else weight
@@ -180,13 +185,12 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     flat = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]  # (outputs, inputs, taps)
     if units.numel() != flat.shape[1] or isinstance(mine.grads, float):
         return None
-    both = mine.grads.cpu()
+    values, vectors = torch.linalg.eigh(mine.grads.cpu() * mine.alike)
+    root = values.clamp(min=0).sqrt()[:, None] * vectors.T
     if columns == flat.shape[1] * flat.shape[2]:
-        spread, each = flat.flatten(1), flat.shape[2]
-        reads = spread.T @ both @ spread * mine.alike
+        writes, each = root @ flat.flatten(1), flat.shape[2]
     else:
-        each = 1
-        reads = sum(flat[:, :, t].T @ both @ flat[:, :, t] for t in range(flat.shape[2])) * mine.alike
+        writes, each = torch.cat([root @ flat[:, :, tap] for tap in range(flat.shape[2])]), 1
     every = mine.data if mine.check is None else mine.data + mine.check
     hessian = every.xx[0].cpu() / every.count
     # Of fewer rows than columns any column seems to follow from the others; what they cannot tell counts as independent.
@@ -203,7 +207,7 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     places = order.reshape(size, -1)
     blocks = (places[:, :, None] * each + torch.arange(each)).flatten(1)
     check = None if mine.check is None else mine.check.xx[0].cpu() / mine.check.count
-    return inverse, Halves(mine.data.xx[0].cpu() / mine.data.count, check, reads, blocks)
+    return inverse, Halves(mine.data.xx[0].cpu() / mine.data.count, check, writes, blocks), beyond
 
 
 def _cost(task: Task, every: dict[str, Site], mine: list) -> float:

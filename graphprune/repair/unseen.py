@@ -21,11 +21,11 @@ STEPS = 10
 
 @dataclass(frozen=True)
 class Halves:
-    """Covariances of what one consumer reads, on samples for the fit and on others, and what it makes of errors there, all (columns, columns)."""
+    """Covariances of what one consumer reads, on samples for the fit and on others, and what it makes of errors there."""
 
-    fit: Tensor
+    fit: Tensor  # (columns, columns)
     check: Tensor | None
-    reads: Tensor
+    writes: Tensor  # (outputs, columns); an error e costs E‖writes · e‖²
     blocks: Tensor  # the columns of each unit, (units, columns of each)
 
 
@@ -50,20 +50,19 @@ def unseen(losses: Tensor, parts: Sequence[Halves], steps: int = STEPS) -> Tenso
 
 
 def _loss(part: Halves, gone: Tensor, stay: Tensor) -> float:
-    """``tr(reads · cov(x_gone − M x_stay))`` with M fitted on one part and the covariance of the other, for the best ridge."""
+    """``E‖writes · (x_gone − M x_stay)‖²`` with M fitted on one part and the mean over the other, for the best ridge."""
     p, k = part.blocks[gone].flatten(), part.blocks[stay].flatten()
-    reads, own = part.reads[p][:, p], part.check[p][:, p]
-    alone = float((reads * own).sum())
+    writes = part.writes[:, p]
+    alone = float(((writes @ part.check[p][:, p]) * writes).sum())
     if not len(k):
         return alone
-    gram, cross = part.fit[k][:, k], part.fit[k][:, p]
-    there, across = part.check[k][:, k], part.check[k][:, p]
+    gram, there, twice = part.fit[k][:, k], part.check[k][:, k], 2 * part.check[k][:, p] @ writes.T
+    wanted = part.fit[k][:, p] @ writes.T
     power = torch.where(gram.diagonal() > 0, gram.diagonal(), 1.0)  # a ridge for each column by its own size: rescaled channels change nothing
     best = alone
     for ridge in RIDGES:
         factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(ridge * power))
-        if bool(failed):
-            continue
-        maps = torch.cholesky_solve(cross, factor)
-        best = min(best, alone + float(((there @ maps - 2 * across) * (maps @ reads)).sum()))
+        if not bool(failed):
+            maps = torch.cholesky_solve(wanted, factor)
+            best = min(best, alone + float(((there @ maps - twice) * maps).sum()))
     return max(best, 0.0)
