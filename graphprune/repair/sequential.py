@@ -25,7 +25,7 @@ from ..tracing.notation import Value
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 from .moments import Moments, moments
-from .paced import Again, Paced, side_by_side
+from .paced import runs, side_by_side
 from .pairs import mixes
 from .rows import chosen, outputs, read, written
 from .sites import Scale, Site, scales, sites
@@ -53,12 +53,12 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Setting:
-    """How fits are made: the steps in order, the target ("block": with the residual stream, "layer"), and how many rows each sees."""
+    """How fits are made: the steps in order, the target ("block": with the residual stream, "layer"), how many rows each sees, and where runs may wait."""
 
     steps: tuple[str, ...]
     target: str = "block"
     rows: int = 16384
-    anew: bool = False
+    waiting: float = 1.0
 
 
 def repair_weights(
@@ -74,9 +74,8 @@ def repair_weights(
     done: list[Repaired] = []
     counts = [_samples(batch) for batch in (*batches, *spare)]
     work.samples = max(1, sum(counts[: len(batches)]))
-    kind = Again if setting.anew else Paced
-    wide = [kind(original, graph, batch, work.takes(cut=False)) for batch in (*batches, *spare)]
-    tight = [kind(small, graph, batch, work.takes(cut=True)) for batch in (*batches, *spare)]
+    wide = runs(original, graph, (*batches, *spare), work.takes(cut=False), setting.waiting)
+    tight = runs(small, graph, (*batches, *spare), work.takes(cut=True), setting.waiting)
     with side_by_side([*wide, *tight]):
         for place in tqdm(sorted((*work.sites, *work.scales), key=lambda p: p.step), desc="repair", delay=5, leave=False, disable=not progress):
             if isinstance(place, Scale):
