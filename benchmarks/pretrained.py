@@ -95,7 +95,7 @@ def photos(options: argparse.Namespace, title: str, model: nn.Module, keep: list
     images, labels = images[order], labels[order]
     side, start = options.side, (256 - options.side) // 2
     x = squash(images[:, :, start : start + side, start : start + side])
-    calibration, test, truth = x[: options.count], x[-options.count :], labels[-options.count :]
+    calibration, test, truth = x[: options.count], x[-options.test :], labels[-options.test :]
 
     @torch.no_grad()
     def logits(small: nn.Module) -> torch.Tensor:
@@ -152,7 +152,7 @@ def llama(options: argparse.Namespace) -> Case:
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(find_data(options.data) / "tinystories-260k").eval()
-    calibration, test = written(model, options.count, 96, 0), written(model, options.count, 96, 1)
+    calibration, test = written(model, options.count, 96, 0), written(model, options.test, 96, 1)
     logits = torch.no_grad()(lambda small: torch.cat([small(input_ids=part).logits for part in test.split(32)]))
     far = against(model, logits)
     entropy = lambda small: float(nn.functional.cross_entropy(logits(small)[:, :-1].flatten(0, 1), test[:, 1:].flatten()))  # noqa: E731
@@ -177,7 +177,8 @@ def minilm(options: argparse.Namespace) -> Case:
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     lines = [line.split("\t") for line in (find_data(options.data) / "sts-2014-2016.tsv").read_text().splitlines()]
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0)).tolist()
-    test, rest = [lines[i] for i in order[: 2 * options.count]], [lines[i] for i in order[2 * options.count : 3 * options.count]]
+    test = [lines[i] for i in order[: 2 * options.test]]
+    rest = [lines[i] for i in order[2 * options.test : 2 * options.test + options.count]]
     encode = lambda texts: dict(tokenizer(texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt"))  # noqa: E731
     truth = torch.tensor([float(line[2]) for line in test])
     pairs = [[encode([line[k] for line in test[i : i + 64]]) for i in range(0, len(test), 64)] for k in (3, 4)]
@@ -214,17 +215,20 @@ def minilm(options: argparse.Namespace) -> Case:
 CASES = {"mobilenet": mobilenet, "efficientnet": efficientnet, "llama": llama, "minilm": minilm}
 
 
-def narrowed(cut: Callable[[float], nn.Module], case: Case, budget: float, above: bool, rounds: int = 11) -> nn.Module | None:
-    """The model whose MACs come nearest to the budget from above (or below), by bisection over the ratio."""
-    low, high, best = 0.0, 0.99, None
-    for _ in range(rounds):
+def narrowed(cut: Callable[[float], nn.Module], case: Case, budget: float, known: dict[float, int]) -> nn.Module:
+    """The model whose MACs come nearest to the budget from above, by bisection over the ratio; ``known`` holds what ratios met before cost."""
+    low = max((ratio for ratio, cost in known.items() if cost >= budget), default=0.0)
+    high = min((ratio for ratio, cost in known.items() if cost < budget), default=0.99)
+    best = None
+    while high - low > 0.004:
         middle = (low + high) / 2
         model = cut(middle)
-        over = macs(model, case.example) >= budget if above else macs(model, case.example) > budget
-        low, high = (middle, high) if over else (low, middle)
-        if over == above:
-            best = model
-    return best
+        known[middle] = macs(model, case.example)
+        if known[middle] >= budget:
+            low, best = middle, model
+        else:
+            high = middle
+    return cut(low) if best is None else best
 
 
 def peers(case: Case) -> list[tuple[str, bool]]:
@@ -232,16 +236,23 @@ def peers(case: Case) -> list[tuple[str, bool]]:
     return [(kind, False) for kind in kinds] + [(kind, True) for kind in ("L2", "Taylor") if kind in kinds]
 
 
-def peer(case: Case, kind: str, globally: bool, budget: float) -> nn.Module:
+def slopes(case: Case) -> list[torch.Tensor]:
+    """The gradient of the mean loss, for Taylor."""
+    grads: list[torch.Tensor] = []
+    for batch in case.batches:
+        loss = case.loss(case.model, batch) if isinstance(batch, dict) else case.loss(run(case.model, batch), batch[1])
+        found = torch.autograd.grad(loss / len(case.batches), list(case.model.parameters()), allow_unused=True)
+        found = [torch.zeros_like(p) if g is None else g for p, g in zip(case.model.parameters(), found, strict=True)]
+        grads = [a + b for a, b in zip(grads, found, strict=True)] if grads else found
+    return grads
+
+
+def peer(case: Case, kind: str, globally: bool, budget: float, shared: dict) -> nn.Module:
     import torch_pruning as tp
 
-    grads: list[torch.Tensor] = []
-    if kind == "Taylor":
-        for batch in case.batches:
-            loss = case.loss(case.model, batch) if isinstance(batch, dict) else case.loss(run(case.model, batch), batch[1])
-            found = torch.autograd.grad(loss / len(case.batches), list(case.model.parameters()), allow_unused=True)
-            found = [torch.zeros_like(p) if g is None else g for p, g in zip(case.model.parameters(), found, strict=True)]
-            grads = [a + b for a, b in zip(grads, found, strict=True)] if grads else found
+    if kind == "Taylor" and "slopes" not in shared:
+        shared["slopes"] = slopes(case)
+    grads = shared["slopes"] if kind == "Taylor" else []
 
     def cut(ratio: float) -> nn.Module:
         small = copy.deepcopy(case.model)
@@ -262,7 +273,8 @@ def peer(case: Case, kind: str, globally: bool, budget: float) -> nn.Module:
         small.zero_grad(set_to_none=True)
         return small.eval()
 
-    return narrowed(cut, case, budget, above=True)
+    widths = kind if globally else "local"  # layer by layer a ratio leaves the same widths whatever the criterion
+    return narrowed(cut, case, budget, shared.setdefault(widths, {}))
 
 
 def reestimated(case: Case, model: nn.Module) -> nn.Module:
@@ -278,13 +290,14 @@ def reestimated(case: Case, model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def ours(case: Case, criterion: Callable, budget: float) -> dict[str, nn.Module]:
+def ours(case: Case, criterion: Callable, budget: float, full: int) -> dict[str, nn.Module]:
     args = ((), case.example) if isinstance(case.example, dict) else (case.example, None)
-
-    def cut(ratio: float) -> nn.Module:
-        return graphprune.shrink(case.model, args[0], ratio, example_kwargs=args[1], criterion=criterion, scope="global", keep=case.keep, verify=False)
-
-    small = narrowed(cut, case, budget, above=False, rounds=13)
+    share = budget / full
+    while True:
+        small = graphprune.shrink(case.model, args[0], macs=share, example_kwargs=args[1], criterion=criterion, scope="global", keep=case.keep, verify=False)
+        if macs(small, case.example) <= budget:
+            break
+        share *= 0.998  # the two ways of counting differ a little
     free = graphprune.repair(small, case.model, steps="data-free", graph=graphprune.trace(case.model, *args))
     return {"cut": small, "free": free, "ours": graphprune.repair(small, case.model, None, case.batches, progress=False)}
 
@@ -305,7 +318,7 @@ def scored(case: Case) -> Callable:
 def cells(names: list[str], options: argparse.Namespace, known: dict, done: Callable) -> None:
     for name in names:
         case = CASES[name](options)
-        full, criterion, start = macs(case.model, case.example), scored(case), time.perf_counter()
+        full, criterion, shared = macs(case.model, case.example), scored(case), {}
         done(f"{name}/base", {**case.measure(case.model), "title": case.title, "macs": full})
         for target in case.targets:
             for kind, globally in peers(case):
@@ -313,7 +326,7 @@ def cells(names: list[str], options: argparse.Namespace, known: dict, done: Call
                 if key in known:
                     continue
                 try:
-                    small = peer(case, kind, globally, full / target)
+                    small = peer(case, kind, globally, full / target, shared)
                     found = {f"ships {n}": v for n, v in case.measure(small).items()}
                     if case.norms:
                         found |= {f"bn {n}": v for n, v in case.measure(reestimated(case, small)).items()}
@@ -326,7 +339,7 @@ def cells(names: list[str], options: argparse.Namespace, known: dict, done: Call
                 ways = [w for w in ("ships loss", "bn loss") if any(w in v for v in held)]
                 budget = min([min(held, key=lambda v, w=w: v.get(w, 1e9))["macs"] for w in ways], default=full / target)
                 start, found = time.perf_counter(), {}
-                for way, small in ours(case, criterion, budget).items():
+                for way, small in ours(case, criterion, budget, full).items():
                     found |= {f"{way} {n}": v for n, v in case.measure(small).items()}
                     found["macs"] = macs(small, case.example)
                 done(key, {**found, "seconds": time.perf_counter() - start})
@@ -336,11 +349,12 @@ def table(known: dict, options: argparse.Namespace) -> str:
     lines = [
         "# Public trained models, one shot, without labels and without training",
         "",
-        f"`python benchmarks/pretrained.py --count {options.count} --side {options.side}`; torch {torch.__version__}, one thread. Calibration:",
-        f"{options.count} inputs; measured on {options.count} others (photos of {options.side} pixels; twice as many sentence pairs). Both sides prune",
-        "inside the blocks and keep the stream. *Loss*: share of predictions that change in per cent (photos), cross entropy gained in nats (text), points of",
-        'Spearman correlation lost (sentence pairs). Ours: criterion `effect`, `repair="auto"`, and without',
-        'any data `repair="data-free"`. Torch-Pruning 1.6.1: the best of L1, L2, FPGM, BN scale and Taylor (with labels) layer by layer and L2 and Taylor',
+        f"`python benchmarks/pretrained.py --count {options.count} --test {options.test} --side {options.side}`; torch {torch.__version__}, one",
+        f"thread. Calibration: {options.count} inputs; measured on {options.test} others (photos of {options.side} pixels; twice as many sentence pairs).",
+        "Both sides prune inside the blocks and keep the stream. *Loss*: share of predictions that change in per cent (photos), cross entropy gained in",
+        'nats (text), points of Spearman correlation lost (sentence pairs). Ours: criterion `effect` under `scope="global"`,',
+        '`repair="auto"`, and without any data `repair="data-free"`. Torch-Pruning 1.6.1: the best of L1, L2, FPGM, BN scale and Taylor (with labels; where',
+        "there are labels or a loss) layer by layer and L2 and Taylor",
         "globally, chosen on the test inputs. MACs of each in brackets, as a share of the original's.",
         "",
     ]
@@ -349,8 +363,9 @@ def table(known: dict, options: argparse.Namespace) -> str:
         extra = next((n for n in ("top1", "perplexity", "spearman") if n in base), "")
         lines += [f"## {base['title']}: {extra} {base[extra]:.2f}", ""]
         lines += [
-            f"| fewer MACs | ours: loss | {extra}, KL or cosine | data-free | before repair | Torch-Pruning as it ships | with BN re-estimation | ours / its |",
-            "|---" * 8 + "|",
+            f"| fewer MACs | ours: loss | {extra}, KL or cosine | data-free | before repair | Torch-Pruning as it ships | with BN re-estimation | ours / its |"
+            + (" drop of top-1, ours / its best |" if extra == "top1" else ""),
+            "|---" * (9 if extra == "top1" else 8) + "|",
         ]
         for target in dict.fromkeys(k.split("/")[1] for k in known if k.startswith(f"{name}/") and k.count("/") == 2):
             mine = known.get(f"{name}/{target}/ours")
@@ -362,7 +377,7 @@ def table(known: dict, options: argparse.Namespace) -> str:
             other = mine.get("ours kl", mine.get("ours cosine", 0.0))
             row = f"| {target}x | **{mine['ours loss']:.2f}** ({mine['macs'] / base['macs']:.3f}) | {mine[f'ours {extra}']:.2f}, {other:.3f} | "
             row += f"{mine['free loss']:.2f} | {mine['cut loss']:.2f} | "
-            ratios = []
+            ratios, drops = [], []
             for way in ("ships", "bn"):
                 best = min((k for k in held if f"{way} loss" in held[k]), key=lambda k, w=way: held[k][f"{w} loss"], default=None)
                 if best is None:
@@ -370,7 +385,10 @@ def table(known: dict, options: argparse.Namespace) -> str:
                     continue
                 row += f"{held[best][f'{way} loss']:.2f} ({best}, {held[best]['macs'] / base['macs']:.3f}) | "
                 ratios.append(f"{mine['ours loss'] / max(held[best][f'{way} loss'], 1e-9):.2f}")
-            lines.append(row + ", ".join(ratios) + " |")
+                if extra == "top1":
+                    least = base[extra] - max(v[f"{way} {extra}"] for v in held.values())
+                    drops.append(f"{base[extra] - mine[f'ours {extra}']:.2f} / {least:.2f}")
+            lines.append(row + ", ".join(ratios) + " |" + (" " + ", ".join(drops) + " |" if drops else ""))
         lines.append("")
     return "\n".join(lines)
 
@@ -379,7 +397,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data")
     parser.add_argument("--models", nargs="*", default=list(CASES))
-    parser.add_argument("--count", type=int, default=256, help="inputs for calibration, and for measuring")
+    parser.add_argument("--count", type=int, default=512, help="inputs for calibration")
+    parser.add_argument("--test", type=int, default=256, help="other inputs, for measuring")
     parser.add_argument("--side", type=int, default=160, help="side of the photos")
     parser.add_argument("--rows", default="pretrained.jsonl", help="results so far, a line each; finished cells are not run again")
     parser.add_argument("--out")

@@ -137,7 +137,7 @@ def test_batch_norm_statistics_are_the_two_pass_ones():
         assert not torch.allclose(new.running_mean, norm.running_mean, atol=1e-2)
         x = torch.relu((y - mean[:, None, None]) / (var + norm.eps).sqrt()[:, None, None] * norm.weight[:, None, None] + norm.bias[:, None, None])
     again = copy.deepcopy(net)
-    reestimate(again, graph, data, anew=True)
+    reestimate(again, graph, data, waiting=0.0)
     assert torch.equal(again.bn2.running_var, found.bn2.running_var)
 
 
@@ -161,12 +161,14 @@ def test_the_order_of_runs_does_not_matter_and_nothing_else_changes():
     net.train()
     before = copy.deepcopy(net.state_dict())
     small, plan = graphprune.shrink(net, data[0][:1], return_plan=True, keep=["stem", "bn2"])
-    one, two = copy.deepcopy(small).eval(), copy.deepcopy(small).eval()
+    one, two, three = (copy.deepcopy(small).eval() for _ in range(3))
     graph = graphprune.trace(net, data[0][:1])
     random = torch.get_rng_state()
     net.eval()
-    reports = [repair_weights(net, m, graph, plan, data[:3], data[3:], Setting(("least-squares",), anew=a), False) for m, a in ((one, False), (two, True))]
-    assert reports[0] == reports[1] and all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    ways = ((one, 1.0), (two, 0.0), (three, 0.9))  # all runs wait, none, those behind the largest activations
+    reports = [repair_weights(net, m, graph, plan, data[:3], data[3:], Setting(("least-squares",), waiting=w), False) for m, w in ways]
+    assert reports[0] == reports[1] == reports[2]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*(m.state_dict().values() for m in (one, two, three)), strict=True))
     net.train()
     cut = copy.deepcopy(small.state_dict())
     better = graphprune.repair(small, net, plan, data)
@@ -361,6 +363,30 @@ def test_a_query_says_with_the_kept_keys_what_it_said_with_all():
     better, fresh = graphprune.repair(small, net, plan, data[:6]), data[6:]
     assert distance(better, net, fresh) < 0.6 * distance(small, net, fresh)
     assert not [r for r in better.graphprune_repairs if r.step == "left"]
+
+
+class Heads(nn.Module):
+    """Four heads of four channels, of which two say nearly nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(((q @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_that_are_gone_ask_nothing():
+    torch.manual_seed(0)
+    net, data = Heads().double().eval(), [torch.randn(8, 6, 16, dtype=F64) for _ in range(4)]
+    with torch.no_grad():
+        net.o.weight[:, 8:] *= 0.1
+    small, plan = graphprune.shrink(net, data[0][:1], 0.5, granularity="head", return_plan=True)
+    assert all(len(plan.cuts[f"{name}.weight"][0]) == 8 for name in "qkv")
+    better = graphprune.repair(small, net, plan, data)
+    fresh = [torch.randn(8, 6, 16, dtype=F64)]
+    assert distance(better, net, fresh) < 0.8 * distance(small, net, fresh)
 
 
 def test_a_rewritten_module_is_repaired():

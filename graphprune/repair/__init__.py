@@ -15,6 +15,7 @@ Each step keeps its result only where it is no worse on calibration kept out of 
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ for _name, _line in {
     "bn": "batch-norm statistics measured anew, exactly, on calibration; also with masks, smaller kernels and removed modules",
 }.items():
     register("repair", _name, _line)
-LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network
+LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network; a quarter of the memory where that is more
 
 
 def repair(
@@ -95,7 +96,7 @@ def repair(
         return result
     fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else _parts(calibration, spare)
     with _quiet(original, result):
-        anew = bool(fits) and _held(original, [*fits, *checks]) > LIMIT
+        waiting = min(1.0, _memory() / _held(original, [*fits, *checks])) if fits else 1.0
         if graph is None and not fits:
             raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
         graph = graph or trace(original, *_example(fits[0]))
@@ -107,12 +108,12 @@ def repair(
             weights = tuple(name for name in names if name in WEIGHTS)
             if weights:
                 try:
-                    done += repair_weights(original, result, graph, plan, fits, checks, Setting(weights, target, rows, anew), progress)
+                    done += repair_weights(original, result, graph, plan, fits, checks, Setting(weights, target, rows, waiting), progress)
                 except (RuntimeError, TypeError, IndexError) as error:
                     raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
             if "bn" in names:
                 own = trace(result, *_example(fits[0])) if plan.parts else graph  # with other parts a model makes other calls
-                done += _statistics(original, result, own, fits, checks, anew)
+                done += _statistics(original, result, own, fits, checks, waiting)
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
@@ -198,6 +199,13 @@ def _example(batch: Any) -> tuple[tuple, dict]:
     return exchange((args, kwargs), lambda t: t[:1] if t.ndim else t) if len(sizes) == 1 else (args, kwargs)
 
 
+def _memory() -> int:
+    try:
+        return max(LIMIT, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    except (AttributeError, ValueError, OSError):  # not every system says
+        return LIMIT
+
+
 def _held(model: nn.Module, batches: list) -> int:
     """A bound, from the modules of one sample, on the bytes that wait when all batches stand in the middle of the network."""
     largest = [0]
@@ -217,13 +225,13 @@ def _held(model: nn.Module, batches: list) -> int:
         for hook in hooks:
             hook.remove()
     samples = sum(next((len(t) for t in tensors(batch_inputs(b), torch.Tensor) if t.ndim), 1) for b in batches)
-    return largest[0] * samples * 8  # a few tensors are alive in each of two models
+    return max(1, largest[0] * samples * 8)  # a few tensors are alive in each of two models
 
 
-def _statistics(original: nn.Module, small: nn.Module, graph: Graph, fits: list, checks: list, anew: bool) -> list[Repaired]:
+def _statistics(original: nn.Module, small: nn.Module, graph: Graph, fits: list, checks: list, waiting: float) -> list[Repaired]:
     before = _distance(original, small, checks or fits)
     old = {name: tensor.clone() for name, _, _, tensor in leaf_tensors(small)}
-    if not reestimate(small, graph, [*fits, *checks], anew):
+    if not reestimate(small, graph, [*fits, *checks], waiting):
         return []
     after = _distance(original, small, checks or fits)
     better = after <= before

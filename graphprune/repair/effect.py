@@ -6,13 +6,17 @@ change of the output to first order (Kronecker factors as in Wang et al. 2019 an
 units of different layers can be compared: ``per="macs"`` divides by the operations a unit costs, which under ``scope="global"`` gives
 each group the width where the next unit's loss per operation is the same.
 
+Two things keep layers comparable. Kronecker factors take the positions of a sample for independent; before a pooling they all push the same
+way, so each layer's losses are multiplied by how much more the channels' first-order effects are together than apart. And where data is short,
+the refit is measured on every fourth batch, which it has not seen (:mod:`graphprune.repair.unseen`).
+
 Of many positions a random part is read, the same share of every batch: what is left out would cost more than ``WORK`` of the passes.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -28,10 +32,12 @@ from ..tracing.trees import tensors
 from .moments import Moments, moments
 from .rows import chosen, outputs, read
 from .sites import Site, sites
+from .unseen import Halves, unseen
 
 Tensor = torch.Tensor
-LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs
+LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs, and losses are taken as promised
 ROWS = 16384
+EVERY = 4  # of so many batches one is kept out of the fits and tells what they are worth
 ENTRIES = 2**16  # numbers of each sample that are taken in any case
 WORK = 0.15  # how much of the time of the passes the products of either kind may take
 ENOUGH = 0.25  # columns per row up to which a Gram matrix is taken at its word
@@ -41,12 +47,22 @@ class _Seen:
     """What is added up for a site: moments of the rows it reads, and the second moment of the gradients of what it writes."""
 
     def __init__(self) -> None:
-        self.rows = Waiting(lambda rows: (moments(rows[None], rows[None, :, :1]),))
+        self.rows, self.others = (Waiting(lambda rows: (moments(rows[None], rows[None, :, :1]),)) for _ in range(2))
         self.grads = Waiting(lambda rows: (inner(rows.T).cpu(),))
+        self.independent = self.together = self.apart = 0.0
+
+    @property
+    def alike(self) -> float:
+        """How much more the positions of a sample do together than apart: Kronecker factors take them for independent."""
+        return self.together / self.apart if self.apart > 0 else 1.0
 
     @cached_property
     def data(self) -> Moments | None:
         return next(iter(self.rows.total()), None)
+
+    @cached_property
+    def check(self) -> Moments | None:
+        return next(iter(self.others.total()), None)
 
     @cached_property
     def second(self) -> Tensor | None:
@@ -76,39 +92,46 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str 
         if not parts:
             found.append(None)
             continue
-        losses = surgeon_in_blocks([p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts])
+        halves = [half for _, _, half, _ in parts]
+        losses = surgeon_in_blocks([inverse for inverse, *_ in parts], [reads for _, reads, *_ in parts], [half.blocks for half in halves])
+        if all(half.check is not None for half in halves) and any(beyond > 0 for *_, beyond in parts):
+            losses = unseen(losses, halves)
         found.append(losses / _cost(task, every, mine) if per == "macs" else losses)
     return lacking(task, found, otherwise, "effect", "a weight that sums over the units of an activation")
 
 
 def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
     """One forward pass for every batch, and one backward pass through the activations alone."""
+    reads = {link.leaf for mine in task.links for link in mine if link.role == "consumes"}
     seen = {name: _Seen() for name in every}
-    held = {name: task.tensors[name] for name in every}
+    held = {name: task.tensors[name] for at, name in enumerate(every) if name in reads or at == 0}  # from the first one, gradients pass all others
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
     for weight in held.values():
         weight.requires_grad_(True)
     readers: dict[int, list[Site]] = {}
-    for site in every.values():
+    for site in (every[name] for name in held):
         readers.setdefault(id(site.x), []).append(site)
         readers.setdefault(id(site.y), []).append(site)
-    values = {id(v): v for site in every.values() for v in (site.x, site.y)}
+    values = {id(v): v for name in held for v in (every[name].x, every[name].y)}
     total = 0
-    for batch in task.data:
+    for index, batch in enumerate(task.data):
         count = samples(batch)
         total += count
         first: list[Tensor] = [t for t in tensors(batch, Tensor) if t.requires_grad]
 
-        def see(value: object, tensor: Tensor, count: int = count, first: list[Tensor] = first) -> None:
+        def see(value: object, tensor: Tensor, count: int = count, first: list[Tensor] = first, at: int = index) -> None:
             for site in readers[id(value)]:
-                weight = held[site.weight]
+                weight, mine = held[site.weight], seen[site.weight]
                 if site.x is value:
                     if not tensor.requires_grad:  # every gradient passes on its way to a weight of this kind
                         first.append(weight)
                     rows = _rows(site, tensor.detach(), weight, count)
                     if rows is not None:
-                        seen[site.weight].rows.add(rows)
+                        (mine.others if at % EVERY == EVERY - 1 else mine.rows).add(rows)
+                        mine.independent += _independent(site, tensor.detach(), len(rows))
+                        if tensor.requires_grad and tensor.shape[0] % count == 0:
+                            tensor.register_hook(partial(_together, mine, site, tensor.detach(), count))
                 if site.y is value and tensor.requires_grad:
                     tensor.register_hook(lambda grad, site=site, weight=weight: seen[site.weight].grads.add(_gradients(site, grad, weight.detach(), count)))
 
@@ -151,6 +174,27 @@ def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Tensor | None:
     return rows[0] if rows.dtype == torch.float64 else rows[0].float()
 
 
+def _independent(site: Site, x: Tensor, count: int) -> float:
+    """How many independent rows so many of a batch are worth: those of one sample resemble each other (design effect, Kish 1965)."""
+    rows = x.movedim(1 if site.shape is not None else -1, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
+    each = count / len(rows)
+    if len(rows) < 2 or each <= 1:
+        return float(count)
+    spread = (rows - rows.mean((0, 1))).square().mean((0, 1))
+    between = rows.mean(1).var(0, correction=0)
+    alike = (between[spread > 0] / spread[spread > 0]).mean().nan_to_num(0.0)  # channel by channel: rescaled ones change nothing
+    return count / (1 + (each - 1) * float(alike))
+
+
+def _together(mine: _Seen, site: Site, x: Tensor, count: int, grad: Tensor) -> None:
+    """First-order effect of every channel, squared after and before the sum over the positions of a sample."""
+    axis = 1 if site.shape is not None else -1
+    x, grad = (t.movedim(axis, -1).reshape(count, -1, t.shape[axis]) for t in (x, grad))
+    effect = (x - x.mean((0, 1))) * grad
+    mine.together += float(effect.sum(1).square().sum())
+    mine.apart += float(effect.square().sum())
+
+
 def _told(site: Site, weight: Tensor) -> bool:
     """Whether the gradient of what is written is better told by what it says of what is read: ``WᵀBW`` at once, without the wide ``B``."""
     return site.shape is None and weight.shape[site.axis] > 2 * weight.shape[1 - site.axis]
@@ -167,8 +211,8 @@ def _gradients(site: Site, grad: Tensor, weight: Tensor, count: int) -> Tensor:
     return rows @ (weight.T if site.turned else weight).to(rows.dtype) if told else rows
 
 
-def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``H⁻¹``, ``Wᵀ B W`` and the columns of each unit."""
+def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor, Halves, float] | None:
+    """``H⁻¹``, ``Wᵀ B W``, the covariances on both parts of the samples with the columns of each unit, and how short the data is."""
     weight = task.tensors[site.weight].detach().double().cpu()
     weight = weight.T if site.turned else weight
     columns = mine.data.xx.shape[1]
@@ -184,9 +228,12 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     else:
         each = 1
         reads = sum(flat[:, :, t].T @ both @ flat[:, :, t] for t in range(flat.shape[2]))
-    hessian = mine.data.xx[0].cpu() / mine.data.count
+    reads = reads * mine.alike
+    data = mine.data if mine.check is None else mine.data + mine.check
+    hessian = data.xx[0].cpu() / data.count
     # Of fewer rows than columns any column seems to follow from the others; what they cannot tell counts as independent.
-    alone = min(1.0, max(0.0, columns / mine.data.count - ENOUGH))
+    beyond = max(0.0, columns / max(mine.independent, 1.0) - ENOUGH)
+    alone = beyond / (1 + beyond)
     hessian = (1 - alone) * hessian + alone * torch.diag(hessian.diagonal())
     scale = hessian.diagonal().mean()
     hessian = hessian + torch.eye(columns, dtype=hessian.dtype) * (damping * scale if scale > 0 else 1.0)
@@ -196,7 +243,12 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     if len(order) % size:
         return None
     places = order.reshape(size, -1)
-    return inverse, reads, (places[:, :, None] * each + torch.arange(each)).flatten(1)
+    blocks = (places[:, :, None] * each + torch.arange(each)).flatten(1)
+    if mine.check is None or not beyond or columns > LARGEST:
+        return inverse, reads, Halves(hessian, None, reads, blocks), beyond
+    values, vectors = torch.linalg.eigh(reads)
+    writes = (values.clamp(min=0).sqrt()[:, None] * vectors.T)[-min(columns, weight.shape[0] * flat.shape[2]) :]  # no more directions than outputs
+    return inverse, reads, Halves(mine.data.xx[0].cpu() / mine.data.count, mine.check.xx[0].cpu() / mine.check.count, writes, blocks), beyond
 
 
 def _cost(task: Task, every: dict[str, Site], mine: list) -> float:

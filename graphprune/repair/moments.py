@@ -48,7 +48,12 @@ class Moments:
 def moments(x: Tensor, y: Tensor) -> Moments:
     """Of rows x (g, n, d) and y (g, n, o)."""
     x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
-    mean_x, mean_y = x.mean(1, dtype=torch.float64), y.mean(1, dtype=torch.float64)
-    x, y = x - mean_x[:, None].to(x.dtype), y - mean_y[:, None].to(y.dtype)
+    near_x, near_y = x.mean(1), y.mean(1)
+    x, y = x - near_x[:, None], y - near_y[:, None]
+    # A mean in the type of the rows is a little off (and in float64 it would take longer than the products); the rest comes off the sums.
+    dx, dy, count = x.mean(1).double(), y.mean(1).double(), x.shape[1]
     squares = inner(x[0].T)[None] if len(x) == 1 else x.transpose(1, 2) @ x
-    return Moments(x.shape[1], mean_x, mean_y, squares.double(), (y.transpose(1, 2) @ x).double(), y.square().sum(1, dtype=torch.float64))
+    xx = squares.double() - count * dx[:, :, None] * dx[:, None, :]
+    yx = (y.transpose(1, 2) @ x).double() - count * dy[:, :, None] * dx[:, None, :]
+    yy = y.square().sum(1).double() - count * dy.square()
+    return Moments(count, near_x.double() + dx, near_y.double() + dy, xx, yx, yy)

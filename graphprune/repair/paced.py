@@ -3,12 +3,13 @@
 A repair in the middle of a network needs what the repaired part before it makes of the whole calibration set. Starting anew for
 each would cost layers², so every batch has a run of its own (:class:`Paced`) that stops where a watched value passes; a weight is
 set while all runs wait before it. Where the calibration set is too large to be held in the middle of a network, :class:`Again`
-starts anew instead.
+starts anew instead; often that is so only in the first layers, and :class:`Later` waits from there on.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,31 @@ class Paced:
             self.go.release()
             self.ready.acquire()
         self.thread.join()
+
+
+class Later:
+    """Starts anew for values where too much would wait, and waits at the others."""
+
+    def __init__(self, model: nn.Module, graph: Graph, batch: Any, takes: dict[int, tuple[Value, Take]], waiting: frozenset[int]) -> None:
+        self.waiting = waiting
+        self.first = Again(model, graph, batch, takes)
+        self.rest = Paced(model, graph, batch, {key: take for key, take in takes.items() if key in waiting})
+
+    def until(self, value: Value) -> Any:
+        """What is taken from the tensor of a watched value."""
+        return (self.rest if id(value) in self.waiting else self.first).until(value)
+
+    def close(self) -> None:
+        self.rest.close()
+
+
+def runs(model: nn.Module, graph: Graph, batches: Sequence[Any], takes: dict[int, tuple[Value, Take]], waiting: float) -> list[Later]:
+    """A run for every batch; they wait where from then on no activation is larger than this share of the largest one."""
+    sizes = [max((math.prod(v.shape) for v in (*step.args, *step.results) if v is not None and not v.leaf), default=0) for step in graph.steps]
+    limit = waiting * max(sizes, default=0)
+    start = max((at + 1 for at, size in enumerate(sizes) if size > limit), default=0)
+    late = frozenset(id(v) for step in graph.steps[start:] for v in (*step.args, *step.results) if v is not None)
+    return [Later(model, graph, batch, takes, late) for batch in batches]
 
 
 def _own_hooks(model: nn.Module) -> nn.Module:

@@ -46,7 +46,7 @@ def mixes(original: nn.Module, graph: Graph, plan: Plan, places: Sequence[Site],
         cov = seen[key.weight]
         for queries, keys, left in zip(q.tolist(), k, kept, strict=True):
             columns = [at.get(queries[d]) for d in left.nonzero().ravel().tolist()]
-            if None in columns:
+            if not columns or None in columns:  # a head that is gone asks nothing
                 continue
             gram = cov[keys[left]][:, keys[left]]
             gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)

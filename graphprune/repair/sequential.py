@@ -25,14 +25,15 @@ from ..tracing.notation import Value
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 from .moments import Moments, moments
-from .paced import Again, Paced, side_by_side
+from .paced import runs, side_by_side
 from .pairs import mixes
 from .rows import chosen, outputs, read, written
 from .sites import Scale, Site, scales, sites
 from .solve import least_squares, means, residual, variances
 
 Tensor = torch.Tensor
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+FEWEST, EACH = 4096, 24  # rows of a fit: so many at least, and so many for each input
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Setting:
-    """How fits are made: the steps in order, the target ("block": with the residual stream, "layer"), and how many rows each sees."""
+    """How fits are made: the steps in order, the target ("block": with the residual stream, "layer"), how many rows each sees, and where runs may wait."""
 
     steps: tuple[str, ...]
     target: str = "block"
     rows: int = 16384
-    anew: bool = False
+    waiting: float = 1.0
 
 
 def repair_weights(
@@ -72,10 +73,9 @@ def repair_weights(
         work.mixes = mixes(original, graph, plan, work.sites, batches)
     done: list[Repaired] = []
     counts = [_samples(batch) for batch in (*batches, *spare)]
-    share = setting.rows / max(1, sum(counts[: len(batches)]))
-    kind = Again if setting.anew else Paced
-    wide = [kind(original, graph, batch, work.takes(share, cut=False)) for batch in (*batches, *spare)]
-    tight = [kind(small, graph, batch, work.takes(share, cut=True)) for batch in (*batches, *spare)]
+    work.samples = max(1, sum(counts[: len(batches)]))
+    wide = runs(original, graph, (*batches, *spare), work.takes(cut=False), setting.waiting)
+    tight = runs(small, graph, (*batches, *spare), work.takes(cut=True), setting.waiting)
     with side_by_side([*wide, *tight]):
         for place in tqdm(sorted((*work.sites, *work.scales), key=lambda p: p.step), desc="repair", delay=5, leave=False, disable=not progress):
             if isinstance(place, Scale):
@@ -99,6 +99,7 @@ class _Work:
     def __init__(self, original: nn.Module, small: nn.Module, graph: Graph, plan: Plan, setting: Setting, places: list[Site]) -> None:
         self.plan, self.setting, self.sites = plan, setting, places
         self.mixes: dict[str, Tensor] = {}
+        self.samples = 1
         # behind a cut stream the norms divide by another size, and not every reader of theirs can be fitted
         found = scales(graph) if {"least-squares", "variance"} & set(setting.steps) else []
         self.scales = [scale for scale in found if 0 in plan.cuts.get(scale.weight, {})]
@@ -110,7 +111,7 @@ class _Work:
         kept = self.plan.cuts.get(site.weight, {}).get(site.axis)
         return None if kept is None else torch.tensor(kept)
 
-    def takes(self, share: float, cut: bool) -> dict[int, tuple[Value, Any]]:
+    def takes(self, cut: bool) -> dict[int, tuple[Value, Any]]:
         """What to keep of every watched value: the rows that each site needs of it."""
         wanted: dict[int, tuple[Value, list]] = {}
         for scale in self.scales:
@@ -124,13 +125,15 @@ class _Work:
                 wanted.setdefault(id(value), (value, []))[1].append((site, role))
 
         def take(users: list) -> Any:
-            return lambda tensor: {(site.step, role): self.rows(site, role, tensor, share) for site, role in users}
+            return lambda tensor: {(site.step, role): self.rows(site, role, tensor) for site, role in users}
 
         return {key: (value, take(users)) for key, (value, users) in wanted.items()}
 
-    def rows(self, site: Site, role: str, tensor: Tensor, share: float) -> Tensor:
+    def rows(self, site: Site | Scale, role: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         weight = self.tight[site.weight]
+        inputs = 1 if isinstance(site, Scale) else weight.numel() // weight.shape[site.axis]
+        share = min(self.setting.rows, max(FEWEST, EACH * inputs)) / self.samples
         if isinstance(site, Scale):
             every = math.prod(tensor.shape[:-1])
             at = chosen(site, every, share * tensor.shape[0] / every, 4)

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import BadCalibration
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors
-from .paced import Again, Paced, side_by_side
+from .paced import runs, side_by_side
 from .sites import norms
 
 Tensor = torch.Tensor
@@ -37,16 +37,16 @@ def join(one: Sums, two: Sums) -> Sums:
     return total, one[1] + gap * two[0] / total, one[2] + two[2] + gap.square() * one[0] * two[0] / total
 
 
-def reestimate(model: nn.Module, graph: Graph, batches: Sequence[Any], anew: bool = False) -> int:
-    """Set the statistics of every batch norm of ``model`` (in evaluation mode) to those of the batches; how many there were."""
+def reestimate(model: nn.Module, graph: Graph, batches: Sequence[Any], waiting: float = 1.0) -> int:
+    """Set the statistics of every batch norm of ``model`` (in evaluation mode) to those of the batches; how many there were. ``waiting``: see :func:`runs`."""
     held = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
     places = norms(graph)
     takes = {id(norm.x): (norm.x, sums) for _, norm in places}
-    runs = [(Again if anew else Paced)(model, graph, batch, takes) for batch in batches]
-    with side_by_side(runs), torch.no_grad():
+    every = runs(model, graph, batches, takes, waiting)
+    with side_by_side(every), torch.no_grad():
         for _, norm in places:
             total = None
-            for run in runs:
+            for run in every:
                 part = run.until(norm.x)
                 total = part if total is None else join(total, part)
             count, mean, square = total
