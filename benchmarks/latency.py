@@ -8,8 +8,9 @@ Every job runs in a process of its own on one thread; finished rows are read fro
 Batch norms are folded (``graphprune.fuse``) and convolutional models are ``channels_last`` on both sides of every
 comparison. Weights are random (times do not depend on them), batch 1, ``--side`` pixels or 128 tokens. A *cell* is a
 model, a runtime and a target: ``search`` asks ``graphprune.shrink(speedup=…)`` and saves the result; ``fresh`` loads it in
-another process and times it interleaved with the original; ``peer`` times Torch-Pruning at equal MACs beside it
-(``pip install torch-pruning``); ``accuracy`` compares latency-aware, MAC-aware and uniform widths at equal measured time.
+another process and times it interleaved with the original; ``peer`` times Torch-Pruning and ours at equal MACs
+(``pip install torch-pruning``); ``accuracy`` compares latency-aware, MAC-aware and uniform widths at equal measured time, ``objectives`` what one budget of
+MACs gives when it is spent for score or for time.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import graphprune  # noqa: E402
 MODELS = "resnet50 mobilenet_v2 vit_s convnext_t resnet18 efficientnet_b0 minilm regnet_y densenet121 swin_t".split()
 RUNTIMES = ("eager", "onnxruntime", "openvino", "compile")
 TARGETS = (2.0, 1.5, 3.0)
+OBJECTIVES = ("time", 0.5, "score")
 TOKENS = 128
 CONVOLUTIONAL = "resnet50 mobilenet_v2 convnext_t resnet18 efficientnet_b0 regnet_y densenet121".split()
 
@@ -143,7 +145,8 @@ def timed(model: nn.Module, others: list[nn.Module], x: torch.Tensor, job: dict)
 
 
 def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
-    """Where the original's time goes, operation by operation: shares of dense products, depthwise products, and all else (bound by memory)."""
+    """Where the original's time goes, operation by operation: shares of dense products, depthwise products, and all else (bound
+    by memory), and the milliseconds of all by themselves."""
     from graphprune.cost import operation, products
     from graphprune.coupling.groups import couple
     from graphprune.coupling.lengths import Lengths
@@ -158,46 +161,41 @@ def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
             single = operation(node) == "convolution" and node.args[1].shape[1] == 1
             kind = "depthwise" if single else "products" if list(products(node, lengths)) else "rest"
             found[kind] += table.seconds(node, [value.shape for value in tensors((node.args, node.kwargs))])
-    return {kind: seconds / sum(found.values()) for kind, seconds in found.items()}
+    total = sum(found.values())
+    return {kind: seconds / total for kind, seconds in found.items()} | {"ms": 1e3 * total}
 
 
 def peer(job: dict) -> Iterator[dict]:
-    """Torch-Pruning at the MACs of what was saved: its documented recipe, its ``round_to``, timed beside ours."""
+    """Torch-Pruning by its documented recipe, at the MACs that its ``round_to`` allows nearest to the target; ours with no fewer
+    MACs, spent for speed (``objective="time"``), for score per time (0.5) and for score alone; all timed in the same rounds."""
     plain, x = build(job["model"], job["side"])
     model, x = ready(plain, x, job["model"])
     full = graphprune.profile(model, x).macs
     for target in job["targets"]:
-        folder = Path(job["folder"]) / f"{job['model']}-{job['runtime']}-{job['side']}-{target}"
-        if not (folder / "plan.json").exists():
-            continue
-        ours = graphprune.load(folder, model).eval()
-        budget = graphprune.profile(ours, x).macs
         try:
-            around = narrowed(plain, x, budget, job["round_to"])
-            mine, *others = timed(model, [ours, *(ready(each, x, job["model"])[0] for each in around.values())], x, job)
+            count, theirs = min(narrowed(plain, x, full / target, job["round_to"]).items(), key=lambda made: abs(math.log(made[0] * target / full)))
+            made = [at_least(model, x, count, objective) for objective in OBJECTIVES]
+            first, *rows = timed(model, [ready(theirs, x, job["model"])[0], *(small for small, _ in made)], x, job)
         except Exception as error:
             yield {"target": target, "why": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             continue
-        theirs = between({count: other["speedup"] for count, other in zip(around, others, strict=True)}, budget)
-        noise = max((row["high"] - row["low"]) / 2 / row["speedup"] for row in (mine, *others))
-        equal = min(around) <= 1.02 * budget and max(around) >= 0.98 * budget
-        macs = {"equal": equal, "macs": full / budget, "their_macs": [full / count for count in around], "their_speedups": [row["speedup"] for row in others]}
-        yield {
-            "target": target,
-            "ours": mine["speedup"],
-            "theirs": theirs,
-            "gain": mine["speedup"] / theirs,
-            "noise": noise,
-            "control": mine["control"],
-            **macs,
-        }
+        theirs = {"theirs": first["speedup"], "their_macs": full / count, "control": first["control"]}
+        for objective, (_, macs), row in zip(OBJECTIVES, made, rows, strict=True):
+            noise = max((each["high"] - each["low"]) / 2 / each["speedup"] for each in (first, row))
+            gain = row["speedup"] / first["speedup"]
+            yield {"target": target, "kind": f"objective {objective}", **theirs, "ours": row["speedup"], "macs": full / macs, "gain": gain, "noise": noise}
+        yield {"target": target, **theirs}
 
 
-def between(speedups: dict[float, float], macs: float) -> float:
-    """The speedup at just these MACs, between the two neighbours that can be had (straight in the logarithms)."""
-    (a, fast), (b, slow) = sorted(speedups.items())[0], sorted(speedups.items())[-1]
-    part = 0.0 if a == b else min(max(math.log(macs / a) / math.log(b / a), 0.0), 1.0)
-    return math.exp((1 - part) * math.log(fast) + part * math.log(slow))
+def at_least(model: nn.Module, x: torch.Tensor, macs: float, objective: str | float) -> tuple[nn.Module, float]:
+    """Ours with at least so many MACs, as few more as the widths allow, and how many it has."""
+    full = graphprune.profile(model, x).macs
+    for more in (0.0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08, 0.12):
+        small = graphprune.shrink(model, x, macs=min(1.0, macs / full * (1 + more)), objective=objective, scope="optimal", multiple_of="auto", threads=1)
+        found = graphprune.profile(small, x).macs
+        if found >= macs:
+            break
+    return small, found
 
 
 def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) -> dict[float, nn.Module]:
@@ -230,8 +228,9 @@ def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) ->
     return {count: made[count] for count in ends}
 
 
-def accuracy(job: dict) -> Iterator[dict]:
-    """Latency-aware, MAC-aware and uniform widths at the same measured time: what the test images say, after the same repair."""
+def trained(job: dict) -> tuple:
+    """A trained model, its batch, a function that cuts it by scores which are computed once, and one that says what the test
+    images say: before and after the same repair."""
     from accuracy import load, sample
     from realdata import accuracy as top1
 
@@ -249,13 +248,19 @@ def accuracy(job: dict) -> Iterator[dict]:
             known[:] = [size, graphprune.score(groups, model, job["criterion"], images.split(128), progress=False)]
         return known[1]
 
-    def repaired(small: nn.Module) -> float:
-        return top1(graphprune.repair(small, model, None, images.split(128), progress=False), test, truth)
-
     def cut(*ratio: float, **wish: Any) -> nn.Module:
         return graphprune.shrink(model, x, *ratio, criterion=criterion, verify=False, multiple_of=job["multiple_of"], **wish)
 
-    base = top1(model, test, truth)
+    def judged(small: nn.Module) -> dict[str, float]:
+        after = top1(graphprune.repair(small, model, None, images.split(128), progress=False), test, truth)
+        return {"top1": after, "cut": top1(small, test, truth), "macs": graphprune.profile(model, x).macs / graphprune.profile(small, x).macs}
+
+    return model, x, cut, judged, top1(model, test, truth)
+
+
+def accuracy(job: dict) -> Iterator[dict]:
+    """Latency-aware, MAC-aware and uniform widths at the same measured time: what the test images say, after the same repair."""
+    model, x, cut, judged, base = trained(job)
     for target in job["targets"]:
         made = {
             "latency-aware": cut(speedup=target, threads=1),
@@ -264,8 +269,17 @@ def accuracy(job: dict) -> Iterator[dict]:
         }
         rows = timed(model, list(made.values()), x, {**job, "runtime": "eager"})
         for (way, small), row in zip(made.items(), rows, strict=True):
-            macs = graphprune.profile(model, x).macs / graphprune.profile(small, x).macs
-            yield {"target": target, "way": way, "base": base, "top1": repaired(small), "cut": top1(small, test, truth), "macs": macs, **row}
+            yield {"target": target, "way": way, "base": base, **judged(small), **row}
+
+
+def objectives(job: dict) -> Iterator[dict]:
+    """One budget of MACs spent for score, for score per time, and for time: what the clock says, and what the test images say."""
+    model, x, cut, judged, base = trained(job)
+    for target in job["targets"]:
+        made = {objective: cut(macs=1 / target, objective=objective, scope="optimal", threads=1) for objective in OBJECTIVES}
+        rows = timed(model, list(made.values()), x, {**job, "runtime": "eager"})
+        for (way, small), row in zip(made.items(), rows, strict=True):
+            yield {"target": target, "way": str(way), "base": base, **judged(small), **row}
 
 
 def met(model: nn.Module, x: torch.Tensor, target: float, make: Callable[[float], nn.Module]) -> nn.Module:
@@ -287,7 +301,7 @@ def met(model: nn.Module, x: torch.Tensor, target: float, make: Callable[[float]
     return best[1]
 
 
-JOBS = {"search": search, "fresh": fresh, "peer": peer, "accuracy": accuracy}
+JOBS = {"search": search, "fresh": fresh, "peer": peer, "accuracy": accuracy, "objectives": objectives}
 
 # --- the parent: which jobs there are, their rows, the report ------------------------------------------------------------
 
@@ -303,9 +317,9 @@ def planned(options: argparse.Namespace) -> list[dict]:
                 jobs += [{"job": "search", **cell}, {"job": "fresh", **cell}]
             if "peers" in options.only and runtime == "eager" and model not in ("minilm", "swin_t"):
                 jobs.append({"job": "peer", **cell, "targets": options.peer_targets, "round_to": options.round_to})
-    if "accuracy" in options.only:
+    for name in [name for name in ("accuracy", "objectives") if name in options.only]:
         more = {"data": options.data, "every": options.every, "batch": 64, "criterion": options.criterion, "multiple_of": options.multiple_of}
-        extra = [{"job": "accuracy", "model": m, "runtime": "eager", **common, "targets": options.accuracy_targets, **more} for m in options.accuracy_models]
+        extra = [{"job": name, "model": m, "runtime": "eager", **common, "targets": options.accuracy_targets, **more} for m in options.accuracy_models]
         first = next((i for i, job in enumerate(jobs) if job["runtime"] == "compile"), len(jobs))
         jobs[first:first] = extra
     return jobs
@@ -335,7 +349,7 @@ def named(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["cells", "peers", "accuracy"], help="cells, peers, accuracy; or report alone")
+    parser.add_argument("--only", nargs="*", default=["cells", "peers", "accuracy", "objectives"], help="cells, peers, accuracy, objectives; or report alone")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--targets", nargs="*", type=float, default=list(TARGETS))

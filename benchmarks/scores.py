@@ -2,6 +2,7 @@
 
     python benchmarks/scores.py --data DIR --json scores.jsonl --out docs/scores.md          # accuracy, about 40 CPU minutes
     python benchmarks/scores.py --times --json scores.jsonl --out docs/scores.md             # seconds, under 10 minutes
+    python benchmarks/scores.py --data DIR --blocks --json scores.jsonl --out docs/scores.md # whole blocks, about 6 minutes
     python benchmarks/scores.py --only-table --json scores.jsonl --out docs/scores.md        # the page again, from the rows
 
 Rows are appended to ``--json`` as they are made, and those found there are not made again.
@@ -46,6 +47,7 @@ CALIBRATION, BATCH, STEPS, RATE = 512, 128, 40, 0.05
 BASELINE = 8  # seeds of the random score
 MANY = 512  # images of a usual calibration
 LAST = torch.channels_last
+BLOCKS = ("influence", "reconstruction", "taylor", "l2", "random")
 
 
 # ------------------------------------------------------------------ accuracy
@@ -143,6 +145,62 @@ def measure_accuracy(options: argparse.Namespace, rows: list[dict], done: Callab
                 done({**row, "left": left, "seconds": spent})
 
 
+# ------------------------------------------------------------------ whole blocks
+
+
+def measure_blocks(options: argparse.Namespace, rows: list[dict], done: Callable[[dict], None]) -> None:
+    """The scores of whole blocks on the same network, images and fine-tuning; shares of the MACs that blocks cannot reach have no row."""
+    train, labels, test, truth = load_cifar(options.data)
+    test, truth = balanced(test, truth, options.images)
+    model, example = cifar_resnet(20, options.data).to(memory_format=LAST), torch.zeros(1, 3, 32, 32)
+    for seed in range(options.seeds):
+        finished = {(row["score"], row["share"]) for row in rows if row["kind"] == "blocks" and row["seed"] == seed}
+        known: dict[tuple, dict] = {(row["choice"], row["share"]): row for row in rows if row["kind"] == "blocks" and row["seed"] == seed}
+        x, y = drawn(train, labels, CALIBRATION, seed)
+        given = {"batches": list(zip(x.split(BATCH), y.split(BATCH), strict=True)), "loss": F.cross_entropy, "verify": False, "return_plan": True}
+        for name in options.names or BLOCKS:
+            for share in SHARES:
+                if (name, share) in finished:
+                    continue
+                noise = torch.Generator().manual_seed(seed)
+                criterion = (lambda _, module, noise=noise: float(torch.rand((), generator=noise))) if name == "random" else name
+                try:
+                    small, plan = graphprune.shrink(model, example, macs=share, granularity="block", criterion=criterion, **given)
+                except graphprune.errors.BadTarget as error:
+                    print(f"{name} at {share}: {error}", flush=True)
+                    continue
+                choice = " ".join(sorted(part.name for part in plan.parts))
+                small = small.to(memory_format=LAST)
+                same = known.get((choice, share))
+                before = same["cut"] if same else top1(small, test, truth)
+                after = same["tuned"] if same else top1(tuned(small, train, labels, seed), test, truth)
+                left = graphprune.profile(small, example).macs / graphprune.profile(model, example).macs
+                row = {"kind": "blocks", "score": name, "share": share, "seed": seed, "cut": before, "tuned": after, "choice": choice, "left": left}
+                known[choice, share] = row
+                done(row)
+
+
+def blocks_part(rows: list[dict]) -> list[str]:
+    mine = [row for row in rows if row["kind"] == "blocks"]
+    if not mine:
+        return ["Not measured yet: `benchmarks/scores.py --blocks`."]
+    shares = [share for share in SHARES if any(row["share"] == share for row in mine)]
+    lines = []
+    for name in BLOCKS:
+        cells = [[row for row in mine if row["score"] == name and row["share"] == share] for share in shares]
+        if any(cells):
+            lines.append([f"`{name}`", *(spread([row[kind] for row in cell]) for kind in ("cut", "tuned") for cell in cells)])
+    heads = [f"{1 - statistics.mean(row['left'] for row in mine if row['share'] == share):.0%} fewer MACs" for share in shares]
+    return [
+        f"The same network, images, fine-tuning and seeds ({len({row['seed'] for row in mine})}) with granularity `block`: whole residual blocks go, as few as",
+        f"meet `macs=` {', '.join(f'{share:g}' for share in shares)}; lower ones cannot be met, since the blocks that change the shape and one other stay.",
+        "`influence` and `reconstruction` score nothing but blocks and layers; `taylor` is the first-order change of the loss without the block, `l2` the norm",
+        "of its weights.",
+        "",
+        *table(["score", *heads, *(f"{head}, tuned" for head in heads)], lines),
+    ]
+
+
 # ------------------------------------------------------------------ times
 
 
@@ -203,19 +261,20 @@ def passes_of(score: Score) -> tuple[Callable, ...]:
 
 
 class Timed:
-    """One batch that tells when it has been read to the end: what comes after the last pass does not grow with the images."""
+    """A batch, some times over, that tells when it has been read to the end: what comes after the last pass does not grow with the images."""
 
-    def __init__(self, batch: tuple) -> None:
-        self.batch, self.end = batch, 0.0
+    def __init__(self, batch: tuple, times: int) -> None:
+        self.batch, self.times, self.end = batch, times, 0.0
 
     def __iter__(self) -> Iterator[tuple]:
-        yield self.batch
+        for _ in range(self.times):
+            yield self.batch
         self.end = time.process_time()
 
 
 def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[[dict], None]) -> None:
     for name, (make, images) in networks().items():
-        known = {row["score"] for row in rows if row["kind"] == "time" and row["model"] == name}
+        known = {row["score"] for row in rows if row["kind"] == "time" and row["model"] == name and row.get("batches", 1) == options.batches}
         wanted = [s for s in SCORES.values() if s.name not in known and (not options.names or s.name in options.names)]
         if not wanted or (options.models and name not in options.models):
             continue
@@ -229,9 +288,10 @@ def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[
             for made in passes_of(score):
                 if made not in plain:
                     start = time.process_time()
-                    made(model, x, y)
-                    plain[made] = time.process_time() - start
-            given = Timed((x, y)) if score.needs_now() != "nothing" else None
+                    for _ in range(min(options.batches, 8)):
+                        made(model, x, y)
+                    plain[made] = (time.process_time() - start) * options.batches / min(options.batches, 8)
+            given = Timed((x, y), options.batches) if score.needs_now() != "nothing" else None
             start = time.process_time()
             graphprune.score(groups, model, score, given, F.cross_entropy if score.needs_now() == "loss" else None, progress=False, **options_of(score))
             end = time.process_time()
@@ -247,7 +307,8 @@ def measure_times(options: argparse.Namespace, rows: list[dict], done: Callable[
                     "read": read,
                     "passes": base,
                     "made": made,
-                    "images": images,
+                    "images": images * options.batches,
+                    "batches": options.batches,
                 }
             )
 
@@ -346,7 +407,7 @@ def times_part(rows: list[dict]) -> list[str]:
             return ["", "", ""]
         if not row["made"]:
             return ["", "", f"{row['seconds']:.2f}"]
-        return [f"{row['read']:.2f}", f"{row['read'] / row['passes']:.2f}", f"{row['seconds'] - row['read']:.2f}"]
+        return [f"{row['read'] / row.get('batches', 1):.2f}", f"{row['read'] / row['passes']:.2f}", f"{row['seconds'] - row['read']:.2f}"]
 
     def many(row: dict) -> float:
         """Over its passes, for MANY images: what follows the last pass is done once."""
@@ -354,29 +415,31 @@ def times_part(rows: list[dict]) -> list[str]:
         return (row["read"] * times + row["seconds"] - row["read"]) / (row["passes"] * times)
 
     def named(over: list[dict], number: Callable[[dict], float]) -> str:
-        return ", ".join(f"`{row['score']}` on {row['model']} ({number(row):.1f})" for row in over) or "none"
+        return ", ".join(f"`{row['score']}` on {row['model']} ({number(row):.2f})" for row in over) or "none"
 
     lines = []
     for name in SCORES:
         held = [found.get((name, model)) for model in models]
         if any(held):
             lines.append([f"`{name}`", next(row["made"] or "none" for row in held if row), *(text for row in held for text in cells(row))])
-    images = ", ".join(f"{next(r['images'] for r in mine if r['model'] == model)} images for {model}" for model in models)
+    images = ", ".join(f"{next(r['images'] // r.get('batches', 1) for r in mine if r['model'] == model)} images for {model}" for model in models)
+    whole = [f"`{row['score']}` on {row['model']} ({row['images']})" for row in found.values() if row.get("batches", 1) > 1]
     head = ["score", "passes", *(text for model in models for text in (f"{model}: reading, s", "over its passes", "once, s"))]
     with_data = [row for row in mine if row["made"]]
     slow = [row for row in mine if not row["made"] and row["seconds"] > 60]
     return [
         f"CPU seconds on one thread, one batch of 224 x 224 images ({images}), random weights, torch {torch.__version__.split('+')[0]}.",
         "*Passes*: what the score is made of, timed plainly over the same batch, with nothing watching: *forward*; *gradient*, forward and backward for all",
-        "parameters; *single*, the same for one image at a time; *curvature*, a product with the Hessian. *Reading*: the score's time until the last pass has",
-        "ended, and its ratio to those passes, which does not grow with the number of images. *Once*: what follows, whatever the number of images",
-        "(decompositions of matrices of units); for a score without data, all of it.",
+        "parameters (`effect` itself asks only for those of activations); *single*, the same for one image at a time; *curvature*, a product with the Hessian.",
+        "*Reading*: the score's time until the last pass has ended, and its ratio to those passes, which does not grow with the number of images. *Once*: what",
+        "follows, whatever the number of images (decompositions of matrices of units); for a score without data, all of it.",
         "",
         *table(head, lines),
         "",
         f"Without data and over 60 s: {named(slow, lambda row: row['seconds'])}. Reading over twice the passes: "
         f"{named([r for r in with_data if r['read'] > 2 * r['passes']], lambda r: r['read'] / r['passes'])}. "
-        f"Everything over twice the passes, for {MANY} images: {named([r for r in with_data if many(r) > 2], many)}.",
+        f"Everything over twice the passes, for {MANY} images: {named([r for r in with_data if many(r) > 2], many)}; the most: "
+        f"{named(sorted(with_data, key=many, reverse=True)[:5], many)}. Read with so many images instead of one batch: {', '.join(whole) or 'none'}.",
     ]
 
 
@@ -395,6 +458,10 @@ def page(rows: list[dict]) -> str:
         "",
         *accuracy_part(rows),
         "",
+        "## Whole blocks",
+        "",
+        *blocks_part(rows),
+        "",
         "## Times",
         "",
         *times_part(rows),
@@ -408,9 +475,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("scores.jsonl"), help="rows, appended to as they are made")
     parser.add_argument("--out", type=Path, help="write the page from the rows")
     parser.add_argument("--times", action="store_true", help="measure seconds instead of accuracy")
+    parser.add_argument("--blocks", action="store_true", help="measure scores of whole blocks instead of channels")
     parser.add_argument("--only-table", action="store_true", help="measure nothing")
     parser.add_argument("--names", nargs="*", help="these scores only")
     parser.add_argument("--models", nargs="*", help="with --times: these models only")
+    parser.add_argument("--batches", type=int, default=1, help="with --times: how many batches of that size are read")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000)
     options = parser.parse_args()
@@ -424,7 +493,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     if not options.only_table:
-        (measure_times if options.times else measure_accuracy)(options, rows, done)
+        (measure_times if options.times else measure_blocks if options.blocks else measure_accuracy)(options, rows, done)
     if options.out:
         options.out.write_text(page(rows))
 

@@ -23,7 +23,7 @@ from .repair import after_cut, refill
 from .scores import Criterion
 from .scores.attempts import attempts
 from .select import check_ratio
-from .timing.latency import reach, remembered, steps
+from .timing.latency import predicted, reach, remembered, steps
 from .tracing.trace import trace
 from .tracing.trees import uncollected
 
@@ -44,6 +44,7 @@ def shrink(
     runtime: str = "eager",
     threads: int | None = None,
     measure: Callable[[nn.Module], float] | None = None,
+    objective: str | float = "score",
     criterion: Criterion = "l2",
     batches: Iterable | None = None,
     loss: Callable | None = None,
@@ -66,7 +67,9 @@ def shrink(
     every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given). Targets are upper limits and hold together:
     ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
     to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere, the default without a time), ``"global"``,
-    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets, the default for a time). ``criterion``, ``batches``
+    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets, the default for a time or an ``objective``).
+    ``objective="time"`` looks for the fastest widths that use a budget up (``macs=0.5``: the smallest predicted time at half the MACs, whatever
+    the scores), a number between 0 ("score") and 1 ("time") weighs the two (0.5: score per time; :mod:`graphprune.budget.optimal`). ``criterion``, ``batches``
     and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
     :func:`graphprune.repair` says which steps ``repair`` may name.
     ``granularity`` says what a unit is: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m
@@ -82,10 +85,10 @@ def shrink(
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
     4
     """
-    aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure)
+    aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure, objective)
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     spec = parse(granularity)
-    scope = scope or ("optimal" if aims.timed and spec.coarse else "layer")
+    scope = scope or ("optimal" if (aims.timed or aims.weight) and spec.coarse else "layer")
     check_model(model)
     held = named(model, keep)
     graph = trace(model, example_input, example_kwargs)
@@ -94,7 +97,7 @@ def shrink(
         plan = finer(graph, model, spec, request)
         small = apply(model, plan)
     else:
-        choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims)
+        choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims, predicted(graph, aims, scope))
         scored = remembered(attempts(model, criterion, batches, loss, draft=scope == "layer" and not aims.any))
         wishes = Wishes(choose, scored, held, ratios, others if spec.name == "head" else None)
         if aims.timed:

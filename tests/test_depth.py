@@ -9,7 +9,7 @@ from zoo_support import declare_operators
 
 import graphprune
 from graphprune.cutting.passthrough import Passthrough
-from graphprune.errors import BadLoss, BadScore, NeedsBatches, NothingToPrune, UnknownName
+from graphprune.errors import BadLoss, BadPlan, BadScore, NeedsBatches, NothingToPrune, UnknownName
 from graphprune.granularity.blocks import Modules
 from graphprune.granularity.depth import scores_of
 
@@ -307,3 +307,23 @@ def test_greedy_reconstruction_does_not_mind_the_order_of_the_batches():
     first = graphprune.shrink(stack(3), TOKENS, 0.5, granularity="block", criterion="reconstruction", batches=batches)
     second = graphprune.shrink(stack(3), TOKENS, 0.5, granularity="block", criterion="reconstruction", batches=Shuffled())
     assert removed(first) == removed(second)
+
+
+def test_a_ratio_that_removes_nothing_says_so():
+    one = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    with pytest.warns(UserWarning, match=r"ratio 0.5 removes nothing: the only layer that can go is 2, and the last one always stays"):
+        assert not removed(graphprune.shrink(one, torch.zeros(1, 4), 0.5, granularity="layer"))
+    with pytest.warns(UserWarning, match=r"4 blocks can go \(layers.0, layers.1, layers.2, …\), a ratio above 0.125 removes one"):
+        assert not removed(graphprune.shrink(stack(), TOKENS, 0.12, granularity="block"))
+    assert len(removed(graphprune.shrink(stack(), TOKENS, 0.126, granularity="block"))) == 1  # warnings are errors: none here, and none for ratio 0
+    assert not removed(graphprune.shrink(stack(), TOKENS, 0.0, granularity="block"))
+
+
+def test_removed_modules_cannot_be_expanded():
+    model = stack()
+    small = graphprune.shrink(model, TOKENS, 0.25, granularity="block")
+    with pytest.raises(BadPlan, match=r"removed layers.\d, and no weights stand for a module that is gone; expand\(..., partial=True\)"):
+        graphprune.expand(small)
+    rest, gone = graphprune.expand(small, partial=True), removed(small)[0]
+    assert set(model.state_dict()) - set(rest) == {name for name in model.state_dict() if name.startswith(f"{gone}.")}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in rest.items())

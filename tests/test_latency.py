@@ -133,7 +133,10 @@ def test_every_runtime_runs_what_it_is_asked_to_time(runtime, monkeypatch):
     pytest.importorskip("torch" if runtime == "eager" else runtime)
     pytest.importorskip("torch" if runtime == "eager" else "onnx")
     import graphprune.timing.latency as latency
+    import graphprune.timing.table as table
 
+    # Profilers count such small products in whole microseconds: what they say is tested below.
+    monkeypatch.setattr(table, "together", lambda items, *_: [1e-7 + 1e-9 * each.bytes for each in items])
     real, seen = latency.prepare, []
 
     def prepared(model, args, kwargs, asked, threads):
@@ -186,6 +189,17 @@ def test_one_operation_that_a_session_refuses_does_not_take_the_others_along(mon
     found = Table(torch.device("cpu"), "onnxruntime", 1)
     found._run({"a": "good", "b": "bad", "c": "good", "d": "good"})
     assert {k: found.known[k] for k in "abcd"} == {"a": 1.0, "b": 0.0, "c": 1.0, "d": 1.0}
+
+
+def test_a_runtime_that_is_not_installed_leaves_no_timings_behind(monkeypatch):
+    import graphprune.timing.table as table
+
+    def absent(*_):
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(table, "together", absent)
+    refused(BadMeasure, "pip install openvino", macs=0.5, objective="time", runtime="openvino")
+    assert not any("addmm" in key for key in Table(torch.device("cpu"), "openvino", 1).known)
 
 
 SYNTHETIC = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -280,3 +294,107 @@ def test_alignment_is_read_off_a_staircase():
     assert staircase(lambda width: -(-width // 8), 64) == 8
     assert staircase(lambda width: width, 64) == 1
     assert staircase(lambda width: width * (1.3 if width % 32 else 1.0), 64) == 32  # slower than the next wider one
+
+
+def spent(scores, known, limit, weight, kept):
+    """Share of the MACs that is used, and what is to be small: score lost and time, weighed."""
+    lengths = known.lengths.of(kept)[None]
+    seconds = float(known.parts["time"](lengths)[0])
+    return float(known.parts["macs"](lengths)[0]) / limit, (1 - weight) * math.log(lost(scores, kept) + 1e-12) + weight * math.log(seconds)
+
+
+@SYNTHETIC
+@given(st.lists(st.integers(3, 6), min_size=2, max_size=3), st.sampled_from([1, 2]), st.floats(0.4, 0.95), st.sampled_from([0.5, 1.0]), st.integers(0, 99))
+def test_fast_widths_equal_brute_force(widths, step, share, weight, seed):
+    groups, scores, known = timed(*widths, step=step, seed=seed)
+    limit = share * known.full.macs
+    every = [spent(scores, known, limit, weight, keep(scores, counts)) for counts in itertools.product(*(range(1, g.size + 1) for g in groups))]
+    most = max((used for used, _ in every if used <= 1), default=None)
+    if most is None:
+        return
+    best = min(small for used, small in every if min(0.99, most) <= used <= 1)
+    found = spent(scores, known, limit, weight, fit(groups, scores, {"macs": limit, "time": math.inf}, known, scope="optimal", time=weight))
+    assert min(0.99, most) <= found[0] <= 1 + 1e-12 and found[1] == pytest.approx(best, rel=1e-9)
+
+
+def test_step_by_step_is_nearly_as_fast_as_the_best_that_use_as_much():
+    import graphprune.budget.optimal as optimal
+    from graphprune.budget.space import space
+
+    slower = []
+    for seed in range(12):
+        groups, scores, known = timed(10, 12, 14, step=1, seed=seed)
+        allowed, limits = space(groups), {"macs": 0.5 * known.full.macs, "time": math.inf}
+        losses = optimal.losses_of(groups, scores, allowed)
+        steps = optimal._descend(losses, limits, known, allowed, 1.0)
+        used = float(optimal._shares(limits, known, allowed, steps[None])[0].max())
+        best = optimal._complete(losses, limits, known, allowed, 1.0)
+        fast, fastest = optimal._seconds(known, allowed, np.stack([steps, best]))
+        assert used <= 1
+        slower.append(fast / fastest)
+    assert np.median(slower) < 1.05 and max(slower) < 1.25
+
+
+def test_more_weight_on_time_is_faster_at_the_same_macs(monkeypatch):
+    """Additions on the stream between layers take time and no MACs: fast widths keep the MACs inside the blocks."""
+
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ModuleList(nn.Linear(48, 64) for _ in range(3))
+            self.down = nn.ModuleList(nn.Linear(64, 48) for _ in range(3))
+            self.first, self.last = nn.Linear(16, 48), nn.Linear(48, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            for up, down in zip(self.up, self.down, strict=True):
+                x = x + down(up(x).relu())
+            return self.last(x)
+
+    monkeypatch.setattr(Table, "_time", lambda table, node, shapes: 1e-6 * max(math.prod(shape) for shape in shapes) * (20 if "add." in str(node.func) else 1))
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(64, 16)
+    full, found = graphprune.profile(model, x).macs, []
+    for objective in ("score", 0.5, "time"):
+        small = graphprune.shrink(model, x, macs=0.5, objective=objective, scope="optimal", multiple_of=1, threads=1)
+        graph = graphprune.trace(small, x)
+        groups = graphprune.couple(graph)
+        known = costs(groups, {"time": times(graph, Table(torch.device("cpu")))})
+        assert 0.97 * 0.5 * full <= graphprune.profile(small, x).macs <= 0.5 * full
+        found.append(float(known.at(np.array([[g.size for g in groups]], dtype=float), ["time"])["time"][0]))
+    assert found[2] <= found[1] < found[0] and found[2] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"objective": v, "macs": 0.5} for v in ("fast", None, NAN, -0.1, 2, True, [1])]
+    + [{"objective": "time"}, {"objective": "time", "speedup": 2}, {"objective": 0.5, "ratio": 0.5}]
+    + [{"objective": "time", "macs": 0.5, "scope": "layer"}, {"objective": "time", "params": 0.5, "granularity": "weight"}],
+)
+def test_objectives_that_make_no_sense_are_refused(asked):
+    refused(BadTarget, "objective", **asked)
+
+
+def test_an_operation_is_timed_with_its_inputs_at_hand_and_its_weights_gone(monkeypatch):
+    """On a machine whose cache holds what was touched since the last sweep."""
+    import graphprune.timing.table as table
+
+    monkeypatch.setattr(Table, "_time", REAL)
+    cached, seen = set(), []
+
+    class Cache(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            given = [a for a in args if isinstance(a, torch.Tensor)]
+            if any(a.numel() == table.SWEEP for a in given):
+                cached.clear()
+            elif func is torch.ops.aten.addmm.default:
+                seen.append([a.shape in cached for a in given])
+            cached.update(a.shape for a in given)
+            return func(*args, **(kwargs or {}))
+
+    graph = graphprune.trace(nn.Linear(7, 5), torch.zeros(3, 7))
+    (node,) = [node for node in graph.nodes if "addmm" in str(node.func)]
+    with Cache():
+        assert Table(torch.device("cpu")).seconds(node, [(5,), (3, 7), (7, 5)]) > 0
+    assert len(seen) >= 4 and all(row == [False, True, False] for row in seen[2:])  # bias, input, weight; the first two calls warm up
+    assert seen[1] == [True, True, True]  # control: without a sweep all is there

@@ -32,6 +32,36 @@ def test_interleaving_cancels_a_drift_and_a_block_order_does_not():
     assert abs(np.median(first) / np.median(second) - 2) > 0.3
 
 
+class Cache:
+    """A machine on which a call is slower, by what the call before it left in the caches, unless it repeats that call."""
+
+    def __init__(self):
+        self.last = None
+
+    def model(self, seconds, size):
+        def call():
+            cold = 0.0 if self.last is call or self.last is None else 0.1 * self.last.size
+            self.last = call
+            return seconds + cold
+
+        call.size = size
+        return call
+
+    def speedup(self, others, **how):
+        """Of 1.0 over 0.5 seconds, among models of ``others`` sizes."""
+        large, small = self.model(1.0, 1.0), self.model(0.5, 0.5)
+        calls = [large, small, *(self.model(0.3, size) for size in others), large]
+        rows = interleave(calls, lambda call, repeats: call(), 0.0, 0.0, least=6, **how)
+        return middle_of(rows[:, [0, -1]].mean(axis=1) / rows[:, 1])[0]
+
+
+@pytest.mark.parametrize("chained", [True, False])
+@pytest.mark.parametrize("others", [[], [3.0], [0.1, 0.2]])
+def test_a_speedup_does_not_depend_on_the_company_it_is_measured_in(others, chained):
+    assert Cache().speedup(others, chained=chained) == pytest.approx(2)
+    assert abs(Cache().speedup(others, chained=chained, warm=False) - 2) > 0.03  # control: timed right after another model
+
+
 def test_the_band_holds_the_median_as_often_as_it_says():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(400):

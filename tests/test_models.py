@@ -55,7 +55,7 @@ ORDER = {
     "": "errors catalogue tracing coupling cost scores select names cutting budget timing repair granularity decide shrink loop __main__",
     "tracing": "labels sizes notation trees picks rules moves assemble laws symbols copies shapes record unused trace probe",
     "coupling": "groups links sums lengths",
-    "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy reconstruct start expansion
+    "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
     "cutting": "parts plan rewrite masks kernels passthrough undo apply compose zeroed verify store",
     "budget": "targets space optimal choose",

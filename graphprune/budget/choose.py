@@ -56,7 +56,7 @@ class Chooser:
             return select(groups, scores, self.ratio, **rules) if isinstance(step, int) else fit(groups, scores, {}, costs(groups), self.ratio, **rules)
         known = priced(groups, {name: make for name, (_, make) in self.more.items()})
         asked = self.aims.limits(known.full) | {name: limit for name, (limit, _) in self.more.items()}
-        return fit(groups, scores, asked, known, self.ratio, **rules)
+        return fit(groups, scores, asked, known, self.ratio, **rules, time=self.aims.weight)
 
 
 def fit(
@@ -71,10 +71,12 @@ def fit(
     min_units: int = 1,
     ratios: Mapping[int, float] | None = None,
     ties: Sequence[frozenset[int]] = (),
+    time: float = 0.0,
 ) -> Kept:
     """The kept units of every group, such that no cost exceeds its limit; ``ratio`` of each group goes in any case.
 
-    ``limits`` are absolute and named as in ``known.parts``. Raises :class:`~graphprune.errors.BadTarget` when a limit is
+    ``limits`` are absolute and named as in ``known.parts``; ``time`` is how much speed counts against the score (see
+    :mod:`graphprune.budget.optimal`; it needs a limit named "time", which may be infinite). Raises :class:`~graphprune.errors.BadTarget` when a limit is
     below what the rules allow; the message gives the smallest reachable value and what holds it.
     """
     check_ratio(ratio)
@@ -85,7 +87,7 @@ def fit(
     if error:
         raise error
     if scope == "optimal":
-        return _spend(groups, scores, limits, known, allowed)
+        return _spend(groups, scores, limits, known, allowed, time)
 
     def at(share: float) -> Kept:
         step = multiple_of if isinstance(multiple_of, int) else 1
@@ -135,11 +137,11 @@ def _aligned(kept: Kept, allowed: Space) -> Array:
     return counts
 
 
-def _spend(groups: Groups, scores: Scores, limits: Mapping[str, float], known: Costs, allowed: Space) -> Kept:
+def _spend(groups: Groups, scores: Scores, limits: Mapping[str, float], known: Costs, allowed: Space, time: float) -> Kept:
     """The best widths; where units of a group differ in what they cost, narrower ones until the limits hold exactly."""
     tight = dict(limits)
     for _ in range(50):
-        kept = keep(scores, widths(groups, scores, tight, known, allowed))
+        kept = keep(scores, widths(groups, scores, tight, known, allowed, time))
         if holds(known, kept, limits):
             return kept
         tight = {name: limit * 0.995 for name, limit in tight.items()}

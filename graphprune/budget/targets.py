@@ -30,12 +30,16 @@ register("target", "latency", 'measured time that may stay: a share of the origi
 register("target", "speedup", "how many times faster, measured")
 
 
+OBJECTIVES = {"score": 0.0, "time": 1.0}
+
+
 @dataclass(frozen=True)
 class Aims:
     """What :func:`~graphprune.shrink` was asked for besides a ratio; None where nothing was.
 
     ``latency`` is the share of the original's time that may stay, or a time with its unit ("12 ms"); ``speedup`` is the
-    original's time over the new one. ``measure`` replaces the clock: a function (model) -> seconds.
+    original's time over the new one. ``measure`` replaces the clock: a function (model) -> seconds. ``objective`` says what
+    the other targets are spent on: 0 or "score", 1 or "time", or a number between.
     """
 
     params: Any = None
@@ -47,6 +51,7 @@ class Aims:
     runtime: str = "eager"
     threads: int | None = None
     measure: Callable[[nn.Module], float] | None = None
+    objective: str | float = "score"
 
     def __post_init__(self) -> None:
         if self.latency is not None and self.speedup is not None:
@@ -59,6 +64,13 @@ class Aims:
             raise BadTarget(f'latency is {self.latency!r}; give the share of the original\'s time (0 < latency <= 1) or a time with its unit ("12 ms")')
         if self.measure is not None and not (callable(self.measure) and self.timed):
             raise BadTarget("measure is a function (model) -> seconds, and needs latency= or speedup=")
+        if isinstance(self.objective, str) and self.objective not in OBJECTIVES or not isinstance(self.objective, str) and not _within(self.objective):
+            raise BadTarget(f'objective is {self.objective!r}; it is "score", "time", or a number between 0 (score) and 1 (time)')
+        if self.weight and (self.timed or not self.any):
+            raise BadTarget(
+                f"objective={self.objective!r} spends a budget on the fastest widths: give one of {', '.join(NAMES)}; "
+                "latency and speedup set the time themselves"
+            )
 
     def limits(self, full: Cost) -> dict[str, float]:
         return limits(full, {name: getattr(self, name) for name in NAMES})
@@ -78,12 +90,21 @@ class Aims:
         return moment(self.latency) / reference if isinstance(self.latency, str) else float(self.latency)
 
     @property
+    def weight(self) -> float:
+        """How much time counts against the score, 0 to 1."""
+        return OBJECTIVES[self.objective] if isinstance(self.objective, str) else float(self.objective)
+
+    @property
     def asked(self) -> str:
         return f"{self.speedup:g}x faster" if self.speedup is not None else f"latency {self.latency}"
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _within(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
 
 
 def moment(text: str) -> float:

@@ -193,48 +193,70 @@ def _follow(parts: Partition, joint: Joint) -> None:
 
 
 def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: list[Reason]) -> Groups:
-    slots = [(name, field.shape.index(field.size)) for name, leaf in graph.leaves.items() for field in leaf.fields]
+    slots, every, kinds = _slots(graph, root)
     if not slots:
         return Groups(graph, root, (), {}, np.full(len(root), -1, dtype=np.int64))
-    fields = [field.ravel() for leaf in graph.leaves.values() for field in leaf.fields]
-    units = root[np.concatenate(fields)]
-    sizes = np.array([field.size for field in fields])
+    units = np.concatenate(every)
+    sizes = np.array([len(each) for each in every])
     ends = np.cumsum(sizes)
     starts = ends - sizes
     # Equal sets of slots give equal sums, for each is added up in the order of the slots.
-    signature = np.bincount(units, np.repeat(np.random.default_rng(0).random(len(slots)), sizes), len(root))
+    signature = np.bincount(units, np.repeat(np.random.default_rng(0).random(len(every)), sizes), len(root))
     closed = parts.locked[units]
-    locked: dict[tuple[str, int], Reason] = {}
     shut = np.flatnonzero(closed)
     told = np.append(shut[why[units[shut]] >= 0], len(units))
-    first = told[np.searchsorted(told, starts)]  # where the first reason of each slot stands, if any
-    for index in np.flatnonzero(np.logical_or.reduceat(closed, starts)).tolist():
-        known = first[index] < ends[index]
-        locked[slots[index]] = reasons[why[units[first[index]]]] if known else Reason("its slices go with another axis")
+    first = told[np.searchsorted(told, starts)]  # where the first reason of each kind stands, if any
+    barred: dict[int, Reason] = {}
+    for kind in np.flatnonzero(np.logical_or.reduceat(closed, starts)).tolist():
+        known = first[kind] < ends[kind]
+        barred[kind] = reasons[why[units[first[kind]]]] if known else Reason("its slices go with another axis")
     stands = np.zeros(len(root), dtype=bool)
     stands[units[~closed]] = True
     free = np.flatnonzero(stands)
     local, owner, members = _same_places(signature, free)
-    places: list[dict] = [{} for _ in members]
-    mine, inner = owner[units], local[units]
-    if len(free):
-        low, high = np.minimum.reduceat(mine, starts).tolist(), np.maximum.reduceat(mine, starts).tolist()
-        for slot, least, most, start, end in zip(slots, low, high, starts.tolist(), ends.tolist(), strict=True):
-            at = slice(start, end)
-            if least == most >= 0:
-                places[least][slot] = inner[at]
-                continue
-            if most < 0:
-                continue
-            for group in np.unique(mine[at][mine[at] >= 0]):
-                places[group][slot] = np.where(mine[at] == group, inner[at], -1)
     several = [index for index, units in enumerate(members) if len(units) > 1]
-    groups = tuple(Group(n, next(iter(places[i]))[0], members[i], places[i]) for n, i in enumerate(several))
     renumber = np.full(len(members) + 1, -1, dtype=np.int64)
     renumber[several] = np.arange(len(several))
-    for index in np.flatnonzero(np.maximum.reduceat(renumber[owner[units]], starts) < 0):
-        locked.setdefault(slots[index], Reason("all its positions stay or go together, so that nothing would be left"))
+    mine, inner = owner[units], local[units]
+    held = [_held(mine[a:b], inner[a:b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+    places: list[dict] = [{} for _ in members]
+    locked: dict[tuple[str, int], Reason] = {}
+    for slot, kind in zip(slots, kinds, strict=True):
+        for group, positions in held[kind]:
+            places[group][slot] = positions
+        if kind in barred:
+            locked[slot] = barred[kind]
+    for slot, kind in zip(slots, kinds, strict=True):
+        if all([renumber[group] < 0 for group, _ in held[kind]]):
+            locked.setdefault(slot, Reason("all its positions stay or go together, so that nothing would be left"))
+    groups = tuple(Group(n, next(iter(places[i]))[0], members[i], places[i]) for n, i in enumerate(several))
     return Groups(graph, root, groups, locked, renumber[owner])
+
+
+def _slots(graph: Graph, root: Array) -> tuple[list[tuple[str, int]], list[Array], list[int]]:
+    """Every (tensor, axis) that varies; the sets of labels along each kind of them, each kind once; and the kind of each slot."""
+    slots = [(name, field.shape.index(field.size)) for name, leaf in graph.leaves.items() for field in leaf.fields]
+    fields = [field.ravel() for leaf in graph.leaves.values() for field in leaf.fields]
+    numbers: dict[bytes, int] = {}
+    every: list[Array] = []
+    kinds: list[int] = []
+    units = root[np.concatenate(fields)] if fields else root
+    start = 0
+    for field in fields:
+        own = units[start : start + len(field)]
+        start += len(field)
+        kinds.append(numbers.setdefault(own.tobytes(), len(every)))
+        if kinds[-1] == len(every):
+            every.append(own)
+    return slots, every, kinds
+
+
+def _held(owner: Array, local: Array) -> list[tuple[int, Array]]:
+    """The groups along an axis, each with its unit at every position (-1: none of it)."""
+    least, most = int(owner.min()), int(owner.max())
+    if least == most:
+        return [(least, local)] if least >= 0 else []
+    return [(int(group), np.where(owner == group, local, -1)) for group in np.unique(owner[owner >= 0])]
 
 
 def _same_places(signature: Array, free: Array) -> tuple[Array, Array, list[Array]]:

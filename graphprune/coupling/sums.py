@@ -16,40 +16,47 @@ import numpy as np
 import torch
 
 from ..tracing.labels import Array
+from ..tracing.trees import is_parameter
 from .groups import Groups
 
-PIECE = 2**16
+PIECE = 2**17  # entries: a piece and its squares stay in the cache, and the calls are few
 
 
 def unit_sums(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -> list[torch.Tensor]:
     """Sum of ``|w| ** power`` (1 or 2) over the parameter entries that each unit takes along: float64, shape (units,) per group."""
     starts = np.cumsum([0, *(group.size for group in groups)])
-    vectors: list[torch.Tensor] = []
-    matrices: list[tuple[str, int]] = []
+    named = dict.fromkeys(name for group in groups for name, _ in group.places)
+    weights = {name: tensors[name].detach().float() for name in named if is_parameter(tensors[name]) and not tensors[name].is_meta}
+    sums = _vector_sums({name: weight for name, weight in weights.items() if weight.ndim == 1}, power)
     axes: dict[str, set[int]] = defaultdict(set)
-    places: tuple[list, list] = ([], [])
+    for group in groups:
+        for name, axis in group.places:
+            if name in weights and name not in sums:
+                axes[name].add(axis)
+    sums |= {name: axis_sums(weights[name], power, mine) for name, mine in axes.items()}
+    # Many axes of a group hold its units in the same order: these are added up before the units are looked for.
+    along: dict[tuple[int, int], tuple[Array, Array]] = {}
     for group, start in zip(groups, starts.tolist(), strict=False):
         for (name, axis), units in group.places.items():
-            weight = tensors[name]
-            if not isinstance(weight, torch.nn.Parameter) or weight.is_meta:
-                continue
-            if weight.ndim == 1:
-                vectors.append(weight.detach().float())
-                places[0].append((units, start))
-                continue
-            axes[name].add(axis)
-            matrices.append((name, axis))
-            places[1].append((units, start))
-    if not vectors and not matrices:
+            if name in sums:
+                key = start, id(units)
+                along[key] = units, along[key][1] + sums[name][axis] if key in along else sums[name][axis].astype(np.float64)
+    if not along:
         return [torch.zeros(group.size, dtype=torch.float64) for group in groups]
-    sums = {name: axis_sums(tensors[name].detach().float(), power, mine) for name, mine in axes.items()}
-    values = [_powers(torch.cat(vectors), power).cpu().numpy()] if vectors else []
-    values += [sums[name][axis] for name, axis in matrices]
-    units, offsets = zip(*places[0], *places[1], strict=True)
-    index = np.concatenate(units)
-    index = np.where(index < 0, starts[-1], index + np.repeat(offsets, [len(u) for u in units]))
-    total = torch.from_numpy(np.bincount(index, np.concatenate(values), minlength=starts[-1] + 1))
+    units, values = (np.concatenate(column) for column in zip(*along.values(), strict=True))
+    offsets = np.repeat([start for start, _ in along], [len(mine) for mine, _ in along.values()])
+    index = np.where(units < 0, starts[-1], units + offsets)
+    total = torch.from_numpy(np.bincount(index, values, minlength=starts[-1] + 1))
     return [total[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def _vector_sums(vectors: Mapping[str, torch.Tensor], power: int) -> dict[str, dict[int, Array]]:
+    """Those of tensors with one axis, all in one call."""
+    if not vectors:
+        return {}
+    every = _powers(torch.cat(list(vectors.values())), power).cpu().numpy()
+    ends = np.cumsum([len(vector) for vector in vectors.values()]).tolist()
+    return {name: {0: every[a:b]} for name, a, b in zip(vectors, [0, *ends], ends, strict=False)}
 
 
 def axis_sums(weight: torch.Tensor, power: int, axes: Collection[int] = (0, 1)) -> dict[int, Array]:
@@ -58,21 +65,18 @@ def axis_sums(weight: torch.Tensor, power: int, axes: Collection[int] = (0, 1)) 
         sizes = _powers(weight, power)
         return {axis: sizes.sum([a for a in range(weight.ndim) if a != axis]).cpu().numpy() for axis in axes}
     flat = weight.flatten(1)
-    rows, columns = [], np.zeros(flat.shape[1], dtype=np.float32)
-    for piece in flat.split(max(1, PIECE // max(1, flat.shape[1]))):
-        along, across = _both(piece, power)
-        rows.append(along)
-        columns += across
-    return {0: np.concatenate(rows), 1: columns.reshape(weight.shape[1], -1).sum(1) if weight.ndim > 2 else columns}
+    step = max(1, PIECE // max(1, flat.shape[1]))
+    if len(flat) <= step:
+        sizes = _powers(flat, power)
+        rows, columns = sizes.sum(1), sizes.sum(0)
+    else:
+        held = torch.empty_like(flat[:step])  # written again and again: fresh memory costs more than the sums
+        every = [(sizes.sum(1), sizes.sum(0)) for piece in flat.split(step) for sizes in [_powers(piece, power, held[: len(piece)])]]
+        rows, columns = torch.cat([along for along, _ in every]), torch.stack([across for _, across in every]).sum(0)
+    if weight.ndim > 2:
+        columns = columns.view(weight.shape[1], -1).sum(1)
+    return {0: rows.cpu().numpy(), 1: columns.cpu().numpy()}
 
 
-def _both(piece: torch.Tensor, power: int) -> tuple[Array, Array]:
-    if power == 2 and piece.device.type == "cpu":  # no array of squares
-        values = piece.numpy()
-        return torch.linalg.vector_norm(piece, dim=1).square_().numpy(), np.einsum("ij,ij->j", values, values)
-    sizes = _powers(piece, power)
-    return sizes.sum(1).cpu().numpy(), sizes.sum(0).cpu().numpy()
-
-
-def _powers(weight: torch.Tensor, power: int) -> torch.Tensor:
-    return weight.square() if power == 2 else weight.abs()
+def _powers(weight: torch.Tensor, power: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.mul(weight, weight, out=out) if power == 2 else torch.abs(weight, out=out)

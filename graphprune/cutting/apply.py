@@ -5,6 +5,7 @@ Shapes of known torch modules follow from their own weights; other attributes ar
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 from ..errors import BadPlan
 from ..tracing.copies import duplicate
 from ..tracing.symbols import SHAPED
-from ..tracing.trees import leaf_tensors, modules_of, replace
+from ..tracing.trees import is_parameter, leaf_tensors, modules_of, replace
 from .kernels import apply_kernel, check_kernel
 from .masks import apply_mask, check_mask
 from .passthrough import apply_skip, check_skip
@@ -102,26 +103,34 @@ def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[i
         if index is None:
             index = indices[id(kept)] = torch.from_numpy(np.array(kept)).to(data.device)
         picks.append((axis, index))
+    last = data.ndim == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
     data = _picked(data, picks)
-    last = data.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     data = data.contiguous(memory_format=torch.channels_last) if last else data.contiguous()
-    if not isinstance(tensor, nn.Parameter):
+    if not is_parameter(tensor):
         return data.requires_grad_(tensor.requires_grad)
-    small = nn.Parameter(data, requires_grad=tensor.requires_grad)
-    small.__dict__.update(tensor.__dict__)
+    small = nn.Parameter(data, tensor.requires_grad)
+    if tensor.__dict__:
+        small.__dict__.update(tensor.__dict__)
     return small
 
 
 def _picked(data: torch.Tensor, picks: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-    """The given positions of each axis; two axes in pieces that stay in the cache, for fresh memory costs more than copying."""
-    step = max(1, PIECE * len(data) // max(1, data.numel())) if data.ndim else 1
-    if len(picks) != 2 or picks[0][0] != 0 or len(picks[0][1]) <= SMALL * step or data.device.type != "cpu":
+    """The given positions of each axis; of two axes, kernels in one go, and rows in pieces that stay in the cache."""
+    if len(picks) < 2:
+        return data.index_select(*picks[0]) if picks else data
+    shape = tuple(data.shape)
+    (_, rows), (axis, index) = picks[:2]
+    count, step = rows.numel(), max(1, PIECE * shape[0] // max(1, data.numel()))
+    kernel = math.prod(shape[2:])
+    if len(picks) == 2 and picks[0][0] == 0 and axis == 1 and kernel > 1 and data.is_contiguous():
+        chosen = (rows[:, None] * shape[1] + index).view(-1)
+        return torch.embedding(data.view(-1, kernel), chosen).view(count, index.numel(), *shape[2:])
+    if len(picks) != 2 or picks[0][0] != 0 or count <= SMALL * step or data.device.type != "cpu":
         for axis, index in picks:
             data = data.index_select(axis, index)
         return data
-    (_, rows), (axis, index) = picks
-    found = data.new_empty([len(rows), *(len(index) if a == axis else n for a, n in enumerate(data.shape) if a)])
-    for start in range(0, len(rows), step):
+    found = data.new_empty([count, *(index.numel() if a == axis else n for a, n in enumerate(shape) if a)])
+    for start in range(0, count, step):
         torch.index_select(data.index_select(0, rows[start : start + step]), axis, index, out=found[start : start + step])
     return found
 

@@ -130,18 +130,23 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
     for group, stay in zip(groups, kept, strict=True):
         stays = np.zeros(group.size + 1, dtype=bool)
         stays[stay.numpy()] = stays[-1] = True  # position -1: of no unit of this group
+        along: dict[int, Array] = {}  # many axes of a group hold its units in the same order
         for slot, units in group.places.items():
-            mask = stays[units]
+            if id(units) not in along:
+                along[id(units)] = stays[units]
+            mask = along[id(units)]
             masks[slot] = masks[slot] & mask if slot in masks else mask
+    whole = {id(mask): mask.all() for mask in masks.values()}
     lists: dict[bytes, list[int]] = {}  # equal cuts share one list
+    listed: dict[int, list[int]] = {}
     cuts: dict[str, dict[int, list[int]]] = {}
     leaves = groups.graph.leaves
     for (name, axis), mask in sorted(masks.items(), key=lambda item: item[0][1]):
-        if not mask.all():
-            key = mask.tobytes()
-            if key not in lists:
-                lists[key] = np.flatnonzero(mask).tolist()
-            cuts.setdefault(name, {})[axis] = lists[key]
+        if not whole[id(mask)]:
+            if id(mask) not in listed:
+                key = mask.tobytes()
+                listed[id(mask)] = lists[key] if key in lists else lists.setdefault(key, np.flatnonzero(mask).tolist())
+            cuts.setdefault(name, {})[axis] = listed[id(mask)]
     cuts = {name: cuts[name] for name in leaves if name in cuts}
     shapes = {name: leaves[name].shape for name in cuts}
     lines = []
@@ -153,8 +158,9 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
             lines.append(f"  {name} axis {axis}: {size} -> {size if left is None else len(left)}")
     for (name, axis), reason in groups.locked.items():
         lines.append(f"whole: {name} axis {axis} ({math.prod(leaves[name].shape)} entries): {reason}")
-    numbers, stays = {}, Survivors(groups, kept)
-    for name, (value, dim) in groups.graph.__dict__.get("picks", {}).items():
+    numbers, picks = {}, groups.graph.__dict__.get("picks", {})
+    stays = Survivors(groups, kept) if picks else None
+    for name, (value, dim) in picks.items():
         mask = stays.axis(value, dim)
         if not mask.all():
             numbers[name] = renumber(mask)

@@ -102,12 +102,22 @@ def load(folder: str | Path, base: nn.Module) -> nn.Module:
     return small
 
 
-def expand(small: nn.Module, plan: Plan | None = None) -> dict[str, torch.Tensor]:
+def expand(small: nn.Module, plan: Plan | None = None, *, partial: bool = False) -> dict[str, torch.Tensor]:
     """The weights padded back to the original shapes, zero where entries were removed: a state by tensor name.
 
-    The tensors of removed modules (granularity "block" or "layer") are not in it: zeros there need not compute the same.
+    Raises :class:`~graphprune.errors.BadPlan` where whole modules were removed (granularity "block" or "layer"): no weights make a module
+    hand on its input in general (behind an activation or a norm, zeros do not). ``partial=True`` gives the tensors of all other modules.
+
+    >>> import graphprune
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> {name: tuple(tensor.shape) for name, tensor in expand(graphprune.shrink(net, torch.zeros(1, 4))).items() if "weight" in name}
+    {'0.weight': (8, 4), '2.weight': (2, 8)}
     """
     plan = _plan(small, plan)
+    gone = [part.name for part in plan.parts if part.kind == "skip"]
+    if gone and not partial:
+        text = f"the plan removed {', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}, and no weights stand for a module that is gone"
+        raise BadPlan(f"{text}; expand(..., partial=True) gives the tensors of all others")
     wide: dict[str, torch.Tensor] = {}
     thin = {part.name: unpack(part.data, tuple(plan.shapes[part.name][1:])) for part in plan.parts if part.kind == "columns"}
     indices = tuple(f"{name.removesuffix('weight')}channels" for name in thin)

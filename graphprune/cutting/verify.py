@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..errors import BadInput, BadModel, NotEqual
 from ..tracing.trace import NOT_RUN, Graph, shadow
-from ..tracing.trees import leaf_tensors, modules_of, tensors
+from ..tracing.trees import modules_of, tensors
 from ..tracing.unused import same_dice
 from .plan import Plan
 from .zeroed import zeroed
@@ -69,9 +70,15 @@ def check_model(model: Any) -> None:
         raise BadModel("the model is compiled; shrink model._orig_mod and compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise BadModel("the model is wrapped for parallel training; shrink model.module and wrap the result")
-    devices = {tensor.device for *_, tensor in leaf_tensors(model)}
+    devices = set()
+    for name, module in modules_of(model):
+        devices.update([tensor.device for held in (module._parameters, module._buffers) for tensor in held.values() if tensor is not None])
+        if _quantised(type(module)):
+            raise BadModel(f"{name or 'the model'} is quantised; shrink the floating-point model and quantise the result")
     if len(devices) > 1:
         raise BadModel(f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
-    for name, module in modules_of(model):
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
-            raise BadModel(f"{name or 'the model'} is quantised; shrink the floating-point model and quantise the result")
+
+
+@cache
+def _quantised(kind: type) -> bool:
+    return kind.__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))

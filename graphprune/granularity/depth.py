@@ -9,7 +9,8 @@ weights, ``random`` the baseline. A score may also be a function ``(name, module
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -24,6 +25,7 @@ from ..cutting.passthrough import passed
 from ..cutting.plan import Plan
 from ..errors import BadScore, NeedsBatches, NothingToPrune, UnknownName
 from ..scores.data import Data, undisturbed
+from ..scores.registry import accepts
 from ..select import width
 from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
@@ -73,12 +75,26 @@ def plan_depth(graph: Graph, model: nn.Module, kind: str, request: Request) -> P
         gone = others if holds(left.costs(others), limits) else gone
     if limits and not holds(left.costs(gone), limits):
         raise unmet(left.costs(gone), limits, kind)
+    if not gone and not limits:
+        _tell(kind, pools, request.ratio)
     order = [one for one in free if one in gone]
     parts = {part.name: part for one in order for part in one.skips}
     lines = reached(left.costs(gone), limits) if limits else []
     lines += [f"{one.name}: {'removed' if one in gone else 'stays'} ({_size(model, one)} weights)" for one in free]
     lines += [f"{one.name}: stays, kept on request" for one in found if one not in free]
     return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()))
+
+
+def _tell(kind: str, pools: Mapping[float | None, Sequence[Removable]], ratio: float) -> None:
+    """Say it when a ratio above 0 removes nothing."""
+    asked = [(ratio if own is None else own, pool) for own, pool in pools.items() if (ratio if own is None else own) > 0]
+    if not asked:
+        return
+    most, pool = max(asked, key=lambda item: item[0] * len(item[1]))
+    names = ", ".join(one.name for one in pool[:3]) + (", …" if len(pool) > 3 else "")
+    one, several = f"the only {kind} that can go is {names}", f"{len(pool)} {kind}s can go ({names})"
+    what = "and the last one always stays" if len(pool) == 1 else f"a ratio above {0.5 / len(pool):.3g} removes one"
+    warnings.warn(f"ratio {most:g} removes nothing: {one if len(pool) == 1 else several}, {what}", stacklevel=4)
 
 
 class Left:
@@ -116,6 +132,7 @@ def _order(graph: Graph, model: nn.Module, pool: list[Removable], request: Reque
 def scores_of(graph: Graph, model: nn.Module, pool: list[Removable], criterion: Any, batches: Any = None, loss: Any = None) -> list[float]:
     """A number for each removable module; larger means more important. Raises BadScore when one is not finite."""
     if callable(criterion):
+        accepts(criterion, "(name, module) for whole modules", pool[0].name, model)
         found = [_number(one.name, criterion(one.name, model.get_submodule(one.name))) for one in pool]
     elif criterion == "random":
         found = torch.rand(len(pool), generator=torch.Generator().manual_seed(0)).tolist()

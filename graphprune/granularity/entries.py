@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import BadScore, UnknownName
+from ..scores.registry import accepts
 from .weights import Weight
 
 EntryScorer = Callable[[torch.Tensor], torch.Tensor]
@@ -148,3 +149,5 @@ def n_of_m(weight: Weight, spec: Spec, scores: torch.Tensor) -> torch.Tensor:
 def check_criterion(criterion: str | EntryScorer, known: tuple[str, ...]) -> None:
     if not callable(criterion) and criterion not in known:
         raise UnknownName(f"no score named {criterion!r} for this granularity; there are {', '.join(known)}, or give a function of the weight")
+    if callable(criterion):
+        accepts(criterion, "(weight) for everything finer than channels", torch.empty(0))

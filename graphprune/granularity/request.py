@@ -52,8 +52,10 @@ class Request:
 
     def limits(self, graph: Graph, text: str, allowed: Sequence[str]) -> dict[str, float]:
         """The absolute limits; raises :class:`~graphprune.errors.BadTarget` for those that granularity ``text`` cannot meet."""
-        if self.aims.timed:
-            raise BadTarget(f"latency= and speedup= are met by widths, with granularity 'channel' or 'head'; {text!r} takes a ratio, params= or macs=")
+        if self.aims.timed or self.aims.weight:
+            raise BadTarget(
+                f"latency=, speedup= and objective= are met by widths, with granularity 'channel' or 'head'; {text!r} takes a ratio, params= or macs="
+            )
         asked = [name for name in NAMES if getattr(self.aims, name) is not None]
         for name in asked:
             if name not in allowed:

@@ -131,7 +131,7 @@ def _reach(model: nn.Module, example: tuple[tuple, dict], target: Mapping[str, A
 
 
 def _aims(options: Mapping[str, Any], target: Mapping[str, Any]) -> Aims:
-    return Aims(**target, **{name: options[name] for name in ("runtime", "threads", "measure") if name in options})
+    return Aims(**target, **{name: options[name] for name in ("runtime", "threads", "measure", "objective") if name in options})
 
 
 def _watch(model: nn.Module, example: tuple[tuple, dict], options: Mapping[str, Any]) -> Stopwatch:

@@ -7,15 +7,16 @@ units of different layers can be compared: ``per="macs"`` divides by the operati
 each group the width where the next unit's loss per operation is the same.
 
 Two things keep layers comparable. Kronecker factors take the positions of a sample for independent; before a pooling they all push the same
-way, so each layer's losses are multiplied by how much more the channels' first-order effects are together than apart. And the refit is
-measured on every fourth batch, which it has not seen (:mod:`graphprune.repair.unseen`).
+way, so each layer's losses are multiplied by how much more the channels' first-order effects are together than apart. And where samples are
+few, the refit is measured on every fourth batch, which it has not seen (:mod:`graphprune.repair.unseen`).
+
+Of many positions a random part is read, the same share of every batch: what is left out would cost more than ``WORK`` of the passes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -25,6 +26,7 @@ from ..scores.fold import lacking
 from ..scores.greedy import surgeon_in_blocks
 from ..scores.registry import cause, scorer
 from ..scores.task import Scores, Task
+from ..scores.waiting import Waiting, inner, sampled
 from ..tracing.probe import watch
 from ..tracing.trees import tensors
 from .moments import Moments, moments
@@ -35,25 +37,36 @@ from .unseen import Halves, unseen
 Tensor = torch.Tensor
 LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs
 ROWS = 16384
+ENTRIES = 2**16  # numbers of each sample that are taken in any case
+WORK = 0.15  # how much of the time of the passes the products of either kind may take
 EVERY = 4  # of so many batches one is kept out of the fits and tells what they are worth
 ENOUGH = 0.25  # columns per row up to which a Gram matrix is taken at its word
 
 
-@dataclass
 class _Seen:
-    """What is added up for a site: moments of its rows, and the gradient's second moment."""
+    """What is added up for a site: moments of the rows it reads, and the second moment of the gradients of what it writes."""
 
-    data: Moments | None = None
-    check: Moments | None = None
-    independent: float = 0.0
-    grads: Tensor | float = 0.0
-    together: float = 0.0
-    apart: float = 0.0
+    def __init__(self) -> None:
+        self.rows, self.others = (Waiting(lambda rows: (moments(rows[None], rows[None, :, :1]),)) for _ in range(2))
+        self.grads = Waiting(lambda rows: (inner(rows.T).cpu(),))
+        self.independent = self.together = self.apart = 0.0
+
+    @cached_property
+    def data(self) -> Moments | None:
+        return next(iter(self.rows.total()), None)
+
+    @cached_property
+    def check(self) -> Moments | None:
+        return next(iter(self.others.total()), None)
 
     @property
     def alike(self) -> float:
         """How much more the positions of a sample do together than apart: Kronecker factors take them for independent."""
         return self.together / self.apart if self.apart > 0 else 1.0
+
+    @cached_property
+    def second(self) -> Tensor | None:
+        return next(iter(self.grads.total()), None)
 
 
 @scorer(
@@ -88,36 +101,40 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str 
 
 
 def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
-    """One forward and one backward pass for every batch."""
-    read = {link.leaf for mine in task.links for link in mine if link.role == "consumes"}
+    """One forward pass for every batch, and one backward pass through the activations alone."""
+    wanted = {link.leaf for mine in task.links for link in mine if link.role == "consumes"}
     seen = {name: _Seen() for name in every}
-    held = {name: task.tensors[name] for at, name in enumerate(every) if name in read or at == 0}  # from the first one, gradients pass all others
+    held = {name: task.tensors[name] for name in every}
+    for parameter in task.model.parameters():
+        parameter.requires_grad_(False)
     for weight in held.values():
         weight.requires_grad_(True)
     readers: dict[int, list[Site]] = {}
-    for site in (every[name] for name in every if name in read):
+    for site in every.values():
         readers.setdefault(id(site.x), []).append(site)
         readers.setdefault(id(site.y), []).append(site)
-    values = {id(v): v for name, site in every.items() if name in read for v in (site.x, site.y)}
+    values = {id(v): v for site in every.values() for v in (site.x, site.y)}
     total = 0
     for index, batch in enumerate(task.data):
         count = samples(batch)
         total += count
+        first: list[Tensor] = [t for t in tensors(batch, Tensor) if t.requires_grad]
 
-        def see(value: object, tensor: Tensor, count: int = count, at: int = index) -> None:
+        def see(value: object, tensor: Tensor, count: int = count, first: list[Tensor] = first, at: int = index) -> None:
             for site in readers[id(value)]:
-                if site.x is value:
-                    part = _rows(site, tensor.detach(), held[site.weight], count)
-                    mine = seen[site.weight]
-                    if at % EVERY == EVERY - 1 and part is not None:
-                        mine.check = part if mine.check is None else mine.check + part
-                    else:
-                        mine.data = part if part is None or mine.data is None else mine.data + part
-                    mine.independent += _independent(site, tensor.detach(), part)
-                    if part is not None and tensor.requires_grad and tensor.shape[0] % count == 0:
+                weight, mine = held[site.weight], seen[site.weight]
+                if site.x is value and not tensor.requires_grad:  # every gradient passes on its way to a weight of this kind
+                    first.append(weight)
+                if site.weight not in wanted:
+                    continue
+                rows = _rows(site, tensor.detach(), weight, count) if site.x is value else None
+                if rows is not None:
+                    (mine.others if at % EVERY == 1 else mine.rows).add(rows)
+                    mine.independent += _independent(site, tensor.detach(), len(rows))
+                    if tensor.requires_grad and tensor.shape[0] % count == 0:
                         tensor.register_hook(partial(_together, mine, site, tensor.detach(), count))
                 if site.y is value and tensor.requires_grad:
-                    tensor.register_hook(lambda grad, site=site: _add(seen[site.weight], grad, site))
+                    tensor.register_hook(lambda grad, site=site, weight=weight: seen[site.weight].grads.add(_gradients(site, grad, weight.detach(), count)))
 
         with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, values.values(), see):
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
@@ -125,42 +142,49 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
             loss = sum((o * torch.randn_like(o)).sum() for o in centred)
         if not bool(torch.isfinite(torch.as_tensor(loss))):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
-        torch.autograd.grad(loss, list(held.values()), allow_unused=True)
+        if outs and first:
+            torch.autograd.grad(loss, first, allow_unused=True)
     for mine in seen.values():
-        mine.grads = mine.grads / max(total, 1)
+        if mine.second is not None:
+            mine.second.div_(max(total, 1))
     return seen
 
 
-def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Moments | None:
-    """Moments of the rows that a site reads; None where its input comes in several groups."""
-    kernel = tuple(weight.shape[2:]) if site.shape is not None else ()
+def _each(every: int, count: int, columns: int, cost: float, passes: float) -> int:
+    """How many of the positions of each sample are taken, where a product costs so much for each of them and the passes so much.
+
+    At least as many as hold ENTRIES numbers, so that few samples are enough for a matrix; beyond, all that cost a share of the passes.
+    """
+    return max(ENTRIES // columns, math.ceil(WORK * passes / cost * every / max(count, 1)))
+
+
+def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Tensor | None:
+    """Rows that a site reads; None where its input comes in several groups."""
     if site.shape is None:
-        every = math.prod(x.shape[:-1])
-        at = chosen(site, every, ROWS / max(every, 1) / 4, 4)
-    else:
-        if weight.shape[1] != x.shape[1]:
-            return None
-        every = math.prod(outputs(site, tuple(x.shape), kernel))
-        at = chosen(site, every, ROWS / count / every / 4, 4)
+        every, columns = math.prod(x.shape[:-1]), x.shape[-1]
+        return sampled(x, -1, _each(every, count, columns, columns**2 / 2, 3 * weight.numel()), count)
+    kernel = tuple(weight.shape[2:])
+    if weight.shape[1] != x.shape[1]:
+        return None
+    every = math.prod(outputs(site, tuple(x.shape), kernel))
+    at = chosen(site, every, ROWS / count / every / 4, 4)
     rows = read(site, x, kernel, at)
-    if rows.shape[2] > LARGEST and kernel:
+    if rows.shape[2] > LARGEST:
         taps = math.prod(kernel)
         rows = rows.reshape(rows.shape[1], -1, taps).transpose(1, 2).reshape(1, -1, x.shape[1])
-    return moments(rows, rows[:, :, :1])
+    return rows[0] if rows.dtype == torch.float64 else rows[0].float()
 
 
-def _independent(site: Site, x: Tensor, part: Moments | None) -> float:
+def _independent(site: Site, x: Tensor, count: int) -> float:
     """How many independent rows the rows of a batch are worth: those of one sample resemble each other (design effect, Kish 1965)."""
-    if part is None:
-        return 0.0
     rows = x.movedim(1 if site.shape is not None else -1, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
-    each = part.count / len(rows)
+    each = count / len(rows)
     if len(rows) < 2 or each <= 1:
-        return float(part.count)
+        return float(count)
     spread = (rows - rows.mean((0, 1))).square().mean((0, 1))
     between = rows.mean(1).var(0, correction=0)
     alike = (between[spread > 0] / spread[spread > 0]).mean().nan_to_num(0.0)  # channel by channel: rescaled ones change nothing
-    return part.count / (1 + (each - 1) * float(alike))
+    return count / (1 + (each - 1) * float(alike))
 
 
 def _together(mine: _Seen, site: Site, x: Tensor, count: int, grad: Tensor) -> None:
@@ -172,25 +196,39 @@ def _together(mine: _Seen, site: Site, x: Tensor, count: int, grad: Tensor) -> N
     mine.apart += float(effect.square().sum())
 
 
-def _add(mine: _Seen, grad: Tensor, site: Site) -> None:
-    flat = grad.detach().movedim(1 if site.shape is not None else -1, 0).flatten(1).float()
-    mine.grads = mine.grads + (flat @ flat.T).double()
+def _told(site: Site, weight: Tensor) -> bool:
+    """Whether the gradient of what is written is better told by what it says of what is read: ``WᵀBW`` at once, without the wide ``B``."""
+    return site.shape is None and weight.shape[site.axis] > 2 * weight.shape[1 - site.axis]
+
+
+def _gradients(site: Site, grad: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Gradients of a site's outputs as rows, scaled so that their products add up to those of all positions."""
+    dim = 1 if site.shape is not None else -1
+    outs, every = grad.shape[dim], grad.numel() // grad.shape[dim]
+    told = _told(site, weight)
+    cost = weight.numel() + (weight.numel() / outs) ** 2 / 2 if told else outs**2 / 2
+    rows = sampled(grad.detach(), dim, _each(every, count, outs, cost, 3 * weight.numel()), count)
+    rows = rows * math.sqrt(every / len(rows))
+    return rows @ (weight.T if site.turned else weight).to(rows.dtype) if told else rows
 
 
 def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Halves, float] | None:
-    """``H⁻¹``, and ``Wᵀ B W`` with the columns of each unit and the covariances on both parts of the samples."""
+    """``H⁻¹``; ``B^½ W``, the columns of each unit and the covariances on both parts of the samples; how far the rows fall short."""
     weight = task.tensors[site.weight].detach().double().cpu()
     weight = weight.T if site.turned else weight
     columns = mine.data.xx.shape[1]
     flat = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]  # (outputs, inputs, taps)
-    if units.numel() != flat.shape[1] or isinstance(mine.grads, float):
+    both = mine.second
+    if units.numel() != flat.shape[1] or both is None:
         return None
-    values, vectors = torch.linalg.eigh(mine.grads.cpu() * mine.alike)
-    root = values.clamp(min=0).sqrt()[:, None] * vectors.T
-    if columns == flat.shape[1] * flat.shape[2]:
+    values, vectors = torch.linalg.eigh(both * mine.alike)
+    root, each = values.clamp(min=0).sqrt()[:, None] * vectors.T, 1
+    if _told(site, task.tensors[site.weight]):
+        writes = root
+    elif columns == flat.shape[1] * flat.shape[2]:
         writes, each = root @ flat.flatten(1), flat.shape[2]
     else:
-        writes, each = torch.cat([root @ flat[:, :, tap] for tap in range(flat.shape[2])]), 1
+        writes = torch.cat([root @ flat[:, :, tap] for tap in range(flat.shape[2])])
     every = mine.data if mine.check is None else mine.data + mine.check
     hessian = every.xx[0].cpu() / every.count
     # Of fewer rows than columns any column seems to follow from the others; what they cannot tell counts as independent.

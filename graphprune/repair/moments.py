@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..scores.waiting import inner
+
 Tensor = torch.Tensor
 
 
@@ -37,8 +39,8 @@ class Moments:
             total,
             self.x + share * dx,
             self.y + share * dy,
-            self.xx + other.xx + weight * dx[:, :, None] * dx[:, None, :],
-            self.yx + other.yx + weight * dy[:, :, None] * dx[:, None, :],
+            (self.xx + other.xx).baddbmm_(dx[:, :, None], dx[:, None, :], alpha=weight),
+            (self.yx + other.yx).baddbmm_(dy[:, :, None], dx[:, None, :], alpha=weight),
             self.yy + other.yy + weight * dy.square(),
         )
 
@@ -50,7 +52,7 @@ def moments(x: Tensor, y: Tensor) -> Moments:
     x, y = x - near_x[:, None], y - near_y[:, None]
     # A mean in the type of the rows is a little off (and in float64 it would take longer than the products); the rest comes off the sums.
     dx, dy, count = x.mean(1).double(), y.mean(1).double(), x.shape[1]
-    xx = (x.transpose(1, 2) @ x).double() - count * dx[:, :, None] * dx[:, None, :]
+    squares = inner(x[0].T)[None] if len(x) == 1 else x.transpose(1, 2) @ x
+    xx = squares.double() - count * dx[:, :, None] * dx[:, None, :]
     yx = (y.transpose(1, 2) @ x).double() - count * dy[:, :, None] * dx[:, None, :]
-    yy = y.square().sum(1).double() - count * dy.square()
-    return Moments(count, near_x.double() + dx, near_y.double() + dy, xx, yx, yy)
+    return Moments(count, near_x.double() + dx, near_y.double() + dy, xx, yx, y.square().sum(1).double() - count * dy.square())

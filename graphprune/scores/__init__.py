@@ -28,7 +28,7 @@ from .norm import filter_norm, group_norm, l1, l2, lamp, linf, product
 from .normalise import kind, normalise
 from .others import ensemble, random
 from .reconstruct import lasso, leverage, obs, pivoted_qr, thinet
-from .registry import SCORES, Score, checked, named
+from .registry import SCORES, Score, accepts, checked, named
 from .similar import fpgm, redundancy
 from .start import grasp, snip, synflow
 from .task import Scores
@@ -60,6 +60,8 @@ def score(
         return criterion(groups, model, batches, loss, **options)
     if not callable(criterion):
         raise UnknownName(f"criterion is {criterion!r}; it is a name, a score, or a function (groups, model, batches) -> tensors")
+    wanted = ", ".join(["groups", "model", "batches", *(f"{name}=" for name in options)])
+    accepts(criterion, f"({wanted})", groups, model, batches, **options)
     with undisturbed(model, seed=None):
         found = criterion(groups, model, batches, **options)
     name = getattr(criterion, "__name__", type(criterion).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -159,7 +158,7 @@ class Swept:
         self.scale = torch.where(scale > 0, scale, 1.0)
         self.matrix = form / torch.outer(self.scale, self.scale)
         self.active = torch.zeros(len(form), dtype=torch.bool)
-        self.left, self.pending = form.new_empty(len(form), BLOCK), 0
+        self.left, self.right, self.pending = form.new_empty(BLOCK, len(form)), form.new_empty(BLOCK, len(form)), 0
 
     def column(self, at: int) -> Tensor:
         """The tableau's column, in the scale of Q."""
@@ -167,44 +166,39 @@ class Swept:
         return self._column(at) * own * own[at]
 
     def _column(self, at: int) -> Tensor:
-        left = self.left[:, : self.pending]
-        return self.matrix[:, at] - left @ left[at]
+        return self.matrix[at] - self.right[: self.pending, at] @ self.left[: self.pending]
 
     def sweep(self, at: int) -> bool:
         """Take ``at`` into the swept set; False (and nothing done) where it depends on the set."""
         column = self._column(at)
-        pivot = float(column[at])
-        if pivot <= 1e-13:
+        if float(column[at]) <= 1e-13:
             return False
-        column[at] = pivot - 1  # then row and column become column / pivot, up to the diagonal
-        self.left[:, self.pending] = column / math.sqrt(pivot)
-        self.pending += 1
-        self.matrix[at, at] -= 2  # (2 p − 1) / p − 2 = −1 / p
-        self.active[at] = True
-        if self.pending == BLOCK:
-            self.settle()
+        self._turn(at, column, 1)
         return True
 
     def unsweep(self, at: int) -> None:
         """Take ``at`` out of the swept set again."""
-        self.settle()
-        column = self.matrix[:, at].clone()
+        self._turn(at, self._column(at), -1)
+
+    def _turn(self, at: int, column: Tensor, sign: int) -> None:
         pivot = float(column[at])
-        self.matrix -= torch.outer(column, column / pivot)
-        self.matrix[:, at] = self.matrix[at] = -column / pivot
-        self.matrix[at, at] = -1 / pivot
-        self.active[at] = False
+        column[at] = pivot - sign  # then row and column become ± column / pivot, up to the diagonal
+        self.left[self.pending], self.right[self.pending] = column, column / pivot
+        self.pending += 1
+        self.matrix[at, at] -= 2 * sign  # ± 2 − 1 / p becomes −1 / p
+        self.active[at] = sign > 0
+        if self.pending == BLOCK:
+            self.settle()
 
     def settle(self) -> None:
-        left = self.left[:, : self.pending]
-        self.matrix -= left @ left.T
+        self.matrix.addmm_(self.left[: self.pending].T, self.right[: self.pending], alpha=-1)
         self.pending = 0
 
     def times(self, vector: Tensor) -> Tensor:
         """The tableau, in the scale of Q, times a vector."""
         self.settle()
         own = torch.where(self.active, 1 / self.scale, self.scale)
-        return own * (self.matrix @ (own * vector))
+        return own * torch.mv(self.matrix, own * vector)
 
 
 def lasso_entries(form: Tensor, floor: float = 1e-9) -> Tensor:

@@ -5,6 +5,9 @@ as outputs, so one C x C Gram matrix ``G = X Xᵀ / N`` serves all of them, inst
 1 x 1 kernels this is exact. A unit of several columns (a head) keeps them apart while the whole matrix stays below
 ``LARGEST``; beyond that its columns count as further positions. Of a large map a fixed number of random positions is read
 (ThiNet and He et al. read 10 an image; here as many as hold ``ENTRIES`` numbers an image), so that the products cost no more than the forward pass.
+
+Up to ``SMALL`` columns everything is computed in double precision. Larger matrices are inverted and downdated in single precision where the damping
+keeps their condition far enough below ``1 / eps`` (a test compares the order of removal), and their eigenvectors taken in it.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ from .registry import scorer
 from .seen import Place, observe, places
 from .similar import by_unit
 from .task import Scores, Task
+from .waiting import Waiting, inner, sampled
 
 Tensor = torch.Tensor
 LARGEST = 4096
 ENTRIES = 2**16
+SMALL = 1024  # columns up to which everything is decomposed in double precision
+WORST = 0.25  # condition over 1 / eps up to which single precision is taken
 
 
 @dataclass(frozen=True)
@@ -43,48 +49,32 @@ class Form:
         return block.reshape(units, each, units, each).sum((1, 3)) if each > 1 else block
 
 
-def inner(rows: Tensor) -> Tensor:
-    """``rows @ rows.T``; of a large one the lower blocks are copied from the upper ones.
-
-    >>> rows = torch.arange(6.0).reshape(3, 2)
-    >>> torch.equal(inner(rows), rows @ rows.T)
-    True
-    """
-    half = len(rows) // 2
-    if half < 128:
-        return rows @ rows.T
-    found = rows.new_empty(len(rows), len(rows))
-    found[:half, :half], found[half:, half:] = inner(rows[:half]), inner(rows[half:])
-    torch.matmul(rows[:half], rows[half:].T, out=found[:half, half:])
-    found[half:, :half] = found[:half, half:].T
-    return found
-
-
 def forms(task: Task, centre: bool = False) -> Iterator[list[Form]]:
     """The quadratic forms of every group in turn, one for each activation that a weight reads; ``centre``: covariances instead of Grams."""
     every = [[p for p in mine if any(r.leaf in task.parameters for r in p.readers)] for mine in places(task)]
     shapes = {id(p): _columns(task.groups.groups[p.group], p) for mine in every for p in mine}
-    sums: dict[int, list] = {}
+    sums = {id(place): Waiting(_sums) for mine in every for place in mine}
+
+    count = 1
+
+    def begin(size: int) -> None:
+        nonlocal count
+        count = size
 
     def see(place: Place, tensor: Tensor) -> None:
         columns, apart = shapes[id(place)]
-        rows = tensor.movedim(place.dim, 0).flatten(1) if tensor.ndim > 1 else tensor[:, None]
-        most = max(1, ENTRIES // len(rows)) * max(1, tensor.shape[0])
-        if tensor.ndim > 2 and rows.shape[1] > most:
-            rows = rows[:, torch.randperm(rows.shape[1], device=rows.device)[:most].sort().values]
-        rows = rows if torch.equal(columns.flatten(), torch.arange(len(rows))) else rows[columns.flatten()]
-        rows = rows if apart else rows.reshape(len(columns), -1)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        count, first, second = rows.shape[1], rows.sum(1, dtype=torch.float64).cpu(), inner(rows).cpu()
-        if id(place) in sums:
-            total = sums[id(place)]
-            total[:] = total[0] + count, total[1] + first, total[2].add_(second)
-        else:
-            sums[id(place)] = [count, first, second.double()]
+        rows = sampled(tensor, place.dim, ENTRIES // tensor.shape[place.dim], count)
+        rows = rows if torch.equal(columns.flatten(), torch.arange(rows.shape[1])) else rows[:, columns.flatten()]
+        sums[id(place)].add(rows if apart else rows.reshape(len(rows), *columns.shape).transpose(1, 2).flatten(0, 1))
 
-    observe(task, every, see)
+    observe(task, every, see, begin)
     for group, mine in zip(task.groups, every, strict=True):
-        yield [_form(task, group, place, shapes[id(place)], sums.pop(id(place)), centre) for place in mine]
+        yield [_form(task, group, place, shapes[id(place)], sums.pop(id(place)).total(), centre) for place in mine]
+
+
+def _sums(rows: Tensor) -> tuple[int, Tensor, Tensor]:
+    """How many rows, their sum, and their Gram matrix."""
+    return len(rows), rows.sum(0, dtype=torch.float64).cpu(), inner(rows.T).cpu()
 
 
 def _columns(group: Group, place: Place) -> tuple[Tensor, bool]:
@@ -100,7 +90,7 @@ def _columns(group: Group, place: Place) -> tuple[Tensor, bool]:
     return columns, columns.shape[1] == 1 or (aligned and columns.numel() <= LARGEST)
 
 
-def _form(task: Task, group: Group, place: Place, shape: tuple[Tensor, bool], sums: list, centre: bool) -> Form:
+def _form(task: Task, group: Group, place: Place, shape: tuple[Tensor, bool], sums: tuple[int, Tensor, Tensor], centre: bool) -> Form:
     columns, apart = shape
     count, first, second = sums
     gram = second / count - (torch.outer(first, first) / count**2 if centre else 0.0)
@@ -141,14 +131,23 @@ def obs(task: Task, damping: float = 1e-2, centre: bool = False, otherwise: str 
 
 
 def _surgery(mine: list[Form], damping: float) -> Tensor:
-    inverses = []
+    inverses, reads = [], []
     for form in mine:
-        hessian = form.gram.clone()
+        kind = _precision(len(form.gram), damping)
+        hessian = form.gram.to(kind, copy=True)
         hessian.diagonal().add_(damping * float(hessian.diagonal().mean()) or 1.0)
         inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(hessian)))
+        reads.append(form.reads.to(kind))
     if all(form.columns.shape[1] == 1 for form in mine):
-        return surgeon(inverses, [form.reads for form in mine])
-    return surgeon_in_blocks(inverses, [form.reads for form in mine], [form.columns for form in mine])
+        return surgeon(inverses, reads)
+    return surgeon_in_blocks(inverses, reads, [form.columns for form in mine])
+
+
+def _precision(size: int, damping: float) -> torch.dtype:
+    """Single precision for a large matrix whose condition the damping bounds (by the trace over the damping), so that it stays below ``1 / eps``."""
+    if size <= SMALL or damping <= 0 or size * (1 + damping) / damping * torch.finfo(torch.float32).eps > WORST:
+        return torch.float64
+    return torch.float32
 
 
 def _contributions(mine: list[Form]) -> Tensor:
@@ -198,7 +197,7 @@ def leverage(task: Task, energy: float = 0.95, centre: bool = False, otherwise: 
 
 def _leverage(gram: Tensor, energy: float) -> Tensor:
     # Of a large matrix single precision is finer than the sample it comes from, and half the work.
-    values, vectors = torch.linalg.eigh(gram if len(gram) <= 1024 else gram.float())
+    values, vectors = torch.linalg.eigh(gram if len(gram) <= SMALL else gram.float())
     values, vectors = values.double().flip(0).clamp(min=0), vectors.flip(1)
     share = values.cumsum(0) / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
     count = int((share < energy).sum()) + 1

@@ -114,6 +114,22 @@ def named(name: str) -> Score:
     return SCORES[name]
 
 
+def accepts(function: Callable, wanted: str, *args: Any, **options: Any) -> None:
+    """Raise BadScore when a function of the user's own cannot be called so; what goes wrong inside it is left to itself.
+
+    >>> accepts(lambda weight: weight, "(weight)", torch.ones(1))
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise BadScore(f"the criterion {name!r} takes {signature}, and is called as {wanted}: {error}") from None
+
+
 def checked(groups: Groups, model: nn.Module, scores: Any, name: str) -> Scores:
     """The scores, when there is a finite float64 tensor of shape (units,) for every group; else BadScore with the place."""
     if not isinstance(scores, list | tuple) or len(scores) != len(groups):

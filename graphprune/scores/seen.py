@@ -71,8 +71,11 @@ def finite(task: Task, place: Place, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def observe(task: Task, every: list[list[Place]], see: Callable[[Place, Tensor], None]) -> int:
-    """Run all batches without gradients and show every place its activation; returns the number of samples."""
+def observe(task: Task, every: list[list[Place]], see: Callable[[Place, Tensor], None], begin: Callable[[int], None] | None = None) -> int:
+    """Run all batches without gradients and show every place its activation; returns the number of samples.
+
+    ``begin`` is told before each batch how many samples it holds.
+    """
     values, at = _by_value(every)
 
     def show(value: Value, tensor: Tensor) -> None:
@@ -82,7 +85,10 @@ def observe(task: Task, every: list[list[Place]], see: Callable[[Place, Tensor],
     count = 0
     with torch.no_grad(), watch(task.model, task.groups.graph, values, show):
         for batch in task.data:
-            count += samples(batch)
+            size = samples(batch)
+            count += size
+            if begin:
+                begin(size)
             task.data.run(batch)
     return count
 

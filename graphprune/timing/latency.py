@@ -23,6 +23,7 @@ from torch import nn
 from ..budget.targets import Aims, stays
 from ..cost import Costs, operation, priced
 from ..coupling.groups import Groups
+from ..coupling.lengths import Lengths
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..errors import BadMeasure, BadTarget, GraphpruneError
@@ -33,12 +34,12 @@ from ..tracing.trees import tensors
 from .align import alignments
 from .measure import clock_for, interleave, middle_of, using_threads
 from .runtimes import evaluating, prepare
-from .table import Table, times
+from .table import Table, Times, times
 
 TOLERANCE = 0.015
 SECONDS = 2.0
 ATTEMPTS = 8
-NOISE = 0.1
+NOISE, UNSURE = 0.1, 0.02  # bands that are refused, and bands for which it is worth to measure for longer
 Propose = Callable[[dict], tuple[Groups, list, Plan]]
 
 
@@ -97,7 +98,7 @@ class Stopwatch:
         call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads)
         clock = clock_for(self.device, self.threads)[1]
         rows = interleave([self.call, call, self.call], clock, self.seconds, enough, chained=True)
-        if _timing(rows).noise > NOISE / 2:  # a busy machine: the same once more, for longer
+        if _timing(rows).noise > UNSURE:  # a busy machine: the same once more, for longer
             rows = np.concatenate([rows, interleave([self.call, call, self.call], clock, 3 * self.seconds, enough, chained=True)])
         return rows
 
@@ -113,11 +114,11 @@ def _timing(rows: np.ndarray) -> Timing:
 
 
 def _clear(found: Timing, target: float | None) -> bool:
-    """Whether more rounds would change nothing: the band is narrow, or (within 2 %) on one side of what counts as met."""
+    """Whether more rounds would change nothing: the band is narrow, or (when not too wide) on one side of what counts as met."""
     low, high = found.band
     if found.noise <= TOLERANCE / 3:
         return True
-    if target is None or found.noise > 0.02:
+    if target is None or found.noise > UNSURE:
         return False
     least, most = target * (1 - TOLERANCE), target * (1 + TOLERANCE)
     return high < least or low > most or (least < low and high < most)
@@ -240,7 +241,7 @@ def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str
 def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups], Mapping[int, int]]:
     """What widths are multiples of: the number given, or ("auto", and by default where a time is asked for) what the device likes."""
     if multiple_of is None:
-        multiple_of = "auto" if aims.timed else 1
+        multiple_of = "auto" if aims.timed or aims.weight else 1
     if multiple_of != "auto":
         if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
             raise BadTarget(f'multiple_of is {multiple_of!r}; it is a whole number from 1 on, or "auto"')
@@ -258,6 +259,22 @@ def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups]
         return known[key]
 
     return learnt
+
+
+def predicted(graph: Graph, aims: Aims, scope: str) -> dict[str, tuple[float, Callable[[Lengths], Times]]]:
+    """The predicted time as a cost without a limit, where the aims are to be reached by fast widths; nothing otherwise."""
+    if not aims.weight:
+        return {}
+    if scope != "optimal":
+        raise BadTarget(f"objective={aims.objective!r} chooses every width by its time, and scope={scope!r} by the scores; leave one of them out")
+    watch = Stopwatch(nn.Identity(), graph, aims)
+    table = Table(watch.device, aims.runtime, watch.threads)
+
+    def make(lengths: Lengths) -> Times:
+        with using_threads(watch.threads):
+            return times(lengths.groups.graph, table)(lengths)
+
+    return {"time": (math.inf, make)}
 
 
 def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:

@@ -1,7 +1,9 @@
 """How long a model takes: :func:`measure` times it against a reference, interleaved, and says how sure it is.
 
 A round times the reference, the model and the reference again; the two times of the reference against each other are the
-control (it must give 1). The speedup is the median over rounds of reference / model; its band is the 95 % confidence
+control (it must give 1). Each timing follows a call of the same model that is not timed: right after another model the caches
+are full of that one's weights, which costs a small network several per cent, so its speedup would depend on the company and
+the order in which it is measured. The speedup is the median over rounds of reference / model; its band is the 95 % confidence
 interval of that median, from order statistics (no distribution assumed). On one thread the clock is the CPU time of the
 process, which other programs disturb least; on several threads it is wall time; on a GPU it is the device's own events.
 """
@@ -127,7 +129,8 @@ def interleave(
     """Seconds per call, one row for each round, until ``enough`` (a function of the rows, or the share within which the
     band of the first two must be) or until ``seconds`` are used up.
 
-    Every other round runs backwards, so that a drift cancels. ``chained``: where a round begins with the call that the last
+    Every other round runs backwards, so that a drift cancels. ``warm``: every timing follows a call that is not timed, so
+    that it does not depend on what ran before. ``chained``: where a round begins with the call that the last
     one ended with, that timing counts for both (quicker; neighbouring rows are then not quite independent).
     """
     done = enough if callable(enough) else lambda rows: _settled(rows, enough)
@@ -144,6 +147,8 @@ def interleave(
             first = order.pop(0)
             row[first] = rows[-1][first]
         for index in order:
+            if warm:
+                calls[index]()
             row[index] = clock(calls[index], repeats[index])
         if not all(math.isfinite(each) and each > 0 for each in row):
             raise BadMeasure("the clock returned zero or less; time more work per call (a larger batch)")

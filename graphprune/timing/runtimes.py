@@ -64,9 +64,14 @@ def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager",
     try:
         return {"onnxruntime": _onnxruntime, "openvino": _openvino}[runtime](model, args, kwargs, threads)
     except ImportError as error:
-        raise BadMeasure(f"runtime {runtime!r} is not installed: pip install {runtime}{' onnx' if runtime == 'onnxruntime' else ''}") from error
+        raise missing(runtime) from error
     except Exception as error:
         raise BadMeasure(f"{runtime} does not take this model: {type(error).__name__}: {str(error)[:500]}") from error
+
+
+def missing(runtime: str) -> BadMeasure:
+    """The error for a runtime that is not installed."""
+    return BadMeasure(f"runtime {runtime!r} is not installed: pip install {runtime}{' onnx' if runtime == 'onnxruntime' else ''}")
 
 
 def _compiled(model: nn.Module, args: tuple, kwargs: dict) -> Call:

@@ -1,7 +1,9 @@
 """How long each operation of a model takes, as a function of the widths: :func:`times`.
 
 Every recorded call that computes is run by itself on tensors of the shapes it would have at a small grid of widths
-(input and output width both vary) and timed; in between, times are interpolated. Timings are kept on disk, one file for
+(input and output width both vary) and timed; in between, times are interpolated. On a CPU every timing finds the caches as
+in the middle of a model: what the call before it made is there, the weights are not. (Timed over and over, what is bound by
+memory looks two to four times as fast as it is, and products half as much again.) Timings are kept on disk, one file for
 each device, runtime, number of threads and version, in ``$XDG_CACHE_HOME/graphprune`` (default ``~/.cache/graphprune``),
 so a second search times nothing. The sum over the calls predicts the model up to a factor that the search corrects.
 """
@@ -15,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,12 @@ from ..tracing.trace import Graph, Node
 from ..tracing.trees import replace, tensors
 from .measure import clock_for
 from .operators import EAGER, Item, item, lone, together
+from .runtimes import missing
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.1)
 BATCH, BYTES = 64, 2**28  # operations, and bytes of their tensors, in one session
+SWEEP = 2**21  # numbers that are written to empty the caches of a core
+READS = {"convolution": 0, "mm": 0, "addmm": 1, "linear": 0}  # the argument that another call has just made; the others are weights
 VIEWS = frozenset(
     "view _unsafe_view expand permute transpose t select slice split unbind detach alias unsqueeze squeeze as_strided empty empty_like new_empty".split()
 )
@@ -65,7 +71,7 @@ class Table:
     names: dict[int, tuple[Node, str, list[str]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        facts = [device_name(self.device), self.runtime, self.threads, torch.__version__]
+        facts = [device_name(self.device), self.runtime, self.threads, torch.__version__, "cold weights"]
         self.path = folder() / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
         self.known = self._read() or {"facts": facts}
 
@@ -117,6 +123,8 @@ class Table:
     def _run(self, batch: dict[str, Item]) -> None:
         try:
             self.known.update(zip(batch, together(list(batch.values()), self.runtime, self.threads) if batch else (), strict=True))
+        except ImportError as error:
+            raise missing(self.runtime) from error
         except Exception:  # of the runtime's own kind; one that is refused would take the others along
             if len(batch) == 1:
                 self.known.update(dict.fromkeys(batch, 0.0))
@@ -138,8 +146,11 @@ class Table:
 
     def _time(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> float:
         try:
-            call = lone(node, *self._arguments(node, shapes), self.runtime)
-            return 0.0 if call is None else fastest(call, clock_for(self.device, self.threads)[1])
+            args, kwargs = self._arguments(node, shapes)
+            call = lone(node, args, kwargs, self.runtime)
+            made = list(tensors(args[READS[name]] if (name := operation(node)) in READS else (args, kwargs), torch.Tensor))
+            between = (lambda: _sweep(made)) if self.device.type == "cpu" else None
+            return 0.0 if call is None else fastest(call, clock_for(self.device, self.threads)[1], between)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return 0.0
 
@@ -175,14 +186,29 @@ def fitted(node: Node, args: tuple) -> tuple:
     return tuple(args)
 
 
-def fastest(call: Callable[[], Any], clock: Callable[[Callable, int], float], budget: float = 0.02) -> float:
-    """The smallest of several timings: what disturbs only adds."""
+@cache
+def _broom() -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(SWEEP)
+
+
+def _sweep(made: list[torch.Tensor]) -> None:
+    """The caches as a call finds them inside a model."""
+    _broom().add_(1)
+    for tensor in made:
+        tensor.sum()
+
+
+def fastest(call: Callable[[], Any], clock: Callable[[Callable, int], float], between: Callable[[], None] | None = None, budget: float = 0.03) -> float:
+    """The smallest of several timings: what disturbs only adds. ``between`` runs before each of them, which is then of one call."""
     with torch.inference_mode():
         call()
         once = max(clock(call, 1), 1e-7)
-        repeats = max(1, int(0.0004 / once))
-        end, found = time.perf_counter() + budget, [clock(call, repeats)]
-        while len(found) < 3 or (len(found) < 8 and time.perf_counter() < end):
+        repeats = 1 if between else max(1, int(0.0004 / once))
+        end, found = time.perf_counter() + budget, []
+        while len(found) < 4 or (len(found) < 12 and time.perf_counter() < end):
+            if between:
+                between()
             found.append(clock(call, repeats))
     return min(found)
 
@@ -252,15 +278,17 @@ def times(graph: Graph, table: Table, align: int = 16) -> Callable[[Lengths], Ti
 def _sampled(node: Node, axes: list, forms: list[int], lengths: Lengths, align: int) -> tuple[list[int], list[list[float]], list]:
     """The two lengths that a call depends on most, the grid of each, and the shapes of its tensors at every point of both."""
     product = operation(node) in PRODUCTS or operation(node) == "convolution"
-    lead = forms[:2] if product else forms[:1]
+    # What only moves or meets entries takes as long as its result is large (a concatenation: the sum of its parts).
+    made = [] if product else [form for _, form in (lengths.form(node.outs[0], dim) for dim in range(len(node.outs[0].shape))) if form]
+    lead = forms[:2] if product else (made or forms)[:1]
     points = [_points(lengths, form, align) for form in lead]
-    full = [int(lengths.constant[f] + sum(s * lengths.groups.groups[g].size for g, s in lengths.slopes[f].items())) or 1 for f in forms]
+    full = {f: int(lengths.constant[f] + sum(s * lengths.groups.groups[g].size for g, s in lengths.slopes[f].items())) or 1 for f in (*forms, *lead)}
     every = []
     for first in points[0]:
-        share = first / full[0]  # further widths go with the first
+        share = first / full[lead[0]]  # further widths go with the first
         row = []
         for second in points[1] if len(lead) > 1 else [1]:
-            now = {form: max(1, round(size * share)) for form, size in zip(forms, full, strict=True)}
+            now = {form: max(1, round(size * share)) for form, size in full.items()}
             now |= {lead[0]: first} | ({lead[1]: second} if len(lead) > 1 else {}) | {0: 1}
             row.append([tuple(factor * now[form] for factor, form in axis) for axis in axes])
         every.append(row)

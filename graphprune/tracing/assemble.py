@@ -29,10 +29,14 @@ def free(labels: Labels, shape: tuple[int, ...], axes: range | list[int]) -> Fie
     """Labels for axes along which a tensor is uniform: it can be cut there, whatever is asked of it."""
     fields = []
     for axis in axes:
-        if shape[axis] > 1:
-            view = [1] * len(shape)
-            view[axis] = shape[axis]
-            fields.append(labels.fresh(shape[axis]).reshape(view))
+        size = shape[axis]
+        if size > 1:
+            made = labels.fresh(size)
+            if len(shape) > 1:
+                view = [1] * len(shape)
+                view[axis] = size
+                made = made.reshape(view)
+            fields.append(made)
     return tuple(fields)
 
 

@@ -52,6 +52,8 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         twin.extend([duplicate(item, memo) for item in value])
         return twin
     if kind is tuple:
+        if PLAIN.issuperset(map(type, value)):
+            return value
         items = [duplicate(item, memo) for item in value]
         return value if all(a is b for a, b in zip(items, value, strict=True)) else memo.setdefault(id(value), tuple(items))
     if isinstance(value, nn.Module) and ordinary(kind):
@@ -64,10 +66,14 @@ def _module(module: nn.Module, kind: type, memo: dict[int, Any]) -> nn.Module:
     state = module.__dict__.copy()
     state.pop("_compiled_call_impl", None)  # as nn.Module's own copying does
     for key, value in state.items():
-        if type(value) in PLAIN:
+        own = type(value)
+        if own in PLAIN:
             continue
         # Every module owns these containers, so that an empty one needs no note in the memo.
-        state[key] = type(value)() if key in OWN and not value else duplicate(value, memo)
+        if key in OWN and not value:
+            state[key] = own()
+        elif own is not tuple or not PLAIN.issuperset(map(type, value)):
+            state[key] = duplicate(value, memo)
     if kind.__setstate__ is nn.Module.__setstate__:
         twin.__dict__.update(state)
     else:

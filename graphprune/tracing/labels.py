@@ -106,6 +106,7 @@ class Labels:
     count: int = 0
     starts: list[int] = field(default_factory=list)
     pairs: list[tuple[Array, Array]] = field(default_factory=list)
+    wholes: list[tuple[int, int]] = field(default_factory=list)
     locks: list[tuple[Array, int]] = field(default_factory=list)
     reasons: list[Reason] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
@@ -114,12 +115,22 @@ class Labels:
     _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
     _seen: set[tuple[int, int]] = field(default_factory=set)
     _alive: list[tuple[Array, Array]] = field(default_factory=list)
+    _blocks: dict[int, tuple[int, Array]] = field(default_factory=dict)
 
     def fresh(self, size: int) -> Array:
+        made = np.arange(self.count, self.count + size, dtype=np.int32)
         if size:
+            self._blocks[id(made)] = len(self.starts), made
             self.starts.append(self.count)
         self.count += size
-        return np.arange(self.count - size, self.count, dtype=np.int32)
+        return made
+
+    def block(self, array: Array) -> int:
+        """The number of the labels handed out together that ``array`` holds, all of them and in order along one axis; else -1."""
+        whole = array if array.base is None else array.base
+        number, made = self._blocks.get(id(whole), (-1, array))
+        size = array.size
+        return number if made is whole and made.size == size and size in array.shape and array.item(0) == made.item(0) else -1
 
     def is_repeated(self, array: Array) -> bool:
         """Whether a field numbers copies of one and the same thing (an expanded axis)."""
@@ -134,6 +145,11 @@ class Labels:
             return
         self._seen.add(key)
         self._alive.append((left, right))  # so that their ids stay theirs
+        if left.shape == right.shape:
+            blocks = self.block(left), self.block(right)
+            if min(blocks) >= 0:
+                self.wholes.append(blocks)
+                return
         self.pairs.append((left, right) if left.shape == right.shape else tuple(np.broadcast_arrays(left, right)))
 
     def reason(self, reason: Reason) -> int:
@@ -176,35 +192,19 @@ class Labels:
 
     def partition(self) -> Partition:
         parts = Partition(self.count)
+        if self.wholes:
+            starts = np.array(self.starts, dtype=np.int32)
+            blocks = Partition(len(starts))
+            blocks.union(*np.array(self.wholes, dtype=np.int32).T)
+            root = blocks.find(np.arange(len(starts), dtype=np.int32))
+            parts.parent += np.repeat(starts[root] - starts, np.diff(starts, append=np.int32(self.count)))
         if self.pairs:
-            left = np.concatenate([pair[0].ravel() for pair in self.pairs])
-            right = np.concatenate([pair[1].ravel() for pair in self.pairs])
-            rest = self._whole(parts, left, right)
-            parts.union(left[rest], right[rest])
-        parts.flatten()
+            left, right = (np.concatenate([pair[side].ravel() for pair in self.pairs]) for side in (0, 1))
+            parts.union(left, right)
+            parts.flatten()
         if self.locks:
             parts.lock(np.concatenate([labels.ravel() for labels, _ in self.locks]))
         return parts
-
-    def _whole(self, parts: Partition, left: Array, right: Array) -> Array:
-        """Join labels that were handed out together as one (most joins are of this kind); return which pairs are left over."""
-        starts = np.array(self.starts, dtype=np.int32)
-        sizes = np.diff(starts, append=np.int32(self.count))
-        counts = np.array([pair[0].size for pair in self.pairs])
-        begins = np.cumsum(counts) - counts
-        block = np.repeat(np.arange(len(starts), dtype=np.int32), sizes)
-        whole = np.ones(len(counts), dtype=bool)
-        for side in (left, right):
-            steps = np.ones(len(side), dtype=bool)
-            np.equal(side[1:] - side[:-1], 1, out=steps[1:])
-            steps[begins] = True
-            first = side[begins]
-            whole &= np.logical_and.reduceat(steps, begins) & (starts[block[first]] == first) & (sizes[block[first]] == counts)
-        blocks = Partition(len(starts))
-        blocks.union(block[left[begins[whole]]], block[right[begins[whole]]])
-        root = blocks.find(np.arange(len(starts), dtype=np.int32))
-        parts.parent += np.repeat(starts[root] - starts, sizes)
-        return np.repeat(~whole, counts)
 
 
 def rows(array: Array, axes: tuple[int, ...]) -> Array:

@@ -11,10 +11,11 @@ that stays, ``[c]`` an axis with a statistic over it (*mixed*). An axis on both 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from .labels import Array, Fields, Labels, compact, varying
 Axes = tuple[tuple[str, ...], ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class Value:
     """What is known of one tensor of the run: its shape, its fields, and where it came from.
 
@@ -43,13 +44,12 @@ class Value:
     order: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Expr:
+class Expr(NamedTuple):
     """A rule's answer for one call: the text, the tensors it speaks of, and sizes that shapes do not tell."""
 
     text: str
     operands: tuple
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = MappingProxyType({})
 
 
 def expr(text: str, *operands: object, **sizes: int) -> Expr:
@@ -125,12 +125,12 @@ class Recipe:
     reduces: bool
 
     def replay(self, labels: Labels, rule: Expr, reason: int) -> tuple[list[Fields], bool]:
-        flat = [array.ravel() for value in rule.operands if isinstance(value, Value) for array in value.fields]
+        flat = [array if array.ndim == 1 else array.ravel() for value in rule.operands if value.__class__ is Value for array in value.fields]
         for left, right in self.joins:
             labels.join(flat[left], flat[right])
         for index in self.locks:
             labels.lock(flat[index], reason)
-        return [tuple([flat[index].reshape(view) for index, view in out]) for out in self.outs], self.reduces
+        return [tuple([flat[index] if len(view) == 1 else flat[index].reshape(view) for index, view in out]) for out in self.outs], self.reduces
 
 
 class _Told(Exception):

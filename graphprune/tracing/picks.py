@@ -11,7 +11,6 @@ import torch
 
 from .labels import Fields, Labels, Reason, compact, varying
 from .notation import Value
-from .trees import tensors
 
 INTEGERS = frozenset((torch.int64, torch.int32))
 
@@ -55,7 +54,9 @@ def pick(labels: Labels, x: Value, dim: int, index: Value, numbers: torch.Tensor
 
 def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: list, leaves: dict[str, Value]) -> dict[str, tuple[Value, int]]:
     """What each buffer counts, (tensor, axis). Where it is used otherwise, or counts axes of several lengths, these axes stay whole."""
-    other = {v.leaf for node in nodes if _name(node) not in ("index", "index_select") for v in tensors((node.args, node.kwargs))}
+    if not picks:
+        return {}
+    other = {v.leaf for node in nodes if _name(node) not in ("index", "index_select") for v in node.held}
     found = {}
     for name, places in picks.items():
         (value, dim), *rest = places

@@ -57,7 +57,7 @@ def line(where: tuple[str, int] | None) -> str:
     return f"{basename(where[0])}:{where[1]}" if where else ""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """One ATen call: what it is, its arguments (tensors as Value), its results, and where it was made."""
 
@@ -67,6 +67,7 @@ class Node:
     outs: list[Value]
     module: str
     where: tuple[str, int] | None
+    held: list[Value]  # all values among the arguments
     reduces: bool = False
     step: int = -1
 
@@ -191,7 +192,7 @@ class Recorder(TorchDispatchMode):
                 held.append(value)
                 seen.append(value)
             elif kind is list or kind is tuple:
-                seen.append(kind(self.see(item, given, held)))
+                seen.append(item if PLAIN.issuperset(map(type, item)) else kind(self.see(item, given, held)))
             else:
                 given += tensors(item, Tensor)
                 seen.append(replace(item, self.value))
@@ -209,7 +210,7 @@ class Recorder(TorchDispatchMode):
         named = dict(zip(kwargs, self.see(kwargs.values(), given, held), strict=True)) if kwargs else kwargs
         first = args[0] if args else None
         result = self.run(func, known, args, kwargs, given)
-        results = [result] if isinstance(result, Tensor) else list(tensors(result, Tensor))
+        results = [result] if isinstance(result, Tensor) else tensors(result, Tensor)
         if not results:
             self.read.update(id(value) for value in held)
             return result
@@ -230,7 +231,7 @@ class Recorder(TorchDispatchMode):
             if tensor is first and known.writes:
                 value.zero = False
             self.keep(tensor, value)
-        self.nodes.append(Node(func, seen, named, values, module, where, reduces, self.step))
+        self.nodes.append(Node(func, seen, named, values, module, where, held, reduces, self.step))
         self.spans.append((first_lock, len(self.labels.locks)))
         return result
 

@@ -10,6 +10,7 @@ operation without a rule locks the labels of its operands, and only those. :func
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from .notation import Expr, Value, expr
@@ -33,9 +34,14 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def pointwise(values: Sequence[Value], ranks: Sequence[int]) -> Expr:
     """All tensors of a pointwise call, aligned on the right as broadcasting does."""
+    return Expr(_aligned(tuple([len(v.shape) for v in values]), tuple(ranks)), tuple(values))
+
+
+@cache
+def _aligned(given: tuple[int, ...], ranks: tuple[int, ...]) -> str:
     top = max(ranks)
-    axes = [" ".join(LETTERS[top - len(v.shape) : top]) for v in values]
-    return expr(",".join(axes) + "->" + ",".join(" ".join(LETTERS[top - r : top]) for r in ranks), *values)
+    left, right = (",".join([" ".join(LETTERS[top - rank : top]) for rank in side]) for side in (given, ranks))
+    return f"{left}->{right}"
 
 
 def _dims(dim: Any, rank: int) -> set[int]:
@@ -130,19 +136,29 @@ def linear(x, weight, bias=None):
 
 @rule("convolution")
 def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-    space = " _" * (len(x.shape) - 2)
+    return Expr(_convolution(len(x.shape) - 2, bool(transposed)), (x, weight, bias), {"g": groups})
+
+
+@cache
+def _convolution(rank: int, transposed: bool) -> str:
+    space = " _" * rank
     kernel = f"(g i) o{space}" if transposed else f"(g o) i{space}"
-    return expr(f"b (g i){space}, {kernel}, (g o) -> b (g o){space}", x, weight, bias, g=groups)
+    return f"b (g i){space}, {kernel}, (g o) -> b (g o){space}"
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 def batch_norm(x, weight, bias, *rest):
     stats = [v for v in rest if isinstance(v, Value)]
-    training = any(v is True for v in rest) or len(stats) < 2
-    wrap = "[%s]" if training else "%s"
-    axes = [wrap % LETTERS[i] if i != 1 else "b" for i in range(len(x.shape))]
+    training = any([v is True for v in rest]) or len(stats) < 2
     mean, var = stats if len(stats) == 2 else (None, None)
-    return expr(f"{' '.join(axes)}, b, b, b, b -> {' '.join(axes)}", x, weight, bias, mean, var)
+    return Expr(_batch_norm(len(x.shape), training), (x, weight, bias, mean, var))
+
+
+@cache
+def _batch_norm(rank: int, training: bool) -> str:
+    wrap = "[%s]" if training else "%s"
+    axes = " ".join([wrap % LETTERS[i] if i != 1 else "b" for i in range(rank)])
+    return f"{axes}, b, b, b, b -> {axes}"
 
 
 @rule("native_layer_norm")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from .trees import PLAIN, modules_of
 SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.Embedding, nn.GroupNorm)
 SHAPED += (nn.RMSNorm, nn.PReLU)
 PLANTED = frozenset((int, list, tuple, dict))
+NEITHER = PLAIN - PLANTED
 _CONFIGURES: dict[type, bool] = {}
 # … and which axis of their weight such an attribute repeats.
 REPEATS = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0}
@@ -59,11 +61,11 @@ class Call:
     line: str
 
 
-def plant(model: nn.Module, values: Mapping[int, Value], original: nn.Module | None = None) -> dict[tuple, int]:
+def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], original: nn.Module) -> dict[tuple, int]:
     """Replace integer attributes (also inside lists, tuples, dictionaries and configuration objects) by sizes; return what they were.
 
     ``values`` finds the value of a tensor by its id: attributes that repeat the shape of a weight speak of that weight.
-    Objects that ``original`` shares with its copy ``model`` are left alone.
+    ``modules`` are those of a copy of ``original``; objects that both share are left alone.
     """
     symbols: dict[tuple, int] = {}
 
@@ -77,7 +79,8 @@ def plant(model: nn.Module, values: Mapping[int, Value], original: nn.Module | N
             return {key: size((*path, key), v) if type(key) is str and key[:1] != "_" else v for key, v in value.items()}
         return value
 
-    seen = {id(item) for _, module in modules_of(original) for item in module.__dict__.values()} if original is not None else set()
+    seen: set[int] = set()
+    entered = False
 
     def enter(holder: Any, path: tuple, depth: int) -> None:
         seen.add(id(holder))
@@ -89,21 +92,34 @@ def plant(model: nn.Module, values: Mapping[int, Value], original: nn.Module | N
             elif depth and configures(item) and id(item) not in seen:
                 enter(item, (*path, key), depth - 1)
 
-    for name, module in modules_of(model):
-        kind = type(module)
-        known = issubclass(kind, SHAPED) and kind.__module__.startswith("torch.nn.")
+    for name, module in modules:
+        known = _shaped(type(module))
         for key, value in list(module.__dict__.items()):
-            if type(value) not in PLAIN and key[0] != "_" and configures(value) and id(value) not in seen:
-                enter(value, (name, key), 1)
+            kind = type(value)
+            if kind in NEITHER or key[0] == "_":
                 continue
-            if known and key in REPEATS and type(value) is int:
+            if kind not in PLANTED:
+                if configures(value):
+                    if not entered:
+                        seen.update(id(item) for _, module in modules_of(original) for item in module.__dict__.values())
+                    entered = True
+                    if id(value) not in seen:
+                        enter(value, (name, key), 1)
+                continue
+            if known and kind is int and key in REPEATS:
                 _repeat(module, key, values)
-            if type(value) not in PLANTED or key[0] == "_" or (known and key not in COUNTS):
+            if known and key not in COUNTS:
                 continue
             planted = size((name, key), value)
             if planted is not value:
                 module.__dict__[key] = planted
     return symbols
+
+
+@cache
+def _shaped(kind: type) -> bool:
+    """Whether it is one of torch's own modules whose attributes repeat the shapes of their weights."""
+    return issubclass(kind, SHAPED) and kind.__module__.startswith("torch.nn.")
 
 
 def configures(value: Any) -> bool:

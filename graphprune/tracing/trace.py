@@ -26,7 +26,7 @@ from .picks import settle
 from .record import META, Node, Recorder, is_pointwise
 from .sizes import Size
 from .symbols import SIZED, Call, calls_of, plant
-from .trees import leaf_tensors, modules_of, normal_inputs, replace, tensors
+from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, same_dice, train_run, unread
 
 __all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
@@ -90,8 +90,8 @@ def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, list[tuple[torch.Te
         if id(tensor) in memo:
             continue
         data = tensor.detach()
-        if isinstance(tensor, nn.Parameter):
-            twin = nn.Parameter(data.clone() if real else data.to(META), requires_grad=False)
+        if is_parameter(tensor):
+            twin = nn.Parameter(data.clone() if real else data.to(META), False)
         else:
             twin = data.clone() if real or not data.is_floating_point() else data.to(META)
         memo[id(tensor)] = twin
@@ -132,7 +132,10 @@ def _kind(func: Any) -> tuple[int, str, bool]:
 
 def floating(held: list[torch.Tensor]) -> bool:
     """Whether a call on these works on activations, not only on positions and masks (which depend on the number of samples in some models)."""
-    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in held)
+    for tensor in held:
+        if tensor.is_floating_point() or tensor.is_complex():
+            return True
+    return False
 
 
 def indexed(index: Any) -> Any:
@@ -179,15 +182,15 @@ class Functions(TorchFunctionMode):
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         known = self.recorder.values
-        held = list(tensors((args, kwargs) if kwargs else args, torch.Tensor))
+        held = tensors((args, kwargs) if kwargs else args, torch.Tensor)
         given = tuple([known.get(id(tensor)) for tensor in held])
         floats = floating(held)
         self.recorder.step = len(self.steps)
-        if name in ("__getitem__", "__setitem__"):
+        if name == "__getitem__" or name == "__setitem__":
             args = (args[0], indexed(args[1]), *args[2:])
         result = DIRECT.get(func, func)(*args, **kwargs)
         self.recorder.step = -1
-        made = [result] if isinstance(result, torch.Tensor) else list(tensors(result, torch.Tensor))
+        made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
         self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
 
@@ -231,9 +234,9 @@ def _valueless() -> Iterator[None]:
 
 
 @contextmanager
-def _where(model: nn.Module, stack: list[str]) -> Iterator[None]:
+def _where(modules: list[tuple[str, nn.Module]], stack: list[str]) -> Iterator[None]:
     """Keep ``stack`` at the path of the module that is running (global hooks would slow every call down)."""
-    path = {id(module): name for name, module in modules_of(model)}
+    path = {id(module): name for name, module in modules}
     call = nn.Module.__call__
 
     def tell(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -278,12 +281,13 @@ def _traced(model: nn.Module, example: tuple[tuple, dict]) -> Graph:
 def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     twin, held = shadow(model, real)
     names = {id(tensor): name for tensor, name in held}
-    parameters = frozenset(name for tensor, name in held if isinstance(tensor, nn.Parameter))
+    parameters = frozenset([name for tensor, name in held if is_parameter(tensor)])
     labels, stack, calls = Labels(), [], []
     recorder = Recorder(labels, names, stack, real)
     for tensor, name in held:
         recorder.leaf(tensor, name)
-    symbols = plant(twin, recorder.values, model)
+    modules = modules_of(twin)
+    symbols = plant(modules, recorder.values, model)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
     inputs = []
@@ -294,7 +298,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     Size.floats, Size.equals, Size.outcomes = [], [], []
     with ExitStack() as scopes:
         functions = Functions(recorder, calls)
-        for scope in (open_paths(), _valueless(), _where(twin, stack), recorder, functions):
+        for scope in (open_paths(), _valueless(), _where(modules, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
         outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]

@@ -20,24 +20,29 @@ HOLDERS = frozenset((list, tuple, dict))
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
-def tensors(tree: Any, kind: type = Value) -> Iterator[Any]:
+def tensors(tree: Any, kind: type = Value) -> list[Any]:
     """All tensors (or values) in nested tuples, lists, dictionaries and dataclasses."""
     found: list[Any] = []
     _collect(tree, kind, found)
-    return iter(found)
+    return found
 
 
 def _collect(tree: Any, kind: type, found: list[Any]) -> None:
-    if type(tree) in PLAIN:
+    own = type(tree)
+    if own in PLAIN:
         return
-    if isinstance(tree, kind):
-        found.append(tree)
-    elif isinstance(tree, list | tuple | set):
+    if own is tuple or own is list:
         for item in tree:
-            if isinstance(item, kind):
-                found.append(item)
-            elif type(item) not in PLAIN:
-                _collect(item, kind, found)
+            if type(item) not in PLAIN:
+                if isinstance(item, kind):
+                    found.append(item)
+                else:
+                    _collect(item, kind, found)
+    elif isinstance(tree, kind):
+        found.append(tree)
+    elif isinstance(tree, (list, tuple, set)):  # noqa: UP038 (a union takes longer)
+        for item in tree:
+            _collect(item, kind, found)
     elif isinstance(tree, Mapping):
         for item in tree.values():
             _collect(item, kind, found)
@@ -60,6 +65,11 @@ def replace(tree: Any, swap: Any) -> Any:
     if kind is dict:
         return {key: replace(item, swap) for key, item in tree.items()}
     return tree
+
+
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """``isinstance(tensor, nn.Parameter)``, whose answer takes long for plain tensors."""
+    return type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter)
 
 
 @contextmanager
@@ -102,18 +112,19 @@ def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
             for name, tensor in held.items():
                 if tensor is not None:
                     yield dot + name, module, name, tensor
-        for name, value in own.items():
-            kind = type(value)
-            if kind in HOLDERS:
+        for name, value in [item for item in own.items() if type(item[1]) not in TENSORLESS]:
+            if type(value) in HOLDERS:
                 if value and name[0] != "_":
                     for path, inner in _held(value, name):
                         yield dot + path, module, path, inner
-            elif kind not in TENSORLESS and isinstance(value, torch.Tensor):
+            elif isinstance(value, torch.Tensor):
                 yield dot + name, module, name, value
 
 
 def _held(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in nested lists, tuples and dictionaries (caches), but for parameters, which belong to a module."""
+    if type(holder) is not dict and type(holder[0]) in PLAIN:
+        return
     pairs = list(holder.items() if isinstance(holder, dict) else enumerate(holder))
     if type(pairs[0][1]) in PLAIN:
         return

@@ -26,7 +26,7 @@ def forget(recorder: Recorder, outputs: list[Value]) -> None:
     held: list[tuple[int, int]] = []
     for node, (start, end) in zip(reversed(recorder.nodes), reversed(recorder.spans), strict=True):
         if node.func._schema.is_mutable or any(id(value) in wanted for value in node.outs):
-            wanted.update(id(value) for value in tensors((node.args, node.kwargs)))
+            wanted.update(map(id, node.held))
         elif end > start and _runs_anyway(node):
             held.append((start, end))
     for start, end in held:  # from the last to the first
@@ -40,7 +40,7 @@ def _runs_anyway(node: Node) -> bool:
 
 def unread(recorder: Recorder, nodes: list[Node]) -> list[str]:
     """The leaves (by name) that no call reads, no output is, and no number was taken from."""
-    used = {value.leaf for node in nodes for value in tensors((node.args, node.kwargs)) if value.leaf}
+    used = {value.leaf for node in nodes for value in node.held if value.leaf}
     return [name for name, value in recorder.leaves.items() if name not in used and id(value) not in recorder.read and value.fields]
 
 
