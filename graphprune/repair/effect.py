@@ -7,8 +7,8 @@ units of different layers can be compared: ``per="macs"`` divides by the operati
 each group the width where the next unit's loss per operation is the same.
 
 Two things keep layers comparable. Kronecker factors take the positions of a sample for independent; before a pooling they all push the same
-way, so each layer's losses are multiplied by how much more the channels' first-order effects are together than apart. And where data is short,
-the refit is measured on every fourth batch, which it has not seen (:mod:`graphprune.repair.unseen`).
+way, so each layer's losses are multiplied by how much more the channels' first-order effects are together than apart. And where samples are
+few, the refit is measured on every fourth batch, which it has not seen (:mod:`graphprune.repair.unseen`).
 
 Of many positions a random part is read, the same share of every batch: what is left out would cost more than ``WORK`` of the passes.
 """
@@ -35,11 +35,11 @@ from .sites import Site, sites
 from .unseen import Halves, unseen
 
 Tensor = torch.Tensor
-LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs, and losses are taken as promised
+LARGEST = 1536  # columns of a Gram matrix; beyond, the taps of a kernel count as outputs, and losses stay as promised
 ROWS = 16384
-EVERY = 4  # of so many batches one is kept out of the fits and tells what they are worth
 ENTRIES = 2**16  # numbers of each sample that are taken in any case
 WORK = 0.15  # how much of the time of the passes the products of either kind may take
+EVERY = 4  # of so many batches one is kept out of the fits and tells what they are worth
 ENOUGH = 0.25  # columns per row up to which a Gram matrix is taken at its word
 
 
@@ -51,11 +51,6 @@ class _Seen:
         self.grads = Waiting(lambda rows: (inner(rows.T).cpu(),))
         self.independent = self.together = self.apart = 0.0
 
-    @property
-    def alike(self) -> float:
-        """How much more the positions of a sample do together than apart: Kronecker factors take them for independent."""
-        return self.together / self.apart if self.apart > 0 else 1.0
-
     @cached_property
     def data(self) -> Moments | None:
         return next(iter(self.rows.total()), None)
@@ -63,6 +58,11 @@ class _Seen:
     @cached_property
     def check(self) -> Moments | None:
         return next(iter(self.others.total()), None)
+
+    @property
+    def alike(self) -> float:
+        """How much more the positions of a sample do together than apart: Kronecker factors take them for independent."""
+        return self.together / self.apart if self.apart > 0 else 1.0
 
     @cached_property
     def second(self) -> Tensor | None:
@@ -92,9 +92,10 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str 
         if not parts:
             found.append(None)
             continue
-        halves = [half for _, _, half, _ in parts]
-        losses = surgeon_in_blocks([inverse for inverse, *_ in parts], [reads for _, reads, *_ in parts], [half.blocks for half in halves])
-        if all(half.check is not None for half in halves) and any(beyond > 0 for *_, beyond in parts):
+        halves = [p[1] for p in parts]
+        losses = surgeon_in_blocks([p[0] for p in parts], [h.writes.T @ h.writes for h in halves], [h.blocks for h in halves])
+        measurable = all(h.check is not None and len(h.fit) <= LARGEST for h in halves)
+        if measurable and any(p[2] > 0 for p in parts):
             losses = unseen(losses, halves)
         found.append(losses / _cost(task, every, mine) if per == "macs" else losses)
     return lacking(task, found, otherwise, "effect", "a weight that sums over the units of an activation")
@@ -102,18 +103,18 @@ def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str 
 
 def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
     """One forward pass for every batch, and one backward pass through the activations alone."""
-    reads = {link.leaf for mine in task.links for link in mine if link.role == "consumes"}
+    wanted = {link.leaf for mine in task.links for link in mine if link.role == "consumes"}
     seen = {name: _Seen() for name in every}
-    held = {name: task.tensors[name] for at, name in enumerate(every) if name in reads or at == 0}  # from the first one, gradients pass all others
+    held = {name: task.tensors[name] for name in every}
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
     for weight in held.values():
         weight.requires_grad_(True)
     readers: dict[int, list[Site]] = {}
-    for site in (every[name] for name in held):
+    for site in every.values():
         readers.setdefault(id(site.x), []).append(site)
         readers.setdefault(id(site.y), []).append(site)
-    values = {id(v): v for name in held for v in (every[name].x, every[name].y)}
+    values = {id(v): v for site in every.values() for v in (site.x, site.y)}
     total = 0
     for index, batch in enumerate(task.data):
         count = samples(batch)
@@ -123,15 +124,16 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
         def see(value: object, tensor: Tensor, count: int = count, first: list[Tensor] = first, at: int = index) -> None:
             for site in readers[id(value)]:
                 weight, mine = held[site.weight], seen[site.weight]
-                if site.x is value:
-                    if not tensor.requires_grad:  # every gradient passes on its way to a weight of this kind
-                        first.append(weight)
-                    rows = _rows(site, tensor.detach(), weight, count)
-                    if rows is not None:
-                        (mine.others if at % EVERY == EVERY - 1 else mine.rows).add(rows)
-                        mine.independent += _independent(site, tensor.detach(), len(rows))
-                        if tensor.requires_grad and tensor.shape[0] % count == 0:
-                            tensor.register_hook(partial(_together, mine, site, tensor.detach(), count))
+                if site.x is value and not tensor.requires_grad:  # every gradient passes on its way to a weight of this kind
+                    first.append(weight)
+                if site.weight not in wanted:
+                    continue
+                rows = _rows(site, tensor.detach(), weight, count) if site.x is value else None
+                if rows is not None:
+                    (mine.others if at % EVERY == 1 else mine.rows).add(rows)
+                    mine.independent += _independent(site, tensor.detach(), len(rows))
+                    if tensor.requires_grad and tensor.shape[0] % count == 0:
+                        tensor.register_hook(partial(_together, mine, site, tensor.detach(), count))
                 if site.y is value and tensor.requires_grad:
                     tensor.register_hook(lambda grad, site=site, weight=weight: seen[site.weight].grads.add(_gradients(site, grad, weight.detach(), count)))
 
@@ -175,7 +177,7 @@ def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Tensor | None:
 
 
 def _independent(site: Site, x: Tensor, count: int) -> float:
-    """How many independent rows so many of a batch are worth: those of one sample resemble each other (design effect, Kish 1965)."""
+    """How many independent rows the rows of a batch are worth: those of one sample resemble each other (design effect, Kish 1965)."""
     rows = x.movedim(1 if site.shape is not None else -1, -1).flatten(1, -2) if x.ndim > 2 else x[:, None]
     each = count / len(rows)
     if len(rows) < 2 or each <= 1:
@@ -211,8 +213,8 @@ def _gradients(site: Site, grad: Tensor, weight: Tensor, count: int) -> Tensor:
     return rows @ (weight.T if site.turned else weight).to(rows.dtype) if told else rows
 
 
-def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Tensor, Halves, float] | None:
-    """``H⁻¹``, ``Wᵀ B W``, the covariances on both parts of the samples with the columns of each unit, and how short the data is."""
+def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Halves, float] | None:
+    """``H⁻¹``; ``B^½ W``, the columns of each unit and the covariances on both parts of the samples; how far the rows fall short."""
     weight = task.tensors[site.weight].detach().double().cpu()
     weight = weight.T if site.turned else weight
     columns = mine.data.xx.shape[1]
@@ -220,17 +222,16 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     both = mine.second
     if units.numel() != flat.shape[1] or both is None:
         return None
+    values, vectors = torch.linalg.eigh(both * mine.alike)
+    root, each = values.clamp(min=0).sqrt()[:, None] * vectors.T, 1
     if _told(site, task.tensors[site.weight]):
-        each, reads = 1, both
+        writes = root
     elif columns == flat.shape[1] * flat.shape[2]:
-        spread, each = flat.flatten(1), flat.shape[2]
-        reads = spread.T @ both @ spread
+        writes, each = root @ flat.flatten(1), flat.shape[2]
     else:
-        each = 1
-        reads = sum(flat[:, :, t].T @ both @ flat[:, :, t] for t in range(flat.shape[2]))
-    reads = reads * mine.alike
-    data = mine.data if mine.check is None else mine.data + mine.check
-    hessian = data.xx[0].cpu() / data.count
+        writes = torch.cat([root @ flat[:, :, tap] for tap in range(flat.shape[2])])
+    every = mine.data if mine.check is None else mine.data + mine.check
+    hessian = every.xx[0].cpu() / every.count
     # Of fewer rows than columns any column seems to follow from the others; what they cannot tell counts as independent.
     beyond = max(0.0, columns / max(mine.independent, 1.0) - ENOUGH)
     alone = beyond / (1 + beyond)
@@ -244,11 +245,8 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
         return None
     places = order.reshape(size, -1)
     blocks = (places[:, :, None] * each + torch.arange(each)).flatten(1)
-    if mine.check is None or not beyond or columns > LARGEST:
-        return inverse, reads, Halves(hessian, None, reads, blocks), beyond
-    values, vectors = torch.linalg.eigh(reads)
-    writes = (values.clamp(min=0).sqrt()[:, None] * vectors.T)[-min(columns, weight.shape[0] * flat.shape[2]) :]  # no more directions than outputs
-    return inverse, reads, Halves(mine.data.xx[0].cpu() / mine.data.count, mine.check.xx[0].cpu() / mine.check.count, writes, blocks), beyond
+    check = None if mine.check is None else mine.check.xx[0].cpu() / mine.check.count
+    return inverse, Halves(mine.data.xx[0].cpu() / mine.data.count, check, writes, blocks), beyond
 
 
 def _cost(task: Task, every: dict[str, Site], mine: list) -> float:

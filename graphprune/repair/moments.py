@@ -55,5 +55,4 @@ def moments(x: Tensor, y: Tensor) -> Moments:
     squares = inner(x[0].T)[None] if len(x) == 1 else x.transpose(1, 2) @ x
     xx = squares.double() - count * dx[:, :, None] * dx[:, None, :]
     yx = (y.transpose(1, 2) @ x).double() - count * dy[:, :, None] * dx[:, None, :]
-    yy = y.square().sum(1).double() - count * dy.square()
-    return Moments(count, near_x.double() + dx, near_y.double() + dy, xx, yx, yy)
+    return Moments(count, near_x.double() + dx, near_y.double() + dy, xx, yx, y.square().sum(1).double() - count * dy.square())
