@@ -83,7 +83,7 @@ def wide():
     """Units that a much wider layer reads, at 40 positions of each sample."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 3)).double()
-    return net, graphprune.couple(graphprune.trace(net, torch.zeros(1, 40, 4, dtype=F64))), [torch.randn(8, 40, 4, dtype=F64) for _ in range(3)]
+    return net, graphprune.couple(graphprune.trace(net, torch.zeros(1, 40, 4, dtype=F64))), [torch.randn(32, 40, 4, dtype=F64) for _ in range(12)]
 
 
 def test_gradients_told_by_what_is_read_give_the_same_effect(monkeypatch):
@@ -99,9 +99,7 @@ def test_a_part_of_the_positions_stands_for_all_in_the_effect(part, monkeypatch)
     """Few positions of each sample: close to all of them, not equal, and the same again; unscaled gradients would be far off."""
     net, groups, batches = wide()
     every = graphprune.score(groups, net, "effect", batches, progress=False)[0]
-    each = EFFECT._each
-    monkeypatch.setattr(EFFECT, "ENTRIES", 1)
-    monkeypatch.setattr(EFFECT, "_each", lambda *given: 20 if (given[2] ** 2 / 2 == given[3]) == (part == "rows") else each(*given))
+    monkeypatch.setattr(EFFECT, "_each", lambda *given: 20 if (given[2] ** 2 / 2 == given[3]) == (part == "rows") else given[0])
     some, again = (graphprune.score(groups, net, "effect", batches, progress=False)[0] for _ in range(2))
     assert torch.equal(some, again) and not torch.equal(some, every)
     assert abs(math.log(some.sum() / every.sum())) < 0.3
