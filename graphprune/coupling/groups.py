@@ -263,10 +263,13 @@ def _same_places(signature: Array, free: Array) -> tuple[Array, Array, list[Arra
     """Units with the same signature form a group, in the order of their first unit: position within, group, members."""
     local = np.full(len(signature), -1, dtype=np.int64)
     owner = np.full(len(signature), -1, dtype=np.int32)
-    _, first, which = np.unique(signature[free], return_index=True, return_inverse=True)
+    mine = signature[free]
+    runs = np.flatnonzero(np.diff(mine, prepend=np.nan) != 0)  # neighbours mostly belong together: sorting the runs is less work
+    _, first, which = np.unique(mine[runs], return_index=True, return_inverse=True)
+    first, which = runs[first], np.repeat(which.ravel(), np.diff(runs, append=len(mine)))
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
-    group = rank[which.ravel()]
+    group = rank[which]
     order = np.argsort(group, kind="stable")
     counts = np.bincount(group, minlength=len(first))
     ends = np.cumsum(counts)

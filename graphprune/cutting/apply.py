@@ -123,6 +123,8 @@ def _picked(data: torch.Tensor, picks: list[tuple[int, torch.Tensor]]) -> torch.
     count, step = rows.numel(), max(1, PIECE * shape[0] // max(1, data.numel()))
     kernel = math.prod(shape[2:])
     if len(picks) == 2 and picks[0][0] == 0 and axis == 1 and kernel > 1 and data.is_contiguous():
+        if shape[0] * shape[1] < 2**31:  # half as many bytes to write and to read
+            rows, index = rows.int(), index.int()
         chosen = (rows[:, None] * shape[1] + index).view(-1)
         return torch.embedding(data.view(-1, kernel), chosen).view(count, index.numel(), *shape[2:])
     if len(picks) != 2 or picks[0][0] != 0 or count <= SMALL * step or data.device.type != "cpu":

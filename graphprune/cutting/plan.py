@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,11 @@ class Survivors:
             out = np.ones(group.size, dtype=bool)
             out[stay.numpy()] = False
             gone[group.units[out]] = True
-        self.stays = ~gone[groups.root] if len(gone) else ~gone
+        self.gone, self.root = gone, groups.root
+
+    @cached_property
+    def stays(self) -> Array:
+        return ~self.gone[self.root] if len(self.gone) else ~self.gone
 
     def axis(self, value: Value, dim: int) -> Array:
         mask = np.ones(value.shape[dim], dtype=bool)

@@ -128,7 +128,9 @@ class Labels:
     def block(self, array: Array) -> int:
         """The number of the labels handed out together that ``array`` holds, all of them and in order along one axis; else -1."""
         whole = array if array.base is None else array.base
-        number, made = self._blocks.get(id(whole), (-1, array))
+        number, made = self._blocks.get(id(whole), (-1, None))
+        if made is array:
+            return number
         size = array.size
         return number if made is whole and made.size == size and size in array.shape and array.item(0) == made.item(0) else -1
 
