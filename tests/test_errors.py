@@ -240,3 +240,39 @@ def test_threads_leave_torch_as_it_was():
 def test_a_name_that_resembles_none_says_where_the_names_are():
     with pytest.raises(errors.UnknownName, match="named_modules"):
         graphprune.shrink(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.zeros(1, 4), keep=["decoder"])
+
+
+class Table(nn.Module):
+    """A constant that is no buffer and stays where it was made; weights that are no parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.arange(8.0) + 1
+        self.register_buffer("way", torch.randn(2, 8))
+
+    def forward(self, x):
+        return nn.functional.linear(x * self.table.to(x.device), self.way)
+
+
+def test_a_constant_on_another_device_is_cut_there():
+    net = nn.Sequential(nn.Linear(4, 8), Table()).to("meta")
+    assert net[1].table.device.type == "cpu"
+    small, plan = graphprune.shrink(net, torch.zeros(1, 4, device="meta"), 0.5, criterion="random", verify=False, return_plan=True)
+    assert small[0].weight.is_meta and torch.equal(small[1].table, net[1].table[plan.cuts["1.table"][0]])
+    assert not torch.equal(small[1].table, net[1].table[:4]) or plan.cuts["1.table"][0] == [0, 1, 2, 3]
+
+
+def test_a_score_with_gradients_leaves_weights_that_are_no_parameters_alone():
+    net = nn.Sequential(nn.Linear(4, 8), Table())
+    small = graphprune.shrink(net, torch.zeros(1, 4), 0.5, criterion="effect", batches=[torch.randn(16, 4) for _ in range(4)])
+    assert not net[1].way.requires_grad and not small[1].way.requires_grad and net[0].weight.requires_grad
+    net[1].way.numpy()
+
+
+@pytest.mark.parametrize("kept", [[0, 5], [-1, 1], [0, 3]])
+def test_a_damaged_plan_is_refused(kept):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    plan = graphprune.Plan({"0.weight": {0: [0, 1], 1: kept}}, {"0.weight": (4, 3, 3, 3)})
+    with pytest.raises(graphprune.errors.BadPlan, match="not there"):
+        graphprune.apply(net, plan)
+    assert graphprune.apply(net, graphprune.Plan({"0.weight": {0: [0, 1], 1: [0, 2]}}, plan.shapes))[0].weight.shape == (2, 2, 3, 3)

@@ -110,7 +110,7 @@ def _filled(at: Array, losses: list[Array], limits: Mapping[str, float], known: 
         value = gained / (more + taken[0] * 1e-12)
         if time:
             used = np.maximum((np.array(shares) - here).sum(axis=1), 1e-12)
-            value = (gained / used) ** (1 - time) * (used / more) ** time
+            value = (gained / used) ** (1 - time) * (used / (more + taken[0] * 1e-12)) ** time
         at = trial[np.argmax(np.where(may, value, -1.0))]
     return at
 

@@ -26,14 +26,14 @@ def unit_sums(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -
     """Sum of ``|w| ** power`` (1 or 2) over the parameter entries that each unit takes along: float64, shape (units,) per group."""
     starts = np.cumsum([0, *(group.size for group in groups)])
     named = dict.fromkeys(name for group in groups for name, _ in group.places)
-    weights = {name: tensors[name].detach().float() for name in named if is_parameter(tensors[name]) and not tensors[name].is_meta}
-    sums = _vector_sums({name: weight for name, weight in weights.items() if weight.ndim == 1}, power)
+    weights = {name: tensors[name].detach() for name in named if is_parameter(tensors[name]) and not tensors[name].is_meta}
+    sums = _vector_sums({name: weight.float() for name, weight in weights.items() if weight.ndim == 1}, power)
     axes: dict[str, set[int]] = defaultdict(set)
     for group in groups:
         for name, axis in group.places:
             if name in weights and name not in sums:
                 axes[name].add(axis)
-    sums |= {name: axis_sums(weights[name], power, mine) for name, mine in axes.items()}
+    sums |= {name: axis_sums(weights[name].float(), power, mine) for name, mine in axes.items()}
     # Many axes of a group hold its units in the same order: these are added up before the units are looked for.
     along: dict[tuple[int, int], tuple[Array, Array]] = {}
     for group, start in zip(groups, starts.tolist(), strict=False):

@@ -93,15 +93,22 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     return small
 
 
-def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[int, torch.Tensor] | None = None) -> torch.Tensor:
-    """The given positions of the given axes, in the same kind of tensor and the same memory format."""
+def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[tuple, tuple] | None = None) -> torch.Tensor:
+    """The given positions of the given axes, in the same kind of tensor and the same memory format.
+
+    ``indices`` remembers what positions that several tensors share have become.
+    """
     indices = {} if indices is None else indices
     data = tensor.detach()
     picks = []
     for axis, kept in axes.items():
-        index = indices.get(id(kept))
-        if index is None:
-            index = indices[id(kept)] = torch.from_numpy(np.array(kept)).to(data.device)
+        key = id(kept), data.device
+        if key not in indices:
+            at = np.array(kept, dtype=np.int64)
+            indices[key] = torch.from_numpy(at).to(data.device), bool(at.size) and int(at.min()) < 0, int(at.max(initial=-1))
+        index, negative, last = indices[key]
+        if negative or last >= data.shape[axis]:
+            raise BadPlan(f"the plan keeps positions of an axis of {data.shape[axis]} that are not there: it was made for another model, or damaged")
         picks.append((axis, index))
     last = data.ndim == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
     data = _picked(data, picks)

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def repair(
         return result
     fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else _parts(calibration, spare)
     with _quiet(original, result):
-        waiting = min(1.0, _memory() / _held(original, [*fits, *checks])) if fits else 1.0
+        waiting = min(1.0, _memory(original) / _held(original, [*fits, *checks])) if fits else 1.0
         if graph is None and not fits:
             raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
         graph = graph or trace(original, *_example(fits[0]))
@@ -199,11 +200,18 @@ def _example(batch: Any) -> tuple[tuple, dict]:
     return exchange((args, kwargs), lambda t: t[:1] if t.ndim else t) if len(sizes) == 1 else (args, kwargs)
 
 
-def _memory() -> int:
+def _memory(model: nn.Module) -> int:
+    """Bytes that activations may wait in, where the model lies: a quarter of what there is."""
+    device = next((tensor.device for *_, tensor in leaf_tensors(model)), torch.device("cpu"))
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else LIMIT
+    found = []
     try:
-        return max(LIMIT, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
-    except (AttributeError, ValueError, OSError):  # not every system says
-        return LIMIT
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container may have less than its machine
+    except (AttributeError, ValueError, OSError):  # not every system says, and "max" is no limit
+        pass
+    return min(found, default=4 * LIMIT) // 4
 
 
 def _held(model: nn.Module, batches: list) -> int:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..errors import BadLoss, BadRatio, NeedsBatches
 from ..tracing.probe import batch_inputs
-from ..tracing.trees import replace, tensors
+from ..tracing.trees import leaf_tensors, replace, tensors
 
 Tensor = torch.Tensor
 
@@ -134,7 +134,7 @@ def one_by_one(batch: Any) -> Iterator[Any]:
 def undisturbed(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     """Eval mode and a seed (if given) while a score runs the model; modes, buffers, ``requires_grad`` and random states are put back."""
     modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(tensor, tensor.requires_grad) for *_, tensor in leaf_tensors(model) if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex())]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
     try:
@@ -146,8 +146,8 @@ def undisturbed(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for tensor, flag in flags:
+            tensor.requires_grad_(flag)
         with torch.no_grad():
             for buffer, version, before in buffers:
                 if buffer._version != version:
