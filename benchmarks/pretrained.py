@@ -292,12 +292,20 @@ def reestimated(case: Case, model: nn.Module) -> nn.Module:
 
 def ours(case: Case, criterion: Callable, budget: float, full: int) -> dict[str, nn.Module]:
     args = ((), case.example) if isinstance(case.example, dict) else (case.example, None)
-    share = budget / full
-    while True:
-        small = graphprune.shrink(case.model, args[0], macs=share, example_kwargs=args[1], criterion=criterion, scope="global", keep=case.keep, verify=False)
-        if macs(small, case.example) <= budget:
-            break
-        share *= 0.998  # the two ways of counting differ a little
+    share, low, high, small = budget / full, 0.0, 1.0, None
+    for _ in range(10):  # the two ways of counting differ, for what stays (attention) as for what goes
+        options = {"macs": share, "example_kwargs": args[1], "criterion": criterion, "scope": "global", "keep": case.keep}
+        found = graphprune.shrink(case.model, args[0], **options, verify=False)
+        spent = macs(found, case.example)
+        if spent <= budget:
+            small, low = found, share
+            if spent > 0.995 * budget:
+                break
+        else:
+            high = share
+        there = share + (budget - spent) / full
+        share = there if low < there < high else (low + high) / 2
+    assert small is not None
     free = graphprune.repair(small, case.model, steps="data-free", graph=graphprune.trace(case.model, *args))
     return {"cut": small, "free": free, "ours": graphprune.repair(small, case.model, None, case.batches, progress=False)}
 
