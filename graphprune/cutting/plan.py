@@ -141,16 +141,14 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
                 along[id(units)] = stays[units]
             mask = along[id(units)]
             masks[slot] = masks[slot] & mask if slot in masks else mask
-    whole = {id(mask): mask.all() for mask in masks.values()}
     lists: dict[bytes, list[int]] = {}  # equal cuts share one list
-    listed: dict[int, list[int]] = {}
+    listed: dict[int, list[int]] = {}  # the same by mask, which many axes share
     cuts: dict[str, dict[int, list[int]]] = {}
     leaves = groups.graph.leaves
     for (name, axis), mask in sorted(masks.items(), key=lambda item: item[0][1]):
-        if not whole[id(mask)]:
-            if id(mask) not in listed:
-                key = mask.tobytes()
-                listed[id(mask)] = lists[key] if key in lists else lists.setdefault(key, np.flatnonzero(mask).tolist())
+        if id(mask) not in listed:
+            listed[id(mask)] = lists.setdefault(mask.tobytes(), np.flatnonzero(mask).tolist())
+        if len(listed[id(mask)]) < len(mask):
             cuts.setdefault(name, {})[axis] = listed[id(mask)]
     cuts = {name: cuts[name] for name in leaves if name in cuts}
     shapes = {name: leaves[name].shape for name in cuts}

@@ -242,11 +242,7 @@ def _through(held: Belief, function: Any) -> Belief | None:
         polynomials.append((points * polynomials[k] - math.sqrt(k) * polynomials[k - 1]) / math.sqrt(k + 1))
     try:
         values = function(held.mean + points[:, None] * held.deviation).double()
-    except (
-        RuntimeError,
-        TypeError,
-        NotImplementedError,
-    ):  # the call needs more than these numbers: nothing is believed of it, and its readers stay as they are
+    except (RuntimeError, TypeError):  # the call needs more than these numbers: nothing is believed of it, and its readers stay as they are
         return None
     if values.shape != (len(points), len(held.mean)) or not bool(torch.isfinite(values).all()):
         return None
