@@ -72,7 +72,10 @@ def check_model(model: Any) -> None:
         raise BadModel("the model is wrapped for parallel training; shrink model.module and wrap the result")
     devices = set()
     for name, module in modules_of(model):
-        devices.update([tensor.device for held in (module._parameters, module._buffers) for tensor in held.values() if tensor is not None])
+        for held in (module._parameters, module._buffers):
+            for tensor in held.values():
+                if tensor is not None:
+                    devices.add(tensor.device)
         if _quantised(type(module)):
             raise BadModel(f"{name or 'the model'} is quantised; shrink the floating-point model and quantise the result")
     if len(devices) > 1:

@@ -112,11 +112,13 @@ def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
             for name, tensor in held.items():
                 if tensor is not None:
                     yield dot + name, module, name, tensor
-        for name, value in [item for item in own.items() if type(item[1]) not in TENSORLESS]:
-            if type(value) in HOLDERS:
-                if value and name[0] != "_":
-                    for path, inner in _held(value, name):
-                        yield dot + path, module, path, inner
+        for name, value in list(own.items()):
+            kind = type(value)
+            if kind in TENSORLESS:
+                continue
+            if kind in HOLDERS:
+                if value and name[0] != "_" and (kind is dict or type(value[0]) not in PLAIN):
+                    yield from [(dot + path, module, path, inner) for path, inner in _held(value, name)]
             elif isinstance(value, torch.Tensor):
                 yield dot + name, module, name, value
 
