@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from .budget.choose import Chooser
 from .budget.targets import Aims
 from .cutting.apply import apply
 from .cutting.compose import so_far
 from .cutting.undo import undone
 from .cutting.verify import check, check_model
-from .decide import Wishes, best, decide
-from .granularity.finer import finer, parse
-from .granularity.heads import others
-from .granularity.request import Request
-from .names import by_tensor, named
+from .decide import decide
+from .granularity.finer import parse
+from .granularity.wishes import Wishes
+from .names import named
 from .repair import after_cut, refill
 from .scores import Criterion
-from .scores.attempts import attempts
 from .select import check_ratio
-from .timing.latency import predicted, reach, remembered, steps
 from .tracing.trace import trace
 from .tracing.trees import uncollected
 
@@ -85,26 +80,14 @@ def shrink(
     >>> shrink(net, torch.zeros(1, 4), ratio=0.5)[0].out_features
     4
     """
+    check_model(model)
     aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure, objective)
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
-    spec = parse(granularity)
-    scope = scope or ("optimal" if (aims.timed or aims.weight) and spec.coarse else "layer")
-    check_model(model)
-    held = named(model, keep)
+    spec, held = parse(granularity), named(model, keep)
+    wishes = Wishes(spec, aims, ratio, scope or aims.scope, criterion, batches, loss, held, ratios, multiple_of, min_units, rewrite, inplace)
     graph = trace(model, example_input, example_kwargs)
-    if not spec.coarse:
-        request = Request(ratio, aims, criterion, scope, held, by_tensor(model, ratios), batches, loss, multiple_of, min_units)
-        plan = finer(graph, model, spec, request)
-        small = apply(model, plan)
-    else:
-        choose = Chooser(ratio, scope, steps(multiple_of, graph, aims), min_units, aims, predicted(graph, aims, scope))
-        scored = remembered(attempts(model, criterion, batches, loss, draft=scope == "layer" and not aims.any))
-        wishes = Wishes(choose, scored, held, ratios, others if spec.name == "head" else None)
-        if aims.timed:
-            small, plan = reach(model, graph, aims, lambda more: decide(graph, model, replace(wishes, choose=replace(choose, more=more))), scope)
-        else:
-            plan = best(graph, model, wishes, rewrite, inplace)
-            small = apply(model, plan)
+    plan = decide(graph, model, wishes)
+    small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)
     small, plan = after_cut(small, model, plan, calibration, repair, graph)

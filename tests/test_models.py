@@ -61,7 +61,7 @@ ORDER = {
     "budget": "targets space optimal choose",
     "timing": "runtimes measure fuse operators table align latency",
     "repair": "moments solve sites rows paced pairs unseen effect sequential statistics belief free __init__",
-    "granularity": "weights heads request entries ranking evidence positions blocks depth finer",
+    "granularity": "weights heads entries wishes ranking evidence positions blocks depth finer",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }
 

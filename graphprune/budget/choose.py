@@ -7,13 +7,12 @@ costs (:mod:`graphprune.budget.optimal`). In all scopes a larger budget never le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from ..cost import NAMES, Costs, costs, priced
+from ..cost import Costs
 from ..coupling.groups import Groups
 from ..errors import BadTarget
 from ..scores import Scores
@@ -21,42 +20,9 @@ from ..select import Kept, check_ratio, select
 from ..tracing.labels import Array
 from .optimal import widths
 from .space import Space, space
-from .targets import Aims, unreachable
+from .targets import unreachable
 
 NARROWEST = 1 - 1e-9
-SCOPES = ("layer", "global", "isomorphic", "optimal")
-
-
-@dataclass(frozen=True)
-class Chooser:
-    """Chooses the units of a coupled graph by a ratio, or under the limits that ``aims`` and ``more`` set.
-
-    ``multiple_of`` is one number or a function of the groups.
-    ``more`` maps the name of a further cost to (its limit, how to make it; see :func:`~graphprune.cost.costs`).
-    """
-
-    ratio: float
-    scope: str = "layer"
-    multiple_of: int | Callable[[Groups], Mapping[int, int]] = 1
-    min_units: int = 1
-    aims: Aims = Aims()
-    more: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
-
-    @property
-    def plain(self) -> bool:
-        """Whether one ratio decides, group by group."""
-        return self.scope == "layer" and not self.more and not self.aims.any and isinstance(self.multiple_of, int)
-
-    def __call__(self, groups: Groups, scores: Scores, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
-        step = self.multiple_of if isinstance(self.multiple_of, int) else self.multiple_of(groups)
-        rules = {"scope": self.scope, "multiple_of": step, "min_units": self.min_units, "ratios": ratios, "ties": ties}
-        if not self.more and not any(getattr(self.aims, name) is not None for name in NAMES):
-            if self.scope == "optimal" and not self.aims.timed:
-                raise BadTarget("scope='optimal' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
-            return select(groups, scores, self.ratio, **rules) if isinstance(step, int) else fit(groups, scores, {}, costs(groups), self.ratio, **rules)
-        known = priced(groups, {name: make for name, (_, make) in self.more.items()})
-        asked = self.aims.limits(known.full) | {name: limit for name, (limit, _) in self.more.items()}
-        return fit(groups, scores, asked, known, self.ratio, **rules, time=self.aims.weight)
 
 
 def fit(

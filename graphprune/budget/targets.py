@@ -90,6 +90,11 @@ class Aims:
         return moment(self.latency) / reference if isinstance(self.latency, str) else float(self.latency)
 
     @property
+    def scope(self) -> str:
+        """The scope where none is given: widths that are to be fast differ from group to group."""
+        return "optimal" if self.timed or self.weight else "layer"
+
+    @property
     def weight(self) -> float:
         """How much time counts against the score, 0 to 1."""
         return OBJECTIVES[self.objective] if isinstance(self.objective, str) else float(self.objective)

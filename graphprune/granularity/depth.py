@@ -31,25 +31,25 @@ from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 from .blocks import Modules, Removable
-from .request import Request, holds, reached, unmet
+from .wishes import Wishes, holds, reached, unmet
 
 register("score", "influence", "how far a whole block turns the stream it adds to; granularity block or layer (Men et al. 2024 (ShortGPT))")
 register("score", "reconstruction", "change of the output without a whole block, greedy; granularity block or layer (Song et al. 2024 (SLEB))")
 DEPTH = ("influence", "taylor", "reconstruction", "l1", "l2", "random")
 
 
-def plan_depth(graph: Graph, model: nn.Module, kind: str, request: Request) -> Plan:
+def plan_depth(graph: Graph, model: nn.Module, wishes: Wishes) -> Plan:
     """The plan that removes a share of a model's blocks ("block") or of its branches and hidden layers ("layer"), and more until its limits hold.
 
     A module with a kept tensor stays, one with a ratio of its own is chosen apart.
     """
-    criterion = request.criterion
+    kind, criterion = wishes.spec.name, wishes.criterion
     if not callable(criterion) and criterion not in DEPTH:
         raise UnknownName(f"no score named {criterion!r} for whole {kind}s; there are {', '.join(DEPTH)}, or give a function (name, module) -> float")
-    limits = request.limits(graph, kind, ("params", "macs", "size"))
+    limits = wishes.limits(graph, ("params", "macs", "size"))
     modules = Modules(graph, model)
     found = modules.blocks() if kind == "block" else modules.layers()
-    held = set(request.keep)
+    held = set(wishes.keep)
     owned = {one.name: [n for part in one.skips for n, _ in _tensors(model, part.name)] for one in found}
     free = [one for one in found if not held & set(owned[one.name])]
     if not free:
@@ -58,14 +58,14 @@ def plan_depth(graph: Graph, model: nn.Module, kind: str, request: Request) -> P
         )
     pools: dict[float | None, list[Removable]] = {}
     for one in free:
-        own = {request.ratios.get(name) for name in owned[one.name]}
+        own = {wishes.ratios.get(name) for name in owned[one.name]}
         pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
     gone: list[Removable] = []
     extra: list[Removable] = []  # for the limits alone
     left = Left(graph, model, modules)
     for own, pool in sorted(pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
-        count = len(pool) - width(len(pool), request.ratio if own is None else own)
-        for at, one in enumerate(_order(graph, model, pool, request)):
+        count = len(pool) - width(len(pool), wishes.ratio if own is None else own)
+        for at, one in enumerate(_order(graph, model, pool, wishes)):
             if at >= count and (own is not None or holds(left.costs(gone), limits)):
                 break
             gone.append(one)
@@ -76,7 +76,7 @@ def plan_depth(graph: Graph, model: nn.Module, kind: str, request: Request) -> P
     if limits and not holds(left.costs(gone), limits):
         raise unmet(left.costs(gone), limits, kind)
     if not gone and not limits:
-        _tell(kind, pools, request.ratio)
+        _tell(kind, pools, wishes.ratio)
     order = [one for one in free if one in gone]
     parts = {part.name: part for one in order for part in one.skips}
     lines = reached(left.costs(gone), limits) if limits else []
@@ -94,7 +94,7 @@ def _tell(kind: str, pools: Mapping[float | None, Sequence[Removable]], ratio: f
     names = ", ".join(one.name for one in pool[:3]) + (", …" if len(pool) > 3 else "")
     one, several = f"the only {kind} that can go is {names}", f"{len(pool)} {kind}s can go ({names})"
     what = "and the last one always stays" if len(pool) == 1 else f"a ratio above {0.5 / len(pool):.3g} removes one"
-    warnings.warn(f"ratio {most:g} removes nothing: {one if len(pool) == 1 else several}, {what}", stacklevel=4)
+    warnings.warn(f"ratio {most:g} removes nothing: {one if len(pool) == 1 else several}, {what}", stacklevel=5)
 
 
 class Left:
@@ -120,11 +120,11 @@ def _size(model: nn.Module, one: Removable) -> int:
     return sum(tensor.numel() for part in one.skips for _, tensor in _tensors(model, part.name))
 
 
-def _order(graph: Graph, model: nn.Module, pool: list[Removable], request: Request) -> Iterator[Removable]:
+def _order(graph: Graph, model: nn.Module, pool: list[Removable], wishes: Wishes) -> Iterator[Removable]:
     """All but the last one that may go, the first to go first."""
-    if request.criterion == "reconstruction":
-        return islice(_greedy(model, pool, _batches(request.batches, request.criterion)), len(pool) - 1)
-    scores = scores_of(graph, model, pool, request.criterion, request.batches, request.loss)
+    if wishes.criterion == "reconstruction":
+        return islice(_greedy(model, pool, _batches(wishes.batches, wishes.criterion)), len(pool) - 1)
+    scores = scores_of(graph, model, pool, wishes.criterion, wishes.batches, wishes.loss)
     order = sorted(range(len(pool)), key=lambda i: (scores[i], -i))
     return (pool[i] for i in order[:-1])
 

@@ -21,6 +21,7 @@ from ..coupling.groups import couple
 from ..cutting.parts import Part, pack
 from ..cutting.plan import Plan
 from ..errors import BadRatio, BadScore, NothingToPrune, UnknownName
+from ..names import by_tensor
 from ..scores import SCORES, Score
 from ..tracing.trace import Graph
 from .depth import plan_depth
@@ -28,8 +29,8 @@ from .entries import ENTRYWISE, Spec, check_criterion, n_of_m, stays, views
 from .evidence import scored
 from .positions import best_box, realise
 from .ranking import below, ranked
-from .request import Request, reached, smallest
 from .weights import Weight, weights
+from .wishes import Wishes, reached, smallest
 
 NAMES = {
     "channel": "whole channels and every slice coupled to them: dense and smaller (the default)",
@@ -68,27 +69,28 @@ def parse(granularity: str) -> Spec:
     return Spec(name, option)
 
 
-def finer(graph: Graph, model: nn.Module, spec: Spec, request: Request) -> Plan:
+def finer(graph: Graph, model: nn.Module, wishes: Wishes) -> Plan:
     """The plan for a granularity other than channels and heads."""
-    if isinstance(request.criterion, Score):
-        if request.criterion.options != SCORES[request.criterion.name].options:
-            raise BadScore(
-                f"granularity {spec.text!r} takes no options of a score, {request.criterion.options} were given; give the name {request.criterion.name!r}"
-            )
-        request = replace(request, criterion=request.criterion.name)
-    if request.scope not in ("layer", "global", "isomorphic"):
-        raise BadRatio(f"scope is {request.scope!r}; with granularity {spec.text!r} it is 'layer', 'global' or 'isomorphic'")
+    spec, criterion = wishes.spec, wishes.criterion
+    if isinstance(criterion, Score):
+        if criterion.options != SCORES[criterion.name].options:
+            raise BadScore(f"granularity {spec.text!r} takes no options of a score, {criterion.options} were given; give the name {criterion.name!r}")
+        criterion = criterion.name
+    if wishes.scope not in ("layer", "global", "isomorphic"):
+        raise BadRatio(f"scope is {wishes.scope!r}; with granularity {spec.text!r} it is 'layer', 'global' or 'isomorphic'")
+    wishes = replace(wishes, criterion=criterion, ratios=by_tensor(model, wishes.ratios))
     if spec.name in ("layer", "block"):
-        return plan_depth(graph, model, spec.name, request)
-    check_criterion(request.criterion, ENTRYWISE)
+        return plan_depth(graph, model, wishes)
+    check_criterion(criterion, ENTRYWISE)
     says_itself = spec.name == "n:m" or spec.threshold is not None
-    limits = request.limits(graph, spec.text, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
+    limits = wishes.limits(graph, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
     found, left = weights(graph, model)
-    mine = [weight for weight in found if weight.leaf not in request.keep and weight.name not in request.keep]
+    mine = [weight for weight in found if weight.leaf not in wishes.keep and weight.name not in wishes.keep]
     left |= {weight.name: "kept on request" for weight in found if weight not in mine}
     usable = _usable(mine, left, spec)
-    scores = scored(graph, model, usable, request.criterion, request.batches, request.loss)
-    keeps, notes = _box_keeps(scores, spec, request, limits, graph) if spec.option == "box" else _keeps(scores, spec, request, limits, graph)
+    own = {weight.name: wishes.ratios[weight.leaf] for weight in usable if weight.leaf in wishes.ratios}
+    scores = scored(graph, model, usable, criterion, wishes.batches, wishes.loss)
+    keeps, notes = (_box_keeps if spec.option == "box" else _keeps)(scores, own, wishes, limits, graph)
     decided = {}
     for weight, keep in keeps.items():
         keep = keep if weight.mask is None else keep & weight.mask.cpu()
@@ -120,14 +122,15 @@ def _usable(mine: Sequence[Weight], left: dict[str, str], spec: Spec) -> dict[We
     return usable
 
 
-def _keeps(scores: dict[Weight, torch.Tensor], spec: Spec, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+def _keeps(scores: dict[Weight, torch.Tensor], own: dict, wishes: Wishes, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
     """Which entries of every weight stay, and a line for each limit."""
+    spec = wishes.spec
     if spec.name == "n:m":
         return {weight: n_of_m(weight, spec, found) for weight, found in scores.items()}, []
     if spec.threshold is not None:
         return {weight: stays(weight, spec, gone) for weight, gone in below(scores, spec).items()}, []
-    pools = ranked(scores, spec, request.scope, request.own(scores))
-    ratio, notes = request.ratio, []
+    pools = ranked(scores, spec, wishes.scope, own)
+    ratio, notes = wishes.ratio, []
     if limits:
         full = cost(couple(graph))
 
@@ -141,12 +144,11 @@ def _keeps(scores: dict[Weight, torch.Tensor], spec: Spec, request: Request, lim
     return {weight: stays(weight, spec, gone[weight]) for weight in scores}, notes
 
 
-def _box_keeps(scores: dict[Weight, torch.Tensor], spec: Spec, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+def _box_keeps(scores: dict[Weight, torch.Tensor], own: dict, wishes: Wishes, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
     """Whole rows and columns of taps stay, the same for every filter and channel of a layer."""
-    own = request.own(scores)
     taps = {weight: found.reshape(weight.shape[2:]).cpu() for weight, found in scores.items()}
-    taps = {weight: found.square() if request.criterion == "l2" else found for weight, found in taps.items()}
-    ratio, notes = request.ratio, []
+    taps = {weight: found.square() if wishes.criterion == "l2" else found for weight, found in taps.items()}
+    ratio, notes = wishes.ratio, []
     if limits:
         full = cost(couple(graph))
         bytes_ = {weight: graph.leaves[weight.leaf].dtype.itemsize for weight in taps}
@@ -161,7 +163,7 @@ def _box_keeps(scores: dict[Weight, torch.Tensor], spec: Spec, request: Request,
             return left
 
         levels = [step / found.numel() for found in taps.values() for step in range(found.numel())]
-        ratio = smallest(costs, limits, ratio, spec.text, levels)
+        ratio = smallest(costs, limits, ratio, wishes.spec.text, levels)
         notes = reached(costs(ratio), limits)
     keeps = {}
     for weight, found in taps.items():

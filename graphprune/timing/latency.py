@@ -141,8 +141,8 @@ def _seconds(measure: Callable[[nn.Module], Any], model: nn.Module) -> float:
     return found
 
 
-def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str = "layer") -> tuple[nn.Module, Plan]:
-    """The cut model that takes as long as asked, and its plan, which says what was asked, predicted and measured.
+def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str = "layer") -> Plan:
+    """The plan of the model that takes as long as asked, which says what was asked, predicted and measured.
 
     ``propose`` plans under a limit on predicted time. Raises :class:`~graphprune.errors.BadTarget` when the narrowest
     widths are not fast enough, and :class:`~graphprune.errors.BadMeasure`.
@@ -178,8 +178,8 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
     assert best is not None
     table.known["corrections"][label] = [*learnt, *points[1:]][-6:]
     table.save()
-    _, small, plan, predicted, timing = best
-    return small, dataclasses.replace(plan, notes=(*plan.notes, _line(aims, predicted, timing, watch)))
+    _, _, plan, predicted, timing = best
+    return dataclasses.replace(plan, notes=(*plan.notes, _line(aims, predicted, timing, watch)))
 
 
 def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array) -> BadTarget:

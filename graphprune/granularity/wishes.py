@@ -1,4 +1,4 @@
-"""What is asked of a granularity other than channels and heads: :class:`Request`, and how much must go so that limits hold.
+"""What is asked: :class:`Wishes`, and how much must go so that limits hold where no widths are cut.
 
 Limits are those of :mod:`graphprune.budget.targets`. Where entries become zero, ``params`` counts the entries that stay and ``macs`` the products with them;
 masked entries are still stored, so ``size`` cannot be met by masks.
@@ -19,7 +19,7 @@ from ..cost import NAMES, cost
 from ..coupling.groups import couple
 from ..errors import BadRatio, BadTarget
 from ..tracing.trace import Graph
-from .weights import Weight
+from .entries import Spec
 
 REASONS = {
     "size": "masked entries are stored as zeros: ask for params= or macs=",
@@ -28,38 +28,48 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Request:
-    """``ratio``, targets, score and scope as :func:`~graphprune.shrink` takes them; ``keep`` and ``ratios`` name tensors."""
+class Wishes:
+    """What :func:`~graphprune.shrink` was asked for; ``keep`` names tensors, ``ratios`` is for :mod:`graphprune.names` to read.
 
+    ``multiple_of`` may become a function of the groups, and ``more`` maps the name of a further cost to (its limit, how to
+    make it; see :func:`~graphprune.cost.costs`), once the graph is known.
+    """
+
+    spec: Spec
+    aims: Aims
     ratio: float
-    aims: Aims = Aims()
-    criterion: Any = "l2"
-    scope: str = "layer"
-    keep: Sequence[str] = ()
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    batches: Iterable | None = None
-    loss: Callable | None = None
-    multiple_of: Any = None
-    min_units: int = 1
+    scope: str
+    criterion: Any
+    batches: Iterable | None
+    loss: Callable | None
+    keep: Sequence[str]
+    ratios: Any
+    multiple_of: Any
+    min_units: int
+    rewrite: bool
+    inplace: bool
+    more: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.spec.coarse:
+            return
         if self.multiple_of not in (None, 1) or self.min_units != 1:
             raise BadRatio("multiple_of= and min_units= are about widths; they go with granularity 'channel' or 'head'")
-
-    def own(self, found: Iterable[Weight]) -> dict[str, float]:
-        """The ratios of single weights, by name."""
-        return {weight.name: self.ratios[weight.leaf] for weight in found if weight.leaf in self.ratios}
-
-    def limits(self, graph: Graph, text: str, allowed: Sequence[str]) -> dict[str, float]:
-        """The absolute limits; raises :class:`~graphprune.errors.BadTarget` for those that granularity ``text`` cannot meet."""
         if self.aims.timed or self.aims.weight:
-            raise BadTarget(
-                f"latency=, speedup= and objective= are met by widths, with granularity 'channel' or 'head'; {text!r} takes a ratio, params= or macs="
-            )
+            text = f"with granularity 'channel' or 'head'; {self.spec.text!r} takes a ratio, params= or macs="
+            raise BadTarget(f"latency=, speedup= and objective= are met by widths, {text}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether one ratio decides, group by group."""
+        return self.scope == "layer" and not self.more and not self.aims.any and isinstance(self.multiple_of, int)
+
+    def limits(self, graph: Graph, allowed: Sequence[str]) -> dict[str, float]:
+        """The absolute limits; raises :class:`~graphprune.errors.BadTarget` for those that the granularity cannot meet."""
         asked = [name for name in NAMES if getattr(self.aims, name) is not None]
         for name in asked:
             if name not in allowed:
-                raise BadTarget(f"{name}= cannot be met with granularity {text!r}: {REASONS.get(name, 'it says itself how much goes')}")
+                raise BadTarget(f"{name}= cannot be met with granularity {self.spec.text!r}: {REASONS.get(name, 'it says itself how much goes')}")
         return self.aims.limits(cost(couple(graph))) if asked else {}
 
 
