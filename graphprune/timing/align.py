@@ -54,7 +54,8 @@ def alignments(groups: Groups, table: Table) -> Mapping[int, int]:
         if macs > largest.get(kind, (0.0, node))[0]:
             largest[kind] = macs, node
     steps = {kind: _learn(node, lengths, table) for kind, (_, node) in largest.items()}
-    table.save()
+    if table.fresh:
+        table.save()
     for _, kind, terms in nodes:
         for form in {form for _, forms in terms for form in forms}:
             for index, positions in lengths.slopes[form].items():

@@ -3,7 +3,8 @@
 Predictions are sums over the operations (:mod:`graphprune.timing.table`); what they miss (memory traffic between operations,
 fusion, the runtime's own overhead) is learnt from the measurements: the search is a bracketed secant method on the
 logarithms of predicted and measured time, both as shares of the original's. Each measurement is interleaved with the
-original, so that what disturbs the machine disturbs both. The correction is kept on disk next to the table.
+original, so that what disturbs the machine disturbs both, and ends as soon as it is clear whether the time is met. What was
+measured is kept on disk next to the table (:mod:`graphprune.timing.learnt`): the next search starts there.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ from ..tracing.labels import Array
 from ..tracing.trace import Graph
 from ..tracing.trees import tensors
 from .align import alignments
+from .learnt import TOLERANCE, Learnt, Point, guess
 from .measure import clock_for, interleave, middle_of, using_threads
 from .runtimes import evaluating, prepare
-from .table import Table, Times, times
+from .table import Times, shared, times
 
-TOLERANCE = 0.015
 SECONDS = 2.0
 ATTEMPTS = 8
 NOISE, UNSURE = 0.1, 0.02  # bands that are refused, and bands for which it is worth to measure for longer
+CERTAIN = TOLERANCE + 0.01  # a band within this of the target is narrow enough: neighbouring processes differ by more
 Propose = Callable[[dict], tuple[Groups, list, Plan]]
 
 
@@ -56,6 +58,10 @@ class Timing:
     def noise(self) -> float:
         return (self.band[1] - self.band[0]) / 2 / self.share
 
+    def moved(self, share: float) -> Timing:
+        """The same around another share, with the band as wide (relatively) as it is."""
+        return dataclasses.replace(self, share=share, band=(self.band[0] * share / self.share, self.band[1] * share / self.share))
+
 
 class Stopwatch:
     """Times models against the original on the runtime that was asked for."""
@@ -67,12 +73,17 @@ class Stopwatch:
         self.threads = aims.threads or torch.get_num_threads()
         self.call: Any = None
 
-    def __call__(self, small: nn.Module, target: float | None = None) -> Timing:
+    def __call__(self, small: nn.Module, target: float | None = None, pooled: Callable[[float], float] = float) -> Timing:
         """Ends early when it is clear whether ``target`` (a share of the original's time) is met.
 
-        Raises :class:`~graphprune.errors.BadMeasure` when the times make no sense or scatter too much.
+        ``pooled`` makes of a measured share the one that decides this (with earlier measurements of the same widths); what is returned
+        is what was measured now. Raises :class:`~graphprune.errors.BadMeasure` when the times make no sense or scatter too much.
         """
-        enough = lambda rows: _clear(_timing(rows), target)  # noqa: E731
+
+        def enough(rows: np.ndarray) -> bool:
+            found = _timing(rows)
+            return _clear(found.moved(pooled(found.share)), target)
+
         with using_threads(self.threads), evaluating(self.model), evaluating(small):
             rows = self._own(small, enough) if self.aims.measure else self._runtime(small, enough)
         found = _timing(rows)
@@ -98,9 +109,11 @@ class Stopwatch:
         call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads)
         clock = clock_for(self.device, self.threads)[1]
         rows = interleave([self.call, call, self.call], clock, self.seconds, enough, chained=True)
-        if _timing(rows).noise > UNSURE:  # a busy machine: the same once more, for longer
-            rows = np.concatenate([rows, interleave([self.call, call, self.call], clock, 3 * self.seconds, enough, chained=True)])
-        return rows
+        if _timing(rows).noise <= UNSURE or enough(rows):
+            return rows
+        both = lambda more: np.concatenate([rows, more])  # noqa: E731
+        # A busy machine: the same once more, for longer.
+        return both(interleave([self.call, call, self.call], clock, 3 * self.seconds, lambda more: enough(both(more)), chained=True))
 
     def _own(self, small: nn.Module, enough: Callable) -> Any:
         models = {1: self.model, 2: small}
@@ -114,14 +127,16 @@ def _timing(rows: np.ndarray) -> Timing:
 
 
 def _clear(found: Timing, target: float | None) -> bool:
-    """Whether more rounds would change nothing: the band is narrow, or (when not too wide) on one side of what counts as met."""
-    low, high = found.band
+    """Whether more rounds would change nothing that matters: the time is met and the band narrow enough, or the time is not
+    met and the band beyond what counts as met. The further off, the wider the band may be: only the next guess depends on it."""
     if found.noise <= TOLERANCE / 3:
         return True
-    if target is None or found.noise > UNSURE:
+    if target is None:
         return False
-    least, most = target * (1 - TOLERANCE), target * (1 + TOLERANCE)
-    return high < least or low > most or (least < low and high < most)
+    (low, high), off = found.band, abs(found.share / target - 1)
+    if off <= TOLERANCE:
+        return found.noise <= TOLERANCE and target * (1 - CERTAIN) < low and high < target * (1 + CERTAIN)
+    return found.noise <= max(UNSURE, min(off / 4, NOISE / 2)) and (high < target * (1 - TOLERANCE) or low > target * (1 + TOLERANCE))
 
 
 def _seconds(measure: Callable[[nn.Module], Any], model: nn.Module) -> float:
@@ -148,38 +163,38 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
     widths are not fast enough, and :class:`~graphprune.errors.BadMeasure`.
     """
     watch = Stopwatch(model, graph, aims)
-    table = Table(watch.device, aims.runtime, watch.threads)
+    table = shared(graph, watch.device, aims.runtime, watch.threads)
     with using_threads(watch.threads):
         make = times(graph, table)
         full = _predicted(*propose({"time": (math.inf, make)})[:1], None, make)
     label = _name(graph, aims, scope)
-    learnt = table.known.setdefault("corrections", {}).get(label, [])
+    learnt = Learnt.read(table.known.setdefault("corrections", {}).get(label))
     points: list[tuple[float, float]] = [(0.0, 0.0)]
     target = aims.share(watch.alone() if isinstance(aims.latency, str) else 0.0)
     wanted, best = math.log(min(target, 1.0)), None
-    tried: list[float] = []
     for _ in range(ATTEMPTS):
-        x = _next(points, wanted) if len(points) > 1 else _first(learnt, wanted)
+        x = guess(points, wanted) if len(points) > 1 else learnt.first(wanted)
         groups, kept, plan = propose({"time": (full * math.exp(x), make)})
-        predicted = _predicted(groups, kept, make) / full
-        if any(abs(predicted / other - 1) < 1e-9 for other in tried):
+        now = math.log(_predicted(groups, kept, make) / full)
+        if any(abs(now - other) < 1e-9 for other, _ in points[1:]):
             break  # the same widths again: the next ones are a whole unit away
-        tried.append(predicted)
         small = apply(model, plan)
-        timing = watch(small, target)
-        points.append((math.log(predicted), math.log(timing.share)))
-        error = abs(timing.share / target - 1)
+        timing = watch(small, target, lambda share: math.exp(learnt.pooled(now, math.log(share)).measured))  # noqa: B023
+        point = learnt.pooled(now, math.log(timing.share))
+        learnt = learnt.told(point)
+        points.append((point.predicted, point.measured))
+        error = abs(math.exp(point.measured) / target - 1)
         if best is None or error < best[0]:
-            best = error, small, plan, predicted, timing
+            best = error, plan, point, timing
         if error <= TOLERANCE:
             break
-        if predicted > math.exp(x) * 1.02 and timing.share > target:
+        if now > x + math.log(1.02) and timing.share > target:
             raise _too_fast(aims, timing, priced(groups, {"time": make}), np.array([len(stay) for stay in kept], dtype=float))
     assert best is not None
-    table.known["corrections"][label] = [*learnt, *points[1:]][-6:]
+    table.known["corrections"][label] = learnt.points
     table.save()
-    _, _, plan, predicted, timing = best
-    return dataclasses.replace(plan, notes=(*plan.notes, _line(aims, predicted, timing, watch)))
+    _, plan, point, timing = best
+    return dataclasses.replace(plan, notes=(*plan.notes, _line(aims, point, timing, watch)))
 
 
 def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array) -> BadTarget:
@@ -189,32 +204,6 @@ def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array) -> BadTarg
         f"({1 / timing.share:.2f}x faster; band {1 / timing.band[1]:.2f} to {1 / timing.band[0]:.2f}); that is the most that can be reached. "
         f"Fewer keep rules, a smaller min_units or multiple_of may help. What stays, largest first:\n{blocks}"
     )
-
-
-def _first(learnt: list[list[float]], wanted: float) -> float:
-    """The first guess, from earlier searches: what met the target then, or what lies around it; later guesses are made
-    from what was measured now."""
-    near = min(learnt, key=lambda point: abs(point[1] - wanted), default=None)
-    if near and abs(near[1] - wanted) <= TOLERANCE:
-        return near[0] + 1e-9
-    return _next([(0.0, 0.0), *((a, b) for a, b in learnt)], wanted)
-
-
-def _next(points: list[tuple[float, float]], wanted: float) -> float:
-    """Where predicted time (log) should give the ``wanted`` measured one: between neighbours, or beyond the last by its slope.
-
-    >>> _next([(0.0, 0.0)], -1.0), round(_next([(0.0, 0.0), (-1.0, -0.8)], -1.0), 3)
-    (-1.0, -1.25)
-    """
-    below = [p for p in points if p[1] <= wanted]
-    above = [p for p in points if p[1] > wanted] or [(0.0, 0.0)]
-    right = min(above, key=lambda p: p[1])
-    if below:
-        left = max(below, key=lambda p: p[1])
-        part = (wanted - right[1]) / (left[1] - right[1])
-        return right[0] + part * (left[0] - right[0])
-    slope = min(max(right[1] / right[0], 0.4), 2.0) if right[0] else 1.0
-    return right[0] + (wanted - right[1]) / slope
 
 
 def _predicted(groups: Groups, kept: Any, make: Callable) -> float:
@@ -229,12 +218,13 @@ def _name(graph: Graph, aims: Aims, scope: str) -> str:
     return hashlib.sha256((text + scope + ("own" if aims.measure else "")).encode()).hexdigest()[:16]
 
 
-def _line(aims: Aims, predicted: float, timing: Timing, watch: Stopwatch) -> str:
+def _line(aims: Aims, point: Point, timing: Timing, watch: Stopwatch) -> str:
     low, high = 1 / timing.band[1], 1 / timing.band[0]
     where = "own measure" if aims.measure else f"{aims.runtime}, {watch.threads} thread{'s' if watch.threads > 1 else ''}"
+    often = f"; {math.exp(-point.measured):.2f}x over the last {point.searches} searches" if point.searches > 1 else ""
     return (
-        f"latency: asked {aims.asked}, predicted {1 / predicted:.2f}x, measured {1 / timing.share:.2f}x ({low:.2f} to {high:.2f}; "
-        f"{timing.seconds * 1e3:.2f} ms; the original against itself {timing.control:.3f}); {where}"
+        f"latency: asked {aims.asked}, predicted {math.exp(-point.predicted):.2f}x, measured {1 / timing.share:.2f}x ({low:.2f} to {high:.2f}; "
+        f"{timing.seconds * 1e3:.2f} ms; the original against itself {timing.control:.3f}{often}); {where}"
     )
 
 
@@ -247,7 +237,7 @@ def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups]
             raise BadTarget(f'multiple_of is {multiple_of!r}; it is a whole number from 1 on, or "auto"')
         return multiple_of
     watch = Stopwatch(nn.Identity(), graph, aims)
-    table = Table(watch.device, aims.runtime, watch.threads)
+    table = shared(graph, watch.device, aims.runtime, watch.threads)
 
     known: dict[tuple, Mapping[int, int]] = {}
 
@@ -268,7 +258,7 @@ def predicted(graph: Graph, aims: Aims, scope: str) -> dict[str, tuple[float, Ca
     if scope != "optimal":
         raise BadTarget(f"objective={aims.objective!r} chooses every width by its time, and scope={scope!r} by the scores; leave one of them out")
     watch = Stopwatch(nn.Identity(), graph, aims)
-    table = Table(watch.device, aims.runtime, watch.threads)
+    table = shared(graph, watch.device, aims.runtime, watch.threads)
 
     def make(lengths: Lengths) -> Times:
         with using_threads(watch.threads):

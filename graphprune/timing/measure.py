@@ -134,10 +134,10 @@ def interleave(
     one ended with, that timing counts for both (quicker; neighbouring rows are then not quite independent).
     """
     done = enough if callable(enough) else lambda rows: _settled(rows, enough)
-    once = [1.0 for _ in calls]
+    once = {call: 1.0 for call in calls}
     for _ in range(2 if warm else 0):
-        once = [clock(call, 1) for call in calls]
-    repeats = [max(1, math.ceil(0.003 / max(each, 1e-9))) for each in once]
+        once = {call: clock(call, 1) for call in once}  # a reference that stands at both ends is one call
+    repeats = [max(1, math.ceil(0.003 / max(once[call], 1e-9))) for call in calls]
     rows: list[list[float]] = []
     end = time.perf_counter() + seconds
     while len(rows) < least or (time.perf_counter() < end and not done(np.array(rows))):

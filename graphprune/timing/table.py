@@ -155,6 +155,15 @@ class Table:
             return 0.0
 
 
+def shared(graph: Graph, device: torch.device, runtime: str, threads: int) -> Table:
+    """The one table of everything that is decided about a graph: two would time the same operations twice, and the next
+    search would find only one of the two answers (and other alignments than this one)."""
+    tables, key = graph.__dict__.setdefault("tables", {}), (device, runtime, threads)
+    if key not in tables:
+        tables[key] = Table(device, runtime, threads)
+    return tables[key]
+
+
 def _plain(node: Node) -> tuple[str, list[str]]:
     """The operation with the arguments that are no tensors (sizes that follow the widths are left out), and the kinds of its tensors."""
     name, plain = operation(node), ""
@@ -265,7 +274,8 @@ def times(graph: Graph, table: Table, align: int = 16) -> Callable[[Lengths], Ti
             else:
                 fixed.append((node, [value.shape for value in values]))
         table.fill([*fixed, *((node, shapes) for node, _, _, every in calls for row in every for shapes in row)])
-        table.save()
+        if table.fresh:
+            table.save()
         alone = sum(table.seconds(*call) for call in fixed)
         if not calls:
             return Times(alone, np.zeros((0, 2), dtype=np.int64), np.zeros((0, 2, 2)), np.zeros((0, 2, 2)))
