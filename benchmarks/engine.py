@@ -64,7 +64,7 @@ def keep_memory() -> None:
         setting = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return
-    for which, value in ((-1, 2**31 - 1), (-3, 2**30), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX
+    for which, value in ((-1, -1), (-3, 2**30), (-4, 0)):  # M_TRIM_THRESHOLD (never), M_MMAP_THRESHOLD, M_MMAP_MAX
         setting(which, value)
 
 
