@@ -2,15 +2,13 @@
 
     python benchmarks/engine.py --out docs/engine.md
 
-Both remove half of every group by L2 norm. Times are medians of ``--repeats`` runs: seconds of the processor, one thread, alternating. The process
-keeps memory that was freed (:func:`keep_memory`): what it costs to get pages from the system depends on which of the two ran before.
+Both remove half of every group by L2 norm. Times are medians of ``--repeats`` runs: seconds of the processor, one thread, alternating.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import math
 import resource
 import signal
@@ -56,16 +54,6 @@ def timed(function, model: nn.Module, x: torch.Tensor) -> float:
     seconds = time.process_time() - start
     del made  # giving its memory back is no part of making it
     return seconds
-
-
-def keep_memory() -> None:
-    """glibc's allocator neither gives memory back nor maps large blocks afresh, for both sides alike; elsewhere nothing is changed."""
-    try:
-        setting = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    for which, value in ((-1, -1), (-3, 2**30), (-4, 0)):  # M_TRIM_THRESHOLD (never), M_MMAP_THRESHOLD, M_MMAP_MAX
-        setting(which, value)
 
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -198,7 +186,6 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    keep_memory()
     declare_operators()
     if options.only is not None:
         compare(options.repeats, options.only, options.limit, options.most)
