@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune
-from graphprune.timing.latency import Timing, _clear
+from graphprune.budget.targets import Aims
+from graphprune.timing.latency import Timing, _clear, _name
 from graphprune.timing.learnt import AGREE, COUNTED, KEPT, TOLERANCE, Learnt, Point, guess
 from graphprune.timing.table import Table
 
@@ -44,6 +45,42 @@ def test_a_second_search_measures_once_and_one_on_a_changed_machine_starts_anew(
     slower, reached = candidates(8e-6)  # what is known is wrong now: measured, and corrected
     assert slower > 1 and reached == pytest.approx(1.5, rel=0.02)
     assert candidates(8e-6) == (1, reached)
+
+
+def test_a_clock_that_drifts_less_than_processes_differ_is_taken_at_its_word():
+    clock = lambda slower: lambda model: (1 + slower * (model[0].out_features < 256)) * (4e-5 + 1e-9 * sum(p.numel() for p in model.parameters()))  # noqa: E731
+    for _ in range(3):
+        graphprune.shrink(net(), X, speedup=1.5, measure=clock(0.0), threads=1)
+    small = graphprune.shrink(net(), X, speedup=1.5, measure=clock(0.0295), threads=1)
+    assert clock(0.0295)(net()) / clock(0.0295)(small) == pytest.approx(1.5, rel=TOLERANCE + 0.001)
+
+
+@pytest.mark.parametrize("asked", [{"speedup": 1}, {"latency": 1.0}, {"latency": "10 s"}, {"speedup": 1, "macs": 0.5}])
+def test_no_faster_than_the_original_is_met_by_little_or_nothing(asked):
+    clock = lambda model: 4e-5 + 1e-9 * sum(p.numel() for p in model.parameters())  # noqa: E731
+    small = graphprune.shrink(net(), X, measure=clock, threads=1, **asked)
+    assert clock(small) <= clock(net()) * 1.001
+    assert "macs" in asked or sum(p.numel() for p in small.parameters()) > 0.9 * sum(p.numel() for p in net().parameters())
+
+
+def test_models_of_other_dtypes_kernels_and_inputs_have_points_of_their_own():
+    nets = [nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1).double()]
+    graphs = [graphprune.trace(one, torch.zeros(1, 4, 8, 8, dtype=next(one.parameters()).dtype)) for one in nets]
+    graphs.append(graphprune.trace(nets[0], torch.zeros(2, 4, 8, 8)))
+    aims = Aims(speedup=2.0)
+    assert len({_name(graph, aims, "optimal") for graph in graphs}) == 4
+    assert _name(graphs[0], aims, "optimal") == _name(graphprune.trace(nn.Conv2d(4, 4, 1), torch.zeros(1, 4, 8, 8)), aims, "optimal")
+
+
+def test_searches_that_overlap_keep_each_others_points_and_a_damaged_table_is_only_a_cold_one():
+    one, two = Table(torch.device("cpu")), Table(torch.device("cpu"))
+    one.corrections["a"], two.corrections["b"] = [[-0.5, -0.5]], [[-0.4, -0.4]]
+    one.save()
+    two.save()
+    assert Table(torch.device("cpu")).corrections == {"a": [[-0.5, -0.5]], "b": [[-0.4, -0.4]]}
+    for text in ("[1]", '{"corrections": [1], "aten": null}', "{", "null"):
+        one.path.write_text(text)
+        assert candidates(4e-5)[1] == pytest.approx(1.5, rel=0.02)
 
 
 share = st.floats(-1.5, -0.05)
@@ -90,6 +127,6 @@ def test_a_wide_band_around_the_target_is_not_clear():
 
 
 def test_nonsense_on_disk_is_left_out():
-    rows = [[-0.5, -0.4], [float("nan"), -0.1], [0.1, -0.1], "x", [1], [-0.3, None], [-0.2, -0.2, 3]]
+    rows = [[-0.5, -0.4], [float("nan"), -0.1], [0.1, -0.1], [-0.6, -0.4, -1], [-0.6, -0.4, 0], "x", [1], [-0.3, None], [-0.2, -0.2, 3]]
     assert Learnt.read(rows).points == (Point(-0.5, -0.4), Point(-0.2, -0.2, 3)) and Learnt.read(None).points == Learnt.read({"a": 1}).points == ()
     assert np.isfinite(Learnt.read(rows).first(-0.3))

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..budget.targets import Aims, stays
-from ..cost import Costs, operation, priced
+from ..cost import Costs, priced
 from ..coupling.groups import Groups
 from ..coupling.lengths import Lengths
 from ..cutting.apply import apply
@@ -36,7 +36,7 @@ from .align import alignments
 from .learnt import TOLERANCE, Learnt, Point, guess
 from .measure import clock_for, interleave, middle_of, using_threads
 from .runtimes import evaluating, prepare
-from .table import Times, shared, times
+from .table import Times, described, shared, times
 
 SECONDS = 2.0
 ATTEMPTS = 8
@@ -168,7 +168,8 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
         make = times(graph, table)
         full = _predicted(*propose({"time": (math.inf, make)})[:1], None, make)
     label = _name(graph, aims, scope)
-    learnt = Learnt.read(table.known.setdefault("corrections", {}).get(label))
+    learnt = Learnt.read(table.corrections.get(label))
+    pooled = Point if aims.measure else lambda now, share: learnt.pooled(now, share)
     points: list[tuple[float, float]] = [(0.0, 0.0)]
     target = aims.share(watch.alone() if isinstance(aims.latency, str) else 0.0)
     wanted, best = math.log(min(target, 1.0)), None
@@ -179,11 +180,13 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
         if any(abs(now - other) < 1e-9 for other, _ in points[1:]):
             break  # the same widths again: the next ones are a whole unit away
         small = apply(model, plan)
-        timing = watch(small, target, lambda share: math.exp(learnt.pooled(now, math.log(share)).measured))  # noqa: B023
-        point = learnt.pooled(now, math.log(timing.share))
+        timing = watch(small, target, lambda share: math.exp(pooled(now, math.log(share)).measured))  # noqa: B023
+        point = pooled(now, math.log(timing.share))
         learnt = learnt.told(point)
         points.append((point.predicted, point.measured))
-        error = abs(math.exp(point.measured) / target - 1)
+        error = max(abs(math.exp(point.measured) / target - 1), abs(timing.share / target - 1) - TOLERANCE)
+        if wanted >= 0 and timing.share <= target:
+            error = 0.0  # no faster than the original was asked for
         if best is None or error < best[0]:
             best = error, plan, point, timing
         if error <= TOLERANCE:
@@ -191,7 +194,7 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
         if now > x + math.log(1.02) and timing.share > target:
             raise _too_fast(aims, timing, priced(groups, {"time": make}), np.array([len(stay) for stay in kept], dtype=float))
     assert best is not None
-    table.known["corrections"][label] = learnt.points
+    table.corrections[label] = learnt.points
     table.save()
     _, plan, point, timing = best
     return dataclasses.replace(plan, notes=(*plan.notes, _line(aims, point, timing, watch)))
@@ -213,8 +216,8 @@ def _predicted(groups: Groups, kept: Any, make: Callable) -> float:
 
 
 def _name(graph: Graph, aims: Aims, scope: str) -> str:
-    """A model's own correction: its operations and shapes, and whose clock it is."""
-    text = "".join(f"{operation(node)}{[v.shape for v in node.outs]}" for node in graph.nodes)
+    """A model's own correction: its operations with their arguments, dtypes and shapes, and whose clock it is."""
+    text = "".join(f"{described(node)}{[v.shape for v in (*node.held, *node.outs)]}" for node in graph.nodes)
     return hashlib.sha256((text + scope + ("own" if aims.measure else "")).encode()).hexdigest()[:16]
 
 

@@ -3,7 +3,8 @@
 A search starts at the widths that met the time before, so with a warm table one measurement is the rule. Two processes time
 one and the same model up to a few per cent apart (where its weights lie in memory, what else the machine does), which no number of rounds
 within one of them averages out. So where the new measurement agrees with the earlier ones of the same widths, their mean
-decides whether the time is met; where it does not, the new one alone counts, and the earlier ones are forgotten.
+decides whether the time is met, unless the new one by itself is twice as far off as is allowed; where it does not agree, the new one alone
+counts, and the earlier ones are forgotten. A clock of the user's own is taken at its word: nothing is averaged.
 Nothing here replaces a measurement: what a search returns it has timed itself.
 """
 
@@ -40,8 +41,7 @@ class Learnt:
         >>> Learnt.read([[-0.6, -0.7], [-0.5, "x"], [-0.4, -0.5, 2]]).points[1]
         Point(predicted=-0.4, measured=-0.5, searches=2)
         """
-        rows = rows if isinstance(rows, list) else []
-        return cls(tuple(Point(*row) for row in rows if isinstance(row, list) and len(row) in (2, 3) and all(map(_finite, row)) and row[0] < 0))
+        return cls(tuple(Point(*row) for row in (rows if isinstance(rows, list) else ()) if _is_point(row)))
 
     def at(self, predicted: float) -> Point | None:
         """What is known of the widths with this prediction."""
@@ -78,6 +78,8 @@ def guess(points: Sequence[tuple[float, float]], wanted: float) -> float:
     >>> guess([(0.0, 0.0)], -1.0), round(guess([(0.0, 0.0), (-1.0, -0.8)], -1.0), 3)
     (-1.0, -1.25)
     """
+    if wanted >= 0:
+        return 0.0  # the original itself
     below = [p for p in points if p[1] <= wanted]
     above = [p for p in points if p[1] > wanted] or [(0.0, 0.0)]
     right = min(above, key=lambda p: p[1])
@@ -89,5 +91,7 @@ def guess(points: Sequence[tuple[float, float]], wanted: float) -> float:
     return right[0] + (wanted - right[1]) / slope
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_point(row: Any) -> bool:
+    if not isinstance(row, list) or len(row) not in (2, 3) or not all(isinstance(value, int | float) and math.isfinite(value) for value in row):
+        return False
+    return row[0] < 0 and (len(row) == 2 or (isinstance(row[2], int) and row[2] >= 1))

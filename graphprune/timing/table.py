@@ -74,19 +74,25 @@ class Table:
         facts = [device_name(self.device), self.runtime, self.threads, torch.__version__, "cold weights"]
         self.path = folder() / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
         self.known = self._read() or {"facts": facts}
+        self.corrections: dict[str, Any] = self.known.setdefault("corrections", {})
 
     def _read(self) -> dict[str, Any]:
+        """What is on disk; what cannot be a timing is left out."""
         try:
-            return json.loads(self.path.read_text())
+            held = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return {}
+        good = {"facts": list, "corrections": dict}
+        return {key: value for key, value in held.items() if isinstance(value, good.get(key, int | float))} if isinstance(held, dict) else {}
 
     def save(self) -> None:
         """Write what is known; a folder that cannot be written costs only the next search its speed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({**self._read(), **self.known}))  # what others timed meanwhile stays
+            others = self._read()  # what others timed meanwhile stays
+            corrections = {**others.get("corrections", {}), **self.corrections}
+            temporary.write_text(json.dumps({**others, **self.known, "corrections": corrections}))
             temporary.replace(self.path)
         except OSError:
             pass
@@ -101,7 +107,7 @@ class Table:
     def key(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> str:
         """The name of a timing: the operation, its plain arguments, and shape, memory order and dtype of its tensors."""
         # The node is kept beside what is known of it, so that its id stays its own.
-        _, plain, kinds = self.names.get(id(node)) or self.names.setdefault(id(node), (node, *_plain(node)))
+        _, plain, kinds = self.names.get(id(node)) or self.names.setdefault(id(node), (node, *described(node)))
         return plain + "|".join([f"{shape}{kind}" for shape, kind in zip(shapes, kinds, strict=True)])
 
     def fill(self, calls: Sequence[tuple[Node, Sequence[tuple[int, ...]]]]) -> None:
@@ -164,7 +170,7 @@ def shared(graph: Graph, device: torch.device, runtime: str, threads: int) -> Ta
     return tables[key]
 
 
-def _plain(node: Node) -> tuple[str, list[str]]:
+def described(node: Node) -> tuple[str, list[str]]:
     """The operation with the arguments that are no tensors (sizes that follow the widths are left out), and the kinds of its tensors."""
     name, plain = operation(node), ""
     if name not in ("native_layer_norm", "native_group_norm"):
