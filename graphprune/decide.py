@@ -27,9 +27,9 @@ from .granularity.heads import others
 from .granularity.wishes import Wishes
 from .names import overrides
 from .scores import Scores
-from .scores.attempts import attempts
+from .scores.attempts import attempts, remembered
 from .select import Kept, select
-from .timing.latency import predicted, reach, remembered, steps
+from .timing.latency import predicted, reach, steps
 from .tracing.sizes import leaves
 from .tracing.symbols import solve
 from .tracing.trace import Graph, trace

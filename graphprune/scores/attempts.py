@@ -29,3 +29,18 @@ def attempts(
         yield score(groups, model, found, batches, loss)
 
     return tried
+
+
+def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:
+    """Scores of equal groups are computed once, however many widths are tried."""
+    known: dict[tuple, tuple[list[Scores], Iterator[Scores]]] = {}
+
+    def tried(groups: Groups) -> Iterator[Scores]:
+        key = tuple((group.size, tuple(group.places)) for group in groups)
+        done, rest = known.setdefault(key, ([], scored(groups)))
+        yield from done
+        for each in rest:
+            done.append(each)
+            yield each
+
+    return tried

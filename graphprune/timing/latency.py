@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,6 @@ from ..coupling.lengths import Lengths
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..errors import BadMeasure, BadTarget, GraphpruneError
-from ..scores import Scores
 from ..tracing.labels import Array
 from ..tracing.trace import Graph
 from ..tracing.trees import tensors
@@ -268,18 +267,3 @@ def predicted(graph: Graph, aims: Aims, scope: str) -> dict[str, tuple[float, Ca
             return times(lengths.groups.graph, table)(lengths)
 
     return {"time": (math.inf, make)}
-
-
-def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:
-    """Scores of equal groups are computed once, however many widths are tried."""
-    known: dict[tuple, tuple[list[Scores], Iterator[Scores]]] = {}
-
-    def tried(groups: Groups) -> Iterator[Scores]:
-        key = tuple((group.size, tuple(group.places)) for group in groups)
-        done, rest = known.setdefault(key, ([], scored(groups)))
-        yield from done
-        for each in rest:
-            done.append(each)
-            yield each
-
-    return tried
