@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from clocks import X, net, own_cache  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,19 +21,7 @@ from graphprune.timing.operators import item, together
 from graphprune.timing.table import Table, times
 from graphprune.tracing.trees import replace
 
-X, REAL = torch.zeros(2, 64), Table._time
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """No timings of another run, and none of this machine: an operation takes as long as its tensors are large."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(Table, "_time", lambda table, node, shapes: 1e-7 + 1e-9 * sum(map(math.prod, shapes)))
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
+REAL = Table._time
 
 
 def clock(model):

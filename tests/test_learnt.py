@@ -1,10 +1,10 @@
 """What earlier searches measured shortens the next one, never replaces its measurement, and is forgotten where it no longer holds."""
 
-import math
 
 import numpy as np
 import pytest
 import torch
+from clocks import X, net, own_cache  # noqa: F401 (a fixture)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -14,20 +14,6 @@ from graphprune.budget.targets import Aims
 from graphprune.timing.latency import Timing, _clear, _name
 from graphprune.timing.learnt import AGREE, COUNTED, KEPT, TOLERANCE, Learnt, Point, guess
 from graphprune.timing.table import Table
-
-X = torch.zeros(2, 64)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """No timings of another run, and none of this machine."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(Table, "_time", lambda table, node, shapes: 1e-7 + 1e-9 * sum(map(math.prod, shapes)))
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
 
 
 def candidates(overhead, speedup=1.5):
@@ -74,11 +60,12 @@ def test_models_of_other_dtypes_kernels_and_inputs_have_points_of_their_own():
 
 def test_searches_that_overlap_keep_each_others_points_and_a_damaged_table_is_only_a_cold_one():
     one, two = Table(torch.device("cpu")), Table(torch.device("cpu"))
-    one.corrections["a"], two.corrections["b"] = [[-0.5, -0.5]], [[-0.4, -0.4]]
+    one.known["search a"], two.known["search b"] = [[-0.5, -0.5]], [[-0.4, -0.4]]
     one.save()
     two.save()
-    assert Table(torch.device("cpu")).corrections == {"a": [[-0.5, -0.5]], "b": [[-0.4, -0.4]]}
-    for text in ("[1]", '{"corrections": [1], "aten": null}', "{", "null"):
+    known = Table(torch.device("cpu")).known
+    assert known["search a"] == [[-0.5, -0.5]] and known["search b"] == [[-0.4, -0.4]]
+    for text in ("[1]", '{"search a": [1], "aten": null, "facts": {}}', "{", "null"):
         one.path.write_text(text)
         assert candidates(4e-5)[1] == pytest.approx(1.5, rel=0.02)
 

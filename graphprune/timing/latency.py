@@ -30,7 +30,6 @@ from ..cutting.plan import Plan
 from ..errors import BadMeasure, BadTarget, GraphpruneError
 from ..tracing.labels import Array
 from ..tracing.trace import Graph
-from ..tracing.trees import tensors
 from .align import alignments
 from .learnt import TOLERANCE, Learnt, Point, guess
 from .measure import clock_for, interleave, middle_of, using_threads
@@ -68,8 +67,8 @@ class Stopwatch:
     def __init__(self, model: nn.Module, graph: Graph, aims: Aims, seconds: float = SECONDS) -> None:
         self.model, self.aims, self.seconds = model, aims, seconds
         self.args, self.kwargs = graph.example
-        self.device = next((t.device for t in tensors(graph.example, torch.Tensor)), torch.device("cpu"))
-        self.threads = aims.threads or torch.get_num_threads()
+        self.table = shared(graph, aims.runtime, aims.threads)
+        self.device, self.threads = self.table.device, self.table.threads
         self.call: Any = None
 
     def __call__(self, small: nn.Module, target: float | None = None, pooled: Callable[[float], float] = float) -> Timing:
@@ -162,12 +161,12 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
     widths are not fast enough, and :class:`~graphprune.errors.BadMeasure`.
     """
     watch = Stopwatch(model, graph, aims)
-    table = shared(graph, watch.device, aims.runtime, watch.threads)
+    table = watch.table
     with using_threads(watch.threads):
         make = times(graph, table)
         full = _predicted(*propose({"time": (math.inf, make)})[:1], None, make)
-    label = _name(graph, aims, scope)
-    learnt = Learnt.read(table.corrections.get(label))
+    label = f"search {_name(graph, aims, scope)}"
+    learnt = Learnt.read(table.known.get(label))
     pooled = Point if aims.measure else lambda now, share: learnt.pooled(now, share)
     points: list[tuple[float, float]] = [(0.0, 0.0)]
     target = aims.share(watch.alone() if isinstance(aims.latency, str) else 0.0)
@@ -193,7 +192,7 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
         if now > x + math.log(1.02) and timing.share > target:
             raise _too_fast(aims, timing, priced(groups, {"time": make}), np.array([len(stay) for stay in kept], dtype=float))
     assert best is not None
-    table.corrections[label] = learnt.points
+    table.known[label] = [list(point) for point in learnt.points]
     table.save()
     _, plan, point, timing = best
     return dataclasses.replace(plan, notes=(*plan.notes, _line(aims, point, timing, watch)))
@@ -238,15 +237,14 @@ def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups]
         if not isinstance(multiple_of, int) or isinstance(multiple_of, bool) or multiple_of < 1:
             raise BadTarget(f'multiple_of is {multiple_of!r}; it is a whole number from 1 on, or "auto"')
         return multiple_of
-    watch = Stopwatch(nn.Identity(), graph, aims)
-    table = shared(graph, watch.device, aims.runtime, watch.threads)
+    table = shared(graph, aims.runtime, aims.threads)
 
     known: dict[tuple, Mapping[int, int]] = {}
 
     def learnt(groups: Groups) -> Mapping[int, int]:
         key = tuple((group.size, tuple(group.places)) for group in groups)
         if key not in known:
-            with using_threads(watch.threads):
+            with using_threads(table.threads):
                 known[key] = alignments(groups, table)
         return known[key]
 
@@ -259,11 +257,10 @@ def predicted(graph: Graph, aims: Aims, scope: str) -> dict[str, tuple[float, Ca
         return {}
     if scope != "optimal":
         raise BadTarget(f"objective={aims.objective!r} chooses every width by its time, and scope={scope!r} by the scores; leave one of them out")
-    watch = Stopwatch(nn.Identity(), graph, aims)
-    table = shared(graph, watch.device, aims.runtime, watch.threads)
+    table = shared(graph, aims.runtime, aims.threads)
 
     def make(lengths: Lengths) -> Times:
-        with using_threads(watch.threads):
+        with using_threads(table.threads):
             return times(lengths.groups.graph, table)(lengths)
 
     return {"time": (math.inf, make)}

@@ -74,7 +74,6 @@ class Table:
         facts = [device_name(self.device), self.runtime, self.threads, torch.__version__, "cold weights"]
         self.path = folder() / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
         self.known = self._read() or {"facts": facts}
-        self.corrections: dict[str, Any] = self.known.setdefault("corrections", {})
 
     def _read(self) -> dict[str, Any]:
         """What is on disk; what cannot be a timing is left out."""
@@ -82,17 +81,14 @@ class Table:
             held = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return {}
-        good = {"facts": list, "corrections": dict}
-        return {key: value for key, value in held.items() if isinstance(value, good.get(key, int | float))} if isinstance(held, dict) else {}
+        return {key: value for key, value in held.items() if isinstance(value, int | float | list)} if isinstance(held, dict) else {}
 
     def save(self) -> None:
         """Write what is known; a folder that cannot be written costs only the next search its speed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            others = self._read()  # what others timed meanwhile stays
-            corrections = {**others.get("corrections", {}), **self.corrections}
-            temporary.write_text(json.dumps({**others, **self.known, "corrections": corrections}))
+            temporary.write_text(json.dumps({**self._read(), **self.known}))  # what others timed meanwhile stays
             temporary.replace(self.path)
         except OSError:
             pass
@@ -161,10 +157,12 @@ class Table:
             return 0.0
 
 
-def shared(graph: Graph, device: torch.device, runtime: str, threads: int) -> Table:
+def shared(graph: Graph, runtime: str, threads: int | None) -> Table:
     """The one table of everything that is decided about a graph: two would time the same operations twice, and the next
     search would find only one of the two answers (and other alignments than this one)."""
-    tables, key = graph.__dict__.setdefault("tables", {}), (device, runtime, threads)
+    device = next((held.device for held in tensors(graph.example, torch.Tensor)), torch.device("cpu"))
+    threads = threads or torch.get_num_threads()
+    tables, key = graph.__dict__.setdefault("tables", {}), (runtime, threads)
     if key not in tables:
         tables[key] = Table(device, runtime, threads)
     return tables[key]
