@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from graphprune.timing.measure import middle_of  # noqa: E402
 X = torch.zeros(1, 3, 32, 32)
 RUNS = ("ours/2.1", "peer/2.1", "ours/2.6", "peer/2.6", "peer-distilled/2.1", "peer-distilled/2.6", "original/1")
 BATCH, WARM, DECAY = 128, 0.1, 5e-4
-TEMPERATURE, SOFT = 4.0, 0.5
+TEMPERATURE = 4.0
 Images = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -96,19 +97,25 @@ def taught(data: Images, options: argparse.Namespace, epoch: int) -> torch.Tenso
     """The original's logits for the augmented images of one epoch, batch by batch; made once for all runs."""
     path = options.folder / f"logits-{options.depth}-{options.seed}-{epoch}-{len(data[0])}.pt"
     if not path.exists():
-        teacher = realdata.cifar_resnet(options.depth, options.data).to(memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        teacher = graphprune.fuse(realdata.cifar_resnet(options.depth, options.data), X).to(memory_format=torch.channels_last)
+        teacher = torch.compile(teacher) if options.compile else teacher
+        with torch.no_grad(), products(options):
             found = [teacher(augmented(data[0][at], *how)).float() for at, *how in epoch_of(data, options.seed, epoch)]
         replaced(path, lambda part: torch.save(torch.stack(found), part))
     return torch.load(path)
 
 
+def products(options: argparse.Namespace) -> AbstractContextManager:
+    """How products are computed in training: bfloat16 where the processor has it, which halves the time."""
+    return torch.autocast("cpu", torch.bfloat16) if options.products == "bfloat16" else nullcontext()
+
+
 @torch.no_grad()
-def top1(model: nn.Module, x: torch.Tensor, y: torch.Tensor, low: bool = False) -> float:
-    """Top-1 in per cent; ``low`` computes in bfloat16."""
+def top1(model: nn.Module, x: torch.Tensor, y: torch.Tensor, how: AbstractContextManager | None = None) -> float:
+    """Top-1 in per cent, computed in float32, or as :func:`products` says."""
     mode, right = model.training, 0
     model.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+    with how or nullcontext():
         for images, labels in zip(x.split(500), y.split(500), strict=True):
             right += int((model(realdata.normalise(images).to(memory_format=torch.channels_last)).argmax(1) == labels).sum())
     model.train(mode)
@@ -119,7 +126,7 @@ def top1(model: nn.Module, x: torch.Tensor, y: torch.Tensor, low: bool = False) 
 
 
 def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, log: Log, distilled: bool) -> nn.Module:
-    """SGD with momentum, a warm-up and a cosine to zero; bfloat16 products, the weights in float32; goes on where it was killed."""
+    """SGD with momentum, a warm-up and a cosine to zero; the weights in float32; goes on where it was killed."""
     path = options.folder / f"{run.replace('/', '-')}.pt"
     model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), options.rate, momentum=0.9, weight_decay=DECAY, nesterov=True)
@@ -138,18 +145,18 @@ def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, 
             now = (epoch * (len(data[0]) // BATCH) + number) / steps
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * min(1.0, (now + 1 / steps) / WARM) * (1 + math.cos(math.pi * now)) / 2
-            with torch.autocast("cpu", torch.bfloat16):
+            with products(options):
                 outputs = fast(augmented(data[0][at], *how))
             loss = nn.functional.cross_entropy(outputs.float(), data[1][at])
             if answers is not None:
-                loss = (1 - SOFT) * loss + SOFT * soften(outputs.float(), answers[number], TEMPERATURE)
+                loss = (1 - options.soft) * loss + options.soft * soften(outputs.float(), answers[number], TEMPERATURE)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += float(loss.detach())
         spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         last = epoch + 1 == options.epochs
-        log.add(f"{run}/{epoch + 1}", loss=total / (number + 1), test=top1(model, data[2], data[3], low=not last), **spent)
+        log.add(f"{run}/{epoch + 1}", loss=total / (number + 1), test=top1(model, data[2], data[3], None if last else products(options)), **spent)
         replaced(path, lambda part, at=epoch + 1: torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": at}, part))
     return model.eval()
 
@@ -195,7 +202,7 @@ def peer(run: str, factor: float, data: Images, options: argparse.Namespace, log
         for globally, kinds in ((False, oneshot.LOCAL), (True, oneshot.GLOBAL)):
             for kind in kinds:
                 small = oneshot.peer(original, kind, globally, budget, x, data[1][:512])
-                right = top1(oneshot.reestimated(small, x), data[0][512:4512], data[1][512:4512], low=True)
+                right = top1(oneshot.reestimated(small, x), data[0][512:4512], data[1][512:4512], products(options))
                 print(run, kind, "global" if globally else "local", right, oneshot.macs(small, X), flush=True)
                 if best is None or right > best[0]:
                     best = (right, small, f"{kind}, {'global' if globally else 'layer by layer'}")
@@ -223,7 +230,8 @@ def runs(data: Images, options: argparse.Namespace, log: Log) -> None:
         side, factor = run.split("/")
         make = {"ours": ours, "peer": peer, "peer-distilled": peer, "original": whole}[side]
         model = make(run, float(factor), data, options, log)
-        log.add(f"{run}/end", **start(model, data), train=top1(model, data[0][:10000], data[1][:10000]), epochs=options.epochs, rate=options.rate)
+        recipe = {name: getattr(options, name) for name in ("epochs", "rate", "soft", "products")}
+        log.add(f"{run}/end", **start(model, data), train=top1(model, data[0][:10000], data[1][:10000]), **recipe)
 
 
 # -- time of an epoch ------------------------------------------------------------------------------------------------------------
@@ -305,14 +313,14 @@ def tuned(rows: dict[str, dict]) -> list[str]:
     first = rows.get("original/1/0")
     if first is None:
         return []
-    ends = [row for key, row in rows.items() if key.endswith("/end")]
-    epochs, rate = (ends[0]["epochs"], ends[0]["rate"]) if ends else ("?", "?")
+    recipe = {"epochs": "?", "rate": "?", "soft": 0.5, "products": "bfloat16"}
+    recipe |= next(({name: row[name] for name in recipe if name in row} for key, row in rows.items() if key.endswith("/end")), {})
+    shares = f"{1 - recipe['soft']:.2g} cross-entropy + {recipe['soft']:.2g} softened logits of the original (temperature {TEMPERATURE:g})"
     lines = [
-        f"### Fine-tuned, {epochs} epochs for every run",
+        f"### Fine-tuned, {recipe['epochs']} epochs for every run",
         "",
-        f"ResNet-56, CIFAR-10 (JPEG), all 10,000 test images, seed 0. SGD with momentum and Nesterov, rate {rate} (warm-up, cosine to zero), batch {BATCH},",
-        f"crops and flips, bfloat16 products; distilled: {SOFT:g} cross-entropy + {SOFT:g} softened logits of the original (temperature {TEMPERATURE:g}). "
-        "All runs see the same",
+        f"ResNet-56, CIFAR-10 (JPEG), all 10,000 test images, seed 0. SGD with momentum and Nesterov, rate {recipe['rate']} (warm-up, cosine to zero),",
+        f"batch {BATCH}, crops and flips, {recipe['products']} products; distilled: {shares}. All runs see the same",
         "images in the same order. The peer's criterion is the best of eight on training images. "
         "Gap: accuracy on 10,000 training images minus that on the test images.",
         "",
@@ -396,6 +404,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=56)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--soft", type=float, default=0.5, help="share of the original's softened logits in a distilled loss")
+    parser.add_argument("--products", choices=("bfloat16", "float32"), default="bfloat16", help="float32 on a processor without bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="use only so many images (a trial)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the training steps")

@@ -14,9 +14,10 @@ from graphprune import errors
 X = torch.randn(4, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, weight_decay=0.01, nesterov=True),
-    "adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
-    "adamw": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5, centered=True),
+    # eps far above rounding: a step divides by it where a gradient is zero but for rounding (a bias before a batch norm)
+    "adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, eps=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, foreach=True, eps=1e-3),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5, centered=True, eps=1e-3),
 }
 
 
