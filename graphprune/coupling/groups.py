@@ -91,13 +91,23 @@ def _settle(parts: Partition, joints: list[Joint]) -> None:
     _name_slices(parts, joints)
     classes: dict[bytes, list[Joint]] = defaultdict(list)
     for joint in joints:
-        classes[np.unique(joint.array).tobytes()].append(joint)
+        classes[_set(joint.array).tobytes()].append(joint)
     named = [c for c in classes.values() if any(j.slices is not None for j in c)]
     rest = [c for c in classes.values() if all(j.slices is None for j in c)]
+    seen: dict[int, Array] = {}
     for members in named + rest:
         _decide(parts, members)
-    for joint in joints:  # what was settled later may have changed what a slice holds
-        _follow(parts, joint)
+        seen.update((id(joint), _follow(parts, joint)) for joint in members)
+    held = parts.find(np.concatenate([joint.array.ravel() for joint in joints]))
+    for joint, now in zip(joints, np.split(held, np.cumsum([joint.array.size for joint in joints])[:-1]), strict=True):
+        if not np.array_equal(seen[id(joint)].ravel(), now):  # what was settled later changed what a slice holds
+            _follow(parts, joint)
+
+
+def _set(array: Array) -> Array:
+    """The entries, each once, in order (np.unique takes several times as long on few of them)."""
+    flat = np.sort(array, axis=None)
+    return flat[np.concatenate(([True], flat[1:] != flat[:-1]))]
 
 
 def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
@@ -149,12 +159,12 @@ def _decide(parts: Partition, members: list[Joint]) -> None:
     else:
         for joint in members:
             parts.lock(joint.array.ravel())
-    for joint in members:
-        _follow(parts, joint)
 
 
 def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
     """How many unlocked sets remain when each row becomes one."""
+    if _apart(parts, rows, members):
+        return len(rows)
     trial = Partition(0)
     every, flat = np.unique(rows, return_inverse=True)
     flat = flat.reshape(rows.shape).astype(np.int32)
@@ -173,23 +183,32 @@ def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
     return int((~trial.locked[roots]).sum())
 
 
-def _follow(parts: Partition, joint: Joint) -> None:
-    """A slice whose entries are one unit goes with it; any other slice stays. What is not a box is locked."""
+def _apart(parts: Partition, rows: Array, members: list[Joint]) -> bool:
+    """Whether no label stands twice and nothing is locked: the plain case."""
+    flat = np.sort(rows, axis=None)
+    if np.count_nonzero(flat[1:] == flat[:-1]) or np.count_nonzero(parts.locked[flat]):
+        return False
+    return not any(joint.slices is not None and np.count_nonzero(parts.is_locked(joint.slices)) for joint in members)
+
+
+def _follow(parts: Partition, joint: Joint) -> Array:
+    """A slice whose entries are one unit goes with it; any other slice stays. What is not a box is locked. Returns what the entries are by now."""
     local = parts.find(joint.array)
     varies = sum(1 for axis in range(local.ndim) if np.count_nonzero(local != local[(slice(None),) * axis + (slice(0, 1),)]))
     if varies > 1:
         parts.lock(local.ravel())
     if joint.slices is None:
-        return
+        return local
     rows = rows_of(local, joint.axes)
     flat = joint.slices.ravel()
     differ = rows != rows[:, :1]
     if not np.count_nonzero(differ):
         parts.union(flat, rows[:, 0])
-        return
+        return local
     same = ~differ.any(axis=1)
     parts.union(flat[same], rows[same, 0])
     parts.lock(flat[~same])
+    return local
 
 
 def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: list[Reason]) -> Groups:

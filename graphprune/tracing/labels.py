@@ -181,15 +181,13 @@ class Labels:
     def _slices(self, array: Array, axes: tuple[int, ...]) -> Array:
         lead = np.moveaxis(array, axes, range(len(axes)))
         rows = np.sort(lead.reshape(int(np.prod(lead.shape[: len(axes)])), -1), axis=1)
-        names = np.empty(len(rows), dtype=np.int32)
-        for index, row in enumerate(rows):
-            if row[0] == row[-1]:
-                names[index] = row[0]
-                continue
-            name = self._names.get(row.tobytes())
-            if name is None:
-                name = self._names[row.tobytes()] = int(self.fresh(1)[0])
-            names[index] = name
+        names = rows[:, 0].copy()
+        mixed = np.flatnonzero(names != rows[:, -1])
+        if len(mixed):
+            keys = [row.tobytes() for row in rows[mixed]]
+            new = [key for key in dict.fromkeys(keys) if key not in self._names]
+            self._names.update(zip(new, self.fresh(len(new)).tolist(), strict=True))
+            names[mixed] = [self._names[key] for key in keys]
         return names.reshape(lead.shape[: len(axes)])
 
     def partition(self) -> Partition:

@@ -1,7 +1,7 @@
 """Results without values: for frequent operations on the meta device, an empty tensor of the right shape and strides.
 
 torch's own shape functions are written in Python for many operations and take up to a millisecond each. The ones here
-answer only the plain case (floating tensors of one type, dense in memory) and return None for any other, which is then
+answer only the plain case (floating tensors of one type) and return None for any other, which is then
 left to torch. That both agree is a test.
 
 >>> x = torch.empty(1, 3, 8, 8, device="meta")
@@ -78,12 +78,30 @@ def same(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
 
 
+def ordered(x: Tensor) -> Tensor | None:
+    """Dense, with the axes in the order in which x has them: the result of a pointwise operation. None where x repeats entries.
+
+    >>> ordered(torch.empty(2, 5, 3).transpose(0, 1)[:, :, :2]).stride()
+    (2, 10, 1)
+    """
+    if dense(x):
+        return same(x)
+    size, own = x.shape, x.stride()
+    if 0 in own:
+        return None
+    found, step = [0] * len(size), 1
+    for axis in sorted(range(len(size)), key=lambda axis: (own[axis], -axis)):
+        found[axis] = step
+        step *= size[axis]
+    return torch.empty_strided(size, found, dtype=x.dtype, device=META)
+
+
 @shape("relu.default", "hardtanh.default", "gelu.default", "silu.default", "sigmoid.default", "tanh.default", "hardswish.default", "exp.default",
        "hardsigmoid.default", "leaky_relu.default", "elu.default", "mish.default", "softplus.default", "neg.default", "sqrt.default", "sin.default",
        "rsqrt.default", "abs.default", "log.default", "erf.default", "cos.default", "pow.Tensor_Scalar", "clone.default", "empty_like.default",
        "zeros_like.default", "ones_like.default", "log_sigmoid.default", "reciprocal.default", "relu6.default", "selu.default", "celu.default")  # fmt: skip
 def unary(x, *args, **kwargs):
-    return same(x) if not kwargs and x.is_floating_point() and dense(x) else None
+    return ordered(x) if not kwargs and x.is_floating_point() else None
 
 
 @shape("relu_.default", "hardtanh_.default", "gelu_.default", "silu_.default", "sigmoid_.default", "tanh_.default", "hardswish_.default",
@@ -97,13 +115,13 @@ def binary(x, y, **kwargs):
     if not x.is_floating_point():
         return None
     if not isinstance(y, Tensor):
-        return same(x) if type(y) in (int, float) and dense(x) else None
+        return ordered(x) if type(y) in (int, float) else None
     if x.dtype != y.dtype:
         return None
     if x.shape == y.shape and x.stride() == y.stride() and dense(x):
         return same(x)
     if not (x.is_contiguous() and y.is_contiguous()) or not (x.ndim and y.ndim):
-        return None
+        return spread(x, y)
     long, short = (x.shape, y.shape) if x.ndim >= y.ndim else (y.shape, x.shape)
     out = list(long)
     for axis in range(1, len(short) + 1):
@@ -112,6 +130,14 @@ def binary(x, y, **kwargs):
             return None
         out[-axis] = b if a == 1 else a
     return new(x, out)
+
+
+def spread(x: Tensor, y: Tensor) -> Tensor | None:
+    """The result where y is one value for each position along one axis of x, which then gives the order."""
+    if y.ndim > x.ndim or y.numel() not in y.shape or not dense(x):
+        return None
+    fits = all(n in (1, whole) for n, whole in zip(reversed(y.shape), reversed(x.shape), strict=False))
+    return same(x) if fits else None
 
 
 @shape("add_.Tensor", "mul_.Tensor", "sub_.Tensor", "div_.Tensor")
@@ -152,18 +178,20 @@ def bmm(x, y):
 
 @shape("native_batch_norm.default", "_native_batch_norm_legit_no_training.default")
 def batch_norm(x, weight, bias, mean, var, *rest):
-    if len(rest) == 3 and rest[0]:  # batch statistics
+    if not dense(x):
         return None
-    return (same(x), nothing(x.dtype), nothing(x.dtype)) if dense(x) else None
+    if len(rest) == 3 and rest[0]:  # statistics of the batch, in float32 at least
+        return (same(x), new(x, x.shape[1:2]), new(x, x.shape[1:2])) if x.dtype in (torch.float32, torch.float64) else None
+    return same(x), nothing(x.dtype), nothing(x.dtype)
 
 
 @shape("native_layer_norm.default")
 def layer_norm(x, size, weight, bias, eps):
     lead = x.ndim - len(size)
-    if not x.is_contiguous() or list(x.shape[lead:]) != list(size):
+    if x.dtype not in (torch.float32, torch.float64) or list(x.shape[lead:]) != list(size):
         return None
     stats = [*x.shape[:lead], *([1] * len(size))]
-    return same(x), new(x, stats), new(x, stats)
+    return new(x, x.shape), new(x, stats), new(x, stats)  # contiguous, whatever the order of x
 
 
 @shape("native_group_norm.default")
@@ -204,10 +232,13 @@ def cat(tensors, dim=0):
 
 def _window(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil: bool) -> list[int] | None:
     space = len(kernel)
-    if ceil or x.ndim != space + 2 or not x.is_contiguous():
+    if x.ndim != space + 2 or not x.is_contiguous():
         return None
     pairs = [list(given) * (space if len(given) == 1 else 1) for given in (stride or kernel, padding, dilation)]
-    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], kernel, *pairs, strict=True)]
+    out = []
+    for n, k, s, p, d in zip(x.shape[2:], kernel, *pairs, strict=True):
+        count = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil else 0)) // s + 1
+        out.append(count - (ceil and (count - 1) * s >= n + p))  # a window that begins behind the last entry does not count
     return [*x.shape[:2], *out] if min(out) > 0 else None
 
 
