@@ -1,5 +1,7 @@
 """The oracle: what is cut computes what the zeroed original computes, and zeroing other units differs."""
 
+import copy
+import gc
 import os
 
 import pytest
@@ -114,3 +116,20 @@ def test_an_unknown_operation_locks_only_what_it_touches():
     small, plan = graphprune.shrink(Odd(), torch.randn(8, 4), 0.5, return_plan=True)
     assert (small.a.out_features, small.b.out_features) == (4, 8)
     assert "matrix_exp" in plan.explain()
+
+
+def test_nothing_of_the_run_waits_for_the_garbage_collector():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    count = lambda: sum(type(held) is nn.Linear for held in gc.get_objects())  # noqa: E731
+    gc.collect()
+    before = count()
+    gc.disable()
+    try:
+        small = graphprune.shrink(net, torch.zeros(1, 4))
+        assert count() == before + 2  # those of the smaller model; the copy that was run is gone
+        circle = [copy.deepcopy(small)]
+        circle.append(circle)
+        del circle
+        assert count() == before + 4  # what stands in a circle would be seen
+    finally:
+        gc.enable()

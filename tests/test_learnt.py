@@ -1,6 +1,5 @@
 """What earlier searches measured shortens the next one, never replaces its measurement, and is forgotten where it no longer holds."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -36,9 +36,7 @@ OTHERS = [empty(6, 1, 1), empty(1, 6, 1, 1), empty(4), empty(5, 1), empty(6, 5, 
 PAIRS = [(x, y) for x in some((2, 6, 5, 4), (1, 6, 5, 4)) for y in OTHERS] + [(y, x) for x in laid((2, 6, 5, 4)) for y in OTHERS]
 CASES = {
     "pow.Tensor_Scalar": [(x, 2) for (x,) in POINTWISE],
-    "convolution.default": [
-        (x, empty(8, 3, 3, 2), bias, [2, 1], [1, 0], [1, 2], False, [0, 0], 2) for x in laid((2, 6, 9, 7)) for bias in (None, empty(8))
-    ],
+    "convolution.default": [(x, empty(8, 3, 3, 2), bias, [2, 1], [1, 0], [1, 2], False, [0, 0], 2) for x in laid((2, 6, 9, 7)) for bias in (None, empty(8))],
     "addmm.default": [(empty(5), empty(3, 4), empty(4, 5)), (empty(1), empty(3, 4), empty(5, 4).t()), (empty(3, 5), empty(3, 4), empty(4, 5))],
     "mm.default": [(empty(3, 4), empty(4, 5)), (empty(4, 3).t(), empty(5, 4).t())],
     "bmm.default": [(empty(2, 3, 4), empty(2, 4, 5)), (empty(2, 4, 3).transpose(1, 2), empty(2, 5, 4).transpose(1, 2))],

@@ -68,30 +68,8 @@ def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], ori
     ``modules`` are those of a copy of ``original``; objects that both share are left alone.
     """
     symbols: dict[tuple, int] = {}
-
-    def size(path: tuple, value: Any) -> Any:
-        if type(value) is int and value > 1:
-            symbols[path] = value
-            return Size(value, ("attr", path))
-        if type(value) in (list, tuple) and 0 < len(value) < 64 and any(type(v) in (int, list, tuple) for v in value):
-            return type(value)(size((*path, i), v) for i, v in enumerate(value))
-        if type(value) is dict and 0 < len(value) < 64:
-            return {key: size((*path, key), v) if type(key) is str and key[:1] != "_" else v for key, v in value.items()}
-        return value
-
     seen: set[int] = set()
     entered = False
-
-    def enter(holder: Any, path: tuple, depth: int) -> None:
-        seen.add(id(holder))
-        for key, item in list(holder.__dict__.items()):
-            if type(item) in PLAIN - {int} or key[0] == "_":
-                continue
-            if type(item) in PLANTED:
-                holder.__dict__[key] = size((*path, key), item)
-            elif depth and configures(item) and id(item) not in seen:
-                enter(item, (*path, key), depth - 1)
-
     for name, module in modules:
         known = _shaped(type(module))
         for key, value in list(module.__dict__.items()):
@@ -104,16 +82,40 @@ def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], ori
                         seen.update(id(item) for _, module in modules_of(original) for item in module.__dict__.values())
                     entered = True
                     if id(value) not in seen:
-                        enter(value, (name, key), 1)
+                        _enter(value, (name, key), 1, seen, symbols)
                 continue
             if known and kind is int and key in REPEATS:
                 _repeat(module, key, values)
             if known and key not in COUNTS:
                 continue
-            planted = size((name, key), value)
+            planted = _planted((name, key), value, symbols)
             if planted is not value:
                 module.__dict__[key] = planted
     return symbols
+
+
+def _planted(path: tuple, value: Any, symbols: dict[tuple, int]) -> Any:
+    """The value with sizes for its integers."""
+    if type(value) is int and value > 1:
+        symbols[path] = value
+        return Size(value, ("attr", path))
+    if type(value) in (list, tuple) and 0 < len(value) < 64 and any(type(v) in (int, list, tuple) for v in value):
+        return type(value)(_planted((*path, i), v, symbols) for i, v in enumerate(value))
+    if type(value) is dict and 0 < len(value) < 64:
+        return {key: _planted((*path, key), v, symbols) if type(key) is str and key[:1] != "_" else v for key, v in value.items()}
+    return value
+
+
+def _enter(holder: Any, path: tuple, depth: int, seen: set[int], symbols: dict[tuple, int]) -> None:
+    """Plant sizes in a configuration object, and in those that it holds."""
+    seen.add(id(holder))
+    for key, item in list(holder.__dict__.items()):
+        if type(item) in PLAIN - {int} or key[0] == "_":
+            continue
+        if type(item) in PLANTED:
+            holder.__dict__[key] = _planted((*path, key), item, symbols)
+        elif depth and configures(item) and id(item) not in seen:
+            _enter(item, (*path, key), depth - 1, seen, symbols)
 
 
 @cache

@@ -87,17 +87,17 @@ def uncollected() -> Iterator[None]:
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module once, with its path: ``list(model.named_modules())`` in one walk."""
     found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
-        seen.add(id(module))
-        found.append((path, module))
-        for name, child in module.__dict__["_modules"].items():
-            if child is not None and id(child) not in seen:
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
+    _walk(model, "", set(), found)
     return found
+
+
+def _walk(module: nn.Module, path: str, seen: set[int], found: list[tuple[str, nn.Module]]) -> None:
+    # A function inside another that calls itself would be a circle, and keep all modules until the next garbage collection.
+    seen.add(id(module))
+    found.append((path, module))
+    for name, child in module.__dict__["_modules"].items():
+        if child is not None and id(child) not in seen:
+            _walk(child, f"{path}.{name}" if path else name, seen, found)
 
 
 def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
