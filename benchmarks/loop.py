@@ -95,7 +95,7 @@ def augmented(images: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor) -
 
 def taught(data: Images, options: argparse.Namespace, epoch: int) -> torch.Tensor:
     """The original's logits for the augmented images of one epoch, batch by batch; made once for all runs."""
-    path = options.folder / f"logits-{options.depth}-{options.seed}-{epoch}-{len(data[0])}.pt"
+    path = options.folder / f"logits-{options.depth}-{options.seed}-{epoch}-{len(data[0])}-{options.products}.pt"
     if not path.exists():
         teacher = graphprune.fuse(realdata.cifar_resnet(options.depth, options.data), X).to(memory_format=torch.channels_last)
         teacher = torch.compile(teacher) if options.compile else teacher
@@ -221,6 +221,11 @@ def whole(run: str, _: float, data: Images, options: argparse.Namespace, log: Lo
 
 
 def runs(data: Images, options: argparse.Namespace, log: Log) -> None:
+    recipe = {name: getattr(options, name) for name in ("epochs", "rate", "soft", "products", "seed", "depth")}
+    path = options.folder / "recipe.json"
+    if path.exists() and json.loads(path.read_text()) != recipe:
+        raise SystemExit(f"{options.folder} holds runs of another recipe, {path.read_text()}; give another --folder, for a table compares runs of one")
+    path.write_text(json.dumps(recipe))
     if "original/1/0" not in log.rows():
         model = realdata.cifar_resnet(options.depth, options.data)
         log.add("original/1/0", **start(model, data), train=top1(model, data[0][:10000], data[1][:10000]), how="as given")
@@ -230,7 +235,6 @@ def runs(data: Images, options: argparse.Namespace, log: Log) -> None:
         side, factor = run.split("/")
         make = {"ours": ours, "peer": peer, "peer-distilled": peer, "original": whole}[side]
         model = make(run, float(factor), data, options, log)
-        recipe = {name: getattr(options, name) for name in ("epochs", "rate", "soft", "products")}
         log.add(f"{run}/end", **start(model, data), train=top1(model, data[0][:10000], data[1][:10000]), **recipe)
 
 

@@ -341,7 +341,7 @@ def cells(names: list[str], options: argparse.Namespace, known: dict, done: Call
                     small = peer(case, kind, globally, way, full / target, shared)
                     spent = macs(small, case.example)
                     if spent > 1.05 * full / target:
-                        raise ValueError(f"it leaves {spent / full:.3f} of the MACs at least")
+                        raise ValueError(f"the nearest it comes from above is {spent / full:.3f} of the MACs")
                     found = {f"ships {n}": v for n, v in case.measure(small).items()}
                     if case.norms:
                         found |= {f"bn {n}": v for n, v in case.measure(reestimated(case, small)).items()}

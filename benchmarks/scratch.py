@@ -47,7 +47,7 @@ def networks(train: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, 
 
 
 def epoch(model: nn.Module, fast: nn.Module, optimizer: torch.optim.Optimizer, data: tuple, seed: int, number: int, epochs: int) -> tuple[float, float]:
-    """Train for one epoch: mean loss and wall seconds. Images are shifted by up to two pixels and flipped."""
+    """Train for one epoch: mean loss and wall seconds. Every batch is shifted by up to two pixels, around the edge; every second one is flipped."""
     images, labels = data
     model.train()
     draw = torch.Generator().manual_seed(1000 * seed + number)
@@ -58,8 +58,8 @@ def epoch(model: nn.Module, fast: nn.Module, optimizer: torch.optim.Optimizer, d
         now = (number + at / len(order)) / epochs
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (now + 1e-3) / WARM) * (1 + math.cos(math.pi * now)) / 2
-        across, down = (int(n) for n in torch.randint(-2, 3, (2,), generator=draw))
-        batch = normalise(images[step]).roll((across, down), (2, 3))
+        down, across = (int(n) for n in torch.randint(-2, 3, (2,), generator=draw))
+        batch = normalise(images[step]).roll((down, across), (2, 3))
         batch = batch.flip(3) if at % 2 else batch
         loss = nn.functional.cross_entropy(fast(batch.to(memory_format=torch.channels_last)), labels[step])
         optimizer.zero_grad()
@@ -83,7 +83,7 @@ def table(rows: list[dict], options: argparse.Namespace) -> str:
         "| network | fewer MACs | parameters | cut, s | epoch, s | faster | efficiency | test, % | gap |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    seconds = {name: sorted(row["seconds"] for row in rows if row["network"] == name and row["epoch"] > 1) for name in last}
+    seconds = {name: sorted(row["seconds"] for row in rows if row["network"] == name and row["epoch"] > (options.epochs > 1)) for name in last}
     for name, row in last.items():
         own = seconds[name][len(seconds[name]) // 2]
         faster, fewer = seconds["whole"][len(seconds["whole"]) // 2] / own, whole["macs"] / row["macs"]

@@ -79,7 +79,7 @@ def same(x: Tensor) -> Tensor:
 
 
 def ordered(x: Tensor) -> Tensor | None:
-    """Dense, with the axes in the order in which x has them: the result of a pointwise operation. None where x repeats entries.
+    """Dense, with the axes in the order in which x has them: the result of a pointwise operation. None where x repeats or shares entries.
 
     >>> ordered(torch.empty(2, 5, 3).transpose(0, 1)[:, :, :2]).stride()
     (2, 10, 1)
@@ -87,7 +87,8 @@ def ordered(x: Tensor) -> Tensor | None:
     if dense(x):
         return same(x)
     size, own = x.shape, x.stride()
-    if 0 in own:
+    steps = [step for step, n in zip(own, size, strict=True) if n > 1]
+    if 0 in own or len(set(steps)) < len(steps):
         return None
     found, step = [0] * len(size), 1
     for axis in sorted(range(len(size)), key=lambda axis: (own[axis], -axis)):
@@ -181,6 +182,8 @@ def batch_norm(x, weight, bias, mean, var, *rest):
     if not dense(x):
         return None
     if len(rest) == 3 and rest[0]:  # statistics of the batch, in float32 at least
+        if x.numel() <= x.shape[1]:  # one value has no deviation: torch says what is wrong
+            return None
         return (same(x), new(x, x.shape[1:2]), new(x, x.shape[1:2])) if x.dtype in (torch.float32, torch.float64) else None
     return same(x), nothing(x.dtype), nothing(x.dtype)
 
