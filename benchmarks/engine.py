@@ -2,7 +2,8 @@
 
     python benchmarks/engine.py --out docs/engine.md
 
-Both remove half of every group by L2 norm. Times are medians of ``--repeats`` runs: seconds of the processor, one thread, alternating.
+Both remove half of every group by L2 norm. Times are medians of ``--repeats`` runs: seconds of the processor, one thread, alternating,
+a process for each model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -95,27 +98,41 @@ def handles(function, model: nn.Module, x: torch.Tensor, most: int = 100) -> tup
     return ("" if same and count(small) < count(model) else "not smaller" if same else "another output shape"), seconds
 
 
+def prepare() -> None:
+    """What every process that measures does first."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    declare_operators()
+
+
+def measured(name: str, repeats: int, limit: float, most: int) -> tuple[str, float | None]:
+    """One row of the table, and how many times as long Torch-Pruning takes, if both handle the model."""
+    model, x = build(name)
+    wrong, peer = handles(theirs, model, x, most)
+    failed = [f"{who}: {why}" for who, why in (("graphprune", handles(ours, model, x)[0]), ("Torch-Pruning", wrong)) if why]
+    mine, checked, other = [], [], [peer] if peer >= limit else []
+    for _ in range(repeats):
+        mine.append(timed(ours, model, x))
+        checked.append(timed(lambda m, x: ours(m, x, True), model, x))
+        if not wrong and peer < limit:
+            other.append(timed(theirs, model, x))
+    a, b = statistics.median(mine), statistics.median(checked)
+    if failed:
+        return f"| {name} | {a:.3f} | {b:.3f} | {'; '.join(failed).replace('|', '/')} | |", None
+    c = statistics.median(other)
+    return f"| {name} | {a:.3f} | {b:.3f} | {c:.3f} | {c / a:.1f}x |", c / a
+
+
 def compare(repeats: int, names: list[str], limit: float, most: int) -> list[str]:
+    """The table. Every model has a fresh process of its own: what an earlier one left in memory slows the next one's pages down, for either side."""
     rows, ratios = ["| model | graphprune s | with self-check s | Torch-Pruning s | ratio |", "|---|---|---|---|---|"], []
-    for name in names:
-        model, x = build(name)
-        wrong, peer = handles(theirs, model, x, most)
-        failed = [f"{who}: {why}" for who, why in (("graphprune", handles(ours, model, x)[0]), ("Torch-Pruning", wrong)) if why]
-        mine, checked, other = [], [], [peer] if peer >= limit else []
-        for _ in range(repeats):
-            mine.append(timed(ours, model, x))
-            checked.append(timed(lambda m, x: ours(m, x, True), model, x))
-            if not wrong and peer < limit:
-                other.append(timed(theirs, model, x))
-        a, b = statistics.median(mine), statistics.median(checked)
-        if failed:
-            rows.append(f"| {name} | {a:.3f} | {b:.3f} | {'; '.join(failed).replace('|', '/')} | |")
-        else:
-            c = statistics.median(other)
-            ratios.append(c / a)
-            rows.append(f"| {name} | {a:.3f} | {b:.3f} | {c:.3f} | {c / a:.1f}x |")
-        print(rows[-1], flush=True)
-    return [*rows, "", f"Median over {len(ratios)} models that both handle: {statistics.median(ratios):.1f}x faster without the self-check."]
+    with get_context("spawn").Pool(1, prepare, maxtasksperchild=1) as pool:
+        for row, ratio in pool.imap(partial(measured, repeats=repeats, limit=limit, most=most), names):
+            rows.append(row)
+            ratios += [] if ratio is None else [ratio]
+            print(row, flush=True)
+    middle = f"{statistics.median(ratios):.1f}x" if ratios else "?"
+    return [*rows, "", f"Median over {len(ratios)} models that both handle: {middle} faster without the self-check."]
 
 
 class Chain(nn.Module):
@@ -184,9 +201,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=100, help="seconds after which the peer is stopped: it does not handle the model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    declare_operators()
+    prepare()
     if options.only is not None:
         compare(options.repeats, options.only, options.limit, options.most)
         return
