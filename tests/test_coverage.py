@@ -255,6 +255,31 @@ def test_heads_that_only_training_reads_are_cut_along():
     assert not torch.allclose(small(X)[1], net.train()(X)[1])  # the control
 
 
+class Small(nn.Module):
+    """A head that only training reads, with a batch norm that wants more than one value."""
+
+    def __init__(self, norm=True):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Conv2d(3, 8, 3), nn.Linear(8, 2), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)
+        self.norm, self.e = nn.BatchNorm2d(8) if norm else nn.Identity(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.a(x).relu().mean((2, 3), keepdim=True)
+        if not self.training:
+            return self.b(y.flatten(1))
+        return self.b(y.flatten(1)), self.e(self.norm(self.d(self.c(y).relu())).flatten(1))
+
+
+def test_what_training_would_have_read_where_it_stops_stays_whole():
+    one = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(drawn(Small()), one, 0.5, return_plan=True)
+    assert (small.a.out_channels, small.c.out_channels, small.d.in_channels) == (4, 3, 3)
+    assert small.d.out_channels == 8 and "not known in training" in plan.explain()
+    assert small.train()(torch.randn(4, 3, 8, 8, dtype=torch.float64))[1].shape == (4, 2)
+    other = graphprune.shrink(drawn(Small(norm=False)), one, 0.5)  # the control: nothing stops there
+    assert other.d.out_channels == other.e.in_features == 4
+
+
 def test_heads_that_cannot_be_reached_stay_whole_with_a_reason():
     small, plan = graphprune.shrink(drawn(Auxiliary(targets=True)), X, 0.5, return_plan=True)
     assert small.a.out_features == 8 and small.aux2.in_features == 6 and small.aux.out_features == 6

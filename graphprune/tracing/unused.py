@@ -71,10 +71,29 @@ def train_run(recorder: Recorder, model: Any, call: Callable[[], Any]) -> list[V
         with same_dice():
             model.train()
             return [recorder.value(tensor) for tensor in tensors(call(), torch.Tensor)]
-    except Exception:  # training needs more than the example (targets): what is known by now holds
+    except Exception as error:  # training needs more than the example (targets, a larger batch): what is known by now holds
+        _stopped(recorder, kept, error)
         return []
     finally:
         for node in recorder.nodes:
             for value in node.outs:
                 value.node = -1
         recorder.extra, recorder.nodes, recorder.spans, recorder.step = recorder.nodes, kept, spans, -1
+
+
+def _stopped(recorder: Recorder, before: list[Node], error: Exception) -> None:
+    """Leave whole what a run that failed had made of weights that only training reads, and had still to read.
+
+    The call that failed may have been its reader (a batch norm that wants more than one value), and what that asks is not known.
+    """
+    made = {id(recorder.leaves[name]) for name in unread(recorder, before)}
+    read = {id(value) for node in recorder.nodes for value in node.held}
+    reason = recorder.labels.reason(Reason(f"not known in training, which stops there on the example ({type(error).__name__})"))
+    for node in recorder.nodes:
+        if not any(id(value) in made for value in node.held):
+            continue
+        made.update(map(id, node.outs))
+        for value in node.outs:
+            if id(value) not in read and value.dtype.is_floating_point:
+                for field in value.fields:
+                    recorder.labels.lock(field, reason)
