@@ -98,13 +98,9 @@ def _settle(parts: Partition, joints: list[Joint]) -> None:
     for members in named + rest:
         _decide(parts, members)
         seen.update((id(joint), _follow(parts, joint)) for joint in members)
-    held = parts.find(np.concatenate([joint.array.ravel() for joint in joints]))
-    again = False
-    for joint, now in zip(joints, np.split(held, np.cumsum([joint.array.size for joint in joints])[:-1]), strict=True):
-        now = parts.find(joint.array).ravel() if again else now
-        if not np.array_equal(seen[id(joint)].ravel(), now):  # what was settled later changed what a slice holds
+    for joint in joints:
+        if not np.array_equal(parts.find(joint.array), seen[id(joint)]):  # what was settled later changed what a slice holds
             _follow(parts, joint)
-            again = True
 
 
 def _set(array: Array) -> Array:
