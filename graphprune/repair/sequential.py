@@ -1,15 +1,16 @@
 """One weight after the other, in the order of the run: each is fitted to the original's outputs on what the repaired cut model feeds it.
 
 Inputs come from the cut model with everything before already repaired, targets from the original (AIMET, SlimGPT), so a fit also
-corrects what earlier ones left over. Where the result is added to a residual stream, the target is what the stream lacks. Part of
-the calibration is kept out of the fits, and a fit that does worse there is dropped.
+corrects what earlier ones left over. Where the result is added to a residual stream, the target is what the stream lacks; where an
+activation stands behind, only what that lets pass counts. Part of the calibration is kept out of the fits, and a fit that does worse
+there is dropped.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -24,15 +25,16 @@ from ..errors import BadCalibration
 from ..tracing.notation import Value
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
+from .censored import Rows, censored, distance, intervals
 from .moments import Moments, moments
 from .paced import runs, side_by_side
 from .pairs import mixes
 from .rows import chosen, outputs, read, written
 from .sites import Scale, Site, scales, sites
-from .solve import least_squares, means, residual, variances
+from .solve import Fit, least_squares, means, residual, variances
 
 Tensor = torch.Tensor
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES, CENSORED = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-3, 1e-2, 1e-1)
 FEWEST, EACH = 4096, 24  # rows of a fit: so many at least, and so many for each input
 
 
@@ -81,7 +83,7 @@ def repair_weights(
             if isinstance(place, Scale):
                 done += work.fit_scale(place, [work.scaled(place, a, b) for a, b in zip(wide, tight, strict=True)], len(batches))
                 continue
-            parts = [work.moments(place, a, b) for a, b in zip(wide, tight, strict=True)]
+            parts = [work.seen(place, a, b) for a, b in zip(wide, tight, strict=True)]
             data = reduce(add, parts[: len(batches)])
             check = reduce(add, parts[len(batches) :]) if spare else data
             done += work.fit(place, data, check)
@@ -91,6 +93,23 @@ def repair_weights(
 def _samples(batch: Any) -> int:
     first = next((t for t in tensors(batch, torch.Tensor) if t.ndim), None)
     return len(first) if first is not None else 1
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a fit knows of some batches: moments, and rows with the intervals in which outputs should lie where the fit is censored."""
+
+    moments: Moments
+    rows: Rows | None
+
+    def __add__(self, other: _Seen) -> _Seen:
+        return _Seen(self.moments + other.moments, self.rows + other.rows if self.rows and other.rows else None)
+
+    def error(self, step: str, weight: Tensor, bias: Tensor) -> float:
+        """Mean squared error of ``W x + b``, or distance from the intervals, over the variance of the targets."""
+        spread = float((self.moments.yy / self.moments.count).sum().clamp(min=torch.finfo(torch.float64).tiny))
+        far = distance(self.rows, weight, bias) if step == "censored" and self.rows else float(residual(self.moments, weight, bias).sum())
+        return far / spread
 
 
 class _Work:
@@ -119,6 +138,8 @@ class _Work:
             wanted.setdefault(id(value), (value, []))[1].append((scale, role))
         for site in self.sites:
             values = [("x", site.x)] if cut else [("y", site.y)]
+            if self.censors(site) and not cut:
+                values.append(("z", site.flat.z))
             if site.other is not None and self.setting.target == "block":
                 values.append(("other", site.other))
             for role, value in values:
@@ -153,7 +174,12 @@ class _Work:
     def groups(self, site: Site, x: Tensor) -> int:
         return 1 if site.shape is None else x.shape[1] // self.tight[site.weight].shape[1]
 
-    def moments(self, site: Site, wide: Any, tight: Any) -> Moments:
+    def censors(self, site: Site) -> bool:
+        """Whether the targets are intervals: all that is between the weight and a flat activation is known."""
+        known = site.other is None or self.setting.target == "block"
+        return "censored" in self.setting.steps and site.flat is not None and known and site.weight not in self.mixes
+
+    def seen(self, site: Site, wide: Any, tight: Any) -> _Seen:
         """Of a batch: inputs of the cut model against what the original makes at the outputs that are left."""
         keep = self.kept(site)
         y = wide.until(site.y)[site.step, "y"]
@@ -167,10 +193,18 @@ class _Work:
             theirs, mine = wide.until(site.other)[site.step, "other"], tight.until(site.other)[site.step, "other"]
             theirs = theirs if keep is None else theirs[:, keep.to(y.device)]
             y = y + (theirs - mine) * self.gain(site).to(y.dtype)
-        found = moments(x, y.reshape(len(y), x.shape[0], -1).transpose(0, 1))
+
+        def grouped(outs: Tensor) -> Tensor:
+            return outs.reshape(len(outs), x.shape[0], -1).transpose(0, 1)
+
+        found, rows = moments(x, grouped(y)), None
         if not all(bool(torch.isfinite(t).all()) for t in (found.xx, found.yx, found.yy)):
             raise BadCalibration(f"calibration gives values that are not finite at {site.weight}; look at the batches and at the model before it")
-        return found
+        if self.censors(site):
+            z = wide.until(site.flat.z)[site.step, "z"]
+            z = z if keep is None else z[:, keep.to(z.device)]
+            rows = Rows(((x, *map(grouped, intervals(y, z, self.gain(site).to(y), site.flat.ends))),))
+        return _Seen(found, rows)
 
     def scaled(self, scale: Scale, wide: Any, tight: Any) -> tuple[Tensor, Tensor]:
         """Of a batch: what the cut model scales, and the original's results, (rows, channels)."""
@@ -214,43 +248,49 @@ class _Work:
         keep = self.kept(site)
         return self.wide[name] if keep is None else self.wide[name][keep.to(self.wide[name].device)]
 
-    def fit(self, site: Site, data: Moments, check: Moments) -> list[Repaired]:
+    def fit(self, site: Site, data: _Seen, check: _Seen) -> list[Repaired]:
         """The steps, one by one; each is kept where it does not do worse on the part kept out."""
-        weight, bias = self.now(site, data)
-        spread = (check.yy / check.count).sum().clamp(min=torch.finfo(torch.float64).tiny)
-        error = float(residual(check, weight, bias).sum() / spread)
-        if error < 1e-6:  # nothing before this weight was cut
+        known = data.moments
+        weight, bias = self.now(site, known)
+        if check.error("", weight, bias) < 1e-6:  # nothing before this weight was cut
             return []
-        if float(data.xx.diagonal(dim1=1, dim2=2).abs().max()) == 0:
+        if float(known.xx.diagonal(dim1=1, dim2=2).abs().max()) == 0:
             raise BadCalibration(f"calibration gives the same input everywhere at {site.weight}; give varied batches")
-        if "least-squares" in self.setting.steps and data.count <= data.xx.shape[1]:
+        if "least-squares" in self.setting.steps and known.count <= known.xx.shape[1]:
             warnings.warn(
-                f"{site.weight}: {data.count} calibration rows for {data.xx.shape[1]} inputs; the ridge decides, more calibration would do better", stacklevel=6
+                f"{site.weight}: {known.count} calibration rows for {known.xx.shape[1]} inputs; the ridge decides, more calibration would do better",
+                stacklevel=6,
             )
-        done = []
+        now, kept, done = (weight, bias), [], []
         for step in self.setting.steps:
-            best = min(self.tries(site, step, data, weight), key=lambda fit: float(residual(check, *fit[:2]).sum()))
-            after = float(residual(check, *best[:2]).sum() / spread)
-            better = after <= error
-            done.append(Repaired(step, site.weight, error, after, better))
-            if better:
-                again = best[2](data + check if check is not data else data)
-                weight, bias, error = again[0], again[1], after
-        if any(step.kept for step in done):
-            self.put(site, weight, bias)
+            fits = [(make(data, now), make) for make in self.makers(site, step, data)]
+            if not fits:
+                continue
+            error = check.error(step, *now)
+            best, make = min(fits, key=lambda fit, step=step: check.error(step, *fit[0]))
+            after = check.error(step, *best)
+            done.append(Repaired(step, site.weight, error, after, after <= error))
+            if after <= error:
+                now = best
+                kept.append(make)
+        if kept:
+            now, every = (weight, bias), data + check if check is not data else data  # what was chosen, once more on all rows
+            for make in kept:
+                now = make(every, now)
+            self.put(site, *now)
         return done
 
-    def tries(self, site: Site, step: str, data: Moments, weight: Tensor) -> list[tuple]:
+    def makers(self, site: Site, step: str, data: _Seen) -> list[Callable[[_Seen, Fit], Fit]]:
+        """What makes the fits that a step tries from what was seen and the weight and bias so far; none where it has nothing to do."""
         carried = self.carries(site)
-        if step == "bias":
-            makers = [lambda d: (weight, means(d, weight))] if carried else []
-        elif step == "variance":
-            makers = [lambda d: variances(d, weight)] if carried else []
-        else:
-            small = RIDGES[2:] if data.count <= data.xx.shape[1] else RIDGES
-            makers = [lambda d, r=ridge: least_squares(d, r, weight, carried) for ridge in small]
-        found = [(*make(data), make) for make in makers]
-        return found or [(weight, torch.zeros_like(data.y), lambda d: (weight, torch.zeros_like(d.y)))]
+        if step == "least-squares":
+            few = data.moments.count <= data.moments.xx.shape[1]
+            return [lambda d, now, r=ridge: least_squares(d.moments, r, now[0], carried) for ridge in (RIDGES[2:] if few else RIDGES)]
+        if step == "censored":
+            return [lambda d, now, r=ridge: censored(d.rows, d.moments, r, now, carried) for ridge in (CENSORED if data.rows else ())]
+        if not carried:
+            return []
+        return [lambda d, now: (now[0], means(d.moments, now[0]))] if step == "bias" else [lambda d, now: variances(d.moments, now[0])]
 
     def carries(self, site: Site) -> bool:
         return site.bias is not None or site.norm is not None

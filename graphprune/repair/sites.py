@@ -1,12 +1,15 @@
 """Where a repair can work: every weight of the run that maps one activation to the next, and what stands around it.
 
 A :class:`Site` is one call of a convolution or a matrix product whose weight is a parameter used once. Behind it may stand a
-batch norm (which then carries the intercept), and an addition: what is added there belongs to the target.
+batch norm (which then carries the intercept), an addition (what is added there belongs to the target), and an activation
+that is flat in parts.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..tracing.notation import Value
@@ -28,6 +31,22 @@ PASSING = ("dropout", "dropout_", "feature_dropout", "contiguous")
 ADDITIONS = ("add", "__add__", "add_", "__iadd__")
 
 
+def _bounds(low: float | None = None, high: float | None = None) -> tuple[float, float]:
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+# Between what an activation is not flat, from the arguments of its kernel behind the input.
+ENDS: dict[str, Callable[..., tuple[float, float]]] = {
+    "relu": lambda: (0.0, math.inf),
+    "relu6": lambda: (0.0, 6.0),
+    "hardswish": lambda: (-3.0, math.inf),
+    "hardsigmoid": lambda: (-3.0, 3.0),
+    "hardtanh": lambda low=-1.0, high=1.0: _bounds(low, high),
+    "clamp": _bounds,
+    "clamp_min": _bounds,
+}
+
+
 @dataclass(frozen=True)
 class Norm:
     """The parameters and statistics of a batch norm, by name (None where it has none)."""
@@ -41,8 +60,16 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Flat:
+    """An activation that passes z on only between two ends."""
+
+    z: Value
+    ends: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Site:
-    """One call that a weight makes: ``y = W x + b``. ``shape``: (stride, padding, dilation) of a convolution."""
+    """One call that a weight makes: ``y = W x + b``. ``shape``: (stride, padding, dilation) of a convolution; behind it norm, addition, activation."""
 
     step: int
     weight: str
@@ -53,6 +80,7 @@ class Site:
     shape: tuple[list, list, list] | None
     norm: Norm | None
     other: Value | None
+    flat: Flat | None = None
 
     @property
     def axis(self) -> int:
@@ -85,8 +113,8 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
         if reason or (bias is not None and reader.unfit(bias)):
             left[weight.leaf] = reason or "its bias is shared or computed"
             continue
-        norm, other = reader.behind(step.results[0], at)
-        found.append(Site(at, weight.leaf, bias.leaf if bias is not None else None, x, step.results[0], places[3], shape, norm, other))
+        behind = reader.behind(step.results[0], at)
+        found.append(Site(at, weight.leaf, bias.leaf if bias is not None else None, x, step.results[0], places[3], shape, *behind))
     return found, left
 
 
@@ -169,22 +197,39 @@ class _Reader:
             return None, "padded in a way of its own"
         return (wide[0], wide[1], wide[2]), None
 
-    def behind(self, y: Value, at: int) -> tuple[Norm | None, Value | None]:
-        """A batch norm that alone reads y, and what is then added to its result, if that is known before the call."""
+    def behind(self, y: Value, at: int) -> tuple[Norm | None, Value | None, Flat | None]:
+        """A batch norm that alone reads y, what is then added to its result, if that is known before the call, and the activation that alone reads that."""
         norm, value = None, y
-        readers = self.readers.get(id(value), [])
-        if len(readers) == 1 and self.graph.steps[readers[0]].name == "batch_norm":
-            norm = self.norm(readers[0])
-            value = self.graph.steps[readers[0]].results[0] if norm is not None else None
-            readers = self.readers.get(id(value), []) if value is not None else []
-        while len(readers) == 1 and self.graph.steps[readers[0]].name in PASSING and self.graph.steps[readers[0]].results:
-            value = self.graph.steps[readers[0]].results[0]
-            readers = self.readers.get(id(value), []) if value is not None else []
-        if len(readers) != 1 or self.graph.steps[readers[0]].name not in ADDITIONS:
-            return norm, None
-        others = [v for v in self.graph.steps[readers[0]].args if v is not None and v is not value]
-        fits = len(others) == 1 and others[0].shape == y.shape and not others[0].leaf and self.first.get(id(others[0]), at) <= at
-        return norm, others[0] if fits else None
+        reader = self.only(value)
+        if reader is not None and self.graph.steps[reader].name == "batch_norm":
+            norm = self.norm(reader)
+            if norm is None:
+                return None, None, None
+            value = self.graph.steps[reader].results[0]
+            reader = self.only(value)
+        while reader is not None and self.graph.steps[reader].name in PASSING and self.graph.steps[reader].results:
+            value = self.graph.steps[reader].results[0]
+            reader = self.only(value)
+        if reader is None or self.graph.steps[reader].name not in ADDITIONS:
+            return norm, None, self.flat(value, y)
+        others = [v for v in self.graph.steps[reader].args if v is not None and v is not value]
+        if len(others) != 1 or others[0].shape != y.shape or others[0].leaf or self.first.get(id(others[0]), at) > at:
+            return norm, None, None
+        return norm, others[0], self.flat(self.graph.steps[reader].results[0], y)
+
+    def only(self, value: Value | None) -> int | None:
+        """The one call that reads a value."""
+        readers = self.readers.get(id(value), []) if value is not None else []
+        return readers[0] if len(readers) == 1 else None
+
+    def flat(self, z: Value | None, y: Value) -> Flat | None:
+        """The activation that alone reads z, if it is flat in parts."""
+        nodes = self.nodes.get(self.only(z), []) if z is not None and z.shape == y.shape else []
+        if len(nodes) != 1 or any(z is out for out in self.graph.outputs):
+            return None
+        name, (_, *numbers) = nodes[0].func._schema.name.removeprefix("aten::").rstrip("_"), nodes[0].args
+        known = name in ENDS and all(number is None or isinstance(number, int | float) for number in numbers)
+        return Flat(z, ENDS[name](*numbers)) if known else None
 
     def norm(self, at: int) -> Norm | None:
         nodes = [n for n in self.nodes.get(at, []) if "batch_norm" in n.func._schema.name]
