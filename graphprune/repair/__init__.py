@@ -4,7 +4,7 @@ Slicing alone collapses trained networks; what remains can say most of what was 
 
 - ``"least-squares"``: every weight behind the first cut is fitted, with intercept and ridge, to the original's activations (queries to what
   their products with the kept keys have to say), and so are the scales of norms over a cut stream;
-- ``"censored"``: weights before an activation that is flat in parts (ReLU) fitted to what it lets pass;
+- ``"censored"``: weights before an activation that is flat in parts (ReLU) fitted to what it lets pass, after the steps that follow here;
 - ``"variance"``, ``"bias"``: only the scale and the mean of every output, or only the mean;
 - ``"bn"``: batch-norm statistics measured anew, exactly;
 - ``"merge"``, ``"fold"``, ``"rescale"``: without any data, from the network's own statistics (``"data-free"`` is all three): removed channels
@@ -108,7 +108,7 @@ def repair(
             free = tuple(name for name in names if name in FREE)
             if free:
                 done += repair_free(original, result, graph, plan, free, checks or fits)
-            weights = tuple(name for name in names if name in WEIGHTS)
+            weights = tuple(sorted((name for name in names if name in WEIGHTS), key="censored".__eq__))  # last: the others would undo it
             if weights:
                 try:
                     done += repair_weights(original, result, graph, plan, fits, checks, Setting(weights, target, rows, waiting), progress)

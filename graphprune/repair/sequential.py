@@ -25,7 +25,7 @@ from ..errors import BadCalibration
 from ..tracing.notation import Value
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
-from .censored import Rows, censored, distance, intervals
+from .censored import ROUNDS, Rows, censored, distance, intervals
 from .moments import Moments, moments
 from .paced import runs, side_by_side
 from .pairs import mixes
@@ -35,12 +35,16 @@ from .solve import Fit, least_squares, means, residual, variances
 
 Tensor = torch.Tensor
 RIDGES, CENSORED = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-3, 1e-2, 1e-1)
+TRIAL = 6  # rounds of a censored fit that tries a ridge
 FEWEST, EACH = 4096, 24  # rows of a fit: so many at least, and so many for each input
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What one step did: the mean squared error of the outputs at ``where`` over their variance, on calibration kept out of the fit."""
+    """What one step did: the mean squared error of the outputs at ``where`` over their variance, on calibration kept out of the fit.
+
+    For "censored" the error is the distance from what the activation behind makes the same of.
+    """
 
     step: str
     where: str
@@ -90,6 +94,10 @@ def repair_weights(
     return done + [Repaired("left", f"{name}: {reason}", math.nan, math.nan, False) for name, reason in left.items()]
 
 
+def _finite(fit: Fit) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in fit)
+
+
 def _samples(batch: Any) -> int:
     first = next((t for t in tensors(batch, torch.Tensor) if t.ndim), None)
     return len(first) if first is not None else 1
@@ -110,6 +118,12 @@ class _Seen:
         spread = float((self.moments.yy / self.moments.count).sum().clamp(min=torch.finfo(torch.float64).tiny))
         far = distance(self.rows, weight, bias) if step == "censored" and self.rows else float(residual(self.moments, weight, bias).sum())
         return far / spread
+
+
+def taken(run: Any, value: Value, site: Site | Scale, role: str) -> Tensor:
+    """The rows that a site needs of a value, in float32 at least; each is asked for once, and not held after."""
+    rows = run.until(value).pop((site.step, role))
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 class _Work:
@@ -182,34 +196,33 @@ class _Work:
     def seen(self, site: Site, wide: Any, tight: Any) -> _Seen:
         """Of a batch: inputs of the cut model against what the original makes at the outputs that are left."""
         keep = self.kept(site)
-        y = wide.until(site.y)[site.step, "y"]
-        x = tight.until(site.x)[site.step, "x"]
-        mix = self.mixes.get(site.weight)
-        if mix is not None:
-            y = y @ mix.to(y)
-        else:
-            y = y if keep is None else y[:, keep.to(y.device)]
-        if site.other is not None and self.setting.target == "block":
-            theirs, mine = wide.until(site.other)[site.step, "other"], tight.until(site.other)[site.step, "other"]
-            theirs = theirs if keep is None else theirs[:, keep.to(y.device)]
-            y = y + (theirs - mine) * self.gain(site).to(y.dtype)
+
+        def left(run: Any, value: Value, role: str) -> Tensor:
+            """What the original has at the outputs that are left."""
+            rows, mix = taken(run, value, site, role), self.mixes.get(site.weight)
+            if mix is not None:
+                return rows @ mix.to(rows)
+            return rows if keep is None else rows[:, keep.to(rows.device)]
 
         def grouped(outs: Tensor) -> Tensor:
             return outs.reshape(len(outs), x.shape[0], -1).transpose(0, 1)
 
+        y = left(wide, site.y, "y")
+        x = taken(tight, site.x, site, "x")
+        if site.other is not None and self.setting.target == "block":
+            y = y + (left(wide, site.other, "other") - taken(tight, site.other, site, "other")) * self.gain(site).to(y)
         found, rows = moments(x, grouped(y)), None
         if not all(bool(torch.isfinite(t).all()) for t in (found.xx, found.yx, found.yy)):
             raise BadCalibration(f"calibration gives values that are not finite at {site.weight}; look at the batches and at the model before it")
         if self.censors(site):
-            z = wide.until(site.flat.z)[site.step, "z"]
-            z = z if keep is None else z[:, keep.to(z.device)]
-            rows = Rows(((x, *map(grouped, intervals(y, z, self.gain(site).to(y), site.flat.ends))),))
+            low, high = intervals(y, left(wide, site.flat.z, "z"), self.gain(site).to(y), site.flat.ends)
+            rows = Rows(((x, grouped(low), grouped(high)),))
         return _Seen(found, rows)
 
     def scaled(self, scale: Scale, wide: Any, tight: Any) -> tuple[Tensor, Tensor]:
         """Of a batch: what the cut model scales, and the original's results, (rows, channels)."""
-        y = wide.until(scale.y)[scale.step, "y"][:, torch.tensor(self.plan.cuts[scale.weight][0])].double()
-        x = tight.until(scale.x)[scale.step, "x"].double()
+        y = taken(wide, scale.y, scale, "y")[:, torch.tensor(self.plan.cuts[scale.weight][0])].double()
+        x = taken(tight, scale.x, scale, "x").double()
         if scale.norm == "layer_norm":
             x = x - x.mean(1, keepdim=True)
         return (x / (x.square().mean(1, keepdim=True) + scale.eps).sqrt() if scale.norm else x), y
@@ -256,14 +269,15 @@ class _Work:
             return []
         if float(known.xx.diagonal(dim1=1, dim2=2).abs().max()) == 0:
             raise BadCalibration(f"calibration gives the same input everywhere at {site.weight}; give varied batches")
-        if "least-squares" in self.setting.steps and known.count <= known.xx.shape[1]:
+        if {"least-squares", "censored"} & set(self.setting.steps) and known.count <= known.xx.shape[1]:
             warnings.warn(
                 f"{site.weight}: {known.count} calibration rows for {known.xx.shape[1]} inputs; the ridge decides, more calibration would do better",
                 stacklevel=6,
             )
         now, kept, done = (weight, bias), [], []
         for step in self.setting.steps:
-            fits = [(make(data, now), make) for make in self.makers(site, step, data)]
+            fits = [(make(data, now, TRIAL), make) for make in self.makers(site, step, data)]
+            fits = [(fit, make) for fit, make in fits if _finite(fit)]
             if not fits:
                 continue
             error = check.error(step, *now)
@@ -274,23 +288,24 @@ class _Work:
                 now = best
                 kept.append(make)
         if kept:
-            now, every = (weight, bias), data + check if check is not data else data  # what was chosen, once more on all rows
+            again, every = (weight, bias), data + check if check is not data else data  # what was chosen, once more on all rows
             for make in kept:
-                now = make(every, now)
-            self.put(site, *now)
+                again = make(every, again, ROUNDS)
+            self.put(site, *(again if _finite(again) else now))
         return done
 
-    def makers(self, site: Site, step: str, data: _Seen) -> list[Callable[[_Seen, Fit], Fit]]:
-        """What makes the fits that a step tries from what was seen and the weight and bias so far; none where it has nothing to do."""
+    def makers(self, site: Site, step: str, data: _Seen) -> list[Callable[[_Seen, Fit, int], Fit]]:
+        """What makes the fits that a step tries from what was seen, the fit so far and the rounds it may take; none where it has nothing to do."""
         carried = self.carries(site)
+        few = data.moments.count <= data.moments.xx.shape[1]
         if step == "least-squares":
-            few = data.moments.count <= data.moments.xx.shape[1]
-            return [lambda d, now, r=ridge: least_squares(d.moments, r, now[0], carried) for ridge in (RIDGES[2:] if few else RIDGES)]
+            return [lambda d, now, _, r=ridge: least_squares(d.moments, r, now[0], carried) for ridge in (RIDGES[2:] if few else RIDGES)]
         if step == "censored":
-            return [lambda d, now, r=ridge: censored(d.rows, d.moments, r, now, carried) for ridge in (CENSORED if data.rows else ())]
+            ridges = (CENSORED[1:] if few else CENSORED) if data.rows else ()
+            return [lambda d, now, rounds, r=ridge: censored(d.rows, d.moments, r, now, carried, rounds) for ridge in ridges]
         if not carried:
             return []
-        return [lambda d, now: (now[0], means(d.moments, now[0]))] if step == "bias" else [lambda d, now: variances(d.moments, now[0])]
+        return [lambda d, now, _: (now[0], means(d.moments, now[0]))] if step == "bias" else [lambda d, now, _: variances(d.moments, now[0])]
 
     def carries(self, site: Site) -> bool:
         return site.bias is not None or site.norm is not None

@@ -44,6 +44,7 @@ ENDS: dict[str, Callable[..., tuple[float, float]]] = {
     "hardtanh": lambda low=-1.0, high=1.0: _bounds(low, high),
     "clamp": _bounds,
     "clamp_min": _bounds,
+    "clamp_max": lambda high: _bounds(None, high),
 }
 
 
@@ -162,16 +163,22 @@ class _Reader:
         self.first: dict[int, int] = {}
         self.readers: dict[int, list[int]] = {}
         for at, step in enumerate(graph.steps):
+            passed = step.results[0] if step.results and step.name in PASSING else None  # a dropout at rest gives back what it got
             for value in step.args:
                 if value is not None:
                     self.first.setdefault(id(value), at)
-                    self.readers.setdefault(id(value), []).append(at)
+                    if value is not passed:
+                        self.readers.setdefault(id(value), []).append(at)
             for value in step.results:
                 if value is not None:
                     self.first.setdefault(id(value), at + 1)  # a result is there for the next call
         self.fixed = set(self.leaf)  # what does not depend on the inputs
         self.nodes: dict[int, list[Node]] = {}
+        self.kernels: dict[int, set[int]] = {}  # the calls whose kernels read a value; -1 for an attribute such as .T or .data
+        self.shown = {value.storage for value in graph.outputs}
         for node in graph.nodes:
+            for value in node.held:
+                self.kernels.setdefault(id(value), set()).add(node.step)
             self.nodes.setdefault(node.step, []).append(node)
             if all(id(value) in self.fixed for value in tensors((node.args, node.kwargs))):
                 self.fixed |= {id(value) for value in node.outs}
@@ -199,33 +206,38 @@ class _Reader:
 
     def behind(self, y: Value, at: int) -> tuple[Norm | None, Value | None, Flat | None]:
         """A batch norm that alone reads y, what is then added to its result, if that is known before the call, and the activation that alone reads that."""
-        norm, value = None, y
-        reader = self.only(value)
+        norm, path = None, [y]
+        reader = self.only(y)
         if reader is not None and self.graph.steps[reader].name == "batch_norm":
-            norm = self.norm(reader)
+            norm = self.norm(reader) if self.graph.steps[at].name.startswith("conv") or len(y.shape) == 2 else None  # over the axis that y is written along
             if norm is None:
                 return None, None, None
-            value = self.graph.steps[reader].results[0]
-            reader = self.only(value)
+            path.append(self.graph.steps[reader].results[0])
+            reader = self.only(path[-1])
         while reader is not None and self.graph.steps[reader].name in PASSING and self.graph.steps[reader].results:
-            value = self.graph.steps[reader].results[0]
-            reader = self.only(value)
+            path.append(self.graph.steps[reader].results[0])
+            reader = self.only(path[-1])
         if reader is None or self.graph.steps[reader].name not in ADDITIONS:
-            return norm, None, self.flat(value, y)
-        others = [v for v in self.graph.steps[reader].args if v is not None and v is not value]
-        if len(others) != 1 or others[0].shape != y.shape or others[0].leaf or self.first.get(id(others[0]), at) > at:
+            return norm, None, self.flat(path)
+        others = [v for v in self.graph.steps[reader].args if v is not None and v is not path[-1]]
+        if len(others) != 1 or others[0].shape != y.shape or others[0].leaf or self.first.get(id(others[0]), at) > at or not self.plain(reader):
             return norm, None, None
-        return norm, others[0], self.flat(self.graph.steps[reader].results[0], y)
+        return norm, others[0], self.flat([*path, self.graph.steps[reader].results[0]])
 
     def only(self, value: Value | None) -> int | None:
         """The one call that reads a value."""
         readers = self.readers.get(id(value), []) if value is not None else []
-        return readers[0] if len(readers) == 1 else None
+        return readers[0] if len(readers) == 1 and self.kernels.get(id(value), set()) <= {readers[0]} else None
 
-    def flat(self, z: Value | None, y: Value) -> Flat | None:
-        """The activation that alone reads z, if it is flat in parts."""
-        nodes = self.nodes.get(self.only(z), []) if z is not None and z.shape == y.shape else []
-        if len(nodes) != 1 or any(z is out for out in self.graph.outputs):
+    def plain(self, at: int) -> bool:
+        """Whether an addition takes both of its operands as they are."""
+        return all(number == 1 for node in self.nodes.get(at, []) for number in (*node.args[2:], *node.kwargs.values()))
+
+    def flat(self, path: list[Value]) -> Flat | None:
+        """The activation that alone reads the last value of a path, if it is flat in parts and the path is seen nowhere else."""
+        z = path[-1]
+        nodes = self.nodes.get(self.only(z), []) if z is not None and z.shape == path[0].shape else []
+        if len(nodes) != 1 or any(value.storage in self.shown for value in path):
             return None
         name, (_, *numbers) = nodes[0].func._schema.name.removeprefix("aten::").rstrip("_"), nodes[0].args
         known = name in ENDS and all(number is None or isinstance(number, int | float) for number in numbers)
