@@ -328,8 +328,8 @@ def cells(names: list[str], options: argparse.Namespace, known: dict, done: Call
         case = CASES[name](options)
         full, criterion, shared = macs(case.model, case.example), scored(case), {}
         done(f"{name}/base", {**case.measure(case.model), "title": case.title, "macs": full})
-        for target in case.targets:
-            for kind, globally, way in peers(case):
+        for target in options.targets or case.targets:
+            for kind, globally, way in peers(case) if options.peers else ():
                 key = f"{name}/{target}/{'global' if globally else 'local'} {kind} {way}".rstrip()
                 if key in known:
                     continue
@@ -413,6 +413,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, help="inputs for calibration")
     parser.add_argument("--test", type=int, default=256, help="other inputs, for measuring")
     parser.add_argument("--side", type=int, default=160, help="side of the photos")
+    parser.add_argument("--targets", type=float, nargs="*", help="so many times fewer MACs; without it what the case names")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="Torch-Pruning's cells (--no-peers: ours alone)")
     parser.add_argument("--rows", default="pretrained.jsonl", help="results so far, a line each; finished cells are not run again")
     parser.add_argument("--out")
     options = parser.parse_args()
