@@ -150,14 +150,16 @@ def scored(model: nn.Module, x: torch.Tensor) -> tuple[Callable, float]:
     return criterion, time.perf_counter() - start
 
 
-def cut(model: nn.Module, ratio: float, criterion: Callable, x: torch.Tensor) -> nn.Module:
-    return graphprune.shrink(model, x[:1], ratio, criterion=criterion, scope="global", keep=KEEP, verify=False)
+def cut(model: nn.Module, criterion: Callable, budget: float, x: torch.Tensor) -> nn.Module:
+    """Ours before the repair, at most at so many MACs."""
+    options = {"criterion": criterion, "scope": "global", "keep": KEEP, "verify": False}
+    return narrowed(lambda ratio: graphprune.shrink(model, x[:1], ratio, **options), x[:1], budget, above=False, rounds=14)
 
 
 def ours(model: nn.Module, criterion: Callable, budget: float, x: torch.Tensor) -> tuple[nn.Module, nn.Module, float]:
     """The cut model, the repaired one, and the seconds of the repair."""
 
-    small = narrowed(lambda ratio: cut(model, ratio, criterion, x), x[:1], budget, above=False, rounds=14)
+    small = cut(model, criterion, budget, x)
     start = time.perf_counter()
     better = graphprune.repair(small, model, None, x.split(max(4, min(128, len(x) // 4))), progress=False)
     return small, better, time.perf_counter() - start
@@ -240,11 +242,12 @@ def each_step(name: str, options: argparse.Namespace, known: dict, done: Callabl
     test, truth = test[:: options.every], truth[:: options.every]
     for seed in range(options.seeds):
         wanted = [target for target in (2.0, 3.0, 4.0) if f"{name}/steps/{target}/{seed}" not in known]
+        if not wanted:
+            continue
         x, _ = sample(train, labels, 512, seed)
-        criterion = scored(model, x)[0] if wanted else None
+        criterion, _ = scored(model, x)
         for target in wanted:
-            share = macs(model, x[:1]) / target
-            small = narrowed(lambda ratio, c=criterion, x=x: cut(model, ratio, c, x), x[:1], share, above=False, rounds=14)
+            small = cut(model, criterion, macs(model, x[:1]) / target, x)
             found = {"cut": accuracy(small, test, truth)}
             for way, steps in STEPS.items():
                 start = time.perf_counter()

@@ -102,7 +102,7 @@ def taught(data: Images, options: argparse.Namespace, epoch: int) -> torch.Tenso
         with torch.no_grad(), products(options):
             found = [teacher(augmented(data[0][at], *how)).float() for at, *how in epoch_of(data, options.seed, epoch)]
         replaced(path, lambda part: torch.save(torch.stack(found), part))
-    return torch.load(path)
+    return torch.load(path, weights_only=True)
 
 
 def products(options: argparse.Namespace) -> AbstractContextManager:
@@ -132,7 +132,7 @@ def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, 
     optimizer = torch.optim.SGD(model.parameters(), options.rate, momentum=0.9, weight_decay=DECAY, nesterov=True)
     steps, done = options.epochs * (len(data[0]) // BATCH) * (BATCH // options.batch), 0
     if path.exists():
-        held = torch.load(path)
+        held = torch.load(path, weights_only=True)
         model.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
         done = held["epoch"]
@@ -196,20 +196,23 @@ def start(model: nn.Module, data: Images) -> dict:
 
 def peer(run: str, factor: float, data: Images, options: argparse.Namespace, log: Log) -> nn.Module:
     """Torch-Pruning's best cut, by training images after batch-norm re-estimation (which training does by itself)."""
-    path = options.folder / f"peer-{factor}-cut.pt"
+    path = options.folder / f"peer-{factor}-cut.json"
+    original, x = realdata.cifar_resnet(options.depth, options.data), realdata.normalise(data[0][:512])
+    budget = oneshot.macs(original, X) / factor
+
+    def cut(kind: str, globally: bool) -> nn.Module:
+        return oneshot.peer(original, kind, globally, budget, x, data[1][:512])
+
     if not path.exists():
-        original, x = realdata.cifar_resnet(options.depth, options.data), realdata.normalise(data[0][:512])
-        budget, best = oneshot.macs(original, X) / factor, None
+        found = {}
         for globally, kinds in ((False, oneshot.LOCAL), (True, oneshot.GLOBAL)):
             for kind in kinds:
-                small = oneshot.peer(original, kind, globally, budget, x, data[1][:512])
-                right = top1(oneshot.reestimated(small, x), data[0][512:4512], data[1][512:4512], products(options))
-                print(run, kind, "global" if globally else "local", right, oneshot.macs(small, X), flush=True)
-                if best is None or right > best[0]:
-                    best = (right, small, f"{kind}, {'global' if globally else 'layer by layer'}")
-        assert best is not None
-        replaced(path, lambda part: torch.save(best[1:], part))
-    model, how = torch.load(path, weights_only=False)
+                small = cut(kind, globally)
+                found[kind, globally] = top1(oneshot.reestimated(small, x), data[0][512:4512], data[1][512:4512], products(options))
+                print(run, kind, "global" if globally else "local", found[kind, globally], oneshot.macs(small, X), flush=True)
+        replaced(path, lambda part: part.write_text(json.dumps(max(found, key=found.__getitem__))))
+    kind, globally = json.loads(path.read_text())  # the choice is kept, the cut made anew: it is the same every time
+    model, how = cut(kind, globally), f"{kind}, {'global' if globally else 'layer by layer'}"
     if f"{run}/0" not in log.rows():
         log.add(f"{run}/0", **start(model, data), how=how)
     return tune(model, run, data, options, log, distilled="distilled" in run)
