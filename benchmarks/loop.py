@@ -126,11 +126,14 @@ def top1(model: nn.Module, x: torch.Tensor, y: torch.Tensor, how: AbstractContex
 
 
 def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, log: Log, distilled: bool) -> nn.Module:
-    """SGD with momentum, a warm-up and a cosine to zero; the weights in float32; goes on where it was killed."""
+    """SGD with momentum; in every cycle a warm-up and a cosine to zero (Loshchilov & Hutter 2017) over the same images and logits; weights in float32.
+
+    Goes on where it was killed.
+    """
     path = options.folder / f"{run.replace('/', '-')}.pt"
     model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), options.rate, momentum=0.9, weight_decay=DECAY, nesterov=True)
-    steps, done = options.epochs * (len(data[0]) // BATCH) * (BATCH // options.batch), 0
+    cycle, done = options.epochs // options.cycles, 0
     if path.exists():
         held = torch.load(path, weights_only=True)
         model.load_state_dict(held["model"])
@@ -138,12 +141,13 @@ def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, 
         done = held["epoch"]
     fast = torch.compile(model) if options.compile else model
     for epoch in range(done, options.epochs):
-        answers = taught(data, options, epoch) if distilled else None
+        answers = taught(data, options, epoch % cycle) if distilled else None
         wall, cpu, total = time.perf_counter(), time.process_time(), 0.0
-        parts = [part for drawn in epoch_of(data, options.seed, epoch) for part in zip(*(t.split(options.batch) for t in drawn), strict=True)]
+        parts = [part for drawn in epoch_of(data, options.seed, epoch % cycle) for part in zip(*(t.split(options.batch) for t in drawn), strict=True)]
         answers = None if answers is None else answers.flatten(0, 1).split(options.batch)
+        steps = cycle * len(parts)
         for number, (at, *how) in enumerate(parts):
-            now = (epoch * len(parts) + number) / steps
+            now = (epoch % cycle * len(parts) + number) / steps
             for group in optimizer.param_groups:
                 group["lr"] = options.rate * min(1.0, (now + 1 / steps) / WARM) * (1 + math.cos(math.pi * now)) / 2
             with products(options):
@@ -225,7 +229,7 @@ def whole(run: str, _: float, data: Images, options: argparse.Namespace, log: Lo
 
 
 def runs(data: Images, options: argparse.Namespace, log: Log) -> None:
-    recipe = {name: getattr(options, name) for name in ("epochs", "rate", "batch", "soft", "products", "seed", "depth")}
+    recipe = {name: getattr(options, name) for name in ("epochs", "cycles", "rate", "batch", "soft", "products", "seed", "depth")}
     path = options.folder / "recipe.json"
     if path.exists() and json.loads(path.read_text()) != recipe:
         raise SystemExit(f"{options.folder} holds runs of another recipe, {path.read_text()}; give another --folder, for a table compares runs of one")
@@ -321,13 +325,14 @@ def tuned(rows: dict[str, dict]) -> list[str]:
     first = rows.get("original/1/0")
     if first is None:
         return []
-    recipe = {"epochs": "?", "rate": "?", "batch": BATCH, "soft": 0.5, "products": "bfloat16"}
+    recipe = {"epochs": "?", "cycles": 1, "rate": "?", "batch": BATCH, "soft": 0.5, "products": "bfloat16"}
     recipe |= next(({name: row[name] for name in recipe if name in row} for key, row in rows.items() if key.endswith("/end")), {})
     shares = f"{1 - recipe['soft']:.2g} cross-entropy + {recipe['soft']:.2g} softened logits of the original (temperature {TEMPERATURE:g})"
+    schedule = "warm-up, cosine to zero" + (f", {recipe['cycles']} times over the same images and logits" if recipe["cycles"] > 1 else "")
     lines = [
         f"### Fine-tuned, {recipe['epochs']} epochs for every run",
         "",
-        f"ResNet-56, CIFAR-10 (JPEG), all 10,000 test images, seed 0. SGD with momentum and Nesterov, rate {recipe['rate']} (warm-up, cosine to zero),",
+        f"ResNet-56, CIFAR-10 (JPEG), all 10,000 test images, seed 0. SGD with momentum and Nesterov, rate {recipe['rate']} ({schedule}),",
         f"batch {recipe['batch']}, crops and flips, {recipe['products']} products; distilled: {shares}. All runs see the same",
         "images in the same order. The peer's criterion is the best of eight on training images. "
         "Gap: accuracy on 10,000 training images minus that on the test images.",
@@ -411,6 +416,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", default=RUNS)
     parser.add_argument("--depth", type=int, default=56)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--cycles", type=int, default=1, help="the schedule starts anew so many times; each cycle has its share of the epochs")
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--batch", type=int, default=BATCH, choices=(16, 32, 64, BATCH), help=f"images of a step; images are drawn {BATCH} at a time")
     parser.add_argument("--soft", type=float, default=0.5, help="share of the original's softened logits in a distilled loss")
@@ -418,11 +424,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="use only so many images (a trial)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the training steps")
+    parser.add_argument("--threads", type=int, default=1, help="of each step; times of epochs are compared with one")
     parser.add_argument("--epoch-times", action="store_true", help="time training steps instead; wants a quiet machine")
     parser.add_argument("--repeats", type=int, help="steps timed for each network")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
+    if options.cycles < 1 or options.epochs % options.cycles:
+        parser.error(f"--epochs {options.epochs} cannot be shared by --cycles {options.cycles}; give a multiple")
     options.folder.mkdir(parents=True, exist_ok=True)
     log = Log(options.folder / "loop.jsonl")
     if options.epoch_times:

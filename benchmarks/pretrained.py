@@ -55,6 +55,7 @@ class Case:
     peer: dict[str, Any] = field(default_factory=dict)
     heads: Callable[[nn.Module], dict] | None = None
     targets: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0)
+    learn: str = "distill"
 
 
 def run(model: nn.Module, batch: Any) -> Any:
@@ -208,7 +209,8 @@ def minilm(options: argparse.Namespace) -> Case:
     heads = lambda small: {m: 12 for n, m in small.named_modules() if n.endswith((".query", ".key", ".value"))}  # noqa: E731
     keep = ["embeddings", "pooler"]
     peer = {"prune_num_heads": True, "prune_head_dims": False}
-    return Case("MiniLM-L6, sentence pairs", model, encode([rest[0][3]]), batches, keep, {"": whole}, measure, norms=False, peer=peer, heads=heads)
+    more = {"norms": False, "peer": peer, "heads": heads, "learn": "mimic"}
+    return Case("MiniLM-L6, sentence pairs", model, encode([rest[0][3]]), batches, keep, {"": whole}, measure, **more)
 
 
 CASES = {"mobilenet": mobilenet, "efficientnet": efficientnet, "llama": llama, "minilm": minilm}
@@ -290,7 +292,8 @@ def reestimated(case: Case, model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def ours(case: Case, criterion: Callable, budget: float, full: int) -> dict[str, nn.Module]:
+def ours(case: Case, criterion: Callable, budget: float, full: int) -> tuple[dict[str, nn.Module], dict[str, float]]:
+    """The cut model, and repaired in three ways: without data, in closed form, and with gradient steps after; the seconds of the last two."""
     args = ((), case.example) if isinstance(case.example, dict) else (case.example, None)
     share, low, high, small = budget / full, 0.0, 1.0, None
     for _ in range(10):  # the two ways of counting differ, for what stays (attention) as for what goes
@@ -307,7 +310,12 @@ def ours(case: Case, criterion: Callable, budget: float, full: int) -> dict[str,
         share = there if low < there < high else (low + high) / 2
     assert small is not None
     free = graphprune.repair(small, case.model, steps="data-free", graph=graphprune.trace(case.model, *args))
-    return {"cut": small, "free": free, "ours": graphprune.repair(small, case.model, None, case.batches, progress=False)}
+    seconds, found = {}, {"cut": small, "free": free}
+    for name, steps in (("ours", "auto"), ("learned", ("auto", case.learn))):
+        start = time.perf_counter()
+        found[name] = graphprune.repair(small, case.model, None, case.batches, steps, progress=False)
+        seconds[name] = time.perf_counter() - start
+    return found, seconds
 
 
 def scored(case: Case) -> Callable:
@@ -349,11 +357,9 @@ def cells(names: list[str], options: argparse.Namespace, known: dict, done: Call
                 held = [v for k, v in known.items() if k.startswith(f"{name}/{target}/") and "failed" not in v]
                 ways = [w for w in ("ships loss", "bn loss") if any(w in v for v in held)]
                 budget = min([min(held, key=lambda v, w=w: v.get(w, 1e9))["macs"] for w in ways], default=full / target)
-                start, found = time.perf_counter(), {}
-                for way, small in ours(case, criterion, budget, full).items():
-                    found |= {f"{way} {n}": v for n, v in case.measure(small).items()}
-                    found["macs"] = macs(small, case.example)
-                done(key, {**found, "seconds": time.perf_counter() - start})
+                made, seconds = ours(case, criterion, budget, full)
+                found = {f"{way} {n}": v for way, small in made.items() for n, v in case.measure(small).items()}
+                done(key, {**found, "macs": macs(made["ours"], case.example), "seconds": seconds["ours"], "learned seconds": seconds["learned"]})
 
 
 def table(known: dict, options: argparse.Namespace) -> str:

@@ -21,28 +21,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import kl_div, log_softmax
 
 from ..coupling.groups import couple
 from ..coupling.links import links
 from ..cutting.plan import Plan
 from ..cutting.zeroed import Masks
 from ..errors import BadInput, BadPlan
+from ..repair.imitation import soften, wide
 from ..tracing.notation import Value
 from ..tracing.probe import watch
 from ..tracing.trace import trace
 from ..tracing.trees import normal_inputs, tensors
-
-
-def soften(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 4.0, axis: int = -1) -> torch.Tensor:
-    """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` along ``axis``, mean over all other axes (Hinton et al. 2015).
-
-    >>> float(soften(torch.ones(2, 3), torch.ones(2, 3)))
-    0.0
-    """
-    mine, theirs = (log_softmax(_wide(logits) / temperature, dim=axis) for logits in (student, teacher))
-    rows = kl_div(mine, theirs, reduction="none", log_target=True).sum(axis)
-    return rows.mean() * temperature**2
 
 
 class Distillation:
@@ -157,9 +146,5 @@ def _gap(mine: torch.Tensor, theirs: torch.Tensor, kept: dict[int, torch.Tensor]
         theirs = theirs.index_select(dim, positions.to(theirs.device))
     if mine.shape != theirs.shape:
         raise BadPlan(f"the student's features have shape {tuple(mine.shape)}, the plan leaves {tuple(theirs.shape)} of the teacher's")
-    mine, theirs = _wide(mine), _wide(theirs)
+    mine, theirs = wide(mine), wide(theirs)
     return (mine - theirs).square().mean() / theirs.square().mean().clamp(min=1e-12)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

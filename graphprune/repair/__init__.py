@@ -1,4 +1,4 @@
-"""Repair a cut model from a few unlabelled inputs, in closed form: :func:`repair`.
+"""Repair a cut model from a few unlabelled inputs, in closed form and, where asked, by gradient steps: :func:`repair`.
 
 Slicing alone collapses trained networks; what remains can say most of what was removed. Steps by name:
 
@@ -8,7 +8,8 @@ Slicing alone collapses trained networks; what remains can say most of what was 
 - ``"variance"``, ``"bias"``: only the scale and the mean of every output, or only the mean;
 - ``"bn"``: batch-norm statistics measured anew, exactly;
 - ``"merge"``, ``"fold"``, ``"rescale"``: without any data, from the network's own statistics (``"data-free"`` is all three): removed channels
-  told by the kept ones, their means folded into the bias behind, lost variance made up in the norms.
+  told by the kept ones, their means folded into the bias behind, lost variance made up in the norms;
+- ``"distill"``, ``"mimic"``: minutes of gradient steps towards the original's class probabilities, or whatever it returns; after all others.
 
 Each step keeps its result only where it is no worse on calibration kept out of it, and says what it did.
 """
@@ -37,13 +38,15 @@ from ..tracing.trees import replace as exchange
 from .effect import effect
 from .free import STEPS as FREE
 from .free import repair_free
+from .imitation import DISTANCES, imitate
 from .sequential import Repaired, Setting, repair_weights
 from .statistics import reestimate
 
 __all__ = ["Repaired", "effect", "repair"]
 
 WEIGHTS = ("bias", "variance", "least-squares", "censored")
-STEPS = (*FREE, *WEIGHTS, "bn")
+SETS = {"auto": ("least-squares", "censored", "bn"), "data-free": FREE}
+STEPS = (*FREE, *WEIGHTS, "bn", *DISTANCES)
 for _name, _line in {
     "auto": "with calibration=: least squares, plain and censored, then batch-norm statistics, each kept only where it helps on inputs kept out of it",
     "none": "nothing is repaired",
@@ -55,6 +58,8 @@ for _name, _line in {
     "least-squares": "every weight behind a cut fitted to the original's activations, on calibration",
     "censored": "every weight before a ReLU, or another activation with flat parts, fitted to what that lets pass, on calibration",
     "bn": "batch-norm statistics measured anew, exactly, on calibration; also with masks, smaller kernels and removed modules",
+    "distill": "after the others, minutes of gradient steps towards the original's class probabilities on calibration, without labels",
+    "mimic": "as distill, towards all that the original returns (features, boxes, images)",
 }.items():
     register("repair", _name, _line)
 LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network; a quarter of the memory where that is more
@@ -77,7 +82,8 @@ def repair(
 
     ``calibration`` is any iterable of batches as a training loop has them (labels are not used); the last ``spare`` share is kept out of
     the fits to judge them. ``steps``: "auto" (least squares, plain and censored, then batch-norm statistics if that helps), "data-free" (which needs no
-    calibration, and is judged on it if there is some), "none", or a list of names.
+    calibration, and is judged on it if there is some), "none", or a list of names, such as ``("auto", "distill")``: then gradient steps towards
+    the original's answers follow, still without labels, which helps where calibration is plentiful for the number of weights.
     ``target="block"`` fits what is added to a residual stream to what the stream lacks, ``"layer"`` to the layer's own output. ``rows`` is
     how many positions each fit sees. The plan of the result (``.graphprune_plan``) records what was done.
     Raises :class:`~graphprune.errors.BadCalibration` and :class:`~graphprune.errors.UnknownName`.
@@ -104,6 +110,7 @@ def repair(
             raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
         graph = graph or trace(original, *_example(fits[0]))
         done: list[Repaired] = []
+        again = not set(names) & set(DISTANCES)  # what judges gradient steps must not have been seen by the fits
         with open_paths(), torch.no_grad():
             free = tuple(name for name in names if name in FREE)
             if free:
@@ -111,12 +118,14 @@ def repair(
             weights = tuple(sorted((name for name in names if name in WEIGHTS), key="censored".__eq__))  # last: the others would undo it
             if weights:
                 try:
-                    done += repair_weights(original, result, graph, plan, fits, checks, Setting(weights, target, rows, waiting), progress)
+                    done += repair_weights(original, result, graph, plan, fits, checks, Setting(weights, target, rows, waiting, again), progress)
                 except (RuntimeError, TypeError, IndexError) as error:
                     raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
             if "bn" in names:
                 own = trace(result, *_example(fits[0])) if plan.parts else graph  # with other parts a model makes other calls
-                done += _statistics(original, result, own, fits, checks, waiting)
+                done += _statistics(original, result, own, fits, checks, waiting, again)
+            for name in (name for name in names if name in DISTANCES):
+                done += imitate(original, result, name, fits, checks, progress)
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
@@ -147,8 +156,8 @@ def refill(model: nn.Module, repaired: nn.Module) -> nn.Module:
 def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
     if steps == "none":
         return ()
-    names = ("least-squares", "censored", "bn") if steps == "auto" else (steps,) if isinstance(steps, str) else tuple(steps)
-    names = tuple(one for name in names for one in (FREE if name == "data-free" else (name,)))
+    names = (steps,) if isinstance(steps, str) else tuple(steps)
+    names = tuple(dict.fromkeys(one for name in names for one in SETS.get(name, (name,))))
     for name in names:
         if name not in STEPS:
             raise UnknownName(f"no repair named {name!r}; there are auto, data-free, none, {', '.join(STEPS)}")
@@ -158,7 +167,7 @@ def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
 def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) -> tuple[str, ...]:
     """Weights are fitted where channels were cut; after anything else only statistics can be measured anew."""
     wrong = [name for name in names if name in WEIGHTS] if plan.parts else []
-    if wrong and steps != "auto":
+    if wrong and steps != "auto" and "auto" not in steps:
         kinds = ", ".join(sorted({part.kind for part in plan.parts}))
         raise BadCalibration(f"{wrong[0]!r} fits weights behind cut channels, this plan has parts of other kinds ({kinds}): take repair='bn', or retrain")
     return tuple(name for name in names if name not in wrong)
@@ -238,10 +247,10 @@ def _held(model: nn.Module, batches: list) -> int:
     return max(1, largest[0] * samples * 8)  # a few tensors are alive in each of two models
 
 
-def _statistics(original: nn.Module, small: nn.Module, graph: Graph, fits: list, checks: list, waiting: float) -> list[Repaired]:
+def _statistics(original: nn.Module, small: nn.Module, graph: Graph, fits: list, checks: list, waiting: float, again: bool) -> list[Repaired]:
     before = _distance(original, small, checks or fits)
     old = {name: tensor.clone() for name, _, _, tensor in leaf_tensors(small)}
-    if not reestimate(small, graph, [*fits, *checks], waiting):
+    if not reestimate(small, graph, [*fits, *checks] if again else fits, waiting):
         return []
     after = _distance(original, small, checks or fits)
     better = after <= before

@@ -59,12 +59,16 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Setting:
-    """How fits are made: the steps in order, the target ("block": with the residual stream, "layer"), how many rows each sees, and where runs may wait."""
+    """How fits are made: the steps in order, the target ("block": with the residual stream, "layer"), how many rows each sees, and where runs may wait.
+
+    ``again``: what was chosen is fitted once more on all rows, so that those kept out no longer judge later steps fairly.
+    """
 
     steps: tuple[str, ...]
     target: str = "block"
     rows: int = 16384
     waiting: float = 1.0
+    again: bool = True
 
 
 def repair_weights(
@@ -287,7 +291,9 @@ class _Work:
             if after <= error:
                 now = best
                 kept.append(make)
-        if kept:
+        if kept and not self.setting.again:
+            self.put(site, *now)
+        elif kept:
             again, every = (weight, bias), data + check if check is not data else data  # what was chosen, once more on all rows
             for make in kept:
                 again = make(every, again, ROUNDS)
