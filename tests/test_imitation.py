@@ -72,7 +72,7 @@ def test_the_steps_are_those_of_adam():
     original, data, rate, passes = net(), images(3, 32), 1e-3, 4
     small, _ = cut(original)
     mine, plain = copy.deepcopy(small), copy.deepcopy(small)
-    _Learner(mine).learn(_Lessons(original, data, DISTANCES["mimic"]), rate, passes, "", False)
+    assert len(list(_Learner(mine).learn(_Lessons(original, data, DISTANCES["mimic"]), rate, passes, "", False))) == passes
     optimizer, draw, step = torch.optim.Adam(plain.parameters(), 1.0), torch.Generator().manual_seed(0), 0
     for _ in range(passes):
         for at in torch.randperm(3, generator=draw).tolist():

@@ -1,14 +1,14 @@
 """Gradient steps towards the original's outputs on calibration, without labels: what closed forms leave, at the price of minutes.
 
 All floating parameters are trained by Adam (Kingma & Ba 2015) with a warm-up and a cosine to zero; batch norms keep their statistics and dropouts are
-off, so that training and use compute the same. The rate is the one of :data:`RATES` that ends best, after a short run, on calibration kept out.
+off, so that training and use compute the same. Calibration kept out decides: which of :data:`RATES` (after short runs), and after which pass to stop.
 Outputs are class logits for "distill" (Hinton, Vinyals & Dean 2015; without labels Kimura et al. 2018), anything for "mimic".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,19 +50,27 @@ def imitate(original: nn.Module, small: nn.Module, step: str, fits: Sequence[Any
     learner = _Learner(small)
     try:
         before, start = exams.error(small), learner.state()
-        scores = {}
+        trials = {}
         for rate in RATES:
-            learner.learn(lessons, rate, TRIAL, f"{step}, rate {rate:g}", progress)
-            scores[rate] = exams.error(small)
+            trials[rate] = _best(exams, learner, learner.learn(lessons, rate, TRIAL, f"{step}, rate {rate:g}", progress))[0]
             learner.reset(start)
-        learner.learn(lessons, min(scores, key=scores.__getitem__), PASSES, step, progress)
-        after = exams.error(small)
+        rate = min(trials, key=trials.__getitem__)
+        after, best = _best(exams, learner, learner.learn(lessons, rate, PASSES, step, progress))
         better = after <= before
-        if not better:
-            learner.reset(start)
+        learner.reset(best if better else start)
     finally:
         learner.close()
     return [Repaired(step, "outputs of the model", before, after, better)]
+
+
+def _best(exams: _Lessons, learner: _Learner, passes: Iterable[None]) -> tuple[float, list[Tensor]]:
+    """The least error after any of the passes, and the weights that have it: with few inputs the first passes generalise, the later ones learn by heart."""
+    best, state = math.inf, learner.state()
+    for _ in passes:
+        error = exams.error(learner.model)
+        if error < best:
+            best, state = error, learner.state()
+    return best, state
 
 
 # -- what is compared ------------------------------------------------------------------------------------------------------------
@@ -178,26 +186,33 @@ class _Learner:
         for parameter, tensor in zip(self.own, self.wide, strict=True):
             parameter.copy_(tensor)
 
-    def learn(self, lessons: _Lessons, rate: float, passes: int, name: str, progress: bool) -> None:
-        """Adam from the weights as they are; ends early where the loss is no longer finite."""
-        optimizer = torch.optim.Adam(self.wide, rate)
-        draw, total = torch.Generator().manual_seed(0), passes * len(lessons.pieces)
-        order = [at for _ in range(passes) for at in torch.randperm(len(lessons.pieces), generator=draw).tolist()]
-        for number, at in enumerate(tqdm(order, desc=name, delay=5, leave=False, disable=not progress)):
-            now = number / total
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, (now + 1 / total) / WARM) * (1 + math.cos(math.pi * now)) / 2
-            with torch.enable_grad():
-                loss = lessons.loss(self.model, at)
-            if not loss.requires_grad:
-                raise BadCalibration(
-                    "the model's outputs carry no gradient (it runs under no_grad, or returns detached or rounded values): nothing can be learned"
-                )
-            if not bool(torch.isfinite(loss)):
-                return
-            loss.backward()
-            for parameter, tensor in zip(self.own, self.wide, strict=True):
-                tensor.grad = None if parameter.grad is None else parameter.grad.to(tensor.dtype)
-                parameter.grad = None
-            optimizer.step()
-            with torch.no_grad():
-                self.write()
+    def learn(self, lessons: _Lessons, rate: float, passes: int, name: str, progress: bool) -> Iterator[None]:
+        """Adam from the weights as they are, one pass at a time; ends early where the loss is no longer finite."""
+        optimizer, draw = torch.optim.Adam(self.wide, rate), torch.Generator().manual_seed(0)
+        count = len(lessons.pieces)
+        total = passes * count
+        with tqdm(total=total, desc=name, delay=5, leave=False, disable=not progress) as bar:
+            for done in range(passes):
+                for number, at in enumerate(torch.randperm(count, generator=draw).tolist(), done * count):
+                    optimizer.param_groups[0]["lr"] = rate * min(1.0, (number + 1) / (WARM * total)) * (1 + math.cos(math.pi * number / total)) / 2
+                    if not self.step(optimizer, lessons, at):
+                        return
+                    bar.update()
+                yield
+
+    def step(self, optimizer: torch.optim.Optimizer, lessons: _Lessons, at: int) -> bool:
+        """One step on one piece; whether the loss is finite (where not, nothing is changed)."""
+        with torch.enable_grad():
+            loss = lessons.loss(self.model, at)
+        if not loss.requires_grad:
+            raise BadCalibration("the model's outputs carry no gradient (it runs under no_grad, or returns detached or rounded values): nothing can be learned")
+        if not bool(torch.isfinite(loss)):
+            return False
+        loss.backward()
+        for parameter, tensor in zip(self.own, self.wide, strict=True):
+            tensor.grad = None if parameter.grad is None else parameter.grad.to(tensor.dtype)
+            parameter.grad = None
+        optimizer.step()
+        with torch.no_grad():
+            self.write()
+        return True
