@@ -11,10 +11,11 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import BadCalibration, UnknownName
+from graphprune.repair.fitting import Setting
 from graphprune.repair.moments import moments
 from graphprune.repair.pairs import mixes, pairs
 from graphprune.repair.rows import read
-from graphprune.repair.sequential import Setting, repair_weights
+from graphprune.repair.sequential import repair_weights
 from graphprune.repair.sites import Site, norms, scales, sites
 from graphprune.repair.solve import least_squares, means, residual, variances
 from graphprune.repair.statistics import reestimate

@@ -36,10 +36,11 @@ from ..tracing.trace import Graph, open_paths, trace
 from ..tracing.trees import leaf_tensors, tensors
 from ..tracing.trees import replace as exchange
 from .effect import effect
+from .fitting import Repaired, Setting
 from .free import STEPS as FREE
 from .free import repair_free
 from .imitation import DISTANCES, imitate
-from .sequential import Repaired, Setting, repair_weights
+from .sequential import repair_weights
 from .statistics import reestimate
 
 __all__ = ["Repaired", "effect", "repair"]

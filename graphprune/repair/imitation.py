@@ -21,7 +21,7 @@ from ..errors import BadCalibration
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import replace as exchange
 from ..tracing.trees import tensors
-from .sequential import Repaired
+from .fitting import Repaired
 
 Tensor = torch.Tensor
 RATES = (4e-3, 1e-3, 2.5e-4)
