@@ -231,7 +231,7 @@ def whole(run: str, _: float, data: Images, options: argparse.Namespace, log: Lo
 def runs(data: Images, options: argparse.Namespace, log: Log) -> None:
     recipe = {name: getattr(options, name) for name in ("epochs", "cycles", "rate", "batch", "soft", "products", "seed", "depth")}
     path = options.folder / "recipe.json"
-    if path.exists() and json.loads(path.read_text()) != recipe:
+    if path.exists() and {"cycles": 1, **json.loads(path.read_text())} != recipe:
         raise SystemExit(f"{options.folder} holds runs of another recipe, {path.read_text()}; give another --folder, for a table compares runs of one")
     path.write_text(json.dumps(recipe))
     if "original/1/0" not in log.rows():

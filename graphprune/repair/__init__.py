@@ -84,7 +84,8 @@ def repair(
     ``calibration`` is any iterable of batches as a training loop has them (labels are not used); the last ``spare`` share is kept out of
     the fits to judge them. ``steps``: "auto" (least squares, plain and censored, then batch-norm statistics if that helps), "data-free" (which needs no
     calibration, and is judged on it if there is some), "none", or a list of names, such as ``("auto", "distill")``: then gradient steps towards
-    the original's answers follow, still without labels, which helps where calibration is plentiful for the number of weights.
+    the original's answers follow, still without labels, of all parameters that are not frozen; they pay where calibration is plentiful (text more than
+    a few hundred images), and where they do not help on what is kept out, the result is that of the closed forms alone.
     ``target="block"`` fits what is added to a residual stream to what the stream lacks, ``"layer"`` to the layer's own output. ``rows`` is
     how many positions each fit sees. The plan of the result (``.graphprune_plan``) records what was done.
     Raises :class:`~graphprune.errors.BadCalibration` and :class:`~graphprune.errors.UnknownName`.
@@ -110,23 +111,29 @@ def repair(
         if graph is None and not fits:
             raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
         graph = graph or trace(original, *_example(fits[0]))
-        done: list[Repaired] = []
-        again = not set(names) & set(DISTANCES)  # what judges gradient steps must not have been seen by the fits
-        with open_paths(), torch.no_grad():
-            free = tuple(name for name in names if name in FREE)
+        own = trace(result, *_example(fits[0])) if plan.parts and "bn" in names else graph  # with other parts a model makes other calls
+
+        def close(again: bool) -> list[Repaired]:
+            """The closed forms; ``again``: at last on all inputs, so that those kept out have been seen."""
+            setting = Setting(tuple(sorted((n for n in names if n in WEIGHTS), key="censored".__eq__)), target, rows, waiting, again)  # last: others undo it
+            free, told = tuple(name for name in names if name in FREE), []
             if free:
-                done += repair_free(original, result, graph, plan, free, checks or fits)
-            weights = tuple(sorted((name for name in names if name in WEIGHTS), key="censored".__eq__))  # last: the others would undo it
-            if weights:
+                told += repair_free(original, result, graph, plan, free, checks or fits)
+            if setting.steps:
                 try:
-                    done += repair_weights(original, result, graph, plan, fits, checks, Setting(weights, target, rows, waiting, again), progress)
+                    told += repair_weights(original, result, graph, plan, fits, checks, setting, progress)
                 except (RuntimeError, TypeError, IndexError) as error:
                     raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
-            if "bn" in names:
-                own = trace(result, *_example(fits[0])) if plan.parts else graph  # with other parts a model makes other calls
-                done += _statistics(original, result, own, fits, checks, waiting, again)
-            for name in (name for name in names if name in DISTANCES):
-                done += imitate(original, result, name, fits, checks, progress)
+            return told + (_statistics(original, result, own, fits, checks, waiting, again) if "bn" in names else [])
+
+        learning = [name for name in names if name in DISTANCES]
+        with open_paths(), torch.no_grad():
+            done = close(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
+            learned = [one for name in learning for one in imitate(original, result, name, fits, checks, progress)]
+            if learned and checks and not any(one.kept for one in learned):
+                refill(result, small)
+                done = close(again=True)
+            done += learned
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
@@ -168,9 +175,10 @@ def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
 def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) -> tuple[str, ...]:
     """Weights are fitted where channels were cut; after anything else only statistics can be measured anew."""
     wrong = [name for name in names if name in WEIGHTS] if plan.parts else []
-    if wrong and steps != "auto" and "auto" not in steps:
+    asked = [name for name in wrong if name in ((steps,) if isinstance(steps, str) else steps)]
+    if asked:
         kinds = ", ".join(sorted({part.kind for part in plan.parts}))
-        raise BadCalibration(f"{wrong[0]!r} fits weights behind cut channels, this plan has parts of other kinds ({kinds}): take repair='bn', or retrain")
+        raise BadCalibration(f"{asked[0]!r} fits weights behind cut channels, this plan has parts of other kinds ({kinds}): take repair='bn', or retrain")
     return tuple(name for name in names if name not in wrong)
 
 

@@ -1,6 +1,6 @@
 """Gradient steps towards the original's outputs on calibration, without labels: what closed forms leave, at the price of minutes.
 
-All floating parameters are trained by Adam (Kingma & Ba 2015) with a warm-up and a cosine to zero; batch norms keep their statistics and dropouts are
+The parameters are trained by Adam (Kingma & Ba 2015) with a warm-up and a cosine to zero; batch norms keep their statistics and dropouts are
 off, so that training and use compute the same. Calibration kept out decides: which of :data:`RATES` (after short runs), and after which pass to stop.
 Outputs are class logits for "distill" (Hinton, Vinyals & Dean 2015; without labels Kimura et al. 2018), anything for "mimic".
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,23 +45,46 @@ def soften(student: Tensor, teacher: Tensor, temperature: float = 4.0, axis: int
 def imitate(original: nn.Module, small: nn.Module, step: str, fits: Sequence[Any], checks: Sequence[Any], progress: bool = True) -> list[Repaired]:
     """Train ``small`` in place to answer like ``original``; taken back where it does not help on ``checks`` (or on the fits without any).
 
-    ``step``: a name of :data:`DISTANCES`. The gradients of the parameters and their flags are as before.
+    ``step``: a name of :data:`DISTANCES`. Parameters that are frozen beside others that are not stay as they are. Gradients and flags are as before.
+    The error after is the least of those after each pass, so a little better than on inputs that decided nothing.
     """
-    lessons, exams = (_Lessons(original, batches, DISTANCES[step]) for batches in (fits, checks or fits))
-    learner = _Learner(small)
+    learner = None
     try:
-        before, start = exams.error(small), learner.state()
-        trials = {}
-        for rate in RATES:
-            trials[rate] = _best(exams, learner, learner.learn(lessons, rate, TRIAL, f"{step}, rate {rate:g}", progress))[0]
-            learner.reset(start)
-        rate = min(trials, key=trials.__getitem__)
-        after, best = _best(exams, learner, learner.learn(lessons, rate, PASSES, step, progress))
-        better = after <= before
-        learner.reset(best if better else start)
+        with _plain(small):
+            lessons = _Lessons(original, fits, DISTANCES[step])
+            exams = _Lessons(original, checks or fits, DISTANCES[step], lessons.spreads)
+            before = exams.error(small)
+            if not math.isfinite(before):
+                raise BadCalibration(f"{step!r} compares values that are not finite; look at the batches, and at outputs that are infinite on purpose")
+            learner = _Learner(small)
+            start, trials = learner.state(), {}
+            for rate in RATES:
+                trials[rate] = _best(exams, learner, learner.learn(lessons, rate, TRIAL, f"{step}, rate {rate:g}", progress))[0]
+                learner.reset(start)
+            rate = min(trials, key=trials.__getitem__)
+            after, best = _best(exams, learner, learner.learn(lessons, rate, PASSES, step, progress))
+            better = after <= before
+            learner.reset(best if better else start)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise BadCalibration(f"{step!r} cannot train the model on this calibration: {type(error).__name__}: {error}") from error
     finally:
-        learner.close()
+        if learner is not None:
+            learner.close()
     return [Repaired(step, "outputs of the model", before, after, better)]
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Autocast keeps no copies of weights, which are about to change; cuDNN, whose recurrent kernels have no gradient in evaluation mode, is left out."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    try:
+        with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _best(exams: _Lessons, learner: _Learner, passes: Iterable[None]) -> tuple[float, list[Tensor]]:
@@ -76,28 +100,24 @@ def _best(exams: _Lessons, learner: _Learner, passes: Iterable[None]) -> tuple[f
 # -- what is compared ------------------------------------------------------------------------------------------------------------
 
 
-def _logits(outputs: list[Tensor]) -> Tensor:
-    found = next((tensor for tensor in outputs if tensor.ndim > 1), None)
-    if found is None:
-        raise BadCalibration("'distill' compares class logits, and no output of the model has two or more axes; take 'mimic'")
-    return found
-
-
-def _distilled(mine: list[Tensor], theirs: list[Tensor]) -> Tensor:
+def _distilled(mine: list[Tensor], theirs: list[Tensor], _: list[float]) -> Tensor:
     """KL divergence of the first output; classes are the last of two or three axes, and the second of more, as ``cross_entropy`` has them for images."""
-    student, teacher = _logits(mine), _logits(theirs)
-    return soften(student, teacher, 1.0, axis=1 if student.ndim > 3 else -1)
+    found = next(((one, two, 1 if two.ndim > 3 else -1) for one, two in zip(mine, theirs, strict=True) if two.ndim > 1), None)
+    if found is None or found[1].shape[found[2]] < 2:
+        raise BadCalibration("'distill' compares the probabilities of classes, and the model has no output with an axis of two or more; take 'mimic'")
+    return soften(found[0], found[1], 1.0, found[2])
 
 
-def _mimicked(mine: list[Tensor], theirs: list[Tensor]) -> Tensor:
-    """Squared distance of every output over its variance in the batch, mean over the outputs."""
-    far = [
-        (one - two).square().mean() / (two - two.mean()).square().mean().clamp(min=1e-12) for one, two in zip(map(wide, mine), map(wide, theirs), strict=True)
-    ]
-    return torch.stack(far).mean()
+def _mimicked(mine: list[Tensor], theirs: list[Tensor], spreads: list[float]) -> Tensor:
+    """Squared distance of every output that varies over its variance, mean over these outputs."""
+    found = [(wide(one) - wide(two)).square().mean() / spread for one, two, spread in zip(mine, theirs, spreads, strict=True) if spread > 0]
+    if not found:
+        raise BadCalibration("'mimic' has nothing to learn from: no output of the model varies over the calibration")
+    return torch.stack(found).mean()
 
 
-DISTANCES: dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]] = {"distill": _distilled, "mimic": _mimicked}
+Distance = Callable[[list[Tensor], list[Tensor], list[float]], Tensor]
+DISTANCES: dict[str, Distance] = {"distill": _distilled, "mimic": _mimicked}
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -109,29 +129,48 @@ def _answers(model: nn.Module, piece: tuple[tuple, dict]) -> list[Tensor]:
 
 
 class _Lessons:
-    """Inputs in pieces of a few samples, and the original's outputs for them."""
+    """Inputs in pieces of a few samples, the original's outputs for them, and how much each output varies (given, or over these pieces)."""
 
-    def __init__(self, original: nn.Module, batches: Sequence[Any], distance: Callable[[list[Tensor], list[Tensor]], Tensor]) -> None:
+    def __init__(self, original: nn.Module, batches: Sequence[Any], distance: Distance, spreads: list[float] | None = None) -> None:
         self.original, self.distance = original, distance
-        self.pieces = [piece for batch in batches for piece in _pieces(batch_inputs(batch))]
+        whole = [exchange(batch_inputs(batch), _usable) for batch in batches]
+        parted = _parted(original, whole[0])
+        self.pieces = [piece for inputs in whole for piece in (_pieces(inputs) if parted else [inputs])]
         first = self._taught(0)
         if not first:
             raise BadCalibration("the model returns no floating tensor to learn from")
         room = sum(t.numel() * t.element_size() for t in first) * len(self.pieces) <= HELD
         self.kept = [first, *(self._taught(at) for at in range(1, len(self.pieces)))] if room else None
+        self.spreads = spreads or self._spreads()
 
     def _taught(self, at: int) -> list[Tensor]:
         with torch.no_grad():
             return [tensor.clone() for tensor in _answers(self.original, self.pieces[at])]  # a model may return what it writes into again
 
+    def theirs(self, at: int) -> list[Tensor]:
+        return self.kept[at] if self.kept else self._taught(at)
+
+    def _spreads(self) -> list[float]:
+        """The variance of every output over all pieces; zero of a number alone, such as a loss, and of what is the same everywhere."""
+        sums: list[list[float]] = []
+        for at in range(len(self.pieces)):
+            for index, tensor in enumerate(self.theirs(at)):
+                sums += [[0.0, 0.0, 0.0]] if index == len(sums) else []
+                if tensor.ndim:
+                    values = tensor.double()
+                    for place, amount in enumerate((values.numel(), float(values.sum()), float(values.square().sum()))):
+                        sums[index][place] += amount
+        found = [(square / count, (total / count) ** 2) if count else (0.0, 0.0) for count, total, square in sums]
+        return [square - mean if square - mean > 1e-9 * square else 0.0 for square, mean in found]
+
     def loss(self, small: nn.Module, at: int) -> Tensor:
-        mine, theirs = _answers(small, self.pieces[at]), self.kept[at] if self.kept else self._taught(at)
+        mine, theirs = _answers(small, self.pieces[at]), self.theirs(at)
         if [t.shape for t in mine] != [t.shape for t in theirs]:
             raise BadCalibration(
                 f"outputs of the original have shapes {[tuple(t.shape) for t in theirs]}, of the cut model {[tuple(t.shape) for t in mine]}: "
                 "there is nothing to compare one by one (a plan that narrows outputs, or a number of outputs that depends on their values)"
             )
-        return self.distance(mine, theirs)
+        return self.distance(mine, theirs, self.spreads)
 
     def error(self, small: nn.Module) -> float:
         """Mean over the pieces; infinite where it is not a number."""
@@ -140,17 +179,38 @@ class _Lessons:
         return found if math.isfinite(found) else math.inf
 
 
+def _usable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor  # which no gradient may pass
+
+
 def _pieces(inputs: tuple[tuple, dict]) -> list[tuple[tuple, dict]]:
-    """A batch in parts of at most :data:`SAMPLES`, where its tensors share a first length; otherwise as it is."""
+    """A batch in equal parts of at most :data:`SAMPLES`, where its tensors share a first length; otherwise as it is."""
     sizes = {len(t) for t in tensors(inputs, torch.Tensor) if t.ndim}
-    if len(sizes) != 1:
-        return [inputs]
-    count = sizes.pop()
-    return [exchange(inputs, partial(_part, at)) for at in range(0, count, SAMPLES)]
+    count = sizes.pop() if len(sizes) == 1 else 1
+    size = math.ceil(count / math.ceil(count / SAMPLES)) if count else 1
+    return [exchange(inputs, partial(_part, at, size)) for at in range(0, count, size)] if count > SAMPLES else [inputs]
 
 
-def _part(at: int, tensor: Tensor) -> Tensor:
-    return tensor[at : at + SAMPLES] if tensor.ndim else tensor
+def _part(at: int, size: int, tensor: Tensor) -> Tensor:
+    return tensor[at : at + size] if tensor.ndim else tensor
+
+
+def _parted(original: nn.Module, inputs: tuple[tuple, dict]) -> bool:
+    """Whether a model says the same of the parts of a batch as of the whole: the first axis may be another than that of the samples."""
+    pieces = _pieces(inputs)
+    if len(pieces) == 1:
+        return True
+    try:
+        with torch.no_grad():
+            whole, parts = _answers(original, inputs), [_answers(original, piece) for piece in pieces]
+            pairs = [(one, torch.cat(many)) for one, many in zip(whole, zip(*parts, strict=True), strict=True) if one.ndim]
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return False
+    return all(one.shape == two.shape and _near(wide(one), wide(two)) for one, two in pairs)
+
+
+def _near(one: Tensor, two: Tensor) -> bool:
+    return bool((one - two).square().mean() <= 1e-3 * (one - one.mean()).square().mean() + 1e-12)
 
 
 # -- who learns ------------------------------------------------------------------------------------------------------------------
@@ -161,7 +221,9 @@ class _Learner:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.own = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+        floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+        self.own = [parameter for parameter in floating if parameter.requires_grad] or floating  # of a model without gradients all learn
+        self.scale = 1024.0 if any(parameter.dtype == torch.float16 for parameter in self.own) else 1.0  # small gradients vanish in float16
         self.before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.own]
         for parameter in self.own:
             parameter.requires_grad_(True)
@@ -201,17 +263,19 @@ class _Learner:
                 yield
 
     def step(self, optimizer: torch.optim.Optimizer, lessons: _Lessons, at: int) -> bool:
-        """One step on one piece; whether the loss is finite (where not, nothing is changed)."""
+        """One step on one piece; whether the loss is finite. Nothing is changed where that or a gradient is not."""
         with torch.enable_grad():
-            loss = lessons.loss(self.model, at)
+            loss = lessons.loss(self.model, at) * self.scale
         if not loss.requires_grad:
             raise BadCalibration("the model's outputs carry no gradient (it runs under no_grad, or returns detached or rounded values): nothing can be learned")
         if not bool(torch.isfinite(loss)):
             return False
         loss.backward()
         for parameter, tensor in zip(self.own, self.wide, strict=True):
-            tensor.grad = None if parameter.grad is None else parameter.grad.to(tensor.dtype)
-            parameter.grad = None
+            grad, parameter.grad = parameter.grad, None
+            tensor.grad = None if grad is None else (grad.to_dense() if grad.is_sparse else grad).to(tensor.dtype) / self.scale
+        if not all(bool(torch.isfinite(tensor.grad).all()) for tensor in self.wide if tensor.grad is not None):
+            return True
         optimizer.step()
         with torch.no_grad():
             self.write()
