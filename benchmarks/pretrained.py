@@ -419,7 +419,7 @@ def learned(known: dict) -> list[str]:
         "## With gradient steps after the repair",
         "",
         '`repair=("auto", "distill")`, for the sentence encoder `("auto", "mimic")`: the same inputs, no labels, but training, so not one shot.',
-        "Kept: whether the steps helped on the quarter of the inputs that was kept out of them; where not, the model is the closed form's of the rest.",
+        "Kept: whether the steps helped on the quarter of the inputs that was kept out of them; where not, the model is that of the closed forms.",
         "",
         "| model | fewer MACs | closed form: loss | s | with gradient steps: loss | kept | s | Torch-Pruning's best | with gradient steps / its |",
         "|---|---|---|---|---|---|---|---|---|",
