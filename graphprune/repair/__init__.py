@@ -17,12 +17,9 @@ Each step keeps its result only where it is no worse on calibration kept out of 
 from __future__ import annotations
 
 import copy
-import os
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +31,7 @@ from ..errors import BadCalibration, UnknownName
 from ..tracing.probe import batch_inputs
 from ..tracing.trace import Graph, open_paths, trace
 from ..tracing.trees import leaf_tensors, tensors
-from ..tracing.trees import replace as exchange
+from .calibration import example, parts, waiting
 from .effect import effect
 from .fitting import Repaired, Setting
 from .free import STEPS as FREE
@@ -63,7 +60,6 @@ for _name, _line in {
     "mimic": "as distill, towards all that the original returns (features, boxes, images)",
 }.items():
     register("repair", _name, _line)
-LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network; a quarter of the memory where that is more
 
 
 def repair(
@@ -105,17 +101,17 @@ def repair(
     result = copy.deepcopy(small)
     if not names:
         return result
-    fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else _parts(calibration, spare)
+    fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(calibration, spare)
     with _quiet(original, result):
-        waiting = min(1.0, _memory(original) / _held(original, [*fits, *checks])) if fits else 1.0
+        room = waiting(original, [*fits, *checks]) if fits else 1.0
         if graph is None and not fits:
             raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
-        graph = graph or trace(original, *_example(fits[0]))
-        own = trace(result, *_example(fits[0])) if plan.parts and "bn" in names else graph  # with other parts a model makes other calls
+        graph = graph or trace(original, *example(fits[0]))
+        own = trace(result, *example(fits[0])) if plan.parts and "bn" in names else graph  # with other parts a model makes other calls
 
         def close(again: bool) -> list[Repaired]:
             """The closed forms; ``again``: at last on all inputs, so that those kept out have been seen."""
-            setting = Setting(tuple(sorted((n for n in names if n in WEIGHTS), key="censored".__eq__)), target, rows, waiting, again)  # last: others undo it
+            setting = Setting(tuple(sorted((n for n in names if n in WEIGHTS), key="censored".__eq__)), target, rows, room, again)  # last: others undo it
             free, told = tuple(name for name in names if name in FREE), []
             if free:
                 told += repair_free(original, result, graph, plan, free, checks or fits)
@@ -124,7 +120,7 @@ def repair(
                     told += repair_weights(original, result, graph, plan, fits, checks, setting, progress)
                 except (RuntimeError, TypeError, IndexError) as error:
                     raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
-            return told + (_statistics(original, result, own, fits, checks, waiting, again) if "bn" in names else [])
+            return told + (_statistics(original, result, own, fits, checks, room, again) if "bn" in names else [])
 
         learning = [name for name in names if name in DISTANCES]
         with open_paths(), torch.no_grad():
@@ -182,84 +178,10 @@ def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) ->
     return tuple(name for name in names if name not in wrong)
 
 
-def _parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
-    """The batches for the fits and those kept out; one batch alone is parted by samples."""
-    if calibration is None or isinstance(calibration, torch.Tensor | str | dict):
-        raise BadCalibration("calibration is any iterable of batches, such as [x1, x2] or a DataLoader")
-    batches = list(calibration)
-    if not batches:
-        raise BadCalibration("calibration is empty (a used-up iterator?); give at least one batch")
-    for index, batch in enumerate(batches):
-        if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors(batch_inputs(batch), torch.Tensor)):
-            raise BadCalibration(f"calibration batch {index} holds values that are not finite")
-    if spare <= 0:
-        return batches, []
-    if len(batches) > 1:
-        count = max(1, round(spare * len(batches)))
-        return batches[:-count], batches[-count:]
-    args, kwargs = batch_inputs(batches[0])
-    sizes = {len(t) for t in tensors((args, kwargs), torch.Tensor) if t.ndim}
-    size = sizes.pop() if len(sizes) == 1 else 1
-    if size < 2:
-        warnings.warn("one calibration sample: nothing can be kept out, repairs are judged on it itself", stacklevel=3)
-        return batches, []
-    at = size - max(1, round(spare * size))
-    pieces = [exchange((args, kwargs), lambda t, part=part: t[part] if t.ndim else t) for part in (slice(at), slice(at, size))]
-    return [_batch(pieces[0])], [_batch(pieces[1])]
-
-
-def _batch(piece: tuple[tuple, dict]) -> Any:
-    args, kwargs = piece
-    return (args, None) if args else kwargs
-
-
-def _example(batch: Any) -> tuple[tuple, dict]:
-    """One sample of a batch, or the whole batch where its tensors do not share a first length."""
-    args, kwargs = batch_inputs(batch)
-    sizes = {len(t) for t in tensors((args, kwargs), torch.Tensor) if t.ndim}
-    return exchange((args, kwargs), lambda t: t[:1] if t.ndim else t) if len(sizes) == 1 else (args, kwargs)
-
-
-def _memory(model: nn.Module) -> int:
-    """Bytes that activations may wait in, where the model lies: a quarter of what there is."""
-    device = next((tensor.device for *_, tensor in leaf_tensors(model)), torch.device("cpu"))
-    if device.type != "cpu":
-        return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else LIMIT
-    found = []
-    try:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container may have less than its machine
-    except (AttributeError, ValueError, OSError):  # not every system says, and "max" is no limit
-        pass
-    return min(found, default=4 * LIMIT) // 4
-
-
-def _held(model: nn.Module, batches: list) -> int:
-    """A bound, from the modules of one sample, on the bytes that wait when all batches stand in the middle of the network."""
-    largest = [0]
-
-    def see(_: nn.Module, __: Any, out: Any) -> None:
-        sizes = [t.numel() * t.element_size() for t in tensors(out, torch.Tensor)]
-        largest[0] = max(largest[0], *sizes, 0)
-
-    hooks = [module.register_forward_hook(see) for module in model.modules()]
-    try:
-        args, kwargs = _example(batches[0])
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    samples = sum(next((len(t) for t in tensors(batch_inputs(b), torch.Tensor) if t.ndim), 1) for b in batches)
-    return max(1, largest[0] * samples * 8)  # a few tensors are alive in each of two models
-
-
-def _statistics(original: nn.Module, small: nn.Module, graph: Graph, fits: list, checks: list, waiting: float, again: bool) -> list[Repaired]:
+def _statistics(original: nn.Module, small: nn.Module, graph: Graph, fits: list, checks: list, room: float, again: bool) -> list[Repaired]:
     before = _distance(original, small, checks or fits)
     old = {name: tensor.clone() for name, _, _, tensor in leaf_tensors(small)}
-    if not reestimate(small, graph, [*fits, *checks] if again else fits, waiting):
+    if not reestimate(small, graph, [*fits, *checks] if again else fits, room):
         return []
     after = _distance(original, small, checks or fits)
     better = after <= before

@@ -1,0 +1,98 @@
+"""Calibration as it comes: which batches fit and which judge, one sample as an example, and how much of a run may wait in memory."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadCalibration
+from ..tracing.probe import batch_inputs
+from ..tracing.trees import leaf_tensors, tensors
+from ..tracing.trees import replace as exchange
+
+LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network; a quarter of the memory where that is more
+
+
+def parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
+    """The batches for the fits and those kept out; one batch alone is parted by samples."""
+    if calibration is None or isinstance(calibration, torch.Tensor | str | dict):
+        raise BadCalibration("calibration is any iterable of batches, such as [x1, x2] or a DataLoader")
+    batches = list(calibration)
+    if not batches:
+        raise BadCalibration("calibration is empty (a used-up iterator?); give at least one batch")
+    for index, batch in enumerate(batches):
+        if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors(batch_inputs(batch), torch.Tensor)):
+            raise BadCalibration(f"calibration batch {index} holds values that are not finite")
+    if spare <= 0:
+        return batches, []
+    if len(batches) > 1:
+        count = max(1, round(spare * len(batches)))
+        return batches[:-count], batches[-count:]
+    args, kwargs = batch_inputs(batches[0])
+    sizes = {len(t) for t in tensors((args, kwargs), torch.Tensor) if t.ndim}
+    size = sizes.pop() if len(sizes) == 1 else 1
+    if size < 2:
+        warnings.warn("one calibration sample: nothing can be kept out, repairs are judged on it itself", stacklevel=3)
+        return batches, []
+    at = size - max(1, round(spare * size))
+    pieces = [exchange((args, kwargs), lambda t, part=part: t[part] if t.ndim else t) for part in (slice(at), slice(at, size))]
+    return [_batch(pieces[0])], [_batch(pieces[1])]
+
+
+def _batch(piece: tuple[tuple, dict]) -> Any:
+    args, kwargs = piece
+    return (args, None) if args else kwargs
+
+
+def example(batch: Any) -> tuple[tuple, dict]:
+    """One sample of a batch, or the whole batch where its tensors do not share a first length."""
+    args, kwargs = batch_inputs(batch)
+    sizes = {len(t) for t in tensors((args, kwargs), torch.Tensor) if t.ndim}
+    return exchange((args, kwargs), lambda t: t[:1] if t.ndim else t) if len(sizes) == 1 else (args, kwargs)
+
+
+def waiting(model: nn.Module, batches: list) -> float:
+    """The share of all activations in the middle of a network that fits into memory, 1 where all do."""
+    return min(1.0, _memory(model) / _held(model, batches))
+
+
+def _memory(model: nn.Module) -> int:
+    """Bytes that activations may wait in, where the model lies: a quarter of what there is."""
+    device = next((tensor.device for *_, tensor in leaf_tensors(model)), torch.device("cpu"))
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else LIMIT
+    found = []
+    try:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container may have less than its machine
+    except (AttributeError, ValueError, OSError):  # not every system says, and "max" is no limit
+        pass
+    return min(found, default=4 * LIMIT) // 4
+
+
+def _held(model: nn.Module, batches: list) -> int:
+    """A bound, from the modules of one sample, on the bytes that wait when all batches stand in the middle of the network."""
+    largest = [0]
+
+    def see(_: nn.Module, __: Any, out: Any) -> None:
+        sizes = [t.numel() * t.element_size() for t in tensors(out, torch.Tensor)]
+        largest[0] = max(largest[0], *sizes, 0)
+
+    hooks = [module.register_forward_hook(see) for module in model.modules()]
+    try:
+        args, kwargs = example(batches[0])
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    samples = sum(next((len(t) for t in tensors(batch_inputs(b), torch.Tensor) if t.ndim), 1) for b in batches)
+    return max(1, largest[0] * samples * 8)  # a few tensors are alive in each of two models
