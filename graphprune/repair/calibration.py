@@ -35,8 +35,7 @@ def parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
         count = max(1, round(spare * len(batches)))
         return batches[:-count], batches[-count:]
     args, kwargs = batch_inputs(batches[0])
-    sizes = {len(t) for t in tensors((args, kwargs), torch.Tensor) if t.ndim}
-    size = sizes.pop() if len(sizes) == 1 else 1
+    size = samples((args, kwargs)) or 1
     if size < 2:
         warnings.warn("one calibration sample: nothing can be kept out, repairs are judged on it itself", stacklevel=3)
         return batches, []
@@ -53,8 +52,13 @@ def _batch(piece: tuple[tuple, dict]) -> Any:
 def example(batch: Any) -> tuple[tuple, dict]:
     """One sample of a batch, or the whole batch where its tensors do not share a first length."""
     args, kwargs = batch_inputs(batch)
-    sizes = {len(t) for t in tensors((args, kwargs), torch.Tensor) if t.ndim}
-    return exchange((args, kwargs), lambda t: t[:1] if t.ndim else t) if len(sizes) == 1 else (args, kwargs)
+    return exchange((args, kwargs), lambda t: t[:1] if t.ndim else t) if samples((args, kwargs)) else (args, kwargs)
+
+
+def samples(inputs: tuple[tuple, dict]) -> int | None:
+    """The first length that all tensors share; None where they share none."""
+    sizes = {len(t) for t in tensors(inputs, torch.Tensor) if t.ndim}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def waiting(model: nn.Module, batches: list) -> float:
@@ -94,5 +98,5 @@ def _held(model: nn.Module, batches: list) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    samples = sum(next((len(t) for t in tensors(batch_inputs(b), torch.Tensor) if t.ndim), 1) for b in batches)
-    return max(1, largest[0] * samples * 8)  # a few tensors are alive in each of two models
+    count = sum(next((len(t) for t in tensors(batch_inputs(b), torch.Tensor) if t.ndim), 1) for b in batches)
+    return max(1, largest[0] * count * 8)  # a few tensors are alive in each of two models

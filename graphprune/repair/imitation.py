@@ -22,6 +22,7 @@ from ..errors import BadCalibration
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import replace as exchange
 from ..tracing.trees import tensors
+from .calibration import samples
 from .fitting import Repaired
 
 Tensor = torch.Tensor
@@ -185,9 +186,8 @@ def _usable(tensor: Tensor) -> Tensor:
 
 def _pieces(inputs: tuple[tuple, dict]) -> list[tuple[tuple, dict]]:
     """A batch in equal parts of at most :data:`SAMPLES`, where its tensors share a first length; otherwise as it is."""
-    sizes = {len(t) for t in tensors(inputs, torch.Tensor) if t.ndim}
-    count = sizes.pop() if len(sizes) == 1 else 1
-    size = math.ceil(count / math.ceil(count / SAMPLES)) if count else 1
+    count = samples(inputs) or 1
+    size = math.ceil(count / math.ceil(count / SAMPLES))
     return [exchange(inputs, partial(_part, at, size)) for at in range(0, count, size)] if count > SAMPLES else [inputs]
 
 

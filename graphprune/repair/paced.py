@@ -103,9 +103,6 @@ class Paced:
                 raise self.error
         return self.held[id(value)]
 
-    def forget(self, value: Value) -> None:
-        self.held.pop(id(value), None)
-
     def close(self) -> None:
         """End the run where it stands."""
         self.stopped = True
