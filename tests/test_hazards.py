@@ -1,6 +1,7 @@
 """One small network for each hazard of the field: cut equals zeroed in float64, and what cannot be cut is left whole with a reason."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import NothingToPrune
+from graphprune.tracing.record import Recorder
+from graphprune.tracing.trace import trace
 from graphprune.tracing.trees import tensors
 
 HAZARDS = []
@@ -1058,3 +1061,17 @@ def test_recurrent_layers_lose_half_of_their_hidden_units(kind, layers, both):
 
     small = graphprune.shrink(Net().eval(), torch.randn(2, 7, 5), 0.5)
     assert (small.a.out_features, small.b.input_size, small.b.hidden_size) == (8, 8, 6)
+
+
+def test_what_numbers_copies_is_known_by_arrays_that_live(monkeypatch):
+    """An id in the record must not pass to the next array of that size: GQA was then left whole, in one run of sixty."""
+    moved, before = {}, Recorder.copies
+
+    def copies(recorder, fields, columns, reason):
+        moved.update((id(array), (recorder, weakref.ref(array))) for column in columns for array in column)  # the latest at its place
+        return before(recorder, fields, columns, reason)
+
+    monkeypatch.setattr(Recorder, "copies", copies)
+    trace(drawn(GQA), X)
+    numbering = [array() is not None for number, (recorder, array) in moved.items() if number in recorder.copied]
+    assert numbering and all(numbering)

@@ -118,7 +118,7 @@ class Recorder(TorchDispatchMode):
         self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
         self.read: set[int] = set()  # values that the Python code looked into
         self.constants: dict[str, Tensor] = {}
-        self.copied: set[int] = set()  # by id: fields that number the copies of an expanded axis
+        self.copied: dict[int, Array] = {}  # by id, held so that the id stays theirs: fields that number the copies of an expanded axis
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
         self.step = -1
 
@@ -257,7 +257,7 @@ class Recorder(TorchDispatchMode):
         if name in ASSEMBLE:
             outs = ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs)
             if name == "expand":
-                self.copied.update(id(field) for field in outs[0][len(args[0].fields) :])
+                self.copied |= {id(field): field for field in outs[0][len(args[0].fields) :]}
             return outs, False
         if name in MOVES:
             source, rest = args[0], args[1:]
@@ -305,7 +305,7 @@ class Recorder(TorchDispatchMode):
         kept = []
         for field, column in zip(before, moved, strict=True):
             if id(field) in self.copied:
-                self.copied.update(id(array) for array in column)
+                self.copied |= {id(array): array for array in column}
                 others = [(f, c) for f, c in zip(before, moved, strict=True) if f is not field]
                 if any(_cross(f, field) and not _cross(c[0], column[0]) for f, c in others):
                     self.labels.lock(field, reason)
