@@ -1,10 +1,13 @@
-"""Every error graphprune raises: what is wrong, where, and what to do now.
+"""Every error graphprune raises: what is wrong, where, and what to do now; and its warnings.
 
 All derive from :class:`GraphpruneError`, so one ``except`` is enough.
 
 >>> issubclass(BadRatio, GraphpruneError) and issubclass(BadRatio, ValueError)
 True
 """
+
+import sys
+import warnings
 
 
 class GraphpruneError(Exception):
@@ -80,3 +83,11 @@ class BadCalibration(GraphpruneError, ValueError):
 
 class NeedsValues(GraphpruneError):
     """Internal: control flow asked for a value that a run without values cannot give; trace with real values."""
+
+
+def warn(text: str) -> None:
+    """A warning at the caller's own line, however deep inside the package it is found."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("graphprune", "torch", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

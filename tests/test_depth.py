@@ -311,8 +311,9 @@ def test_greedy_reconstruction_does_not_mind_the_order_of_the_batches():
 
 def test_a_ratio_that_removes_nothing_says_so():
     one = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
-    with pytest.warns(UserWarning, match=r"ratio 0.5 removes nothing: the only layer that can go is 2, and the last one always stays"):
+    with pytest.warns(UserWarning, match=r"ratio 0.5 removes nothing: the only layer that can go is 2, and the last one always stays") as told:
         assert not removed(graphprune.shrink(one, torch.zeros(1, 4), 0.5, granularity="layer"))
+    assert told[0].filename == __file__
     with pytest.warns(UserWarning, match=r"4 blocks can go \(layers.0, layers.1, layers.2, …\), a ratio above 0.125 removes one"):
         assert not removed(graphprune.shrink(stack(), TOKENS, 0.12, granularity="block"))
     assert len(removed(graphprune.shrink(stack(), TOKENS, 0.126, granularity="block"))) == 1  # warnings are errors: none here, and none for ratio 0

@@ -13,7 +13,7 @@ from graphprune.errors import BadCalibration
 from graphprune.repair.imitation import DISTANCES, _Learner, _Lessons, _pieces, imitate, soften
 
 F64 = torch.float64
-package, module = (importlib.import_module(name) for name in ("graphprune.repair", "graphprune.repair.imitation"))
+package, module, closed = (importlib.import_module(f"graphprune.repair{name}") for name in ("", ".imitation", ".closed"))
 
 
 def net(seed=0, dtype=F64):
@@ -134,7 +134,7 @@ def test_what_judges_it_was_seen_by_no_fit(monkeypatch):
     other = [*data[:3], images(1, seed=5)[0]]
     monkeypatch.setattr(package, "imitate", lambda *_: [])
     measured = []
-    monkeypatch.setattr(package, "reestimate", lambda model, graph, batches, waiting: measured.append(len(batches)))
+    monkeypatch.setattr(closed, "reestimate", lambda model, graph, batches, waiting: measured.append(len(batches)))
     for steps, same in ((("bias", "bn", "mimic"), True), (("bias", "bn"), False)):
         one, two = (graphprune.repair(small, original, plan, batches, steps, progress=False) for batches in (data, other))
         assert [r.kept for r in (*one.graphprune_repairs, *two.graphprune_repairs)] == [True] * 2

@@ -60,7 +60,7 @@ ORDER = {
     "cutting": "parts plan rewrite masks kernels passthrough undo apply compose zeroed verify store",
     "budget": "targets space optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
-    "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration imitation __init__",
+    "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "weights heads entries wishes ranking evidence positions blocks depth finer",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }

@@ -267,8 +267,10 @@ def test_what_is_not_finite_inside_is_found():
 def test_few_rows_warn_and_unknown_steps_are_named():
     net = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 3)).double()
     small, plan = graphprune.shrink(net, torch.randn(1, 4, dtype=F64), return_plan=True)
-    with pytest.warns(UserWarning, match="2.weight: 12 calibration rows for 20 inputs"):
+    with pytest.warns(UserWarning, match="2.weight: 12 calibration rows for 20 inputs") as told:
         better = graphprune.repair(small, net, plan, [torch.randn(16, 4, dtype=F64)])
+        graphprune.shrink(net, torch.randn(1, 4, dtype=F64), calibration=[torch.randn(16, 4, dtype=F64)])
+    assert [warning.filename for warning in told] == [__file__] * 2  # at the line that called, however deep it was found
     assert all(bool(torch.isfinite(p).all()) for p in better.parameters())
     with pytest.raises(UnknownName, match="least-squares"):
         graphprune.repair(small, net, plan, [torch.randn(16, 4)], ["magic"])

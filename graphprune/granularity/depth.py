@@ -9,7 +9,6 @@ weights, ``random`` the baseline. A score may also be a function ``(name, module
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -23,7 +22,7 @@ from ..cost import macs_by_call
 from ..cutting.parts import Part
 from ..cutting.passthrough import passed
 from ..cutting.plan import Plan
-from ..errors import BadScore, NeedsBatches, NothingToPrune, UnknownName
+from ..errors import BadScore, NeedsBatches, NothingToPrune, UnknownName, warn
 from ..scores.data import Data, undisturbed
 from ..scores.registry import accepts
 from ..select import width
@@ -94,7 +93,7 @@ def _tell(kind: str, pools: Mapping[float | None, Sequence[Removable]], ratio: f
     names = ", ".join(one.name for one in pool[:3]) + (", …" if len(pool) > 3 else "")
     one, several = f"the only {kind} that can go is {names}", f"{len(pool)} {kind}s can go ({names})"
     what = "and the last one always stays" if len(pool) == 1 else f"a ratio above {0.5 / len(pool):.3g} removes one"
-    warnings.warn(f"ratio {most:g} removes nothing: {one if len(pool) == 1 else several}, {what}", stacklevel=5)
+    warn(f"ratio {most:g} removes nothing: {one if len(pool) == 1 else several}, {what}")
 
 
 class Left:

@@ -28,23 +28,20 @@ from torch import nn
 from ..catalogue import register
 from ..cutting.plan import Plan
 from ..errors import BadCalibration, UnknownName
-from ..tracing.probe import batch_inputs
 from ..tracing.trace import Graph, open_paths, trace
-from ..tracing.trees import leaf_tensors, tensors
+from ..tracing.trees import leaf_tensors
 from .calibration import example, parts, waiting
+from .closed import STEPS as CLOSED
+from .closed import WEIGHTS, Closed
 from .effect import effect
-from .fitting import Repaired, Setting
+from .fitting import Repaired
 from .free import STEPS as FREE
-from .free import repair_free
 from .imitation import DISTANCES, imitate
-from .sequential import repair_weights
-from .statistics import reestimate
 
 __all__ = ["Repaired", "effect", "repair"]
 
-WEIGHTS = ("bias", "variance", "least-squares", "censored")
 SETS = {"auto": ("least-squares", "censored", "bn"), "data-free": FREE}
-STEPS = (*FREE, *WEIGHTS, "bn", *DISTANCES)
+STEPS = (*CLOSED, *DISTANCES)
 for _name, _line in {
     "auto": "with calibration=: least squares, plain and censored, then batch-norm statistics, each kept only where it helps on inputs kept out of it",
     "none": "nothing is repaired",
@@ -102,34 +99,20 @@ def repair(
     if not names:
         return result
     fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(calibration, spare)
+    if graph is None and not fits:
+        raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
+    learning = [name for name in names if name in DISTANCES]
     with _quiet(original, result):
         room = waiting(original, [*fits, *checks]) if fits else 1.0
-        if graph is None and not fits:
-            raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
         graph = graph or trace(original, *example(fits[0]))
-        own = trace(result, *example(fits[0])) if plan.parts and "bn" in names else graph  # with other parts a model makes other calls
-
-        def close(again: bool) -> list[Repaired]:
-            """The closed forms; ``again``: at last on all inputs, so that those kept out have been seen."""
-            setting = Setting(tuple(sorted((n for n in names if n in WEIGHTS), key="censored".__eq__)), target, rows, room, again)  # last: others undo it
-            free, told = tuple(name for name in names if name in FREE), []
-            if free:
-                told += repair_free(original, result, graph, plan, free, checks or fits)
-            if setting.steps:
-                try:
-                    told += repair_weights(original, result, graph, plan, fits, checks, setting, progress)
-                except (RuntimeError, TypeError, IndexError) as error:
-                    raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
-            return told + (_statistics(original, result, own, fits, checks, room, again) if "bn" in names else [])
-
-        learning = [name for name in names if name in DISTANCES]
+        closed = Closed(original, result, graph, plan, names, fits, checks, target, rows, room, progress)
         with open_paths(), torch.no_grad():
-            done = close(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
+            done = closed.run(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
             learned = [one for name in learning for one in imitate(original, result, name, fits, checks, progress)]
             if learned and checks and not any(one.kept for one in learned):
                 refill(result, small)
-                done = close(again=True)
-            done += learned
+                done = closed.run(again=True)
+    done += learned
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
@@ -176,32 +159,6 @@ def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) ->
         kinds = ", ".join(sorted({part.kind for part in plan.parts}))
         raise BadCalibration(f"{asked[0]!r} fits weights behind cut channels, this plan has parts of other kinds ({kinds}): take repair='bn', or retrain")
     return tuple(name for name in names if name not in wrong)
-
-
-def _statistics(original: nn.Module, small: nn.Module, graph: Graph, fits: list, checks: list, room: float, again: bool) -> list[Repaired]:
-    before = _distance(original, small, checks or fits)
-    old = {name: tensor.clone() for name, _, _, tensor in leaf_tensors(small)}
-    if not reestimate(small, graph, [*fits, *checks] if again else fits, room):
-        return []
-    after = _distance(original, small, checks or fits)
-    better = after <= before
-    if not better:
-        for name, _, _, tensor in leaf_tensors(small):
-            tensor.copy_(old[name])
-    return [Repaired("bn", "outputs of the model", before, after, better)]
-
-
-def _distance(original: nn.Module, small: nn.Module, batches: list) -> float:
-    """Mean squared difference of the floating outputs over their own variance."""
-    gap = spread = 0.0
-    for batch in batches:
-        args, kwargs = batch_inputs(batch)
-        wanted, found = (list(tensors(m(*args, **kwargs), torch.Tensor)) for m in (original, small))
-        for one, two in zip(wanted, found, strict=True):
-            if one.is_floating_point():
-                gap += float((one.double() - two.double()).square().sum())
-                spread += float((one.double() - one.double().mean()).square().sum())
-    return gap / max(spread, torch.finfo(torch.float64).tiny)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import BadCalibration
+from ..errors import BadCalibration, warn
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import leaf_tensors, tensors
 from ..tracing.trees import replace as exchange
@@ -37,7 +36,7 @@ def parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
     args, kwargs = batch_inputs(batches[0])
     size = samples((args, kwargs)) or 1
     if size < 2:
-        warnings.warn("one calibration sample: nothing can be kept out, repairs are judged on it itself", stacklevel=3)
+        warn("one calibration sample: nothing can be kept out, repairs are judged on it itself")
         return batches, []
     at = size - max(1, round(spare * size))
     pieces = [exchange((args, kwargs), lambda t, part=part: t[part] if t.ndim else t) for part in (slice(at), slice(at, size))]

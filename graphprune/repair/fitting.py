@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from ..cutting.plan import Plan
-from ..errors import BadCalibration
+from ..errors import BadCalibration, warn
 from ..tracing.trees import leaf_tensors
 from .censored import ROUNDS, Rows, censored, distance
 from .moments import Moments
@@ -135,10 +134,7 @@ def fit(weights: Weights, site: Site, data: Seen, check: Seen, setting: Setting)
     if float(known.xx.diagonal(dim1=1, dim2=2).abs().max()) == 0:
         raise BadCalibration(f"calibration gives the same input everywhere at {site.weight}; give varied batches")
     if {"least-squares", "censored"} & set(setting.steps) and known.count <= known.xx.shape[1]:
-        warnings.warn(
-            f"{site.weight}: {known.count} calibration rows for {known.xx.shape[1]} inputs; the ridge decides, more calibration would do better",
-            stacklevel=6,
-        )
+        warn(f"{site.weight}: {known.count} calibration rows for {known.xx.shape[1]} inputs; the ridge decides, more calibration would do better")
     now, kept, done = (weight, bias), [], []
     for step in setting.steps:
         fits = [(make(data, now, TRIAL), make) for make in _makers(site, step, data)]
