@@ -185,7 +185,7 @@ def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array
 def priced(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]]) -> Costs:
     """:func:`costs`, made once for equal groups of one graph, however often it is coupled and asked."""
     known = groups.graph.__dict__.setdefault("priced", {})
-    key = (*((group.size, tuple(group.places)) for group in groups), *more.items())
+    key = (groups.key, *more.items())
     if key not in known:
         known[key] = costs(groups, more)
     return known[key]

@@ -95,10 +95,10 @@ def _widths(graph: Graph, model: nn.Module, wishes: Wishes, scored: Scored, lite
 def _best(graph: Graph, model: nn.Module, wishes: Wishes, scored: Scored) -> Plan:
     """The plan; where literals in the code hold axes back, the one for the rewritten code, if that frees more and proves right."""
     literals: set[str] = set()
-    plan, nothing = None, NothingToPrune()
+    plan, nothing = None, GraphpruneError()
     try:
         plan = _widths(graph, model, wishes, scored, literals)[2]
-    except NothingToPrune as error:
+    except (NothingToPrune, BadTarget) as error:
         nothing = error
     if not wishes.rewrite or not literals or (wishes.inplace and "" in literals):
         if plan is None:

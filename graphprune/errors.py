@@ -88,6 +88,6 @@ class NeedsValues(GraphpruneError):
 def warn(text: str) -> None:
     """A warning at the caller's own line, however deep inside the package it is found."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("graphprune", "torch", "contextlib"):
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in ("graphprune", "torch", "contextlib"):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)

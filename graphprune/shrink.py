@@ -16,7 +16,7 @@ from .decide import decide
 from .granularity.finer import parse
 from .granularity.wishes import Wishes
 from .names import named
-from .repair import after_cut, refill
+from .repair import after_cut, before_cut, refill
 from .scores import Criterion
 from .select import check_ratio
 from .tracing.trace import trace
@@ -49,7 +49,7 @@ def shrink(
     multiple_of: int | str | None = None,
     min_units: int = 1,
     calibration: Iterable | None = None,
-    repair: str | Sequence[str] = "auto",
+    repair: str | Sequence[str] | None = "auto",
     example_kwargs: dict | None = None,
     inplace: bool = False,
     return_plan: bool = False,
@@ -85,6 +85,7 @@ def shrink(
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     spec, held = parse(granularity), named(model, keep)
     wishes = Wishes(spec, aims, ratio, scope or aims.scope, criterion, batches, loss, held, ratios, multiple_of, min_units, rewrite, inplace)
+    calibration = before_cut(model, calibration, repair)
     graph = trace(model, example_input, example_kwargs)
     plan = decide(graph, model, wishes)
     small = apply(model, plan)

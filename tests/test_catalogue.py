@@ -18,7 +18,7 @@ def test_every_kind_is_listed_with_one_line_each():
     found = graphprune.available()
     assert list(found) == ["score", "granularity", "target", "repair"]
     assert len(found["score"]) > 30 and {"l2", "taylor", "fpgm", "obs", "snip", "random"} <= set(found["score"])
-    assert set(found["repair"]) == {"auto", "none", *STEPS}
+    assert set(found["repair"]) == {"auto", "data-free", "none", *STEPS}
     assert {"channel", "head", "block", "layer", "group", "kernel", "vector", "weight", "n:m"} <= set(found["granularity"])
     assert all(line and "\n" not in line for lines in found.values() for line in lines.values())
     found["score"].clear()

@@ -239,7 +239,9 @@ def test_networks_come_nearer_than_with_least_squares_alone(activation):
 def test_smooth_activations_are_left_to_least_squares():
     net, data, _ = networks(0, nn.Tanh())
     small, plan = graphprune.shrink(net, data[0][:1], return_plan=True)
-    assert not graphprune.repair(small, net, plan, data, "censored", progress=False).graphprune_repairs
+    better = graphprune.repair(small, net, plan, data, "censored", progress=False)
+    assert [str(one) for one in better.graphprune_repairs] == ["repair censored: the model has nothing for it to do"]  # asked for by name
+    assert all(torch.equal(one, two) for one, two in zip(better.parameters(), small.parameters(), strict=True))
     auto, plain = (graphprune.repair(small, net, plan, data, steps, progress=False) for steps in (["least-squares", "censored"], ["least-squares"]))
     assert all(torch.equal(a, b) for a, b in zip(auto.parameters(), plain.parameters(), strict=True))
 

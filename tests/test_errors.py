@@ -4,6 +4,9 @@ import copy
 import random
 import sys
 import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from torch import nn
 
 import graphprune
 from graphprune import errors
+from graphprune.coupling.groups import couple
+from graphprune.tracing.trace import open_paths, trace
 
 NET = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 X = torch.zeros(1, 4)
@@ -276,3 +281,58 @@ def test_a_damaged_plan_is_refused(kept):
     with pytest.raises(graphprune.errors.BadPlan, match="not there"):
         graphprune.apply(net, plan)
     assert graphprune.apply(net, graphprune.Plan({"0.weight": {0: [0, 1], 1: [0, 2]}}, plan.shapes))[0].weight.shape == (2, 2, 3, 3)
+
+
+@pytest.mark.parametrize("package, shown", [("torchvision", True), ("graphprune_more", True), ("torch", False)])
+def test_reasons_name_the_line_of_the_users_code(package, shown):
+    """Also of packages whose names begin as ours or torch's do; what has no file name is passed over."""
+    home = Path(torch.__file__).parents[1] if package.startswith("torch") else Path(graphprune.__file__).parents[1]
+    code = "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)\n"
+    code += "    def forward(self, x):\n        return self.b(self.a(x).cumsum(1))\n"
+    for file in (str(home / package / "models" / "net.py"), ""):
+        space = {"nn": nn}
+        exec(compile(code, file, "exec"), space)
+        reasons = "\n".join(map(str, couple(trace(space["Net"]().eval(), torch.zeros(1, 4))).locked.values()))
+        assert "cumsum" in reasons
+        assert ("net.py:6" in reasons) == (shown and bool(file))
+
+
+def test_code_without_a_name_is_no_reason_to_fail():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    for name in ("mine", None):
+        space = {"graphprune": graphprune, "net": net, "x": torch.zeros(1, 4), "__name__": name}
+        with pytest.warns(UserWarning, match="removes nothing") if name else nullcontext():  # Python shows none where there is no name
+            exec("graphprune.shrink(net, x, 0.1, granularity='layer')", space)
+
+
+def test_what_a_configuration_shares_with_the_users_model_stays_as_it_was():
+    class Registry:
+        """One object for all: copying gives the same."""
+
+        def __init__(self):
+            self.width = 8
+
+        def __deepcopy__(self, memo):
+            return self
+
+    class Net(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.a, self.b = config, nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).view(-1, self.config.inner.width))
+
+    shared = Registry()
+    trace(Net(SimpleNamespace(inner=shared)).eval(), torch.zeros(1, 4))
+    assert type(shared.width) is int
+
+
+def test_paths_that_runs_side_by_side_close_are_open_after_the_last():
+    functional, first, second = nn.functional.has_torch_function, open_paths(), open_paths()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert nn.functional.has_torch_function is not functional and not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__()
+    assert nn.functional.has_torch_function is functional and torch.backends.mha.get_fastpath_enabled()

@@ -133,3 +133,31 @@ def test_nothing_of_the_run_waits_for_the_garbage_collector():
         assert count() == before + 4  # what stands in a circle would be seen
     finally:
         gc.enable()
+
+
+class Inference(nn.Module):
+    """A forward that asks for inference mode itself: convolutions and norms arrive before they are taken apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.m, self.b, self.c = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3), nn.Linear(16, 4)
+
+    def plain(self, x):
+        return self.c(self.b(self.m(self.a(x)).relu()).relu().mean((2, 3)))
+
+    @torch.inference_mode()
+    def forward(self, x):
+        return self.plain(x)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_inference_mode_inside_the_model_and_around_the_call(inside):
+    net, x = Inference().eval().double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    if not inside:
+        net.forward = net.plain
+    with torch.inference_mode(not inside):
+        small, plan = graphprune.shrink(net, x, return_plan=True)
+        assert (small.a.out_channels, small.b.out_channels, small.c.in_features) == (4, 8, 8)
+        assert torch.allclose(small(x), graphprune.zeroed(net, plan)(x)[0], atol=1e-12)
+        better = graphprune.shrink(net, x, calibration=[torch.randn(64, 3, 8, 8, dtype=torch.float64) for _ in range(4)])
+        assert not torch.equal(better.c.weight, small.c.weight)

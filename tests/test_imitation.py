@@ -137,7 +137,7 @@ def test_what_judges_it_was_seen_by_no_fit(monkeypatch):
     monkeypatch.setattr(closed, "reestimate", lambda model, graph, batches, waiting: measured.append(len(batches)))
     for steps, same in ((("bias", "bn", "mimic"), True), (("bias", "bn"), False)):
         one, two = (graphprune.repair(small, original, plan, batches, steps, progress=False) for batches in (data, other))
-        assert [r.kept for r in (*one.graphprune_repairs, *two.graphprune_repairs)] == [True] * 2
+        assert [r.kept for r in (*one.graphprune_repairs, *two.graphprune_repairs) if r.step == "bias"] == [True] * 2
         assert not torch.equal(one[6].bias, small[6].bias)
         assert torch.equal(one[6].bias, two[6].bias) == same
     assert measured == [3, 3, 4, 4]

@@ -1,6 +1,7 @@
 """Repairs equal slow references, never touch the original, and are no worse on calibration kept out of them."""
 
 import copy
+import importlib
 import sys
 
 import pytest
@@ -483,3 +484,75 @@ def test_few_samples_do_not_make_units_look_free():
     finally:
         blind.ENOUGH = old
     assert float(wrong[:32].sum() / wrong.sum()) < 0.03 * float(many[:32].sum() / many.sum())
+
+
+class Norms(nn.Module):
+    """As classifiers of images are: convolutions with batch norms, a pooling over all positions, a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.m, self.b, self.n, self.head = nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        assert x.shape[-1] == 8, "images of 8 pixels"
+        return self.head(self.n(self.b(self.m(self.a(x)).relu())).relu().mean((2, 3)))
+
+
+def normed():
+    torch.manual_seed(0)
+    net = Norms()
+    for _ in range(20):
+        net(torch.randn(32, 1, 8, 8) * (1 + torch.rand(32, 1, 1, 1)))
+    return net.eval()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+@pytest.mark.filterwarnings("ignore:.*calibration")
+def test_a_handful_of_samples_does_no_harm(count):
+    """Where the part kept out has one row, its error is told in the spread of all rows; where the fit has one, the weight is left, with the reason."""
+    net, x = normed(), torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    small = graphprune.shrink(net, x[:1], macs=0.4)
+    better = graphprune.repair(small, net, None, [x[:count]], progress=False)
+    lines = [str(one) for one in better.graphprune_repairs]
+    assert not any("inf" in line or "nan" in line or len(line) > 120 for line in lines)
+    assert any("head.weight: one calibration row" in line for line in lines) == (count < 3)
+    with torch.no_grad():
+        far = [float((model(x) - net(x)).square().mean()) for model in (small, better)]
+    assert far[1] < 1.05 * far[0]
+
+
+@pytest.mark.parametrize(
+    "calibration, says",
+    [
+        ([torch.zeros(1, 8, 8)], r"does not fit the model: ValueError: .*it was given \(1, 8, 8\) float32"),
+        ([torch.zeros(2, 1, 9, 9)], "does not fit the model: AssertionError: images of 8"),
+        ([torch.randn(4, 1, 8, 8), torch.randn(4, 1, 9, 9)], "does not fit the model: AssertionError: images of 8"),
+        ([(torch.randn(4, 1, 8, 8), torch.zeros(4), torch.zeros(4))], "longer tuples and dicts go to forward as they are"),
+        (torch.zeros(2, 1, 8, 8), r"one Tensor was given, write \[x\]"),
+        ([], "calibration is empty"),
+    ],
+)
+def test_calibration_that_does_not_fit_is_said_before_anything_costs_time(monkeypatch, calibration, says):
+    net, x = normed(), torch.zeros(1, 1, 8, 8)
+    if len(calibration) < 2 or isinstance(calibration, torch.Tensor):
+        monkeypatch.setattr(importlib.import_module("graphprune.shrink"), "decide", lambda *_: pytest.fail("the widths were looked for first"))
+    with pytest.raises(BadCalibration, match=says):
+        graphprune.shrink(net, x, calibration=calibration)
+
+
+def test_steps_are_looked_at_before_anything_costs_time(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("graphprune.shrink"), "decide", lambda *_: pytest.fail("the widths were looked for first"))
+    net, x = normed(), torch.randn(8, 1, 8, 8)
+    for steps, says in (("bm", "no repair named 'bm'"), (True, "no name of a repair"), (("none", "bn"), "'none' stands alone")):
+        with pytest.raises(UnknownName, match=says):
+            graphprune.shrink(net, x[:1], calibration=[x], repair=steps)
+    with pytest.raises(BadCalibration, match="take 'mimic'"):
+        graphprune.shrink(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1)), x[:1], calibration=[x], repair="distill")
+
+
+def test_what_a_step_named_by_itself_finds_nothing_to_do_for_is_said():
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 4)).eval(), torch.randn(64, 1, 8, 8)
+    for steps, idle in (("bn", ["bn"]), (("auto", "censored"), ["censored"]), ("auto", []), ("bias", [])):
+        lines = graphprune.shrink(net, x[:1], calibration=[x], repair=steps, return_plan=True)[1].lines
+        assert [line for line in lines if "nothing for it to do" in line] == [f"repair {name}: the model has nothing for it to do" for name in idle]
+    assert torch.equal(graphprune.shrink(net, x[:1], calibration=[x], repair=None)[3].bias, net[3].bias)

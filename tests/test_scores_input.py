@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import random
 import weakref
 
@@ -14,7 +15,9 @@ from torch import nn
 
 import graphprune
 from graphprune import errors, scores
+from graphprune.coupling.groups import couple
 from graphprune.scores import data
+from graphprune.tracing.trace import trace
 
 NAMES = list(scores.SCORES)
 WITH_DATA = [name for name in NAMES if scores.SCORES[name].needs != "nothing"]
@@ -208,7 +211,7 @@ def test_the_memory_test_sees_a_score_that_keeps_its_batches():
 
 @pytest.mark.parametrize("name", [*WITH_DATA, "synflow"])
 def test_long_work_shows_a_bar(name, monkeypatch):
-    """After five seconds, under the score's name; ``progress=False`` shows none."""
+    """After five seconds, under the score's name, where a terminal shows it; ``progress=False`` shows none."""
     shown = []
 
     def bar(items, **options):
@@ -217,7 +220,7 @@ def test_long_work_shows_a_bar(name, monkeypatch):
 
     monkeypatch.setattr(data, "tqdm", bar)
     found(name)
-    assert shown and all(o == {"desc": name, "delay": 5, "leave": False, "disable": False} for o in shown)
+    assert shown and all(o == {"desc": name, "delay": 5, "leave": False, "disable": None} for o in shown)
     shown.clear()
     found(name, progress=False)
     assert shown and all(o["disable"] for o in shown)
@@ -303,3 +306,32 @@ def test_a_criterion_of_another_signature(granularity, wrong, wanted):
     with pytest.raises(TypeError, match="unsupported operand") as found:
         graphprune.shrink(net, torch.zeros(1, 4), 0.5, granularity=granularity, criterion=lambda *given: None + 1)
     assert not isinstance(found.value, errors.GraphpruneError)
+
+
+class Folded(nn.Module):
+    """Batch and tokens on one axis, in either order."""
+
+    def __init__(self, outer):
+        super().__init__()
+        self.outer, self.a, self.b = outer, nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        batch, tokens = x.shape[:2]
+        hidden = self.b(self.a((x if self.outer else x.transpose(0, 1)).flatten(0, 1)).relu())
+        return (hidden.view(batch, tokens, 3) if self.outer else hidden.view(tokens, batch, 3).transpose(0, 1)).mean(1)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("name", ["taylor_gate", "mask_fisher", "group_fisher", "entropy", "hrank", "chip"])
+def test_scores_of_samples_are_those_of_any_batches(name, outer):
+    """A last batch of another size, and samples told apart by what they make alone, not by their gradients."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net, x, y = Folded(outer).double().eval(), torch.randn(13, 5, 6).double(), torch.randint(3, (13,))
+        groups = couple(trace(net, x[:1]))
+        cuts = [list(range(14)), [0, 13], [0, 8, 13]]
+        batches = [[(x[a:b], y[a:b]) for a, b in itertools.pairwise(cut)] for cut in cuts]
+        apart, *others = (graphprune.score(groups, net, name, one, nn.functional.cross_entropy, progress=False)[0] for one in batches)
+        assert all(torch.allclose(apart, other, rtol=1e-9, atol=1e-12) for other in others)
+        if name in ("entropy", "hrank", "chip"):
+            graphprune.score(groups, net, name, [(torch.randn(8, n, 6).double(), y[:8]) for n in (5, 7)], nn.functional.cross_entropy, progress=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -46,6 +47,11 @@ class Groups:
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
+
+    @cached_property
+    def key(self) -> tuple:
+        """What is equal for groups of one graph with the same units, however often it is coupled (sizes and places may be equal where units are not)."""
+        return self.root.tobytes(), *(group.units.tobytes() for group in self)
 
     def along(self, value: Value, dim: int) -> set[int]:
         """The groups whose units stand along an axis of a tensor of the run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -82,6 +81,5 @@ def check_model(model: Any) -> None:
         raise BadModel(f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
 
 
-@cache
 def _quantised(kind: type) -> bool:
     return kind.__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))

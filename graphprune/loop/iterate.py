@@ -309,4 +309,4 @@ def _settings(target: dict, steps: int, schedule: str, phases: list, optimizer: 
 def _bar(total: int, done: int, shown: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, disable=not shown, unit="phase")
+    return tqdm(total=total, initial=done, disable=None if shown else True, unit="phase")

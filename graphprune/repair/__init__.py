@@ -30,13 +30,13 @@ from ..cutting.plan import Plan
 from ..errors import BadCalibration, UnknownName
 from ..tracing.trace import Graph, open_paths, trace
 from ..tracing.trees import leaf_tensors
-from .calibration import example, parts, waiting
+from .calibration import example, listed, parts, running, waiting
 from .closed import STEPS as CLOSED
 from .closed import WEIGHTS, Closed
 from .effect import effect
-from .fitting import Repaired
+from .fitting import Repaired, idle
 from .free import STEPS as FREE
-from .imitation import DISTANCES, imitate
+from .imitation import DISTANCES, imitate, teachable
 
 __all__ = ["Repaired", "effect", "repair"]
 
@@ -44,6 +44,7 @@ SETS = {"auto": ("least-squares", "censored", "bn"), "data-free": FREE}
 STEPS = (*CLOSED, *DISTANCES)
 for _name, _line in {
     "auto": "with calibration=: least squares, plain and censored, then batch-norm statistics, each kept only where it helps on inputs kept out of it",
+    "data-free": "merge, fold and rescale: without calibration, from the network's own statistics",
     "none": "nothing is repaired",
     "merge": "removed channels told by the kept ones, from the network's own statistics",
     "fold": "means of removed channels to the bias behind, from the network's own statistics",
@@ -64,7 +65,7 @@ def repair(
     original: nn.Module,
     plan: Plan | None = None,
     calibration: Iterable | None = None,
-    steps: str | Sequence[str] = "auto",
+    steps: str | Sequence[str] | None = "auto",
     *,
     graph: Graph | None = None,
     target: str = "block",
@@ -74,10 +75,12 @@ def repair(
 ) -> nn.Module:
     """A repaired copy of ``small``, the model that ``plan`` cut from ``original``; both are left as they were.
 
-    ``calibration`` is any iterable of batches as a training loop has them (labels are not used); the last ``spare`` share is kept out of
+    ``calibration`` is any iterable of batches: inputs, pairs of inputs and labels (which are not used), or all arguments of ``forward`` as a tuple of
+    three or more or as a dict; the last ``spare`` share is kept out of
     the fits to judge them. ``steps``: "auto" (least squares, plain and censored, then batch-norm statistics if that helps), "data-free" (which needs no
     calibration, and is judged on it if there is some), "none", or a list of names, such as ``("auto", "distill")``: then gradient steps towards
-    the original's answers follow, still without labels, of all parameters that are not frozen; they pay where calibration is plentiful (text more than
+    the original's answers follow, still without labels, of all parameters but those that are frozen beside others that are not (closed forms fit
+    any); they pay where calibration is plentiful (text more than
     a few hundred images), and where they do not help on what is kept out, the result is that of the closed forms alone.
     ``target="block"`` fits what is added to a residual stream to what the stream lacks, ``"layer"`` to the layer's own output. ``rows`` is
     how many positions each fit sees. The plan of the result (``.graphprune_plan``) records what was done.
@@ -98,7 +101,7 @@ def repair(
     result = copy.deepcopy(small)
     if not names:
         return result
-    fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(calibration, spare)
+    fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(listed(calibration), spare)
     if graph is None and not fits:
         raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
     learning = [name for name in names if name in DISTANCES]
@@ -106,25 +109,42 @@ def repair(
         room = waiting(original, [*fits, *checks]) if fits else 1.0
         graph = graph or trace(original, *example(fits[0]))
         closed = Closed(original, result, graph, plan, names, fits, checks, target, rows, room, progress)
-        with open_paths(), torch.no_grad():
+        with open_paths(), torch.no_grad(), running():
+            for name in learning:
+                teachable(original, name, example(fits[0]))
             done = closed.run(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
             learned = [one for name in learning for one in imitate(original, result, name, fits, checks, progress)]
             if learned and checks and not any(one.kept for one in learned):
                 refill(result, small)
                 done = closed.run(again=True)
-    done += learned
+    done += learned + [idle(name, "the model has nothing for it to do") for name in _explicit(steps) if name not in _did(done + learned)]
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
 
 
-def after_cut(
-    small: nn.Module, original: nn.Module, plan: Plan, calibration: Iterable | None, steps: str | Sequence[str], graph: Graph
-) -> tuple[nn.Module, Plan]:
-    """What :func:`graphprune.shrink` does after the cut: the repaired model and its plan, or both as they were without calibration."""
+def before_cut(model: nn.Module, calibration: Iterable | None, steps: str | Sequence[str] | None) -> list | None:
+    """What :func:`graphprune.shrink` does before anything costs time: calibration as a list, or the error that says what is wrong with it or the steps."""
     names = _named(steps)
     if calibration is None and not set(names) <= set(FREE) and steps != "auto":
         raise BadCalibration(f"repair={steps!r} needs calibration=, any iterable of input batches")
+    if not names or calibration is None:
+        return None
+    batches = listed(calibration)
+    sample = example(batches[0])
+    with _quiet(model), torch.no_grad(), running(sample):
+        model(*sample[0], **sample[1])
+        for name in names:
+            if name in DISTANCES:
+                teachable(model, name, sample)
+    return batches
+
+
+def after_cut(
+    small: nn.Module, original: nn.Module, plan: Plan, calibration: list | None, steps: str | Sequence[str] | None, graph: Graph
+) -> tuple[nn.Module, Plan]:
+    """What :func:`graphprune.shrink` does after the cut: the repaired model and its plan, or both as they were without calibration."""
+    names = _named(steps)
     if not names or (calibration is None and steps == "auto"):
         return small, plan
     better = repair(small, original, plan, calibration, steps, graph=graph)
@@ -140,15 +160,27 @@ def refill(model: nn.Module, repaired: nn.Module) -> nn.Module:
     return model
 
 
-def _named(steps: str | Sequence[str]) -> tuple[str, ...]:
-    if steps == "none":
+def _named(steps: str | Sequence[str] | None) -> tuple[str, ...]:
+    if steps is None or steps == "none":
         return ()
-    names = (steps,) if isinstance(steps, str) else tuple(steps)
-    names = tuple(dict.fromkeys(one for name in names for one in SETS.get(name, (name,))))
+    if not isinstance(steps, Iterable):
+        raise UnknownName(f"repair={steps!r} is no name of a repair; there are auto, data-free, none, {', '.join(STEPS)}")
+    if "none" in (steps := (steps,) if isinstance(steps, str) else tuple(steps)):
+        raise UnknownName(f"repair={steps!r}: 'none' stands alone")
+    names = tuple(dict.fromkeys(one for name in steps for one in SETS.get(name, (name,))))
     for name in names:
         if name not in STEPS:
             raise UnknownName(f"no repair named {name!r}; there are auto, data-free, none, {', '.join(STEPS)}")
     return names
+
+
+def _explicit(steps: str | Sequence[str]) -> list[str]:
+    """The steps that were named one by one, so that somebody waits for what they do."""
+    return [name for name in ((steps,) if isinstance(steps, str) else steps) if name not in SETS]
+
+
+def _did(done: Sequence[Repaired]) -> set[str]:
+    return {name for one in done for name in one.step.split(" and ")}
 
 
 def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) -> tuple[str, ...]:

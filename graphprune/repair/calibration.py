@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import BadCalibration, warn
+from ..errors import BadCalibration, GraphpruneError, warn
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import leaf_tensors, tensors
 from ..tracing.trees import replace as exchange
@@ -18,16 +19,22 @@ from ..tracing.trees import replace as exchange
 LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network; a quarter of the memory where that is more
 
 
-def parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
-    """The batches for the fits and those kept out; one batch alone is parted by samples."""
+def listed(calibration: Iterable | None) -> list:
+    """The batches; raises :class:`~graphprune.errors.BadCalibration` where there are none, or values are not finite."""
     if calibration is None or isinstance(calibration, torch.Tensor | str | dict):
-        raise BadCalibration("calibration is any iterable of batches, such as [x1, x2] or a DataLoader")
+        kind = type(calibration).__name__
+        raise BadCalibration(f"calibration is any iterable of batches, such as [x1, x2] or a DataLoader; one {kind} was given, write [x] if it is a batch")
     batches = list(calibration)
     if not batches:
         raise BadCalibration("calibration is empty (a used-up iterator?); give at least one batch")
     for index, batch in enumerate(batches):
         if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors(batch_inputs(batch), torch.Tensor)):
             raise BadCalibration(f"calibration batch {index} holds values that are not finite")
+    return batches
+
+
+def parts(batches: list, spare: float) -> tuple[list, list]:
+    """The batches for the fits and those kept out; one batch alone is parted by samples."""
     if spare <= 0:
         return batches, []
     if len(batches) > 1:
@@ -46,6 +53,19 @@ def parts(calibration: Iterable | None, spare: float) -> tuple[list, list]:
 def _batch(piece: tuple[tuple, dict]) -> Any:
     args, kwargs = piece
     return (args, None) if args else kwargs
+
+
+@contextmanager
+def running(batch: Any = ()) -> Iterator[None]:
+    """What goes wrong where a model runs on calibration, as an error that says so."""
+    try:
+        yield
+    except GraphpruneError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors(batch, torch.Tensor))
+        given = f" (it was given {shapes}; of a pair the second is taken for labels, longer tuples and dicts go to forward as they are)" if shapes else ""
+        raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {str(error)[:500]}{given}") from error
 
 
 def example(batch: Any) -> tuple[tuple, dict]:
@@ -90,10 +110,8 @@ def _held(model: nn.Module, batches: list) -> int:
     hooks = [module.register_forward_hook(see) for module in model.modules()]
     try:
         args, kwargs = example(batches[0])
-        with torch.no_grad():
+        with torch.no_grad(), running([args, kwargs]):
             model(*args, **kwargs)
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()

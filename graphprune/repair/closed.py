@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..cutting.plan import Plan
-from ..errors import BadCalibration
 from ..tracing.probe import batch_inputs
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors, tensors
@@ -48,10 +47,7 @@ class Closed:
         done = repair_free(self.original, self.small, self.graph, self.plan, free, self.checks or self.fits) if free else []
         if weights:
             setting = Setting(tuple(weights), self.target, self.rows, self.room, again)
-            try:
-                done += repair_weights(self.original, self.small, self.graph, self.plan, self.fits, self.checks, setting, self.progress)
-            except (RuntimeError, TypeError, IndexError) as error:
-                raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {error}") from error
+            done += repair_weights(self.original, self.small, self.graph, self.plan, self.fits, self.checks, setting, self.progress)
         return done + (self._statistics(again) if "bn" in self.names else [])
 
     def _statistics(self, again: bool) -> list[Repaired]:

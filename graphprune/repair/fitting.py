@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,8 +36,14 @@ class Repaired:
     kept: bool
 
     def __str__(self) -> str:
-        verdict = "" if self.kept else " (not kept)"
-        return f"repair {self.step}: {self.where}: {self.before:.4f} -> {self.after:.4f}{verdict}"
+        before, after = (f"{number:.4f}" if abs(number) < 1e4 else f"{number:.1e}" for number in (self.before, self.after))
+        numbers = "" if math.isnan(self.before) else f": {before} -> {after}{'' if self.kept else ' (not kept)'}"
+        return f"repair {self.step}: {self.where}{numbers}"
+
+
+def idle(step: str, why: str) -> Repaired:
+    """A step that did nothing, and why."""
+    return Repaired(step, why, math.nan, math.nan, False)
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,8 @@ class Seen:
         return Seen(self.moments + other.moments, self.rows + other.rows if self.rows and other.rows else None)
 
     def error(self, step: str, weight: Tensor, bias: Tensor) -> float:
-        """Mean squared error of ``W x + b``, or distance from the intervals, over the variance of the targets."""
-        spread = float((self.moments.yy / self.moments.count).sum().clamp(min=torch.finfo(torch.float64).tiny))
-        far = distance(self.rows, weight, bias) if step == "censored" and self.rows else float(residual(self.moments, weight, bias).sum())
-        return far / spread
+        """Mean squared error of ``W x + b``, or distance from the intervals."""
+        return distance(self.rows, weight, bias) if step == "censored" and self.rows else float(residual(self.moments, weight, bias).sum())
 
 
 class Weights:
@@ -129,8 +134,12 @@ def fit(weights: Weights, site: Site, data: Seen, check: Seen, setting: Setting)
     """The steps, one by one; each is kept where it does not do worse on the part kept out."""
     known = data.moments
     weight, bias = weights.now(site, known)
-    if check.error("", weight, bias) < 1e-6:  # nothing before this weight was cut
+    spread = _spread(known, check.moments)
+    error = lambda step, weight, bias: check.error(step, weight, bias) / spread  # noqa: E731
+    if error("", weight, bias) < 1e-6:  # nothing before this weight was cut
         return []
+    if known.count < 2:
+        return [idle("left", f"{site.weight}: one calibration row, more are needed")]
     if float(known.xx.diagonal(dim1=1, dim2=2).abs().max()) == 0:
         raise BadCalibration(f"calibration gives the same input everywhere at {site.weight}; give varied batches")
     if {"least-squares", "censored"} & set(setting.steps) and known.count <= known.xx.shape[1]:
@@ -141,11 +150,11 @@ def fit(weights: Weights, site: Site, data: Seen, check: Seen, setting: Setting)
         fits = [(fit, make) for fit, make in fits if _finite(fit)]
         if not fits:
             continue
-        error = check.error(step, *now)
-        best, make = min(fits, key=lambda fit, step=step: check.error(step, *fit[0]))
-        after = check.error(step, *best)
-        done.append(Repaired(step, site.weight, error, after, after <= error))
-        if after <= error:
+        before = error(step, *now)
+        best, make = min(fits, key=lambda fit, step=step: error(step, *fit[0]))
+        after = error(step, *best)
+        done.append(Repaired(step, site.weight, before, after, after <= before))
+        if after <= before:
             now = best
             kept.append(make)
     if kept:
@@ -154,6 +163,13 @@ def fit(weights: Weights, site: Site, data: Seen, check: Seen, setting: Setting)
             again = make(every, again, ROUNDS)
         weights.put(site, *(again if _finite(again) else now))
     return done
+
+
+def _spread(fits: Moments, checks: Moments) -> float:
+    """The variance of the targets over both parts: few rows kept out may have none."""
+    count = fits.count + checks.count
+    apart = fits.count * checks.count / count * (fits.y - checks.y).square()
+    return float((fits.yy + checks.yy + apart).sum().clamp(min=torch.finfo(torch.float64).tiny)) / count
 
 
 def _makers(site: Site, step: str, data: Seen) -> list[Callable[[Seen, Fit, int], Fit]]:
@@ -180,9 +196,10 @@ def fit_scale(weights: Weights, scale: Scale, parts: list[tuple[Tensor, Tensor]]
     power = (x - centre[0]).square().sum(0)
     new = torch.where(power > 0, ((x - centre[0]) * (y - centre[1])).sum(0) / power.clamp(min=torch.finfo(power.dtype).tiny), weight.double())
     shift = centre[1] - new * centre[0]
-    spread = (under - under.mean(0)).square().sum().clamp(min=torch.finfo(torch.float64).tiny)
-    before = float((under - over * weight - (0 if bias is None else bias)).square().sum() / spread)
-    after = float((under - over * new - shift).square().sum() / spread)
+    every = torch.cat([part[1] for part in parts])
+    spread = (every - every.mean(0)).square().mean(0).sum().clamp(min=torch.finfo(torch.float64).tiny)
+    before = float((under - over * weight - (0 if bias is None else bias)).square().mean(0).sum() / spread)
+    after = float((under - over * new - shift).square().mean(0).sum() / spread)
     if before < 1e-6:
         return []
     if after <= before:

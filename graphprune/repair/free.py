@@ -21,8 +21,8 @@ from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors
 from .belief import Belief, beliefs, carried
+from .fitting import Repaired, idle
 from .rows import chosen, outputs, read
-from .sequential import Repaired
 from .sites import Site, sites
 
 Tensor = torch.Tensor
@@ -55,6 +55,7 @@ def repair_free(original: nn.Module, small: nn.Module, graph: Graph, plan: Plan,
     """
     wide, tight = ({name: t.detach() for name, _, _, t in leaf_tensors(model)} for model in (original, small))
     known = beliefs(graph, wide)
+    name = "data-free" if set(steps) == set(STEPS) else " and ".join(steps)
     done: list[Repaired] = []
     offers: list[_Offer] = []
     for site in sites(graph)[0]:
@@ -68,16 +69,16 @@ def repair_free(original: nn.Module, small: nn.Module, graph: Graph, plan: Plan,
             channels = [at // belief.each for at in kept[:: belief.each]]
             kept = channels if kept == [c * belief.each + i for c in channels for i in range(belief.each)] else None
         if belief is None or kept is None or len(belief.mean) != weight.shape[1]:
-            done.append(Repaired("left", f"{site.weight}: nothing is known of what it reads", math.nan, math.nan, False))
+            done.append(idle("left", f"{site.weight}: nothing is known of what it reads"))
             continue
         kernel = () if site.shape is None else tuple(wide[site.weight].shape[2:])
         offers.append(_offer(site, kernel, weight, belief, torch.tensor(kept), steps))
     errors = _measured(original, graph, offers, checks) if checks else [(o.before, o.after) for o in offers]
     for offer, (before, after) in zip(offers, errors, strict=True):
-        done.append(Repaired("data-free", offer.site.weight, before, after, after <= before))
+        done.append(Repaired(name, offer.site.weight, before, after, after <= before))
         if after <= before:
             _put(offer, tight, "rescale" in steps)
-    return done + (_streams(graph, known, tight, plan) if "rescale" in steps else [])
+    return done + (_streams(graph, known, tight, plan, name) if "rescale" in steps else [])
 
 
 def merged(belief: Belief, kept: Tensor, gone: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -166,7 +167,7 @@ def _errors(offer: _Offer, x: Tensor) -> Tensor:
     return torch.stack([cut.square().sum(), fit.square().sum(), whole.square().sum(), len(whole) * whole.mean(0).square().sum()])
 
 
-def _streams(graph: Graph, known: Mapping[int, Belief], tight: Mapping[str, Tensor], plan: Plan) -> list[Repaired]:
+def _streams(graph: Graph, known: Mapping[int, Belief], tight: Mapping[str, Tensor], plan: Plan, step: str) -> list[Repaired]:
     """A norm over a cut stream divides by the size of the rest: its scale times ``sqrt(D/D′ · share of the energy that is left)``."""
     done = []
     for name, leaf in graph.leaves.items():
@@ -178,7 +179,7 @@ def _streams(graph: Graph, known: Mapping[int, Belief], tight: Mapping[str, Tens
             continue
         share = float(energy[torch.tensor(kept)].mean() / energy.mean().clamp(min=TINY)) ** 0.5
         tight[name].mul_(share)
-        done.append(Repaired("data-free", f"{name} (scale behind a norm of the stream)", abs(1 / share - 1), 0.0, True))
+        done.append(Repaired(step, f"{name} (scale behind a norm of the stream)", abs(1 / share - 1), 0.0, True))
     return done
 
 

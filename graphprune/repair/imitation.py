@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
-from ..errors import BadCalibration
+from ..errors import BadCalibration, GraphpruneError
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import replace as exchange
 from ..tracing.trees import tensors
@@ -66,12 +66,22 @@ def imitate(original: nn.Module, small: nn.Module, step: str, fits: Sequence[Any
             after, best = _best(exams, learner, learner.learn(lessons, rate, PASSES, step, progress))
             better = after <= before
             learner.reset(best if better else start)
-    except (RuntimeError, TypeError, IndexError) as error:
+    except GraphpruneError:
+        raise
+    except Exception as error:
         raise BadCalibration(f"{step!r} cannot train the model on this calibration: {type(error).__name__}: {error}") from error
     finally:
         if learner is not None:
             learner.close()
     return [Repaired(step, "outputs of the model", before, after, better)]
+
+
+def teachable(original: nn.Module, step: str, sample: tuple[tuple, dict]) -> None:
+    """Raises :class:`~graphprune.errors.BadCalibration` where the model's outputs are nothing that the step could compare."""
+    answers = _answers(original, sample)
+    if not answers:
+        raise BadCalibration("the model returns no floating tensor to learn from")
+    DISTANCES[step](answers, answers, [1.0] * len(answers))
 
 
 @contextmanager
@@ -253,7 +263,7 @@ class _Learner:
         optimizer, draw = torch.optim.Adam(self.wide, rate), torch.Generator().manual_seed(0)
         count = len(lessons.pieces)
         total = passes * count
-        with tqdm(total=total, desc=name, delay=5, leave=False, disable=not progress) as bar:
+        with tqdm(total=total, desc=name, delay=5, leave=False, disable=None if progress else True) as bar:
             for done in range(passes):
                 for number, at in enumerate(torch.randperm(count, generator=draw).tolist(), done * count):
                     optimizer.param_groups[0]["lr"] = rate * min(1.0, (number + 1) / (WARM * total)) * (1 + math.cos(math.pi * number / total)) / 2

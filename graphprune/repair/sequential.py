@@ -24,7 +24,7 @@ from ..tracing.notation import Value
 from ..tracing.trace import Graph
 from ..tracing.trees import tensors
 from .censored import Rows, intervals
-from .fitting import Repaired, Seen, Setting, Weights, fit, fit_scale
+from .fitting import Repaired, Seen, Setting, Weights, fit, fit_scale, idle
 from .moments import moments
 from .paced import runs, side_by_side
 from .pairs import mixes
@@ -51,7 +51,7 @@ def repair_weights(
     wide = runs(original, graph, (*batches, *spare), work.takes(cut=False), setting.waiting)
     tight = runs(small, graph, (*batches, *spare), work.takes(cut=True), setting.waiting)
     with side_by_side([*wide, *tight]):
-        for place in tqdm(sorted((*work.sites, *work.scales), key=lambda p: p.step), desc="repair", delay=5, leave=False, disable=not progress):
+        for place in tqdm(sorted((*work.sites, *work.scales), key=lambda p: p.step), desc="repair", delay=5, leave=False, disable=None if progress else True):
             if isinstance(place, Scale):
                 done += fit_scale(work.weights, place, [work.scaled(place, a, b) for a, b in zip(wide, tight, strict=True)], len(batches))
                 continue
@@ -59,7 +59,7 @@ def repair_weights(
             data = reduce(add, parts[: len(batches)])
             check = reduce(add, parts[len(batches) :]) if spare else data
             done += fit(work.weights, place, data, check, setting)
-    return done + [Repaired("left", f"{name}: {reason}", math.nan, math.nan, False) for name, reason in left.items()]
+    return done + [idle("left", f"{name}: {reason}") for name, reason in left.items()]
 
 
 def _samples(batch: Any) -> int:

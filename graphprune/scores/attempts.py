@@ -36,8 +36,7 @@ def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups
     known: dict[tuple, tuple[list[Scores], Iterator[Scores]]] = {}
 
     def tried(groups: Groups) -> Iterator[Scores]:
-        key = tuple((group.size, tuple(group.places)) for group in groups)
-        done, rest = known.setdefault(key, ([], scored(groups)))
+        done, rest = known.setdefault(groups.key, ([], scored(groups)))
         yield from done
         for each in rest:
             done.append(each)

@@ -109,12 +109,12 @@ class Data:
 
 
 def bar(items: Iterable, name: str, progress: bool = True) -> Iterable:
-    """The items, with a progress bar when they take more than a few seconds.
+    """The items, with a progress bar when they take more than a few seconds and a person may be looking (never in files).
 
     >>> list(bar([1, 2], "score"))
     [1, 2]
     """
-    return tqdm(items, desc=name, delay=5, leave=False, disable=not progress)
+    return tqdm(items, desc=name, delay=5, leave=False, disable=None if progress else True)
 
 
 def samples(batch: Any) -> int:

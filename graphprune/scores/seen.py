@@ -16,6 +16,7 @@ from ..coupling.links import Link
 from ..errors import BadInput, BadScore
 from ..tracing.notation import Value
 from ..tracing.probe import watch
+from ..tracing.trees import tensors
 from .data import Data, gradient, one_by_one, samples
 from .registry import cause
 from .task import Task
@@ -131,6 +132,8 @@ def gate_gradients(task: Task, every: list[list[Place]]) -> Iterator[list[Tensor
             for place in at[id(value)]:
                 sums[place.group] += place.by_unit(split(value, product, place.dim).sum(-1), sums[place.group].shape[1])
 
+        if split.count > 1:
+            split.find(value, tensor)  # gradients cannot tell how samples stand, what a sample makes alone can
         tensor.register_hook(collect)
 
     for batch in task.data:
@@ -152,13 +155,16 @@ class Samples:
         self.task, self.values = task, values
         self.count = 1
         self.alone: dict[int, Tensor] = {}
+        self.known: set[tuple] = set()
         self.layout: dict[tuple[int, tuple, int], tuple[int, bool]] = {}
 
     def learn(self, batch: Any) -> None:
-        """Run the first sample of a batch by itself, once."""
+        """Run the first sample of a batch by itself, once for batches of the same shapes."""
         self.count = samples(batch)
-        if self.count == 1 or self.alone:
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors(batch, Tensor))
+        if self.count == 1 or shapes in self.known:
             return
+        self.known.add(shapes)
         data: Data = self.task.data
         with torch.no_grad(), watch(self.task.model, self.task.groups.graph, self.values, lambda v, t: self.alone.update({id(v): t.detach().clone()})):
             data.run(next(one_by_one(batch)))

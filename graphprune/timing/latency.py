@@ -242,11 +242,10 @@ def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups]
     known: dict[tuple, Mapping[int, int]] = {}
 
     def learnt(groups: Groups) -> Mapping[int, int]:
-        key = tuple((group.size, tuple(group.places)) for group in groups)
-        if key not in known:
+        if groups.key not in known:
             with using_threads(table.threads):
-                known[key] = alignments(groups, table)
-        return known[key]
+                known[groups.key] = alignments(groups, table)
+        return known[groups.key]
 
     return learnt
 

@@ -14,6 +14,7 @@ import copy
 import types
 from collections import OrderedDict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
                    types.BuiltinFunctionType, type(...), type(NotImplemented), range, property})  # fmt: skip
 OWN = frozenset(key for key, value in nn.Module().__dict__.items() if type(value) in (dict, OrderedDict, set))
-_ORDINARY: dict[type, bool] = {}
+_ORDINARY: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # a rewritten module is of a class of its own
 
 
 def ordinary(kind: type) -> bool:

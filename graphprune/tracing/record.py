@@ -5,6 +5,7 @@ What is known of an operation (its rule, whether it moves, computes or is pointw
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from os.path import basename
@@ -34,19 +35,19 @@ FACTORIES = frozenset(("zeros", "ones", "full", "empty", "rand", "randn"))
 # Moves that take parts of an axis.
 PARTS = frozenset("slice split split_with_sizes unsafe_split unsafe_split_with_sizes split_with_sizes_copy narrow".split())
 FILLED = frozenset(("ones_like", "full_like", "empty_like", "fill_"))
-HERE, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+HERE, TORCH = (str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 META, CPU = torch.device("meta"), torch.device("cpu")
 Tensor = torch.Tensor
 _INSIDE: dict[str, bool] = {}
 
 
 def place() -> tuple[str, int] | None:
-    """File and line of the innermost frame that belongs neither to torch nor to this package."""
+    """File and line of the innermost frame that belongs neither to torch nor to this package (a sibling such as torchvision is neither)."""
     frame, inside = sys._getframe(2), _INSIDE
     while frame:
         file = frame.f_code.co_filename
         if file not in inside:
-            inside[file] = file.startswith((HERE, TORCH)) or file[0] == "<"
+            inside[file] = file.startswith((HERE, TORCH)) or file[:1] in ("", "<")
         if not inside[file]:
             return file, frame.f_lineno
         frame = frame.f_back
@@ -88,6 +89,8 @@ class Known:
         self.pointwise = torch.Tag.pointwise in func.tags or is_pointwise(func, name)
         self.zero = (name in MOVES or name in ("select", "unbind", "expand")) and name not in FILLED
         self.makes = name.startswith("new_") or name in ("expand", "repeat")
+        # Under inference_mode, which a model may ask for itself, calls come before they are taken apart.
+        self.whole = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def is_pointwise(func: Any, name: str) -> bool:
@@ -204,6 +207,11 @@ class Recorder(TorchDispatchMode):
         known = self.known.get(id(func))
         if known is None:
             known = self.known[id(func)] = Known(func)
+        if known.whole:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         given: list[Tensor] = []
         held: list[Value] = []
         seen = tuple(self.see(args, given, held))

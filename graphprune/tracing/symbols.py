@@ -7,12 +7,12 @@ returns the calls that no attribute can satisfy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ SHAPED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn
 SHAPED += (nn.RMSNorm, nn.PReLU)
 PLANTED = frozenset((int, list, tuple, dict))
 NEITHER = PLAIN - PLANTED
-_CONFIGURES: dict[type, bool] = {}
+_CONFIGURES: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # a rewritten module is of a class of its own
 # … and which axis of their weight such an attribute repeats.
 REPEATS = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0}
 REPEATS |= {"embedding_dim": 1, "num_embeddings": 0, "num_parameters": 0}
@@ -79,7 +79,7 @@ def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], ori
             if kind not in PLANTED:
                 if configures(value):
                     if not entered:
-                        seen.update(id(item) for _, module in modules_of(original) for item in module.__dict__.values())
+                        seen.update(_own(original))
                     entered = True
                     if id(value) not in seen:
                         _enter(value, (name, key), 1, seen, symbols)
@@ -92,6 +92,15 @@ def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], ori
             if planted is not value:
                 module.__dict__[key] = planted
     return symbols
+
+
+def _own(model: nn.Module) -> Iterator[int]:
+    """The ids of what the modules of a model hold, and of what their configuration objects hold: some copy as themselves."""
+    for _, module in modules_of(model):
+        for item in module.__dict__.values():
+            yield id(item)
+            if type(item) not in PLAIN and configures(item):
+                yield from map(id, item.__dict__.values())
 
 
 def _planted(path: tuple, value: Any, symbols: dict[tuple, int]) -> Any:
@@ -118,10 +127,9 @@ def _enter(holder: Any, path: tuple, depth: int, seen: set[int], symbols: dict[t
             _enter(item, (*path, key), depth - 1, seen, symbols)
 
 
-@cache
 def _shaped(kind: type) -> bool:
     """Whether it is one of torch's own modules whose attributes repeat the shapes of their weights."""
-    return issubclass(kind, SHAPED) and kind.__module__.startswith("torch.nn.")
+    return kind.__module__.startswith("torch.nn.") and issubclass(kind, SHAPED)
 
 
 def configures(value: Any) -> bool:

@@ -205,20 +205,46 @@ class Functions(TorchFunctionMode):
 SWITCHES = [(space, name) for space in (nn.functional, torch.functional) for name in dir(space) if name.startswith("has_torch_function")]
 
 
-@contextmanager
-def open_paths() -> Iterator[None]:
-    """Keep fused fast paths, and torch's own checks for function modes, out of the run: every call becomes visible."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    spaces = [(space, name, getattr(space, name)) for space, name in SWITCHES]
-    for space, name, _ in spaces:
-        setattr(space, name, lambda *_: False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for space, name, old in spaces:
-            setattr(space, name, old)
+class _Paths:
+    """Fused fast paths, and torch's own checks for function modes: closed to the first that asks, open again after the last.
+
+    They are the same for all threads, and those that run side by side do not end in the order in which they began.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.count, self.fast, self.checks = threading.Lock(), 0, True, []
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.count += 1
+            if self.count > 1:
+                return
+            self.fast = torch.backends.mha.get_fastpath_enabled()
+            self.checks = [getattr(space, name) for space, name in SWITCHES]
+            torch.backends.mha.set_fastpath_enabled(False)
+            for space, name in SWITCHES:
+                setattr(space, name, _never)
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.count -= 1
+            if self.count:
+                return
+            torch.backends.mha.set_fastpath_enabled(self.fast)
+            for (space, name), check in zip(SWITCHES, self.checks, strict=True):
+                setattr(space, name, check)
+
+
+def _never(*_: object) -> bool:
+    return False
+
+
+PATHS = _Paths()
+
+
+def open_paths() -> _Paths:
+    """Keep fused fast paths, and torch's own checks for function modes, out of a run: every call becomes visible."""
+    return PATHS
 
 
 @contextmanager
