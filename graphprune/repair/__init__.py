@@ -106,18 +106,18 @@ def repair(
         raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
     learning = [name for name in names if name in DISTANCES]
     with _quiet(original, result):
+        if fits:
+            _tried(original, names, example(fits[0]))
         room = waiting(original, [*fits, *checks]) if fits else 1.0
         graph = graph or trace(original, *example(fits[0]))
         closed = Closed(original, result, graph, plan, names, fits, checks, target, rows, room, progress)
         with open_paths(), torch.no_grad(), running():
-            for name in learning:
-                teachable(original, name, example(fits[0]))
             done = closed.run(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
             learned = [one for name in learning for one in imitate(original, result, name, fits, checks, progress)]
             if learned and checks and not any(one.kept for one in learned):
                 refill(result, small)
                 done = closed.run(again=True)
-    done += learned + [idle(name, "the model has nothing for it to do") for name in _explicit(steps) if name not in _did(done + learned)]
+    done += learned + [idle(name, "the model has nothing for it to do") for name in _written(steps) if name not in {*SETS, *_did(done + learned)}]
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
@@ -131,12 +131,8 @@ def before_cut(model: nn.Module, calibration: Iterable | None, steps: str | Sequ
     if not names or calibration is None:
         return None
     batches = listed(calibration)
-    sample = example(batches[0])
-    with _quiet(model), torch.no_grad(), running(sample):
-        model(*sample[0], **sample[1])
-        for name in names:
-            if name in DISTANCES:
-                teachable(model, name, sample)
+    with _quiet(model):
+        _tried(model, names, example(batches[0]))
     return batches
 
 
@@ -160,23 +156,31 @@ def refill(model: nn.Module, repaired: nn.Module) -> nn.Module:
     return model
 
 
+def _tried(model: nn.Module, names: Sequence[str], sample: tuple[tuple, dict]) -> None:
+    """One sample through the model: whether it fits, and whether gradient steps could learn from what comes out."""
+    with torch.no_grad(), running(sample):
+        model(*sample[0], **sample[1])
+        for name in names:
+            if name in DISTANCES:
+                teachable(model, name, sample)
+
+
 def _named(steps: str | Sequence[str] | None) -> tuple[str, ...]:
     if steps is None or steps == "none":
         return ()
     if not isinstance(steps, Iterable):
         raise UnknownName(f"repair={steps!r} is no name of a repair; there are auto, data-free, none, {', '.join(STEPS)}")
-    if "none" in (steps := (steps,) if isinstance(steps, str) else tuple(steps)):
+    if "none" in _written(steps):
         raise UnknownName(f"repair={steps!r}: 'none' stands alone")
-    names = tuple(dict.fromkeys(one for name in steps for one in SETS.get(name, (name,))))
+    names = tuple(dict.fromkeys(one for name in _written(steps) for one in SETS.get(name, (name,))))
     for name in names:
         if name not in STEPS:
             raise UnknownName(f"no repair named {name!r}; there are auto, data-free, none, {', '.join(STEPS)}")
     return names
 
 
-def _explicit(steps: str | Sequence[str]) -> list[str]:
-    """The steps that were named one by one, so that somebody waits for what they do."""
-    return [name for name in ((steps,) if isinstance(steps, str) else steps) if name not in SETS]
+def _written(steps: str | Sequence[str]) -> tuple[str, ...]:
+    return (steps,) if isinstance(steps, str) else tuple(steps)
 
 
 def _did(done: Sequence[Repaired]) -> set[str]:
@@ -186,7 +190,7 @@ def _did(done: Sequence[Repaired]) -> set[str]:
 def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) -> tuple[str, ...]:
     """Weights are fitted where channels were cut; after anything else only statistics can be measured anew."""
     wrong = [name for name in names if name in WEIGHTS] if plan.parts else []
-    asked = [name for name in wrong if name in ((steps,) if isinstance(steps, str) else steps)]
+    asked = [name for name in wrong if name in _written(steps)]
     if asked:
         kinds = ", ".join(sorted({part.kind for part in plan.parts}))
         raise BadCalibration(f"{asked[0]!r} fits weights behind cut channels, this plan has parts of other kinds ({kinds}): take repair='bn', or retrain")

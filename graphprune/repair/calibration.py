@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import BadCalibration, GraphpruneError, warn
+from ..scores.data import samples as count
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import leaf_tensors, tensors
 from ..tracing.trees import replace as exchange
@@ -110,10 +111,9 @@ def _held(model: nn.Module, batches: list) -> int:
     hooks = [module.register_forward_hook(see) for module in model.modules()]
     try:
         args, kwargs = example(batches[0])
-        with torch.no_grad(), running([args, kwargs]):
+        with torch.no_grad():
             model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    count = sum(next((len(t) for t in tensors(batch_inputs(b), torch.Tensor) if t.ndim), 1) for b in batches)
-    return max(1, largest[0] * count * 8)  # a few tensors are alive in each of two models
+    return max(1, largest[0] * sum(map(count, batches)) * 8)  # a few tensors are alive in each of two models

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..cutting.plan import Plan
 from ..errors import BadCalibration
+from ..scores.data import bar, samples
 from ..tracing.notation import Value
 from ..tracing.trace import Graph
-from ..tracing.trees import tensors
 from .censored import Rows, intervals
 from .fitting import Repaired, Seen, Setting, Weights, fit, fit_scale, idle
 from .moments import moments
@@ -46,12 +45,12 @@ def repair_weights(
     if "least-squares" in setting.steps:
         work.mixes = mixes(original, graph, plan, work.sites, batches)
     done: list[Repaired] = []
-    counts = [_samples(batch) for batch in (*batches, *spare)]
+    counts = [samples(batch) for batch in (*batches, *spare)]
     work.samples = max(1, sum(counts[: len(batches)]))
     wide = runs(original, graph, (*batches, *spare), work.takes(cut=False), setting.waiting)
     tight = runs(small, graph, (*batches, *spare), work.takes(cut=True), setting.waiting)
     with side_by_side([*wide, *tight]):
-        for place in tqdm(sorted((*work.sites, *work.scales), key=lambda p: p.step), desc="repair", delay=5, leave=False, disable=None if progress else True):
+        for place in bar(sorted((*work.sites, *work.scales), key=lambda p: p.step), "repair", progress):
             if isinstance(place, Scale):
                 done += fit_scale(work.weights, place, [work.scaled(place, a, b) for a, b in zip(wide, tight, strict=True)], len(batches))
                 continue
@@ -60,11 +59,6 @@ def repair_weights(
             check = reduce(add, parts[len(batches) :]) if spare else data
             done += fit(work.weights, place, data, check, setting)
     return done + [idle("left", f"{name}: {reason}") for name, reason in left.items()]
-
-
-def _samples(batch: Any) -> int:
-    first = next((t for t in tensors(batch, torch.Tensor) if t.ndim), None)
-    return len(first) if first is not None else 1
 
 
 def taken(run: Any, value: Value, site: Site | Scale, role: str) -> Tensor:
