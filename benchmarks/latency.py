@@ -6,7 +6,8 @@
 
 Every job runs in a process of its own on one thread; finished rows are read from ``--json`` and not measured again.
 Batch norms are folded (``graphprune.fuse``) and convolutional models are ``channels_last`` on both sides of every
-comparison. Weights are random (times do not depend on them), batch 1, ``--side`` pixels or 128 tokens. A *cell* is a
+comparison. Weights are random (times do not depend on them), batch 1, ``--side`` pixels or 128 tokens; on a GPU
+``--device cuda --batch 64 --half --only cells --runtimes eager``. A *cell* is a
 model, a runtime and a target: ``search`` asks ``graphprune.shrink(speedup=…)`` and saves the result; ``fresh`` loads it in
 another process and times it interleaved with the original; ``peer`` times Torch-Pruning and ours at equal MACs
 (``pip install torch-pruning``); ``accuracy`` compares latency-aware, MAC-aware and uniform widths at equal measured time, ``objectives`` what one budget of
@@ -40,11 +41,19 @@ RUNTIMES = ("eager", "onnxruntime", "openvino", "compile")
 TARGETS = (2.0, 1.5, 3.0)
 OBJECTIVES = ("time", 0.5, "score")
 TOKENS = 128
+KEYS = ("job", "model", "runtime", "side", "batch", "device", "half")
 CONVOLUTIONAL = "resnet50 mobilenet_v2 convnext_t resnet18 efficientnet_b0 regnet_y densenet121".split()
 
 
-def build(name: str, side: int) -> tuple[nn.Module, torch.Tensor]:
-    """The model in eval mode with plausible norm statistics, and an example input (batch 1)."""
+def build(job: dict) -> tuple[nn.Module, torch.Tensor]:
+    """The model of a job in eval mode with plausible norm statistics, and an example input, both on its device and of its precision."""
+    model, x = network(job["model"], job["side"], job["batch"])
+    device, dtype = torch.device(job["device"]), torch.float16 if job["half"] else torch.float32
+    return model.to(device, dtype), x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+
+def network(name: str, side: int, batch: int) -> tuple[nn.Module, torch.Tensor]:
+    """As :func:`build`, on the processor in float32."""
     from zoo_support import declare_operators
 
     declare_operators()
@@ -53,8 +62,8 @@ def build(name: str, side: int) -> tuple[nn.Module, torch.Tensor]:
         from transformers import BertConfig, BertModel
 
         shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-        return BertModel(BertConfig(**shape), add_pooling_layer=False).eval(), torch.randint(5, 30000, (1, TOKENS))
-    x = torch.randn(1, 3, side, side)
+        return BertModel(BertConfig(**shape), add_pooling_layer=False).eval(), torch.randint(5, 30000, (batch, TOKENS))
+    x = torch.randn(batch, 3, side, side)
     if name == "vit_s":
         import timm
 
@@ -88,7 +97,7 @@ def ready(model: nn.Module, x: torch.Tensor, name: str) -> tuple[nn.Module, torc
 
 def search(job: dict) -> Iterator[dict]:
     """Ask for every target, and save what comes back."""
-    model, x = ready(*build(job["model"], job["side"]), job["model"])
+    model, x = ready(*build(job), job["model"])
     for target in job["targets"]:
         row, start = {"target": target}, time.perf_counter()
         try:
@@ -114,7 +123,7 @@ def search(job: dict) -> Iterator[dict]:
 
 def fresh(job: dict) -> Iterator[dict]:
     """Load what was saved, and time all of it interleaved with the original."""
-    model, x = ready(*build(job["model"], job["side"]), job["model"])
+    model, x = ready(*build(job), job["model"])
     folders = {t: Path(job["folder"]) / f"{job['model']}-{job['runtime']}-{job['side']}-{t}" for t in job["targets"]}
     small = {target: graphprune.load(folder, model).eval() for target, folder in folders.items() if (folder / "plan.json").exists()}
     if not small:
@@ -134,7 +143,7 @@ def timed(model: nn.Module, others: list[nn.Module], x: torch.Tensor, job: dict)
     torch.set_num_threads(1)
     first = prepare(model, (x,), {}, job["runtime"], 1)
     calls = [first, *(prepare(other, (x,), {}, job["runtime"], 1) for other in others), first]
-    rows = interleave(calls, clock_for(torch.device("cpu"), 1)[1], job["measure"], 0.0, least=7)
+    rows = interleave(calls, clock_for(x.device, 1)[1], job["measure"], 0.0, least=7)
     reference, control = rows[:, [0, -1]].mean(1), middle_of(rows[:, 0] / rows[:, -1])
     found = []
     for index in range(1, len(calls) - 1):
@@ -154,7 +163,7 @@ def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
     from graphprune.tracing.trees import tensors
 
     graph = graphprune.trace(model, x)
-    table, lengths = Table(torch.device("cpu"), "eager", 1), Lengths(couple(graph))
+    table, lengths = Table(x.device, "eager", 1), Lengths(couple(graph))
     found = {"products": 0.0, "depthwise": 0.0, "rest": 0.0}
     for node in graph.nodes:
         if computes(node):
@@ -168,7 +177,7 @@ def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
 def peer(job: dict) -> Iterator[dict]:
     """Torch-Pruning by its documented recipe, at the MACs that its ``round_to`` allows nearest to the target; ours with no fewer
     MACs, spent for speed (``objective="time"``), for score per time (0.5) and for score alone; all timed in the same rounds."""
-    plain, x = build(job["model"], job["side"])
+    plain, x = build(job)
     model, x = ready(plain, x, job["model"])
     full = graphprune.profile(model, x).macs
     for target in job["targets"]:
@@ -308,7 +317,15 @@ JOBS = {"search": search, "fresh": fresh, "peer": peer, "accuracy": accuracy, "o
 
 def planned(options: argparse.Namespace) -> list[dict]:
     """Jobs in the order of what they tell."""
-    common = {"side": options.side, "targets": options.targets, "folder": str(options.folder), "measure": options.seconds}
+    common = {
+        "side": options.side,
+        "batch": options.batch,
+        "device": options.device,
+        "half": options.half,
+        "targets": options.targets,
+        "folder": str(options.folder),
+        "measure": options.seconds,
+    }
     jobs = []
     for runtime in options.runtimes:
         for model in options.models:
@@ -337,9 +354,9 @@ def run(job: dict, options: argparse.Namespace) -> list[dict]:
         out = out.decode() if isinstance(out, bytes) else out
     for line in out.splitlines():
         if line.startswith("ROW "):
-            rows.append({**{k: job[k] for k in ("job", "model", "runtime", "side")}, **json.loads(line[4:])})
+            rows.append({**{k: job[k] for k in KEYS}, **json.loads(line[4:])})
     if not rows:
-        rows = [{**{k: job[k] for k in ("job", "model", "runtime", "side")}, "target": 0, "why": error.strip().splitlines()[-1][:300] if error.strip() else ""}]
+        rows = [{**{k: job[k] for k in KEYS}, "target": 0, "why": error.strip().splitlines()[-1][:300] if error.strip() else ""}]
     return [{**row, "took": time.perf_counter() - start} for row in rows]
 
 
@@ -354,6 +371,9 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="*", default=list(RUNTIMES), choices=RUNTIMES)
     parser.add_argument("--targets", nargs="*", type=float, default=list(TARGETS))
     parser.add_argument("--peer-targets", nargs="*", type=float, default=[2.0])
+    parser.add_argument("--batch", type=int, default=1, help="of cells and peers")
+    parser.add_argument("--device", default="cpu", help="cuda: of cells in eager PyTorch and torch.compile")
+    parser.add_argument("--half", action="store_true", help="float16 instead of float32")
     parser.add_argument("--side", type=int, default=224, help="pixels of the input (smaller: quicker cells)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of interleaved timing in a fresh process")
     parser.add_argument("--round-to", type=int, default=16, help="Torch-Pruning's own alignment")
@@ -374,14 +394,15 @@ def main() -> None:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         job = json.loads(options.worker)
+        where = {"on": torch.cuda.get_device_name(), "torch": torch.__version__} if job["device"] == "cuda" else {}
         for row in JOBS[job["job"]](job):
-            print("ROW", json.dumps(row), flush=True)
+            print("ROW", json.dumps({**row, **where}), flush=True)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
     end = time.time() + options.limit
     for job in planned(options):
-        done = {row["target"] for row in known if all(row[k] == job[k] for k in ("job", "model", "runtime", "side")) and not row.get("kind")}
+        done = {row["target"] for row in known if all(row.get(k, job[k]) == job[k] for k in KEYS) and not row.get("kind")}
         job["targets"] = [target for target in job["targets"] if target not in done]
         if not job["targets"] or 0 in done or time.time() > end:
             continue

@@ -28,7 +28,7 @@ def write(rows: list[dict], path: Path) -> None:
     text = [
         "# Speed asked for, speed got",
         "",
-        f"Made by `python benchmarks/latency.py`: {_machine()}, torch {torch.__version__}, one thread, float32, batch 1, "
+        f"Made by `python benchmarks/latency.py`: {_setting(rows[-1])}, "
         f"{' and '.join(map(str, sides))} pixels (MiniLM: 128 tokens), random weights. Both sides of every comparison have their batch norms folded "
         "(`graphprune.fuse`) and, for convolutional models, `channels_last`. *Fresh* is another process that loads what the search saved and times it in "
         "the same rounds as the original: median, and its 95 % band. *Efficiency*: fresh speedup / (MACs before / MACs after).",
@@ -47,6 +47,12 @@ def write(rows: list[dict], path: Path) -> None:
 
 def _cell(row: dict) -> tuple:
     return row["model"], row["runtime"], row["side"], row["target"]
+
+
+def _setting(row: dict) -> str:
+    """Machine, version, precision and batch of a row, and with it of all."""
+    where = f"{row['on']}, torch {row['torch']}, clock of the device" if "on" in row else f"{_machine()}, torch {torch.__version__}, one thread"
+    return f"{where}, {'float16' if row.get('half') else 'float32'}, batch {row.get('batch', 1)}"
 
 
 def _machine() -> str:

@@ -13,6 +13,7 @@ kept in ``--folder`` (a line in ``loop.jsonl``, and the state of the run): call 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -72,7 +73,7 @@ def replaced(path: Path, write: Callable[[Path], object]) -> None:
 def load(options: argparse.Namespace) -> Images:
     train, labels, test, truth = realdata.load_cifar(options.data)
     mixed = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: options.images]  # the file is sorted by class
-    return train[mixed], labels[mixed], test[: options.images], truth[: options.images]
+    return tuple(held.to(options.device) for held in (train[mixed], labels[mixed], test[: options.images], truth[: options.images]))
 
 
 def epoch_of(data: Images, seed: int, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -81,15 +82,16 @@ def epoch_of(data: Images, seed: int, epoch: int) -> list[tuple[torch.Tensor, to
     order = torch.randperm(len(data[0]), generator=draw)
     order = order[: len(order) // BATCH * BATCH]
     shifts, flips = torch.randint(9, (len(order), 2), generator=draw), torch.rand(len(order), generator=draw) < 0.5
-    return list(zip(order.split(BATCH), shifts.split(BATCH), flips.split(BATCH), strict=True))
+    return list(zip(*(drawn.to(data[0].device).split(BATCH) for drawn in (order, shifts, flips)), strict=True))
 
 
 def augmented(images: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     """Random crops of the padded images, flipped at random; normalised."""
     wide = nn.functional.pad(images, (4, 4, 4, 4))
-    rows, columns = shifts[:, :1] + torch.arange(32), shifts[:, 1:] + torch.arange(32)
+    along = torch.arange(max(32, len(images)), device=images.device)
+    rows, columns = shifts[:, :1] + along[:32], shifts[:, 1:] + along[:32]
     columns = torch.where(flips[:, None], columns.flip(1), columns)
-    cut = wide[torch.arange(len(images))[:, None, None, None], torch.arange(3)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    cut = wide[along[: len(images), None, None, None], along[:3, None, None], rows[:, None, :, None], columns[:, None, None, :]]
     return realdata.normalise(cut).to(memory_format=torch.channels_last)
 
 
@@ -97,17 +99,29 @@ def taught(data: Images, options: argparse.Namespace, epoch: int) -> torch.Tenso
     """The original's logits for the augmented images of one epoch, batch by batch; made once for all runs."""
     path = options.folder / f"logits-{options.depth}-{options.seed}-{epoch}-{len(data[0])}-{options.products}.pt"
     if not path.exists():
-        teacher = graphprune.fuse(realdata.cifar_resnet(options.depth, options.data), X).to(memory_format=torch.channels_last)
+        teacher = graphprune.fuse(realdata.cifar_resnet(options.depth, options.data), X).to(options.device, memory_format=torch.channels_last)
         teacher = torch.compile(teacher) if options.compile else teacher
         with torch.no_grad(), products(options):
-            found = [teacher(augmented(data[0][at], *how)).float() for at, *how in epoch_of(data, options.seed, epoch)]
-        replaced(path, lambda part: torch.save(torch.stack(found), part))
-    return torch.load(path, weights_only=True)
+            drawn = [torch.cat(part).split(8 * BATCH) for part in zip(*epoch_of(data, options.seed, epoch), strict=True)]
+            found = [teacher(augmented(data[0][at], *how)).float() for at, *how in zip(*drawn, strict=True)]
+        replaced(path, lambda part: torch.save(torch.cat(found).unflatten(0, (-1, BATCH)), part))
+    return torch.load(path, weights_only=True, map_location=options.device)
 
 
 def products(options: argparse.Namespace) -> AbstractContextManager:
     """How products are computed in training: bfloat16 where the processor has it, which halves the time."""
-    return torch.autocast("cpu", torch.bfloat16) if options.products == "bfloat16" else nullcontext()
+    return torch.autocast(options.device, torch.bfloat16) if options.products == "bfloat16" else nullcontext()
+
+
+def swift(model: nn.Module, options: argparse.Namespace) -> nn.Module:
+    """What computes the training steps: compiled where asked; on a GPU recorded and played back, for its kernels are shorter than the calls that start them."""
+    if options.device != "cuda":
+        return torch.compile(model) if options.compile else model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recorded = copy.copy(model)
+    recorded = torch.cuda.make_graphed_callables(recorded, (torch.zeros(options.batch, *X.shape[1:], device="cuda").to(memory_format=torch.channels_last),))
+    model.load_state_dict(before)  # recording moves the statistics of batch norms
+    return recorded
 
 
 @torch.no_grad()
@@ -131,7 +145,7 @@ def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, 
     Goes on where it was killed.
     """
     path = options.folder / f"{run.replace('/', '-')}.pt"
-    model.to(memory_format=torch.channels_last).train()
+    model.to(options.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), options.rate, momentum=0.9, weight_decay=DECAY, nesterov=True)
     cycle, done = options.epochs // options.cycles, 0
     if path.exists():
@@ -139,10 +153,10 @@ def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, 
         model.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
         done = held["epoch"]
-    fast = torch.compile(model) if options.compile else model
+    fast = swift(model, options)
     for epoch in range(done, options.epochs):
         answers = taught(data, options, epoch % cycle) if distilled else None
-        wall, cpu, total = time.perf_counter(), time.process_time(), 0.0
+        wall, cpu, total = time.perf_counter(), time.process_time(), torch.zeros((), device=options.device)
         parts = [part for drawn in epoch_of(data, options.seed, epoch % cycle) for part in zip(*(t.split(options.batch) for t in drawn), strict=True)]
         answers = None if answers is None else answers.flatten(0, 1).split(options.batch)
         steps = cycle * len(parts)
@@ -158,16 +172,16 @@ def tune(model: nn.Module, run: str, data: Images, options: argparse.Namespace, 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += float(loss.detach())
+            total += loss.detach()
         spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         last = epoch + 1 == options.epochs
-        log.add(f"{run}/{epoch + 1}", loss=total / (number + 1), test=top1(model, data[2], data[3], None if last else products(options)), **spent)
+        log.add(f"{run}/{epoch + 1}", loss=float(total) / (number + 1), test=top1(model, data[2], data[3], None if last else products(options)), **spent)
         replaced(path, lambda part, at=epoch + 1: torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": at}, part))
     return model.eval()
 
 
 def calibration(data: Images) -> list[torch.Tensor]:
-    return list(realdata.normalise(data[0][:512]).split(128))
+    return list(realdata.normalise(data[0][:512]).cpu().split(128))
 
 
 def ours(run: str, factor: float, data: Images, options: argparse.Namespace, log: Log) -> nn.Module:
@@ -181,7 +195,7 @@ def ours(run: str, factor: float, data: Images, options: argparse.Namespace, log
         return known[0]
 
     def evaluate(model: nn.Module) -> float:
-        return top1(model, data[2], data[3])
+        return top1(model.to(options.device), data[2], data[3])
 
     def train(model: nn.Module, round: int) -> nn.Module:
         if f"{run}/0" not in log.rows():
@@ -194,25 +208,25 @@ def ours(run: str, factor: float, data: Images, options: argparse.Namespace, log
 
 
 def start(model: nn.Module, data: Images) -> dict:
-    size = {"macs": oneshot.macs(model.eval(), X), "params": sum(p.numel() for p in model.parameters())}
-    return {**size, "test": top1(model, data[2], data[3])}
+    size = {"macs": oneshot.macs(model.cpu().eval(), X), "params": sum(p.numel() for p in model.parameters())}
+    return {**size, "test": top1(model.to(data[0].device), data[2], data[3])}
 
 
 def peer(run: str, factor: float, data: Images, options: argparse.Namespace, log: Log) -> nn.Module:
     """Torch-Pruning's best cut, by training images after batch-norm re-estimation (which training does by itself)."""
     path = options.folder / f"peer-{factor}-cut.json"
-    original, x = realdata.cifar_resnet(options.depth, options.data), realdata.normalise(data[0][:512])
+    original, x = realdata.cifar_resnet(options.depth, options.data), realdata.normalise(data[0][:512].cpu())
     budget = oneshot.macs(original, X) / factor
 
     def cut(kind: str, globally: bool) -> nn.Module:
-        return oneshot.peer(original, kind, globally, budget, x, data[1][:512])
+        return oneshot.peer(original, kind, globally, budget, x, data[1][:512].cpu())
 
     if not path.exists():
         found = {}
         for globally, kinds in ((False, oneshot.LOCAL), (True, oneshot.GLOBAL)):
             for kind in kinds:
                 small = cut(kind, globally)
-                found[kind, globally] = top1(oneshot.reestimated(small, x), data[0][512:4512], data[1][512:4512], products(options))
+                found[kind, globally] = top1(oneshot.reestimated(small, x).to(options.device), data[0][512:4512], data[1][512:4512], products(options))
                 print(run, kind, "global" if globally else "local", found[kind, globally], oneshot.macs(small, X), flush=True)
         replaced(path, lambda part: part.write_text(json.dumps(max(found, key=found.__getitem__))))
     kind, globally = json.loads(path.read_text())  # the choice is kept, the cut made anew: it is the same every time
@@ -424,6 +438,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="use only so many images (a trial)")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the training steps")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is trained; cuts and repairs are made on the processor")
     parser.add_argument("--threads", type=int, default=1, help="of each step; times of epochs are compared with one")
     parser.add_argument("--epoch-times", action="store_true", help="time training steps instead; wants a quiet machine")
     parser.add_argument("--repeats", type=int, help="steps timed for each network")

@@ -85,7 +85,8 @@ def load_fashion() -> Images:
 def normalise(x: torch.Tensor) -> torch.Tensor:
     """uint8 images to float32 with the mean and deviation that the trained models expect (by the number of channels)."""
     mean, std = IMAGENET if x.shape[1] == 3 else GREY
-    return (x.float() / 255 - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
+    mean, std = (torch.tensor(each, device=x.device).view(1, -1, 1, 1) for each in (mean, std))
+    return (x.float() / 255 - mean) / std
 
 
 class PadShortcut(nn.Module):

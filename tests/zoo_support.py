@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import torch
 
 SCHEMAS = (
@@ -43,10 +46,22 @@ def roi_align(x, rois, scale, height, width, ratio, aligned):
     return torch.stack(out) if out else x.new_zeros(0, x.shape[1], height, width)
 
 
+def compiled() -> bool:
+    """Whether torchvision brings operators that this torch can load."""
+    spec = importlib.util.find_spec("torchvision")
+    try:
+        for path in Path(spec.submodule_search_locations[0]).glob("_C*.so") if spec else ():
+            torch.ops.load_library(path)
+            return True
+    except OSError:
+        pass
+    return False
+
+
 def declare_operators() -> None:
-    """Declare torchvision's compiled operators, with small Python kernels where a detector needs them."""
+    """Declare torchvision's compiled operators where it has none, with small Python kernels where a detector needs them."""
     global _LIBRARY
-    if _LIBRARY is None:
+    if _LIBRARY is None and not compiled():
         _LIBRARY = torch.library.Library("torchvision", "DEF")
         for schema in SCHEMAS:
             _LIBRARY.define(schema)
