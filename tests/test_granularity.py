@@ -455,6 +455,7 @@ def test_damaged_plans_change_nothing(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs a CUDA device with 2:4 kernels")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 def test_semi_structured_computes_what_the_masks_do():
     x = torch.randn(64, 128).cuda().half()
     small = graphprune.shrink(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64)), x.float().cpu(), granularity="2:4").cuda().half()

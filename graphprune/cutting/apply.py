@@ -171,6 +171,7 @@ def _follow(module: nn.Module) -> None:
     if isinstance(module, nn.RNNBase):
         module.input_size = module.weight_ih_l0.shape[1]
         module.hidden_size = module.weight_hh_l0.shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        module.flatten_parameters()  # on a GPU its weights lie in one piece, or every call brings them together
         return
     weight = _weight(module) if isinstance(module, SHAPED) else None
     if weight is None or isinstance(weight, nn.UninitializedTensorMixin if hasattr(nn, "UninitializedTensorMixin") else ()):

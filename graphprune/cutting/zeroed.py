@@ -155,7 +155,7 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
     def take(value: Value) -> torch.Tensor:
         tensor = held[id(value)]
         for dim, kept in cuts[id(value)].items():
-            tensor = tensor.index_select(dim, kept)
+            tensor = tensor.index_select(dim, kept.to(tensor.device))
         return tensor
 
     args = list(replace(node.args, take))
@@ -191,5 +191,5 @@ def _spread(tensor: torch.Tensor, value: Value, kept: dict[int, torch.Tensor]) -
     for dim, positions in kept.items():
         shape = list(tensor.shape)
         shape[dim] = value.shape[dim]
-        tensor = tensor.new_zeros(shape).index_copy(dim, positions, tensor)
+        tensor = tensor.new_zeros(shape).index_copy(dim, positions.to(tensor.device), tensor)
     return tensor

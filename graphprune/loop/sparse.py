@@ -105,7 +105,7 @@ class SparseTraining:
         """The penalty as it is now, a scalar that autograd can differentiate; :meth:`step` adds its gradient."""
         held = self._held()
         if self.kind == "slimming":
-            return self.strength * sum(held[leaf].index_select(0, (units >= 0).nonzero().ravel()).abs().sum() for leaf, _, units in self._all())
+            return self.strength * sum(held[leaf][(units >= 0).nonzero().ravel()].abs().sum() for leaf, _, units in self._all())
         total = torch.zeros((), dtype=next(iter(held.values())).dtype, device=next(iter(held.values())).device)
         for index in range(len(self.places)):
             squares = self._squares(index, held)

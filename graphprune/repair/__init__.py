@@ -101,7 +101,7 @@ def repair(
     result = copy.deepcopy(small)
     if not names:
         return result
-    fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(listed(calibration), spare)
+    fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(listed(calibration, original), spare)
     if graph is None and not fits:
         raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
     learning = [name for name in names if name in DISTANCES]
@@ -130,7 +130,7 @@ def before_cut(model: nn.Module, calibration: Iterable | None, steps: str | Sequ
         raise BadCalibration(f"repair={steps!r} needs calibration=, any iterable of input batches")
     if not names or calibration is None:
         return None
-    batches = listed(calibration)
+    batches = listed(calibration, model)
     with _quiet(model):
         _tried(model, names, example(batches[0]))
     return batches

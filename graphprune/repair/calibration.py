@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import BadCalibration, GraphpruneError, warn
+from ..scores.data import brought
 from ..scores.data import samples as count
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import leaf_tensors, tensors
@@ -20,12 +21,12 @@ from ..tracing.trees import replace as exchange
 LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network; a quarter of the memory where that is more
 
 
-def listed(calibration: Iterable | None) -> list:
-    """The batches; raises :class:`~graphprune.errors.BadCalibration` where there are none, or values are not finite."""
+def listed(calibration: Iterable | None, model: nn.Module) -> list:
+    """The batches, on the device of the model; raises :class:`~graphprune.errors.BadCalibration` where there are none, or values are not finite."""
     if calibration is None or isinstance(calibration, torch.Tensor | str | dict):
         kind = type(calibration).__name__
         raise BadCalibration(f"calibration is any iterable of batches, such as [x1, x2] or a DataLoader; one {kind} was given, write [x] if it is a batch")
-    batches = list(calibration)
+    batches = [brought(batch, model) for batch in calibration]
     if not batches:
         raise BadCalibration("calibration is empty (a used-up iterator?); give at least one batch")
     for index, batch in enumerate(batches):

@@ -57,7 +57,7 @@ class Data:
             # A dict batch of a loss (model, batch) may hold its inputs under any name; only that loss knows how to read it.
             if not self.whole and not samples(batch):
                 raise NeedsBatches(f"the score {self.name!r} met a batch without samples (batch {count}); leave it out")
-            yield batch
+            yield brought(batch, self.model)
         if not count:
             hint = "the iterator is used up" if self.once else "the iterable is empty"
             raise NeedsBatches(f"the score {self.name!r} needs at least one batch; {hint}")
@@ -115,6 +115,21 @@ def bar(items: Iterable, name: str, progress: bool = True) -> Iterable:
     [1, 2]
     """
     return tqdm(items, desc=name, delay=5, leave=False, disable=None if progress else True)
+
+
+def brought(batch: Any, model: nn.Module) -> Any:
+    """The batch on the device of the model, where all of that lies on one: loaders give what lies on the processor.
+
+    >>> brought((torch.zeros(1, 2), torch.zeros(1)), nn.Linear(2, 2))[0].device
+    device(type='cpu')
+    """
+    devices = {tensor.device for *_, tensor in leaf_tensors(model)}
+    if len(devices) != 1 or devices >= {tensor.device for tensor in tensors(batch, torch.Tensor)}:
+        return batch
+    (device,) = devices
+    if isinstance(batch, Mapping) and hasattr(batch, "to"):  # what tokenizers return
+        return batch.to(device)
+    return replace(batch, lambda tensor: tensor.to(device))
 
 
 def samples(batch: Any) -> int:

@@ -111,8 +111,8 @@ def without_each_row(rows: Tensor, step: float = 0.3) -> Tensor:
     values, weights, rest = strengths(rows)
     scale = values.max()
     if scale == 0:
-        return torch.zeros(len(rows), dtype=values.dtype)
-    nodes = torch.arange(-34.0, 34.0, step, dtype=values.dtype).exp() * scale
+        return values.new_zeros(len(rows))
+    nodes = torch.arange(-34.0, 34.0, step, dtype=values.dtype, device=values.device).exp() * scale
     whole = values.square()[:, None] + nodes.square()
     # t [(M + t)⁻¹]_cc and one minus it, each from positive terms: neither may cancel where it is small.
     lost = weights @ (values.square()[:, None] / whole)

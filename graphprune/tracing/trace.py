@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BadInput
 from .copies import duplicate
@@ -39,6 +40,10 @@ NOT_RUN = (
 FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
 # What asks a tensor for a property: these calls are no steps of the model.
 UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
+
+
+# Calls of many layers and steps, which want their first state, that has values here, where the weights lie.
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
 class Step(NamedTuple):
@@ -188,11 +193,23 @@ class Functions(TorchFunctionMode):
         self.recorder.step = len(self.steps)
         if name == "__getitem__" or name == "__setitem__":
             args = (args[0], indexed(args[1]), *args[2:])
+        if name in RECURRENT and any(tensor.is_meta for tensor in held):
+            args, kwargs = replace((args, kwargs), self.valueless)
         result = DIRECT.get(func, func)(*args, **kwargs)
         self.recorder.step = -1
         made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
         self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
+
+    def valueless(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A floating tensor on the meta device, known as what it was."""
+        if tensor.is_meta or not tensor.is_floating_point():
+            return tensor
+        with _disable_current_modes():
+            twin = tensor.detach().to(META)
+        self.recorder.values[id(twin)] = self.recorder.value(tensor)
+        self.recorder.alive.append(twin)
+        return twin
 
     def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
         value = self.recorder.values.get(id(tensor))
