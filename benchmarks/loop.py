@@ -62,7 +62,7 @@ class Log:
 
 def replaced(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the file and rename: it is whole or as it was."""
-    part = path.with_name(f".{path.name}")
+    part = path.with_name(f".{os.getpid()}-{path.name}")  # runs side by side may write the same
     write(part)
     os.replace(part, path)
 

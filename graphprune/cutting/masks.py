@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import BadModel, BadPlan
+from ..tracing.copies import gathered
 from .parts import Part, narrowed, unpack
 
 
@@ -133,7 +134,7 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     names = list(masked(model))
     if not names:
         raise BadModel("no weight of this model is masked; there is nothing to bake")
-    baked = model if inplace else copy.deepcopy(model)
+    baked = model if inplace else gathered(copy.deepcopy(model))
     for name in names:
         path, _, own = name.rpartition(".")
         module = baked.get_submodule(path)

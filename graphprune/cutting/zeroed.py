@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
+from ..tracing.copies import gathered
 from ..tracing.notation import Value
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors, replace, tensors
@@ -62,7 +63,7 @@ def _masked(model: nn.Module, plan: Plan) -> nn.Module:
         data = tensor.detach().clone()
         data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in known else data
         memo.setdefault(id(tensor), nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
-    return copy.deepcopy(model, memo)
+    return gathered(copy.deepcopy(model, memo))
 
 
 class Masks:

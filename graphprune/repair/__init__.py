@@ -28,6 +28,7 @@ from torch import nn
 from ..catalogue import register
 from ..cutting.plan import Plan
 from ..errors import BadCalibration, UnknownName
+from ..tracing.copies import gathered
 from ..tracing.trace import Graph, open_paths, trace
 from ..tracing.trees import leaf_tensors
 from .calibration import example, listed, parts, running, waiting
@@ -98,7 +99,7 @@ def repair(
     if plan is None:
         raise BadCalibration("the cut model carries no plan; pass the one that shrink(..., return_plan=True) returned")
     names = _possible(names, steps, plan)
-    result = copy.deepcopy(small)
+    result = gathered(copy.deepcopy(small))
     if not names:
         return result
     fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(listed(calibration, original), spare)

@@ -35,6 +35,14 @@ def ordinary(kind: type) -> bool:
     return _ORDINARY[kind]
 
 
+def gathered(model: nn.Module) -> nn.Module:
+    """The weights of recurrent layers in one piece of memory each, as their kernels on a GPU want them; a copy has them apart."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+    return model
+
+
 def duplicate(value: Any, memo: dict[int, Any]) -> Any:
     """A deep copy; ``memo`` maps the id of what was copied (or is to be exchanged) to its copy, as in ``copy.deepcopy``."""
     kind = type(value)
