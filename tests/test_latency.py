@@ -16,6 +16,7 @@ import graphprune
 from graphprune.budget.choose import fit, keep
 from graphprune.cost import costs
 from graphprune.errors import BadMeasure, BadTarget
+from graphprune.timing import latency
 from graphprune.timing.align import SLACK, alignments, staircase
 from graphprune.timing.operators import item, together
 from graphprune.timing.table import Table, times
@@ -39,6 +40,17 @@ def test_the_asked_time_is_met_by_the_clock_that_counts(scope):
 
 def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, [m.training for m in model.modules()]
+
+
+def test_on_a_gpu_the_refusal_says_that_starting_operations_takes_time(monkeypatch):
+    def on_a_gpu(watch, *args, **kwargs):
+        before(watch, *args, **kwargs)
+        watch.device = torch.device("cuda")
+
+    assert "larger batch" not in refused(BadTarget, "most that can be reached", speedup=50, measure=clock)
+    before = latency.Stopwatch.__init__
+    monkeypatch.setattr(latency.Stopwatch, "__init__", on_a_gpu)
+    assert "larger batch" in refused(BadTarget, "most that can be reached", speedup=50, measure=clock)
 
 
 def refused(error, match, model=None, **asked):

@@ -34,7 +34,7 @@ from .align import alignments
 from .learnt import TOLERANCE, Learnt, Point, guess
 from .measure import clock_for, interleave, middle_of, using_threads
 from .runtimes import evaluating, prepare
-from .table import Times, described, shared, times
+from .table import Times, described, device_name, shared, times
 
 SECONDS = 2.0
 ATTEMPTS = 8
@@ -190,7 +190,7 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
         if error <= TOLERANCE:
             break
         if now > x + math.log(1.02) and timing.share > target:
-            raise _too_fast(aims, timing, priced(groups, {"time": make}), np.array([len(stay) for stay in kept], dtype=float))
+            raise _too_fast(aims, timing, priced(groups, {"time": make}), np.array([len(stay) for stay in kept], dtype=float), watch.device)
     assert best is not None
     table.known[label] = [list(point) for point in learnt.points]
     table.save()
@@ -198,12 +198,13 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
     return dataclasses.replace(plan, notes=(*plan.notes, _line(aims, point, timing, watch)))
 
 
-def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array) -> BadTarget:
+def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array, device: torch.device) -> BadTarget:
     blocks = "\n".join(stays(known, least))
+    starts = " On a GPU a small operation takes as long as starting it does, whatever its width: time more work in a call (a larger batch)."
     return BadTarget(
         f"{aims.asked}: the narrowest widths that the rules allow take {timing.share:.3f} of the original's time "
         f"({1 / timing.share:.2f}x faster; band {1 / timing.band[1]:.2f} to {1 / timing.band[0]:.2f}); that is the most that can be reached. "
-        f"Fewer keep rules, a smaller min_units or multiple_of may help. What stays, largest first:\n{blocks}"
+        f"Fewer keep rules, a smaller min_units or multiple_of may help.{starts if device.type == 'cuda' else ''} What stays, largest first:\n{blocks}"
     )
 
 
@@ -221,7 +222,8 @@ def _name(graph: Graph, aims: Aims, scope: str) -> str:
 
 def _line(aims: Aims, point: Point, timing: Timing, watch: Stopwatch) -> str:
     low, high = 1 / timing.band[1], 1 / timing.band[0]
-    where = "own measure" if aims.measure else f"{aims.runtime}, {watch.threads} thread{'s' if watch.threads > 1 else ''}"
+    on = device_name(watch.device) if watch.device.type == "cuda" else f"{watch.threads} thread{'s' if watch.threads > 1 else ''}"
+    where = "own measure" if aims.measure else f"{aims.runtime}, {on}"
     often = f"; {math.exp(-point.measured):.2f}x over the last {point.searches} searches" if point.searches > 1 else ""
     return (
         f"latency: asked {aims.asked}, predicted {math.exp(-point.predicted):.2f}x, measured {1 / timing.share:.2f}x ({low:.2f} to {high:.2f}; "
