@@ -466,3 +466,43 @@ def test_zeros_divided_by_their_sum_stay_zero_in_the_oracle():
     small, plan = graphprune.shrink(net, x[:2], 0.5, return_plan=True)
     (zero,) = graphprune.zeroed(net, plan)(x)
     assert small.a.out_features == 4 and torch.allclose(small(x), zero, atol=1e-12)
+
+
+KEYWORDS = {
+    "narrow": lambda net, x: x.narrow(dim=1, start=0, length=net.half),
+    "split": lambda net, x: torch.split(x, split_size_or_sections=net.half, dim=1)[1],
+    "chunk": lambda net, x: torch.chunk(input=x, chunks=2, dim=1)[0],
+    "roll": lambda net, x: torch.roll(input=x, shifts=2, dims=1),
+    "pad": lambda net, x: F.pad(input=x, pad=(0, 0, 0, 0, 0, net.half)),
+    "unflatten": lambda net, x: x.unflatten(dim=1, sizes=(2, net.half)).sum(1),
+    "view": lambda net, x: x.view(size=(len(x), net.width, -1))[..., None],
+    "repeat": lambda net, x: x.repeat(repeats=(1, 2, 1, 1)),
+    "repeat_interleave": lambda net, x: torch.repeat_interleave(input=x, repeats=2, dim=1),
+    "conv": lambda net, x: torch.conv2d(input=x, weight=net.kernel, groups=2),
+    "group_norm": lambda net, x: torch.group_norm(input=x, num_groups=4),
+    "layer_norm": lambda net, x: torch.layer_norm(input=x.movedim(1, -1), normalized_shape=[net.width]).movedim(-1, 1),
+    "channel_shuffle": lambda net, x: F.channel_shuffle(input=x, groups=2),
+    "full": lambda net, x: x + torch.full(size=(1, net.width, 1, 1), fill_value=2.0, dtype=x.dtype),
+    "new_full": lambda net, x: x * x.new_full(size=(1, net.width, 1, 1), fill_value=2.0),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_sizes_given_by_keyword(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.width, self.half = 8, 4
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.LazyConv2d(5, 1)
+            self.kernel = nn.Parameter(torch.randn(8, 4, 1, 1))
+
+        def forward(self, x):
+            return self.b(KEYWORDS[name](self, self.a(x).tanh()))
+
+    torch.manual_seed(0)
+    net, x = Net().double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    net(x)
+    small, plan = graphprune.shrink(net, x[:1], 0.5, return_plan=True)
+    (zero,) = graphprune.zeroed(net, plan)(x)
+    assert (small(x) - zero).abs().max() < 1e-10
+    assert small.a.out_channels < 8 and (small(x) - net(x)).abs().max() > 1e-3

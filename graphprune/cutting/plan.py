@@ -18,9 +18,9 @@ from ..coupling.groups import Groups
 from ..errors import BadPlan
 from ..select import Kept
 from ..tracing.labels import Array
+from ..tracing.needs import Need
 from ..tracing.notation import Value
 from ..tracing.picks import renumber
-from ..tracing.symbols import Need
 from .parts import Part, survivors
 
 

@@ -1,14 +1,12 @@
 """Which attribute of which module stands behind a size in the code, and what it must become when axes are cut.
 
-:func:`plant` replaces the integers of a (throw-away) model by :class:`~graphprune.sizes.Size`; :func:`calls_of` writes
-down, for each call that takes sizes, what every size has to agree with; :func:`solve` finds the new attributes and
-returns the calls that no attribute can satisfy.
+:func:`plant` replaces the integers of a (throw-away) model by :class:`~graphprune.tracing.sizes.Size`; ``needs.py`` writes down, for each call
+that takes sizes, what every size has to agree with; :func:`solve` finds the new attributes and returns the calls that no attribute can satisfy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
 from typing import Any
@@ -17,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .needs import Call, Need
 from .notation import Value
-from .sizes import COMPARISONS, Expr, Size, evaluate, expression, leaves
+from .sizes import COMPARISONS, Expr, Size, evaluate, leaves
 from .trees import PLAIN, modules_of
 
 # Modules whose attributes follow from the shapes of their own weights (see apply.py).
@@ -31,34 +30,6 @@ _CONFIGURES: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # a rewritten 
 REPEATS = {"out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "num_features": 0, "num_channels": 0}
 REPEATS |= {"embedding_dim": 1, "num_embeddings": 0, "num_parameters": 0}
 COUNTS = ("groups", "num_groups", "normalized_shape")
-# The functions whose sizes are written down (and every convolution).
-SIZED = frozenset(
-    "view reshape expand unflatten broadcast_to zeros ones full empty randn rand new_zeros new_ones new_full new_empty split "
-    "split_with_sizes chunk __getitem__ narrow group_norm layer_norm roll pad "
-    "repeat repeat_interleave tile channel_shuffle native_channel_shuffle scaled_dot_product_attention".split()
-)
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a size stands for: the length of an axis, or the survivors before / after a position, or blocks of it;
-    a count of copies stays what it was."""
-
-    kind: str
-    value: Value
-    dim: int
-    at: int = 0
-
-
-@dataclass(frozen=True)
-class Call:
-    """A size given to a call, and what it has to be."""
-
-    expr: Expr
-    need: Need
-    op: str
-    module: str
-    line: str
 
 
 def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], original: nn.Module) -> dict[tuple, int]:
@@ -156,141 +127,6 @@ def _repeat(module: nn.Module, key: str, values: Mapping[int, Value]) -> None:
     found = values.get(id(weight))
     if found is not None and axis < len(found.shape) and found.shape[axis] == module.__dict__[key]:
         module.__dict__[key] = Size(found.shape[axis], ("dim", found, axis))
-
-
-def _ints(items: Any) -> list:
-    flat = []
-    for item in items:
-        flat += list(item) if isinstance(item, list | tuple) else [item]
-    return [i if isinstance(i, int) and not isinstance(i, bool) else None for i in flat]
-
-
-def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: dict, result: Any, module: str) -> None:
-    """Write down the sizes of one call of the Python code."""
-
-    def known(tensor: Any) -> Value | None:
-        return recorder.values.get(id(tensor)) if isinstance(tensor, torch.Tensor) else None
-
-    def add(given: Any, value: Value | None, kind: str, dim: int, at: int = 0) -> None:
-        if not isinstance(given, int) or isinstance(given, bool) or given == -1 or value is None:
-            return
-        moves = any(f.shape[dim] > 1 for f in value.fields)
-        if moves or isinstance(given, Size):
-            calls.append(Call(expression(given), Need(kind, value, dim % len(value.shape), at), name, module, recorder.line()))
-
-    def copied(given: Any, length: int, dim: int) -> None:
-        """A count of copies: the new length where one entry is copied; else it may not change."""
-        if length == 1:
-            add(given, out, "size", dim)
-        elif isinstance(given, Size):
-            add(given, out, "count", dim, int(given))
-
-    out = known(result)
-    if name in ("view", "reshape", "expand", "unflatten", "broadcast_to") and out:
-        sizes = _ints(args[1:]) if name != "unflatten" else _ints([args[2] if len(args) > 2 else kwargs["sizes"]])
-        if name == "unflatten":
-            at = (args[1] if len(args) > 1 else kwargs["dim"]) % args[0].ndim
-            sizes = [None] * at + sizes
-        elif not sizes:
-            sizes = _ints([kwargs.get("shape", kwargs.get("size", ()))])
-        for dim, given in enumerate(sizes):
-            if dim < len(out.shape):
-                add(given, out, "size", dim)
-    elif name in ("zeros", "ones", "full", "empty", "randn", "rand", "new_zeros", "new_ones", "new_full", "new_empty") and out:
-        start = 1 if name.startswith("new_") else 0
-        given = args[start:] if name not in ("full", "new_full") else args[start : start + 1]
-        for dim, item in enumerate(_ints(given) or _ints([kwargs.get("size", ())])):
-            if dim < len(out.shape):
-                add(item, out, "size", dim)
-    elif name in ("split", "split_with_sizes") and isinstance(result, list | tuple):
-        sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
-        dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
-        if isinstance(sizes, int):
-            for part in result[:-1] or result:
-                add(sizes, known(part), "size", dim)
-            _even(recorder, result, dim)
-        else:
-            for given, part in zip(sizes, result, strict=False):
-                add(given, known(part), "size", dim)
-    elif name == "chunk":
-        _even(recorder, result, args[2] if len(args) > 2 else kwargs.get("dim", 0))
-    elif name == "__getitem__" and known(args[0]):
-        _getitem(add, known(args[0]), args[1])
-    elif name == "narrow" and known(args[0]):
-        add(args[3], out, "size", args[1])
-        add(args[2], known(args[0]), "before", args[1], int(args[2]))
-    elif name in ("repeat", "tile") and out and args:
-        counts = _ints(args[1:] or [kwargs.get("repeats", kwargs.get("dims", ()))])
-        for back, given in enumerate(reversed(counts), 1):
-            copied(given, args[0].shape[-back] if back <= args[0].ndim else 1, len(out.shape) - back)
-    elif name == "repeat_interleave" and out and args:
-        given, dim = (args[at] if len(args) > at else kwargs.get(key) for at, key in ((1, "repeats"), (2, "dim")))
-        copied(given, args[0].numel() if dim is None else args[0].shape[dim], dim or 0)
-    elif name == "group_norm":
-        add(args[1], known(args[0]), "blocks", 1, int(args[1]))
-    elif name.startswith("conv") and known(args[0]):
-        groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
-        if isinstance(groups, int) and groups > 1:
-            add(groups, known(args[0]), "blocks", 1 if args[0].ndim == args[1].ndim else 0, int(groups))
-    elif name == "layer_norm":
-        for back, given in enumerate(reversed(args[1] if len(args) > 1 else kwargs["normalized_shape"])):
-            add(given, known(args[0]), "size", len(args[0].shape) - 1 - back)
-    elif name == "roll" and known(args[0]) and len(args) > 2:
-        for shift, dim in zip(_ints([args[1]]), _ints([args[2]]), strict=False):
-            if shift and shift > 0:
-                add(shift, known(args[0]), "after", dim, int(shift))
-    elif name == "pad" and out and len(args) > 1:
-        for index, given in enumerate(args[1]):
-            dim = len(out.shape) - 1 - index // 2
-            add(given, out, "after" if index % 2 else "before", dim, int(given))
-            before = args[1][index - 1]
-            if index % 2 and type(given) is Size and type(before) is Size and given.expr == before.expr:
-                _both_ends(recorder, out, dim, int(given))
-    elif name in ("channel_shuffle", "native_channel_shuffle"):
-        groups = args[1] if len(args) > 1 else kwargs["groups"]
-        add(groups, known(args[0]), "blocks", 1, int(groups))
-    elif name == "scaled_dot_product_attention" and kwargs.get("scale") is None and known(args[0]):
-        Size.floats.append(("dim", known(args[0]), args[0].dim() - 1))
-
-
-def _even(recorder: Any, parts: Any, dim: int) -> None:
-    """Equal parts must stay equal: tie them entry by entry."""
-    values = [recorder.values.get(id(part)) for part in parts]
-    if any(value is None for value in values):
-        return
-    first = values[0]
-    for value in values[1:]:
-        for left, right in zip(first.fields, value.fields, strict=False):
-            if left.shape == right.shape and left.shape[dim] > 1:
-                recorder.labels.join(left, right)
-
-
-def _both_ends(recorder: Any, value: Value, dim: int, count: int) -> None:
-    """One size gives the padding on both sides: as much must stay before as after."""
-    for field in value.fields:
-        if field.shape[dim] > 1 and field.size == field.shape[dim]:
-            flat = field.ravel()
-            recorder.labels.join(flat[:count], flat[len(flat) - count :])
-
-
-def _getitem(add: Callable, value: Value, index: Any) -> None:
-    index = index if isinstance(index, tuple) else (index,)
-    dim, used = 0, sum(i is not None and i is not Ellipsis for i in index)
-    for item in index:
-        if item is Ellipsis:
-            dim += len(value.shape) - used
-            continue
-        if item is None:
-            continue
-        if isinstance(item, slice):
-            for end in (item.start, item.stop):
-                if isinstance(end, int) and 0 < end < value.shape[dim]:
-                    add(end, value, "before", dim, int(end))
-                elif isinstance(end, Size) and end > 0:
-                    add(end, value, "size", dim)
-                elif isinstance(end, int) and end < 0 and type(end) is int:
-                    add(-end, value, "after", dim, -int(end))
-        dim += 1 if not isinstance(item, torch.Tensor) or item.dtype != torch.bool else item.ndim
 
 
 def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list]:

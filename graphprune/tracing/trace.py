@@ -22,11 +22,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import BadInput
 from .copies import duplicate
 from .labels import Labels, Reason
+from .needs import Call, calls_of, sized
 from .notation import Value
 from .picks import settle
 from .record import META, Node, Recorder, is_pointwise
 from .sizes import Size
-from .symbols import SIZED, Call, calls_of, plant
+from .symbols import plant
 from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, same_dice, train_run, unread
 
@@ -131,7 +132,7 @@ def _kind(func: Any) -> tuple[int, str, bool]:
     named = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR}
     if name == "__get__":
         return (SHAPE if getattr(func, "__self__", None) is torch.Tensor.shape else GET), name, False
-    kind = named.get(name, FACTOR if name in FACTORS else CALL if name in SIZED or name.startswith("conv") else PASS)
+    kind = named.get(name, FACTOR if name in FACTORS else CALL if sized(name) else PASS)
     return kind, name, name not in UNSTEPPED
 
 
