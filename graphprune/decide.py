@@ -84,7 +84,8 @@ def _widths(graph: Graph, model: nn.Module, wishes: Wishes, scored: Scored, lite
         else:
             return groups, kept, make_plan(groups, kept, edits, tuple(notes))
         for need, expr, call in wrong:
-            text = f"no attribute behind the size given to {call.op} ({call.module}, {call.line})" if call else "a factor or a branch depends on this size"
+            where = ", ".join(part for part in (call.module, call.line) if part) if call else ""
+            text = f"no attribute behind the size given to {call.op} ({where})" if call else "a factor or a branch depends on this size"
             for value, dim in _places(graph, need, expr):
                 locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
             notes.append(f"note: {text}")

@@ -9,7 +9,6 @@ import torch
 if torch.cuda.is_available():
     DEVICE = torch.device("cuda")
 else:
-    # Before anything runs backward: threads of autograd are made once, for the devices that there are. A torch older than 2.10 cannot pretend.
     DEVICE = pytest.importorskip("pretended", exc_type=ImportError).DEVICE
 from networks import Attention, Flat, Grouped, Normed, Recurrent, Residual, Squeeze
 from test_scores import BATCHES, NET, spread
@@ -117,6 +116,16 @@ def test_scores_are_equal(name, monkeypatch):
     assert before is None or torch.equal(torch.cuda.get_rng_state(), before)
     for one, two in zip(mine, here, strict=True):
         near(torch.as_tensor(one), torch.as_tensor(two), 1e-6)
+
+
+@pytest.mark.skipif(not GPU, reason="recurrent kernels without a gradient in evaluation mode are a GPU's")
+@pytest.mark.parametrize("name", ["taylor", "fisher", "obd", "effect", "taylor_gate"])
+def test_scores_with_gradients_of_recurrent_layers(name):
+    net = moved(NETWORKS["recurrent"]())
+    criterion = getattr(graphprune.scores, name)
+    criterion = criterion.with_(otherwise="l2") if name == "effect" else criterion
+    batches = [(x, torch.arange(len(x)) % 3) for x in SHOWN]
+    assert graphprune.shrink(net, there(X[:1]), 0.5, criterion=criterion, batches=batches, loss=F.cross_entropy)[1].a.hidden_size == 4
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -156,7 +156,7 @@ def test_the_user_is_left_alone_after_an_error_too():
 
     for name in WITH_LOSS:
         calls.clear()
-        with pytest.raises(RuntimeError, match="the user's own"):
+        with pytest.raises(errors.BadLoss, match="the user's own"):
             found(name, net=net, loss=loss)
         assert all(m.training for m in net.modules()) and all(p.grad is None and p.requires_grad for p in net.parameters())
         assert torch.equal(state, torch.get_rng_state())
@@ -335,3 +335,18 @@ def test_scores_of_samples_are_those_of_any_batches(name, outer):
         assert all(torch.allclose(apart, other, rtol=1e-9, atol=1e-12) for other in others)
         if name in ("entropy", "hrank", "chip"):
             graphprune.score(groups, net, name, [(torch.randn(8, n, 6).double(), y[:8]) for n in (5, 7)], nn.functional.cross_entropy, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss", "error", "match"),
+    [
+        (torch.zeros(2, 7), None, errors.NeedsBatches, r"'taylor' does not fit the model: RuntimeError.*given \(2, 7\) float32;.*\(\(a, b\), labels\)"),
+        ((torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2)), None, errors.NeedsBatches, r"TypeError.*positional arguments.*\(\(a, b\), labels\)"),
+        ((torch.zeros(2, 4), torch.zeros(3).long()), F.cross_entropy, errors.BadLoss, r"the loss raised ValueError.*\(2, 3\) float32, \(3,\) int64"),
+        ((torch.zeros(2, 4), None), lambda model, batch: model(batch[0]) + "1", errors.BadLoss, "the loss raised TypeError"),
+    ],
+)
+def test_batches_and_losses_that_do_not_fit(batch, loss, error, match):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(error, match=match):
+        graphprune.shrink(net, torch.zeros(1, 4), criterion="taylor", batches=[batch], loss=loss or F.cross_entropy)

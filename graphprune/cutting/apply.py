@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import BadPlan
-from ..tracing.copies import duplicate
+from ..tracing.copies import duplicate, gathered
 from ..tracing.symbols import SHAPED
 from ..tracing.trees import is_parameter, leaf_tensors, modules_of, replace
 from .kernels import apply_kernel, check_kernel
@@ -90,7 +90,7 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
         _edit(small, edit[:-1], edit[-1])
     for part in plan.parts:
         PARTS[part.kind][1](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
-    return small
+    return gathered(small)
 
 
 def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[tuple, tuple] | None = None) -> torch.Tensor:
@@ -171,7 +171,6 @@ def _follow(module: nn.Module) -> None:
     if isinstance(module, nn.RNNBase):
         module.input_size = module.weight_ih_l0.shape[1]
         module.hidden_size = module.weight_hh_l0.shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-        module.flatten_parameters()  # on a GPU its weights lie in one piece, or every call brings them together
         return
     weight = _weight(module) if isinstance(module, SHAPED) else None
     if weight is None or isinstance(weight, nn.UninitializedTensorMixin if hasattr(nn, "UninitializedTensorMixin") else ()):

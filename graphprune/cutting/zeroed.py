@@ -124,10 +124,12 @@ def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor
     device = next((t.device for t in shared.values()), torch.device("cpu"))
     last = {id(v): i for i, node in enumerate(graph.nodes) for v in tensors((node.args, node.kwargs))}
     wanted = {id(value) for value in graph.outputs}
+    filled = graph.__dict__["filled"]
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
             results = _call(node, held, masks, device)
             for value, tensor in zip(node.outs, results, strict=True):
+                tensor = filled[id(value)].clone() if id(value) in filled else tensor
                 held[id(value)] = _filled(tensor, masks.kept(value)) if tensor.is_floating_point() and not tensor.isfinite().all() else tensor
             for value in list(tensors((node.args, node.kwargs))):
                 if last[id(value)] == index and id(value) not in wanted:

@@ -24,6 +24,7 @@ from ..cutting.compose import compose
 from ..cutting.plan import Plan
 from ..errors import BadLoop, BadTarget, NothingToPrune
 from ..shrink import shrink
+from ..tracing.copies import spelled_out
 from ..tracing.trees import normal_inputs
 from .checkpoint import Checkpoint, set_random_states
 from .history import History, Row
@@ -273,7 +274,7 @@ def macs(model: nn.Module, example: tuple[tuple, dict]) -> int:
     """Multiply-accumulates of one run on the example."""
     training = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), spelled_out(model), FlopCounterMode(display=False) as counter:
             model.eval()(*example[0], **example[1])
     finally:
         for module, mode in training:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import BadCalibration, GraphpruneError, warn
-from ..scores.data import brought
+from ..scores.data import brought, given
 from ..scores.data import samples as count
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import leaf_tensors, tensors
@@ -65,9 +65,8 @@ def running(batch: Any = ()) -> Iterator[None]:
     except GraphpruneError:
         raise
     except Exception as error:
-        shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors(batch, torch.Tensor))
-        given = f" (it was given {shapes}; of a pair the second is taken for labels, longer tuples and dicts go to forward as they are)" if shapes else ""
-        raise BadCalibration(f"a calibration batch does not fit the model: {type(error).__name__}: {str(error)[:500]}{given}") from error
+        text = f"a calibration batch does not fit the model: {type(error).__name__}: {str(error)[:500]}"
+        raise BadCalibration(f"{text}{given(tensors(batch, torch.Tensor))}") from error
 
 
 def example(batch: Any) -> tuple[tuple, dict]:

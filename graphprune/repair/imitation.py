@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from ..errors import BadCalibration, GraphpruneError
+from ..tracing.copies import spelled_out
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import replace as exchange
 from ..tracing.trees import tensors
@@ -86,13 +87,12 @@ def teachable(original: nn.Module, step: str, sample: tuple[tuple, dict]) -> Non
 
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
-    """Autocast keeps no copies of weights, which are about to change; cuDNN, whose recurrent kernels have no gradient in evaluation mode, is left out."""
+    """Autocast keeps no copies of weights, which are about to change."""
     cached = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     try:
-        with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+        with spelled_out(model):
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)

@@ -58,7 +58,7 @@ def repair_weights(
             data = reduce(add, parts[: len(batches)])
             check = reduce(add, parts[len(batches) :]) if spare else data
             done += fit(work.weights, place, data, check, setting)
-    return done + [idle("left", f"{name}: {reason}") for name, reason in left.items()]
+    return done + [idle("left", f"{name}: {reason}") for name, reason in left.items() if name in plan.cuts]
 
 
 def taken(run: Any, value: Value, site: Site | Scale, role: str) -> Tensor:

@@ -99,6 +99,9 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
         if places is None or len(step.args) <= places[1]:
             if step.name.startswith("conv_transpose") and len(step.args) > 1 and step.args[1] is not None:
                 left[step.args[1].leaf or f"call {at}"] = "a transposed convolution"
+            if step.name.startswith(("lstm", "gru", "rnn_")):
+                weights = [value for value in step.args if value is not None and value.leaf in graph.leaves and len(value.shape) == 2]
+                left |= {weight.leaf: "inside a recurrent layer" for weight in weights}
             continue
         x, weight = step.args[places[0]], step.args[places[1]]
         if x is None or weight is None or x.leaf in graph.leaves or not step.results or step.results[0] is None:

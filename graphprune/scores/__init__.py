@@ -42,6 +42,13 @@ __all__ = [
 ]  # fmt: skip
 
 
+def __getattr__(name: str) -> Score:
+    """Scores that are registered elsewhere (``effect`` stands beside the repairs, whose activations it reads)."""
+    if name in SCORES:
+        return SCORES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def score(
     groups: Groups, model: torch.nn.Module, criterion: Criterion = "l2", batches: Iterable | None = None, loss: Callable | None = None, **options: Any
 ) -> Scores:

@@ -8,17 +8,20 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from tqdm import tqdm
 
-from ..errors import BadLoss, BadRatio, NeedsBatches
+from ..errors import BadLoss, BadRatio, GraphpruneError, NeedsBatches
+from ..tracing.copies import spelled_out
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import leaf_tensors, replace, tensors
 
@@ -81,11 +84,26 @@ class Data:
             return False
 
     def run(self, batch: Any) -> Any:
-        """One forward pass of the model on a batch."""
+        """One forward pass of the model on a batch; raises NeedsBatches where the batch does not fit the model, BadLoss where a loss (model, batch) fails."""
         if self.loss is not None and self.whole:
-            return self.loss(self.model, batch)
+            return self._judged(self.model, batch)
         args, kwargs = batch_inputs(batch)
-        return self.model(*args, **kwargs)
+        try:
+            return self.model(*args, **kwargs)
+        except GraphpruneError:
+            raise
+        except Exception as error:
+            text = f"a batch of the score {self.name!r} does not fit the model: {type(error).__name__}: {str(error)[:500]}"
+            raise NeedsBatches(f"{text}{given(tensors((args, kwargs), torch.Tensor))}") from error
+
+    def _judged(self, *values: Any) -> Any:
+        try:
+            return self.loss(*values) if self.loss is not None else None
+        except GraphpruneError:
+            raise
+        except Exception as error:
+            shapes = shown(tensors(values, torch.Tensor))
+            raise BadLoss(f"the loss raised {type(error).__name__}: {str(error)[:500]} (it was given {shapes or 'no tensors'})") from error
 
     def loss_of(self, batch: Any) -> Tensor:
         """The loss of a batch: one finite number that depends on the model, or BadLoss."""
@@ -93,7 +111,7 @@ class Data:
         if not self.whole:
             if self.loss is not None:
                 labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
-                found = self.loss(found, labels)
+                found = self._judged(found, labels)
             elif getattr(found, "loss", None) is not None:
                 found = found.loss
             else:
@@ -117,19 +135,47 @@ def bar(items: Iterable, name: str, progress: bool = True) -> Iterable:
     return tqdm(items, desc=name, delay=5, leave=False, disable=None if progress else True)
 
 
+def shown(found: Iterable[Tensor]) -> str:
+    """Shapes and types, for messages.
+
+    >>> shown([torch.zeros(2, 3)])
+    '(2, 3) float32'
+    """
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in found)
+
+
+def given(found: Iterable[Tensor]) -> str:
+    """What a model was given, and how batches are read, for messages."""
+    shapes = shown(found)
+    form = "of a pair the second is taken for labels, longer tuples and dicts go to forward as they are; several inputs with labels are ((a, b), labels)"
+    return f" (it was given {shapes}; {form})" if shapes else ""
+
+
 def brought(batch: Any, model: nn.Module) -> Any:
-    """The batch on the device of the model, where all of that lies on one: loaders give what lies on the processor.
+    """The batch on the device of the model, where that lies on one and nothing of the batch does: loaders give what lies on the processor.
 
     >>> brought((torch.zeros(1, 2), torch.zeros(1)), nn.Linear(2, 2))[0].device
     device(type='cpu')
     """
     devices = {tensor.device for *_, tensor in leaf_tensors(model)}
-    if len(devices) != 1 or devices >= {tensor.device for tensor in tensors(batch, torch.Tensor)}:
+    if len(devices) != 1 or torch.device("meta") in devices or devices & {tensor.device for tensor in tensors(batch, Tensor)}:
         return batch
-    (device,) = devices
-    if isinstance(batch, Mapping) and hasattr(batch, "to"):  # what tokenizers return
-        return batch.to(device)
-    return replace(batch, lambda tensor: tensor.to(device))
+    return _moved(batch, devices.pop())
+
+
+def _moved(item: Any, device: torch.device) -> Any:
+    """Tensors in any nest; of packed sequences all but the lengths, of mappings (what tokenizers give, say) a copy."""
+    if isinstance(item, Tensor | PackedSequence):
+        return item.to(device)
+    if isinstance(item, MutableMapping):
+        twin = copy.copy(item)
+        for key, value in item.items():
+            twin[key] = _moved(value, device)
+        return twin
+    if isinstance(item, list | tuple):
+        parts = [_moved(part, device) for part in item]
+        return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
+    return replace(item, lambda tensor: tensor.to(device))
 
 
 def samples(batch: Any) -> int:
@@ -153,7 +199,7 @@ def undisturbed(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with spelled_out(model), torch.random.fork_rng(devices=devices):
             if seed is not None:
                 torch.manual_seed(seed)
                 model.eval()

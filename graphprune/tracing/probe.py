@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from ..errors import BadInput
@@ -120,4 +121,4 @@ def batch_inputs(batch: Any) -> tuple[tuple, dict]:
     inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence) else ((inputs,), {})

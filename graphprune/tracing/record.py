@@ -5,6 +5,7 @@ What is known of an operation (its rule, whether it moves, computes or is pointw
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -42,12 +43,12 @@ _INSIDE: dict[str, bool] = {}
 
 
 def place() -> tuple[str, int] | None:
-    """File and line of the innermost frame that belongs neither to torch nor to this package (a sibling such as torchvision is neither)."""
+    """File and line of the innermost frame that belongs neither to torch nor to this package (a sibling such as torchvision is neither), nor to a decorator."""
     frame, inside = sys._getframe(2), _INSIDE
     while frame:
         file = frame.f_code.co_filename
         if file not in inside:
-            inside[file] = file.startswith((HERE, TORCH)) or file[:1] in ("", "<")
+            inside[file] = file.startswith((HERE, TORCH)) or file[:1] in ("", "<") or file == contextlib.__file__
         if not inside[file]:
             return file, frame.f_lineno
         frame = frame.f_back
@@ -113,6 +114,8 @@ class Recorder(TorchDispatchMode):
         self.labels, self.names, self.stack, self.real = labels, names, stack, real
         self.values: dict[int, Value] = {}
         self.alive: list[Any] = []
+        self.stale: set[int] = set()  # storages that no longer hold what the model would have there: something without values was written
+        self.filled: dict[int, Tensor] = {}  # whole numbers that torch's own code writes where no call shows it (lengths of padded sequences)
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.extra: list[Node] = []  # of a second run, in training mode
@@ -160,7 +163,12 @@ class Recorder(TorchDispatchMode):
         """Execute: on the meta device as soon as one operand lies there."""
         if self.real:
             return func(*args, **kwargs)
-        meta = [t.is_meta for t in given]
+        meta = [t.is_meta or (bool(self.stale) and t.untyped_storage()._cdata in self.stale) for t in given]
+        if known.inplace and True in meta and not given[0].is_meta:
+            self.stale.add(given[0].untyped_storage()._cdata)
+            return given[0]
+        if self.stale and True in meta:
+            args, kwargs = self.emptied(args, kwargs)
         if meta and False not in meta:
             if known.shape is not None:
                 found = known.shape(*args, **kwargs)
@@ -170,15 +178,18 @@ class Recorder(TorchDispatchMode):
                 kwargs = {**kwargs, "device": META}
             return func(*args, **kwargs)
         if True in meta:
-            if known.inplace and not meta[0]:
-                return given[0]
-            swap = lambda t: t if t.is_meta else t.to("meta")  # noqa: E731
-            args, kwargs = replace(args, swap), replace(kwargs, swap)
+            args, kwargs = self.emptied(args, kwargs)
             if "device" in kwargs:
                 kwargs["device"] = META
         elif str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": given[0].device if given else CPU}
         return func(*args, **kwargs)
+
+    @staticmethod
+    def emptied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments with tensors on the meta device."""
+        swap = lambda t: t if t.is_meta else t.to("meta")  # noqa: E731
+        return replace(args, swap), replace(kwargs, swap)
 
     def see(self, items: Any, given: list[Tensor], held: list[Value]) -> list:
         """The arguments of a call with values for tensors; both are also noted in order."""
@@ -239,6 +250,8 @@ class Recorder(TorchDispatchMode):
             if tensor is first and known.writes:
                 value.zero = False
             self.keep(tensor, value)
+            if known.name == "empty" and not tensor.is_floating_point() and not tensor.is_meta:
+                self.filled[id(value)] = tensor
         self.nodes.append(Node(func, seen, named, values, module, where, held, reduces, self.step))
         self.spans.append((first_lock, len(self.labels.locks)))
         return result

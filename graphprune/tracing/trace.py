@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BadInput
-from .copies import duplicate
+from .copies import duplicate, unfused
 from .labels import Labels, Reason
 from .needs import Call, calls_of, sized
 from .notation import Value
@@ -43,7 +43,8 @@ FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __tru
 UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
 
 
-# Calls of many layers and steps, which want their first state, that has values here, where the weights lie.
+# Calls of many layers and steps, which want their first state, that has values here, where the weights lie. A run with values shows what a processor
+# does (the gates of all steps at once), but not what they are made of on a GPU: that one has kernels of its own, which nothing sees into.
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 
@@ -154,8 +155,9 @@ def indexed(index: Any) -> Any:
 class Functions(TorchFunctionMode):
     """Sees what the Python code asks for: gives out sizes that remember, and writes down calls that use them."""
 
-    def __init__(self, recorder: Recorder, calls: list[Call]) -> None:
+    def __init__(self, recorder: Recorder, calls: list[Call], away: bool) -> None:
         super().__init__()
+        self.away = away  # the model lies on another device than the processor
         self.recorder, self.calls = recorder, calls
         self.steps: list[Step] = []
 
@@ -194,7 +196,7 @@ class Functions(TorchFunctionMode):
         self.recorder.step = len(self.steps)
         if name == "__getitem__" or name == "__setitem__":
             args = (args[0], indexed(args[1]), *args[2:])
-        if name in RECURRENT and any(tensor.is_meta for tensor in held):
+        if self.away and name in RECURRENT and any(tensor.is_meta for tensor in held):
             args, kwargs = replace((args, kwargs), self.valueless)
         result = DIRECT.get(func, func)(*args, **kwargs)
         self.recorder.step = -1
@@ -268,13 +270,8 @@ def open_paths() -> _Paths:
 @contextmanager
 def _valueless() -> Iterator[None]:
     """No gradients, and no fused kernels whose parts could not be seen."""
-    fused = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        with torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mkldnn.enabled = fused
+    with unfused(), torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        yield
 
 
 @contextmanager
@@ -341,7 +338,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         inputs.append(value)
     Size.floats, Size.equals, Size.outcomes = [], [], []
     with ExitStack() as scopes:
-        functions = Functions(recorder, calls)
+        functions = Functions(recorder, calls, any(tensor.device.type != "cpu" for *_, tensor in leaf_tensors(model)))
         for scope in (open_paths(), _valueless(), _where(modules, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
@@ -359,5 +356,5 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
             labels.lock(held, reason)
     uses = Size.floats, Size.equals, Size.outcomes
     found = Graph(recorder.nodes, steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
-    found.__dict__.update(constants=recorder.constants, real=real, parameters=parameters, unread=idle, picks=numbered)
+    found.__dict__.update(constants=recorder.constants, filled=recorder.filled, real=real, parameters=parameters, unread=idle, picks=numbered)
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .notation import Value
 
@@ -142,6 +143,6 @@ def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tupl
     kwargs = dict(example_kwargs or {})
     if isinstance(example_input, Mapping):
         return (), {**example_input, **kwargs}
-    if isinstance(example_input, tuple):
+    if isinstance(example_input, tuple) and not isinstance(example_input, PackedSequence):  # which is one argument
         return example_input, kwargs
     return (example_input,), kwargs

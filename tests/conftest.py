@@ -1,0 +1,9 @@
+"""The pretended device (where there is no GPU) has to be known before anything runs backward: autograd starts its threads once, for the devices there are."""
+
+from contextlib import suppress
+
+import torch
+
+if not torch.cuda.is_available():
+    with suppress(ImportError):  # a torch older than 2.10 cannot pretend
+        import pretended  # noqa: F401

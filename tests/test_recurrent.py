@@ -1,0 +1,139 @@
+"""Recurrent layers: what is cut, counted, scored and repaired, with sequences of one length and of several."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+import graphprune
+from graphprune.errors import BadScore
+
+KINDS = (nn.LSTM, nn.GRU, nn.RNN)
+X = torch.randn(4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Stacked(nn.Module):
+    """Two recurrent layers of a width each."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = kind(8, 12, batch_first=True, **options), kind(12 * (2 if options.get("bidirectional") else 1), 10, batch_first=True)
+        self.out = nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.out(self.b(self.a(x)[0])[0][:, -1])
+
+
+class Packed(nn.Module):
+    """Features, sequences of several lengths, two directions, and a layer behind."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.feed, self.a = nn.Linear(8, 16), kind(16, 12, batch_first=True, bidirectional=True)
+        self.b, self.out = kind(24, 10, batch_first=True), nn.Linear(10, 3)
+
+    def forward(self, x, lengths):
+        x = pack_padded_sequence(torch.relu(self.feed(x)), lengths, batch_first=True, enforce_sorted=False)
+        x, lengths = pad_packed_sequence(self.a(x)[0], batch_first=True)
+        x = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.out(pad_packed_sequence(self.b(x)[0], batch_first=True)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}])
+def test_the_cut_is_exact(kind, options):
+    net = Stacked(kind, **options).double().eval()
+    small, plan = graphprune.shrink(net, X[:1], 0.5, return_plan=True)
+    assert (small.a.hidden_size, small.b.hidden_size) == (6, 5)
+    assert (small(X[:, :4]) - graphprune.zeroed(net, plan)(X[:, :4])[0]).abs().max() < 1e-12 < (small(X) - net(X)).abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}])
+def test_on_another_device_the_run_needs_no_values(kind, options):
+    """There a run with values would see one kernel and nothing of what it does."""
+    device = pytest.importorskip("pretended", exc_type=ImportError).DEVICE
+    net = Stacked(kind, **options).double().eval()
+    plans = []
+    for where in ("cpu", device):
+        graph = graphprune.trace(copy.deepcopy(net).to(where), X[:1].to(where))
+        assert graph.__dict__["real"] == (where == "cpu")
+        groups = graphprune.couple(graph)
+        plans.append([(group.size, sorted(group.places)) for group in groups])
+    assert plans[0] == plans[1]
+
+
+class State(nn.Module):
+    """A branch asks for what was written into a tensor made beforehand."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = nn.Linear(8, 12), nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        state = torch.zeros(*x.shape[:2], 12, dtype=x.dtype)
+        state += h
+        y = self.b(h)
+        return self.out(y.relu() if (state[:, 1:] * 2).abs().sum() > 0 else y.tanh())
+
+
+def test_what_was_written_without_values_is_not_read():
+    net = State().double().eval()
+    small, plan = graphprune.shrink(net, X[:1], 0.5, return_plan=True, verify=False)
+    assert graphprune.trace(net, X[:1]).__dict__["real"]
+    assert (small(X) - graphprune.zeroed(net, plan)(X)[0]).abs().max() < 1e-12 < (small(X) - net(X)).abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_before_packed_sequences_is_cut_too(kind):
+    net, lengths = Packed(kind).double().eval(), torch.tensor([3, 6, 1, 5])
+    small, plan = graphprune.shrink(net, (X, lengths), 0.5, return_plan=True)
+    assert (small.feed.out_features, small.a.hidden_size, small.b.hidden_size) == (8, 6, 5)
+    other = (X.flip(0), torch.tensor([6, 2, 2, 4]))
+    assert (small(*other) - graphprune.zeroed(net, plan)(*other)[0]).abs().max() < 1e-12 < (small(*other) - net(*other)).abs().max()
+
+
+def test_a_packed_sequence_is_one_argument():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.out = nn.GRU(8, 16, batch_first=True), nn.Linear(16, 3)
+
+        def forward(self, packed):
+            return self.out(self.a(packed)[0].data)
+
+    net, packed = Net().double().eval(), pack_sequence([X[0, :5], X[1, :3]])
+    small = graphprune.shrink(net, packed, 0.5, criterion="taylor", batches=[(packed, torch.zeros(8).long())], loss=F.cross_entropy)
+    assert small.a.hidden_size == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_history_counts_what_profile_counts(kind):
+    net = Stacked(kind)
+    x = X.float()
+    done = graphprune.iterate(net, x, {"macs": 0.5}, steps=1, train=lambda model, round: None, evaluate=lambda model: 1.0, progress=False)
+    assert [row.macs for row in done.history] == [graphprune.profile(model, x).macs for model in (net, done.model)]
+
+
+def test_advice_of_a_refused_score_can_be_followed():
+    net, batches = Stacked(nn.GRU).double().eval(), [X]
+    with pytest.raises(BadScore, match=r"graphprune\.scores\.effect\.with_\(otherwise='l2'\)"):
+        graphprune.shrink(net, X[:1], 0.5, criterion="effect", batches=batches)
+    assert graphprune.shrink(net, X[:1], 0.5, criterion=graphprune.scores.effect.with_(otherwise="l2"), batches=batches).a.hidden_size == 6
+    with pytest.raises(AttributeError, match="no attribute 'affect'"):
+        _ = graphprune.scores.affect
+
+
+def test_weights_inside_recurrent_layers_are_said_to_be_left():
+    net = Stacked(nn.LSTM).double().eval()
+    small = graphprune.shrink(net, X[:1], 0.5, calibration=[X, X + 1, X - 1, 2 * X])
+    lines = [str(line) for line in small.graphprune_repairs]
+    assert any("out.weight" in line and "->" in line for line in lines)
+    assert all(any(f"{name}: inside a recurrent layer" in line for line in lines) for name in ("b.weight_ih_l0", "a.weight_hh_l0"))
