@@ -1,6 +1,7 @@
 """On another device everything is what it is on the processor: plans, scores, repairs, and what a cut model computes. A GPU, or one that is pretended."""
 
 import copy
+from collections import OrderedDict
 from contextlib import nullcontext
 
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
+from graphprune.scores.data import brought
 
 F64 = torch.float64
 GPU = DEVICE.type == "cuda"  # the pretended one has no autocast, no clock and no memory that safetensors could read
@@ -164,6 +166,17 @@ def test_batches_on_the_processor_are_brought_to_the_model():
     names = [{"input": x} for x in SHOWN]
     blocks = [graphprune.shrink(moved(deep()), there(X[:1]), 0.5, granularity="block", criterion="influence", batches=given) for given in (names, there(names))]
     near(blocks[0](there(X)), blocks[1](there(X)), 1e-12)
+
+
+def test_what_its_user_has_placed_stays_there_and_lengths_stay_on_the_processor():
+    net, x, lengths = moved(NET), torch.zeros(2, 3), torch.tensor([2, 1])
+    placed = {"x": there(x), "lengths": lengths}
+    assert brought(placed, net) is placed
+    packed = brought([nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)]), "name"], net)
+    assert (packed[0].data.device.type, packed[0].batch_sizes.device.type, packed[1]) == (DEVICE.type, "cpu", "name")
+    given = OrderedDict(x=x)
+    taken = brought((given, lengths), net)
+    assert taken[0]["x"].device.type == taken[1].device.type == DEVICE.type and given["x"] is x
 
 
 @pytest.mark.parametrize("granularity", ["head", "block", "layer", "kernel", "vector", "weight", "2:4"])
