@@ -163,7 +163,9 @@ class Recorder(TorchDispatchMode):
         """Execute: on the meta device as soon as one operand lies there."""
         if self.real:
             return func(*args, **kwargs)
-        meta = [t.is_meta or (bool(self.stale) and t.untyped_storage()._cdata in self.stale) for t in given]
+        meta = [t.is_meta for t in given]
+        if self.stale:
+            meta = [empty or t.untyped_storage()._cdata in self.stale for empty, t in zip(meta, given, strict=True)]
         if known.inplace and True in meta and not given[0].is_meta:
             self.stale.add(given[0].untyped_storage()._cdata)
             return given[0]
