@@ -272,6 +272,7 @@ def check_assembled(name, function, parts, args, call=None):
 FACTORY = {"zeros": ([4, 5],), "ones": ([4, 5],), "full": ([4, 5], 2.0), "empty": ([4, 5],), "rand": ([4, 5],), "randn": ([4, 5],),
            "empty_permuted": ([4, 5], [1, 0]), "empty_strided": ([4, 5], [5, 1])}  # fmt: skip
 FACTORY |= {f"new_{name}": FACTORY[name] for name in ("zeros", "ones", "full", "empty", "empty_strided")}
+PACKED = "_pack_padded_sequence"  # has a test of its own
 ASSEMBLE_CALLS = {
     "expand": ([(2, 1, 4)], ([3, 2, 5, 4],)), "repeat": ([(2, 1, 4)], ([3, 2, 5, 1],)), "select": ([(2, 6, 4)], (1, 2)), "unbind": ([(2, 3, 4)], (1,)),
     "stack": ([(2, 3), (2, 3)], (1,)), "cat": ([(2, 3), (2, 5)], (1,)), "concatenate": ([(2, 3), (2, 5)], (-1,)),
@@ -279,7 +280,20 @@ ASSEMBLE_CALLS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(ASSEMBLE))
+def test_packing_sequences():
+    """Every number of the packed tensor carries the label of its feature; what depends on time or sample stays whole; lengths carry nothing."""
+    labels = Labels()
+    features, times = labels.fresh(6).reshape(1, 1, 6), labels.fresh(3).reshape(1, 3, 1)
+    data = torch.from_numpy(np.broadcast_to(features, (2, 3, 6)).astype(np.int64).copy())
+    packed, sizes = aten._pack_padded_sequence(data, torch.tensor([3, 1]), True)
+    value = Value((2, 3, 6), (features, times))
+    held, none = ASSEMBLE[PACKED](labels, labels.reason(None), [tuple(packed.shape), tuple(sizes.shape)], value, None, True)
+    assert none == () and len(held) == 1 and np.array_equal(np.broadcast_to(held[0], packed.shape), packed.numpy())
+    parts = labels.partition()
+    assert parts.is_locked(times.ravel()).all() and not parts.is_locked(features.ravel()).any()
+
+
+@pytest.mark.parametrize("name", sorted(set(ASSEMBLE) - {PACKED}))
 def test_assembling(name):
     if name in FACTORY:
         args = FACTORY[name]
@@ -331,6 +345,6 @@ def test_picking_by_a_buffer():
 
 
 def test_the_tables_above_name_only_what_there_is():
-    assert set(RULE_CALLS) | set(SAME) == set(RULES) and set(ASSEMBLE_CALLS) | set(FACTORY) == set(ASSEMBLE)
+    assert set(RULE_CALLS) | set(SAME) == set(RULES) and set(ASSEMBLE_CALLS) | set(FACTORY) | {PACKED} == set(ASSEMBLE)
     assert set(MOVE_CALLS) | set(TWO) | MADE <= set(MOVES)
     assert all(re.search("->", text) for text in PLANTED.values())
