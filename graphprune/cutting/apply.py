@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import BadPlan
-from ..tracing.copies import duplicate, gathered
+from ..tracing.copies import duplicate
+from ..tracing.fused import gathered
 from ..tracing.symbols import SHAPED
 from ..tracing.trees import is_parameter, leaf_tensors, modules_of, replace
 from .kernels import apply_kernel, check_kernel

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import BadModel, BadPlan
-from ..tracing.copies import gathered
+from ..tracing.fused import gathered
 from .parts import Part, narrowed, unpack
 
 
@@ -134,7 +134,7 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     names = list(masked(model))
     if not names:
         raise BadModel("no weight of this model is masked; there is nothing to bake")
-    baked = model if inplace else gathered(copy.deepcopy(model))
+    baked = model if inplace else copy.deepcopy(model)
     for name in names:
         path, _, own = name.rpartition(".")
         module = baked.get_submodule(path)
@@ -146,7 +146,7 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     plan = baked.__dict__.get("graphprune_plan")
     if plan is not None:
         baked.__dict__["graphprune_plan"] = replace(plan, parts=tuple(p for p in plan.parts if p.kind != "mask"))
-    return baked
+    return gathered(baked)
 
 
 def semi_structured(model: nn.Module, inplace: bool = False) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from ..tracing.copies import gathered
+from ..tracing.fused import gathered
 from ..tracing.notation import Value
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors, replace, tensors

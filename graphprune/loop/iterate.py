@@ -24,7 +24,7 @@ from ..cutting.compose import compose
 from ..cutting.plan import Plan
 from ..errors import BadLoop, BadTarget, NothingToPrune
 from ..shrink import shrink
-from ..tracing.copies import spelled_out
+from ..tracing.fused import spelled_out
 from ..tracing.trees import normal_inputs
 from .checkpoint import Checkpoint, set_random_states
 from .history import History, Row

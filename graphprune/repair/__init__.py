@@ -28,7 +28,7 @@ from torch import nn
 from ..catalogue import register
 from ..cutting.plan import Plan
 from ..errors import BadCalibration, UnknownName
-from ..tracing.copies import gathered
+from ..tracing.fused import gathered
 from ..tracing.trace import Graph, open_paths, trace
 from ..tracing.trees import leaf_tensors
 from .calibration import example, listed, parts, running, waiting

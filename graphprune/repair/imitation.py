@@ -19,7 +19,7 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from ..errors import BadCalibration, GraphpruneError
-from ..tracing.copies import spelled_out
+from ..tracing.fused import spelled_out
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import replace as exchange
 from ..tracing.trees import tensors

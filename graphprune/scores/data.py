@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tqdm import tqdm
 
 from ..errors import BadLoss, BadRatio, GraphpruneError, NeedsBatches
-from ..tracing.copies import spelled_out
+from ..tracing.fused import spelled_out
 from ..tracing.probe import batch_inputs
 from ..tracing.trees import leaf_tensors, replace, tensors
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import BadScore
-from ..tracing.copies import gathered
+from ..tracing.fused import gathered
 from ..tracing.trees import leaf_tensors, replace, tensors
 from .data import gradient, gradients, samples
 from .registry import scorer

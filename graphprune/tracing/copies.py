@@ -13,8 +13,6 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,35 +33,6 @@ def ordinary(kind: type) -> bool:
         slots = any(getattr(c, "__slots__", ()) for c in kind.__mro__)
         _ORDINARY[kind] = same and kind.__reduce__ is base.__reduce__ and not hasattr(kind, "__deepcopy__") and not slots and kind.__new__ is object.__new__
     return _ORDINARY[kind]
-
-
-@contextmanager
-def spelled_out(model: nn.Module) -> Iterator[None]:
-    """Recurrent layers run as the products that they are made of: the fused kernels have no gradient in evaluation mode (cuDNN), and nobody counts them."""
-    with ExitStack() as scopes:
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            scopes.enter_context(torch.backends.cudnn.flags(enabled=False))
-            scopes.enter_context(unfused())
-        yield
-
-
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Without the kernels of oneDNN, whose parts cannot be seen."""
-    fused = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = fused
-
-
-def gathered(model: nn.Module) -> nn.Module:
-    """The weights of recurrent layers in one piece of memory each, as their kernels on a GPU want them; a copy has them apart."""
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase) and all(isinstance(weight, nn.Parameter) for weight in module._flat_weights):  # none is computed anew for each call
-            module.flatten_parameters()
-    return model
 
 
 def duplicate(value: Any, memo: dict[int, Any]) -> Any:

@@ -166,23 +166,17 @@ class Recorder(TorchDispatchMode):
         meta = [t.is_meta for t in given]
         if self.stale:
             meta = [empty or t.untyped_storage()._cdata in self.stale for empty, t in zip(meta, given, strict=True)]
-        if known.inplace and True in meta and not given[0].is_meta:
-            self.stale.add(given[0].untyped_storage()._cdata)
-            return given[0]
-        if self.stale and True in meta:
-            args, kwargs = self.emptied(args, kwargs)
-        if meta and False not in meta:
-            if known.shape is not None:
-                found = known.shape(*args, **kwargs)
-                if found is not None:
-                    return found
+        if True in meta:
+            if known.inplace and not given[0].is_meta:
+                self.stale.add(given[0].untyped_storage()._cdata)
+                return given[0]
+            if self.stale or False in meta:
+                args, kwargs = self.emptied(args, kwargs)
+            found = known.shape(*args, **kwargs) if known.shape is not None and False not in meta else None
+            if found is not None:
+                return found
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": META}
-            return func(*args, **kwargs)
-        if True in meta:
-            args, kwargs = self.emptied(args, kwargs)
-            if "device" in kwargs:
-                kwargs["device"] = META
         elif str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": given[0].device if given else CPU}
         return func(*args, **kwargs)

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BadInput
-from .copies import duplicate, unfused
+from .copies import duplicate
+from .fused import unfused
 from .labels import Labels, Reason
 from .needs import Call, calls_of, sized
 from .notation import Value

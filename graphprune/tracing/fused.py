@@ -1,0 +1,43 @@
+"""Kernels that do many operations in one call: running without them, and keeping weights as they want them.
+
+>>> with spelled_out(nn.LSTM(2, 3)):
+...     torch.backends.mkldnn.enabled
+False
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def spelled_out(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers run as the products that they are made of: the fused kernels have no gradient in evaluation mode (cuDNN), and nobody counts them."""
+    with ExitStack() as scopes:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            scopes.enter_context(torch.backends.cudnn.flags(enabled=False))
+            scopes.enter_context(unfused())
+        yield
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Without the kernels of oneDNN, whose parts cannot be seen."""
+    fused = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = fused
+
+
+def gathered(model: nn.Module) -> nn.Module:
+    """The weights of recurrent layers in one piece of memory each, as their kernels on a GPU want them; a copy has them apart."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and all(isinstance(weight, nn.Parameter) for weight in module._flat_weights):  # none is computed anew for each call
+            module.flatten_parameters()
+    return model
