@@ -171,7 +171,7 @@ def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array
     """The cost functions of a coupled graph; ``more`` makes further ones, functions of lengths (rows, forms)."""
     graph, lengths = groups.graph, Lengths(groups)
     own = {name: leaf for name, leaf in graph.leaves.items() if not name.startswith("<")}
-    trained = [leaf for name, leaf in own.items() if name in graph.__dict__["parameters"]]
+    trained = [leaf for name, leaf in own.items() if name in graph.parameters]
     volumes = {id(leaf): _volume(lengths, leaf.shape, leaf) for leaf in own.values()}
     params = _sum([volumes[id(leaf)] for leaf in trained])
     size = _sum([(leaf.dtype.itemsize * volumes[id(leaf)][0], volumes[id(leaf)][1]) for leaf in own.values()])

@@ -168,7 +168,7 @@ def stays(costs: Costs, least: Array, count: int = 5) -> list[str]:
     found = (costs.constant + costs.slopes @ least)[None]
     rows = []
     for name, leaf in groups.graph.leaves.items():
-        if name.startswith("<") or name not in groups.graph.__dict__["parameters"]:
+        if name.startswith("<") or name not in groups.graph.parameters:
             continue
         sizes = [scale * float(found[0, form]) for scale, form in (costs.lengths.form(leaf, dim) for dim in range(len(leaf.shape)))]
         why = [f"axis {axis}: {groups.locked[name, axis]}" for axis in range(min(len(leaf.shape), 2)) if (name, axis) in groups.locked]

@@ -161,7 +161,7 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
             lines.append(f"  {name} axis {axis}: {size} -> {size if left is None else len(left)}")
     for (name, axis), reason in groups.locked.items():
         lines.append(f"whole: {name} axis {axis} ({math.prod(leaves[name].shape)} entries): {reason}")
-    numbers, picks = {}, groups.graph.__dict__.get("picks", {})
+    numbers, picks = {}, groups.graph.picks
     stays = Survivors(groups, kept) if picks else None
     for name, (value, dim) in picks.items():
         mask = stays.axis(value, dim)

@@ -33,7 +33,7 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
         given = list(tensors((args, kwargs), torch.Tensor))
         fits = graph is not None and [tuple(t.shape) for t in given] == [v.shape for v in graph.inputs]
         found = graph if fits and graph else trace(model, args, kwargs)
-        if found.__dict__["real"]:  # control flow depends on values: record the path that the zeroed weights take
+        if found.real:  # control flow depends on values: record the path that the zeroed weights take
             found = trace(_masked(model, plan), args, kwargs)
         return replay(found, model, plan, given)
 
@@ -117,14 +117,14 @@ def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor
             mask = plan.mask(name, tuple(data.shape)).to(data.device)
             shared[id(tensor)] = data.masked_fill(~mask, 0) if name in plan.cuts else data.clone()
         held[id(leaf)] = shared[id(tensor)]
-    for name, tensor in graph.__dict__["constants"].items():
+    for name, tensor in graph.constants.items():
         held[id(graph.leaves[name])] = tensor.clone()
     for value, tensor in zip(graph.inputs, inputs, strict=True):
         held[id(value)] = tensor.detach().clone()
     device = next((t.device for t in shared.values()), torch.device("cpu"))
     last = {id(v): i for i, node in enumerate(graph.nodes) for v in tensors((node.args, node.kwargs))}
     wanted = {id(value) for value in graph.outputs}
-    filled = graph.__dict__["filled"]
+    filled = graph.filled
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
             results = _call(node, held, masks, device)

@@ -84,7 +84,7 @@ def carried(weight: Tensor, belief: Belief, depthwise: bool = False) -> tuple[Te
 
 class _Reader:
     def __init__(self, graph: Graph, held: Mapping[str, Tensor]) -> None:
-        constants = graph.__dict__.get("constants", {})
+        constants = graph.constants
         self.known = {id(v): (held[n] if n in held else constants[n]).detach() for n, v in graph.leaves.items() if n in held or n in constants}
         self.found: dict[int, Belief] = {}
         self.alive: list[Any] = []

@@ -294,4 +294,4 @@ def _attention(asked: Asked) -> None:
     """Without a scale of its own it divides by the root of the width of a head: a factor, which may not change."""
     value = asked.known(asked.first)
     if value and asked.kwargs.get("scale") is None:
-        Size.floats.append(("dim", value, asked.first.dim() - 1))
+        asked.recorder.uses.floats.append(("dim", value, asked.first.dim() - 1))

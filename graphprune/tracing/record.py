@@ -24,7 +24,7 @@ from .notation import Value, meet
 from .picks import INTEGERS, pick, picked
 from .rules import RULES, pointwise
 from .shapes import SHAPES
-from .sizes import Size
+from .sizes import Uses
 from .trees import PLAIN, replace, tensors
 
 # Pointwise operations whose overloads lack torch's tag.
@@ -112,6 +112,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, labels: Labels, names: dict[int, str], stack: list[str], real: bool) -> None:
         super().__init__()
         self.labels, self.names, self.stack, self.real = labels, names, stack, real
+        self.uses = Uses()  # of the sizes that this run gives out
         self.values: dict[int, Value] = {}
         self.alive: list[Any] = []
         self.stale: set[int] = set()  # storages that no longer hold what the model would have there: something without values was written
@@ -288,7 +289,7 @@ class Recorder(TorchDispatchMode):
                 self.singled(source, outs, shapes, reason)
             return outs, False
         if known.plain == "_grouped_mm":
-            aligned(args[:2])
+            aligned(args[:2], self.uses)
         if known.plain in RULES:
             described = RULES[known.plain](*args, **kwargs)
             outs, reduces = meet(self.labels, described, shapes, reason)
@@ -347,13 +348,13 @@ class Recorder(TorchDispatchMode):
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
 
 
-def aligned(operands: tuple) -> None:
+def aligned(operands: tuple, uses: Uses) -> None:
     """The kernel wants rows of a multiple of 16 bytes: a branch on the size, taken."""
     for value in operands:
         step = 16 // value.dtype.itemsize
         for dim in range(len(value.shape) - 2, len(value.shape)):
             if value.shape[dim] % step == 0 and any(field.shape[dim] > 1 for field in value.fields):
-                Size.outcomes.append(("==", ("%", ("dim", value, dim), step), 0, True))
+                uses.outcomes.append(("==", ("%", ("dim", value, dim), step), 0, True))
 
 
 def _cross(one: Array, two: Array) -> bool:

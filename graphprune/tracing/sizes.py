@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 Expr = Any
@@ -25,6 +26,15 @@ OPERATORS: dict[str, Callable] = {
     "//": operator.floordiv,
     "%": operator.mod,
 }
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What one run did with its sizes that must stay true: factors, sizes found equal, and branches taken (symbol, left, right, outcome)."""
+
+    floats: list[Expr] = field(default_factory=list)
+    equals: list[tuple[Expr, Expr]] = field(default_factory=list)
+    outcomes: list[tuple[str, Expr, Expr, bool]] = field(default_factory=list)
 
 
 COMPARISONS: dict[str, Callable] = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -38,26 +48,22 @@ def _compared(symbol: str) -> Callable:
         if not isinstance(other, int):
             return compute(int(self), other) if isinstance(other, float) else NotImplemented
         outcome = compute(int(self), int(other))
-        Size.outcomes.append((symbol, self.expr, expression(other), outcome))
+        self.uses.outcomes.append((symbol, self.expr, expression(other), outcome))
         return outcome
 
     return method
 
 
 class Size(int):
-    """An integer with the expression that made it.
-
-    ``floats``, ``equals`` and ``outcomes`` collect uses that must stay true: factors, equal sizes, and branches taken.
-    """
+    """An integer with the expression that made it; what is done with it is noted in the ``uses`` of the run that it belongs to."""
 
     expr: Expr
-    floats: list[Expr] = []
-    equals: list[tuple[Expr, Expr]] = []
-    outcomes: list[tuple[str, Expr, Expr, bool]] = []
+    uses: Uses
 
-    def __new__(cls, value: int, expr: Expr) -> Size:
+    def __new__(cls, value: int, expr: Expr, uses: Uses | None = None) -> Size:
         size = super().__new__(cls, value)
         size.expr = expr
+        size.uses = Uses() if uses is None else uses
         return size
 
     def __hash__(self) -> int:
@@ -66,7 +72,7 @@ class Size(int):
     def __eq__(self, other: object) -> bool:
         same = _compared("==")(self, other)
         if same is True and isinstance(other, Size):
-            Size.equals.append((self.expr, other.expr))
+            self.uses.equals.append((self.expr, other.expr))
         return same
 
     def __ne__(self, other: object) -> bool:
@@ -74,20 +80,20 @@ class Size(int):
         return same if same is NotImplemented else not same
 
     def __float__(self) -> float:
-        Size.floats.append(self.expr)
+        self.uses.floats.append(self.expr)
         return float(int(self))
 
     def __truediv__(self, other: Any) -> Any:
-        Size.floats.append(self.expr)
+        self.uses.floats.append(self.expr)
         return int(self) / other
 
     def __rtruediv__(self, other: Any) -> Any:
-        Size.floats.append(self.expr)
+        self.uses.floats.append(self.expr)
         return other / int(self)
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
         if not isinstance(other, int) or other < 0:
-            Size.floats.append(self.expr)
+            self.uses.floats.append(self.expr)
             return int(self) ** other
         result = self
         for _ in range(int(other) - 1):
@@ -107,12 +113,12 @@ def _binary(symbol: str, reverse: bool) -> Callable:
     def method(self: Size, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
             if isinstance(other, float) and symbol in "*/":
-                Size.floats.append(self.expr)
+                self.uses.floats.append(self.expr)
             plain = int(self)
             return compute(other, plain) if reverse else compute(plain, other)
         pair = (expression(other), self.expr) if reverse else (self.expr, expression(other))
         numbers = (int(other), int(self)) if reverse else (int(self), int(other))
-        return Size(compute(*numbers), (symbol, *pair))
+        return Size(compute(*numbers), (symbol, *pair), self.uses)
 
     return method
 

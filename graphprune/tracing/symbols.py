@@ -17,7 +17,7 @@ from torch import nn
 
 from .needs import Call, Need
 from .notation import Value
-from .sizes import COMPARISONS, Expr, Size, evaluate, leaves
+from .sizes import COMPARISONS, Expr, Size, Uses, evaluate, leaves
 from .trees import PLAIN, modules_of
 
 # Modules whose attributes follow from the shapes of their own weights (see apply.py).
@@ -32,11 +32,11 @@ REPEATS |= {"embedding_dim": 1, "num_embeddings": 0, "num_parameters": 0}
 COUNTS = ("groups", "num_groups", "normalized_shape")
 
 
-def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], original: nn.Module) -> dict[tuple, int]:
+def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], original: nn.Module, uses: Uses) -> dict[tuple, int]:
     """Replace integer attributes (also inside lists, tuples, dictionaries and configuration objects) by sizes; return what they were.
 
     ``values`` finds the value of a tensor by its id: attributes that repeat the shape of a weight speak of that weight.
-    ``modules`` are those of a copy of ``original``; objects that both share are left alone.
+    ``modules`` are those of a copy of ``original``; objects that both share are left alone. ``uses`` is where the sizes note what is done with them.
     """
     symbols: dict[tuple, int] = {}
     seen: set[int] = set()
@@ -53,13 +53,13 @@ def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], ori
                         seen.update(_own(original))
                     entered = True
                     if id(value) not in seen:
-                        _enter(value, (name, key), 1, seen, symbols)
+                        _enter(value, (name, key), 1, seen, symbols, uses)
                 continue
             if known and kind is int and key in REPEATS:
-                _repeat(module, key, values)
+                _repeat(module, key, values, uses)
             if known and key not in COUNTS:
                 continue
-            planted = _planted((name, key), value, symbols)
+            planted = _planted((name, key), value, symbols, uses)
             if planted is not value:
                 module.__dict__[key] = planted
     return symbols
@@ -74,28 +74,28 @@ def _own(model: nn.Module) -> Iterator[int]:
                 yield from map(id, item.__dict__.values())
 
 
-def _planted(path: tuple, value: Any, symbols: dict[tuple, int]) -> Any:
+def _planted(path: tuple, value: Any, symbols: dict[tuple, int], uses: Uses) -> Any:
     """The value with sizes for its integers."""
     if type(value) is int and value > 1:
         symbols[path] = value
-        return Size(value, ("attr", path))
+        return Size(value, ("attr", path), uses)
     if type(value) in (list, tuple) and 0 < len(value) < 64 and any(type(v) in (int, list, tuple) for v in value):
-        return type(value)(_planted((*path, i), v, symbols) for i, v in enumerate(value))
+        return type(value)(_planted((*path, i), v, symbols, uses) for i, v in enumerate(value))
     if type(value) is dict and 0 < len(value) < 64:
-        return {key: _planted((*path, key), v, symbols) if type(key) is str and key[:1] != "_" else v for key, v in value.items()}
+        return {key: _planted((*path, key), v, symbols, uses) if type(key) is str and key[:1] != "_" else v for key, v in value.items()}
     return value
 
 
-def _enter(holder: Any, path: tuple, depth: int, seen: set[int], symbols: dict[tuple, int]) -> None:
+def _enter(holder: Any, path: tuple, depth: int, seen: set[int], symbols: dict[tuple, int], uses: Uses) -> None:
     """Plant sizes in a configuration object, and in those that it holds."""
     seen.add(id(holder))
     for key, item in list(holder.__dict__.items()):
         if type(item) in PLAIN - {int} or key[0] == "_":
             continue
         if type(item) in PLANTED:
-            holder.__dict__[key] = _planted((*path, key), item, symbols)
+            holder.__dict__[key] = _planted((*path, key), item, symbols, uses)
         elif depth and configures(item) and id(item) not in seen:
-            _enter(item, (*path, key), depth - 1, seen, symbols)
+            _enter(item, (*path, key), depth - 1, seen, symbols, uses)
 
 
 def _shaped(kind: type) -> bool:
@@ -118,7 +118,7 @@ def configures(value: Any) -> bool:
     return _CONFIGURES[kind]
 
 
-def _repeat(module: nn.Module, key: str, values: Mapping[int, Value]) -> None:
+def _repeat(module: nn.Module, key: str, values: Mapping[int, Value], uses: Uses) -> None:
     weight = module._parameters.get("weight")
     weight = module._buffers.get("running_mean") if weight is None else weight
     axis = REPEATS[key]
@@ -126,7 +126,7 @@ def _repeat(module: nn.Module, key: str, values: Mapping[int, Value]) -> None:
         axis = 1 - axis
     found = values.get(id(weight))
     if found is not None and axis < len(found.shape) and found.shape[axis] == module.__dict__[key]:
-        module.__dict__[key] = Size(found.shape[axis], ("dim", found, axis))
+        module.__dict__[key] = Size(found.shape[axis], ("dim", found, axis), uses)
 
 
 def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list]:

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from .needs import Call, calls_of, sized
 from .notation import Value
 from .picks import settle
 from .record import META, Node, Recorder, is_pointwise
-from .sizes import Size
+from .sizes import Expr, Size
 from .symbols import plant
 from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, same_dice, train_run, unread
@@ -60,7 +60,12 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Graph:
-    """What a model computes: the calls in order, the leaves (parameters, buffers, constants) and all labels."""
+    """What a model computes on an example: the ATen calls in order, its leaves, and the labels of every tensor.
+
+    ``nodes`` are ATen calls, ``steps`` calls of the Python code. ``leaves`` are parameters, buffers, plain tensor attributes (by qualified name) and
+    constants made in the code (``"<constant 3>"``). ``calls``, ``floats``, ``equals``, ``outcomes`` and ``symbols`` say what the code does with sizes
+    (:mod:`graphprune.tracing.symbols`). ``example`` holds the positional and the keyword arguments of the run.
+    """
 
     nodes: list[Node]
     steps: list[Step]
@@ -69,11 +74,17 @@ class Graph:
     inputs: list[Value]
     outputs: list[Value]
     calls: list[Call]
-    floats: list
-    equals: list
-    outcomes: list
-    symbols: dict
+    floats: list[Expr]
+    equals: list[tuple[Expr, Expr]]
+    outcomes: list[tuple[str, Expr, Expr, bool]]
+    symbols: dict[tuple, int]
     example: tuple[tuple, dict]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)  # by the name of the leaf
+    filled: dict[int, torch.Tensor] = field(default_factory=dict)  # whole numbers that no call shows being written, by the id of their value
+    real: bool = False  # whether the run had values: control flow depends on them
+    parameters: frozenset[str] = frozenset()  # the leaves that are parameters
+    unread: list[str] = field(default_factory=list)  # the leaves that no run reads
+    picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
 
     def to_networkx(self) -> Any:
         """The dependency graph: one node per call (with its operation, module and line), one edge per tensor."""
@@ -182,11 +193,12 @@ class Functions(TorchFunctionMode):
         if kind == NUMEL:
             return math.prod(self.sizes(args[0], args[0].size()))
         if kind == FACTOR:
-            Size.floats += [arg.expr for arg in args if type(arg) is Size]
+            self.recorder.uses.floats.extend([arg.expr for arg in args if type(arg) is Size])
         elif kind == CALL:
-            own = len(Size.outcomes)
+            outcomes = self.recorder.uses.outcomes
+            before = len(outcomes)
             calls_of(self.calls, self.recorder, name, args, kwargs, result, self.recorder.stack[-1] if self.recorder.stack else "")
-            del Size.outcomes[own:]  # what was compared here is no branch of the model
+            del outcomes[before:]  # what was compared here is no branch of the model
         return result
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
@@ -220,7 +232,7 @@ class Functions(TorchFunctionMode):
         if value is None or not value.fields:
             return shape
         moving = {axis for held in value.fields for axis, n in enumerate(held.shape) if n > 1}
-        return torch.Size([Size(n, ("dim", value, i)) if i in moving else n for i, n in enumerate(shape)])
+        return torch.Size([Size(n, ("dim", value, i), self.recorder.uses) if i in moving else n for i, n in enumerate(shape)])
 
 
 SWITCHES = [(space, name) for space in (nn.functional, torch.functional) for name in dir(space) if name.startswith("has_torch_function")]
@@ -311,7 +323,7 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
 def _traced(model: nn.Module, example: tuple[tuple, dict]) -> Graph:
     try:
         found = _run(model, example, real=False)
-        stale = any("[" in name for name in found.__dict__["unread"])  # a cache that the run looked for under another device
+        stale = any("[" in name for name in found.unread)  # a cache that the run looked for under another device
         return _run(model, example, real=True) if stale else found
     except Exception as first:
         try:
@@ -329,7 +341,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for tensor, name in held:
         recorder.leaf(tensor, name)
     modules = modules_of(twin)
-    symbols = plant(modules, recorder.values, model)
+    symbols = plant(modules, recorder.values, model, recorder.uses)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
     inputs = []
@@ -337,7 +349,6 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         value = Value(tuple(tensor.shape), leaf=f"<input {len(inputs)}>")
         recorder.keep(tensor, value)
         inputs.append(value)
-    Size.floats, Size.equals, Size.outcomes = [], [], []
     with ExitStack() as scopes:
         functions = Functions(recorder, calls, any(tensor.device.type != "cpu" for *_, tensor in leaf_tensors(model)))
         for scope in (open_paths(), _valueless(), _where(modules, stack), recorder, functions):
@@ -355,7 +366,24 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     for value in outputs + others:
         for held in value.fields:
             labels.lock(held, reason)
-    uses = Size.floats, Size.equals, Size.outcomes
-    found = Graph(recorder.nodes, steps, recorder.leaves, labels, inputs, outputs, calls, *uses, symbols, example)
-    found.__dict__.update(constants=recorder.constants, filled=recorder.filled, real=real, parameters=parameters, unread=idle, picks=numbered)
-    return found
+    uses = recorder.uses
+    return Graph(
+        nodes=recorder.nodes,
+        steps=steps,
+        leaves=recorder.leaves,
+        labels=labels,
+        inputs=inputs,
+        outputs=outputs,
+        calls=calls,
+        floats=uses.floats,
+        equals=uses.equals,
+        outcomes=uses.outcomes,
+        symbols=symbols,
+        example=example,
+        constants=recorder.constants,
+        filled=recorder.filled,
+        real=real,
+        parameters=parameters,
+        unread=idle,
+        picks=numbered,
+    )
