@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import Rows, macs, made_by, reestimated
+from realdata import accuracy, cifar_resnet, fashion_resnet, load_cifar, load_fashion, normalise
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
-from realdata import accuracy, cifar_resnet, fashion_resnet, load_cifar, load_fashion, normalise  # noqa: E402
-
-import graphprune  # noqa: E402
+import graphprune
 
 TARGETS = {"resnet56": (1.5, 2.0, 2.15, 3.0, 4.0), "resnet20": (1.5, 2.0, 3.0, 4.0), "fashion": (1.5, 2.0, 3.0, 4.0)}
 KEEP = ["conv1", "layer*.bn2", "linear"]
@@ -38,14 +34,6 @@ COUNTS = (32, 64, 128, 256, 1024, 2048)
 RATIOS = (0.25, 0.4, 0.5)
 STEPS = {"BN re-estimation": ["bn"], "least squares": ["least-squares"], "then censored": ["least-squares", "censored"], "auto": "auto"}
 NAMES = {"resnet56": "ResNet-56, CIFAR-10 (JPEG)", "resnet20": "ResNet-20, CIFAR-10 (JPEG)", "fashion": "ResNet-20, Fashion-MNIST"}
-
-
-def macs(model: nn.Module, x: torch.Tensor) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops() // 2
 
 
 def load(name: str, data: str | None) -> tuple:
@@ -60,20 +48,6 @@ def load(name: str, data: str | None) -> tuple:
 def sample(train: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:count]
     return normalise(train[chosen]), labels[chosen]
-
-
-def reestimated(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    """Batch-norm statistics from the same images, the usual way: cumulative averages in training mode."""
-    model = copy.deepcopy(model)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in x.split(128):
-            model(batch)
-    return model.eval()
 
 
 def narrowed(cut: Callable[[float], nn.Module], x: torch.Tensor, budget: float, above: bool, rounds: int = 11) -> nn.Module:
@@ -187,7 +161,7 @@ def cells(names: list[str], options: argparse.Namespace, known: dict, done: Call
                     key = f"{name}/{target}/peer/{'global' if globally else 'local'}/{kind}"
                     if key not in known:
                         small = peer(model, kind, globally, full / target, x, y)
-                        found = {"top1": accuracy(small, test, truth), "bn": accuracy(reestimated(small, x), test, truth)}
+                        found = {"top1": accuracy(small, test, truth), "bn": accuracy(reestimated(small, x.split(128)), test, truth)}
                         done(key, {**found, "macs": macs(small, x[:1]), "full": full})
         budget = {t: min(theirs(known, name, t)[k]["macs"] for k in bests(theirs(known, name, t))) for t in TARGETS[name]}
         for seed in range(options.seeds):
@@ -232,7 +206,7 @@ def without_data(name: str, options: argparse.Namespace, known: dict, done: Call
         start = time.perf_counter()
         free = graphprune.repair(small, model, steps="data-free", graph=graph)
         seconds = time.perf_counter() - start
-        ways = {"cut": small, "bn": reestimated(small, x), "free": free, "auto": graphprune.repair(small, model, None, x.split(128), progress=False)}
+        ways = {"cut": small, "bn": reestimated(small, x.split(128)), "free": free, "auto": graphprune.repair(small, model, None, x.split(128), progress=False)}
         done(f"{name}/free/{ratio}", {**{way: accuracy(each, test, truth) for way, each in ways.items()}, "seconds": seconds})
 
 
@@ -256,10 +230,12 @@ def each_step(name: str, options: argparse.Namespace, known: dict, done: Callabl
             done(f"{name}/steps/{target}/{seed}", found)
 
 
-def table(known: dict, every: int) -> str:
+def table(known: dict, every: int, kept: Rows) -> str:
     images = "all test images" if every == 1 else f"every {every}th test image ({10000 // every:,})"
     lines = [
         "# Accuracy after one-shot pruning, without labels and without training",
+        "",
+        made_by("python benchmarks/accuracy.py --data DIR", "torch-pruning", rows=kept),
         "",
         f"`python benchmarks/accuracy.py --every {every} --curve --free`; torch {torch.__version__}, one thread, 512 calibration images (no",
         f"labels; from the training set), top-1 on {images}; CIFAR-10 is a JPEG copy. Both prune channels inside the blocks.",
@@ -383,15 +359,12 @@ def main() -> None:
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept = Path(options.rows)
-    lines = [json.loads(line) for line in kept.read_text().splitlines() if line.endswith("}")] if kept.exists() else []
-    known = {line.pop("cell"): line for line in lines}
+    rows = Rows(options.rows)
+    known = rows.by("cell")
 
     def done(key: str, found: dict) -> None:
         known[key] = found
-        with kept.open("a") as file:
-            file.write(json.dumps({"cell": key, **found}) + "\n")
-        print(key, {n: round(v, 2) for n, v in found.items()}, flush=True)
+        rows.add({"cell": key, **found})
 
     if options.cells:
         cells(options.models, options, known, done)
@@ -404,7 +377,7 @@ def main() -> None:
         for name in options.models:
             without_data(name, options, known, done)
     if options.out:
-        Path(options.out).write_text(table(known, options.every))
+        Path(options.out).write_text(table(known, options.every, rows))
         plot(known, Path(options.out).with_suffix(".png"))
 
 

@@ -8,24 +8,18 @@ Runs in pieces of 100 draws, each with a seed of its own; pieces already in the 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
+from common import Rows, made_by
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from networks import BLOCKS, networks
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
-
-from networks import BLOCKS, networks  # noqa: E402
-
-import graphprune  # noqa: E402
-from graphprune.errors import NothingToPrune  # noqa: E402
+import graphprune
+from graphprune.errors import NothingToPrune
 
 X = torch.randn(2, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -80,25 +74,21 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=10**6, help="run at most so many pieces now")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
-    done = {row["seed"] for row in rows}
+    kept = Rows(options.json)
+    done = set(kept.by("seed"))
     for number in [n for n in range(-(-options.draws // options.piece)) if n not in done][: options.pieces]:
-        rows.append(piece(number, options.piece))
-        with options.json.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        print({key: rows[-1][key] for key in ("seed", "draws", "whole", "worst", "control", "failures")}, flush=True)
+        row = kept.add(piece(number, options.piece), shown=False)
+        print({key: row[key] for key in ("seed", "draws", "whole", "worst", "control", "failures")}, flush=True)
     if options.out:
-        options.out.write_text(report(rows))
+        options.out.write_text(report(kept.rows))
 
 
 def report(rows: list[dict]) -> str:
     total = {key: sum(row[key] for row in rows) for key in ("draws", "whole", "controls", "equal", "cpu")}
     blocks: Counter = sum((Counter(row["blocks"]) for row in rows), Counter())
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
     counts = ", ".join(f"{name} {count}" for name, count in sorted(blocks.items()))
     return (
-        "# Drawn networks\n\nMade by `python benchmarks/draws.py --json draws.jsonl --out docs/draws.md`; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, commit {head}.\n\n"
+        f"# Drawn networks\n\n{made_by('python benchmarks/draws.py --json draws.jsonl --out docs/draws.md')}\n\n"
         f"Hypothesis drew {total['draws']} networks of one to four of {len(BLOCKS)} constructs (tests/networks.py), every weight random, in float64, "
         "with a random score, ratios 0.25 to 0.75\nand the scopes layer, global and isomorphic; compared on another batch size than the example.\n\n"
         f"- cut differs from zeroed (relative to 1e-9): **{sum(len(row['failures']) for row in rows)}**\n"

@@ -14,21 +14,18 @@ import math
 import resource
 import signal
 import statistics
-import sys
 import time
 import warnings
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import common
 import torch
 from torch import nn
+from zoo_support import declare_operators
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
-
-from zoo_support import declare_operators  # noqa: E402
-
-import graphprune  # noqa: E402
+import graphprune
 
 # One or two members of every family of torchvision's classifiers (their own code, plain to both engines), and from timm dense, high-resolution,
 # token and pooling architectures. Chosen before measuring; a model that either side cannot cut into one that runs stays in the table, uncounted.
@@ -44,10 +41,8 @@ def ours(model: nn.Module, x: torch.Tensor, verify: bool = False) -> nn.Module:
 
 
 def theirs(model: nn.Module, x: torch.Tensor) -> None:
-    import torch_pruning as tp
-
     heads = [m for m in model.modules() if 1000 in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))]
-    tp.pruner.MagnitudePruner(model, x, importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.5, ignored_layers=heads).step()
+    common.torch_pruned(model, x, 0.5, heads)
 
 
 def timed(function, model: nn.Module, x: torch.Tensor) -> float:
@@ -209,7 +204,7 @@ def main() -> None:
     print(seven[0], flush=True)
     parts = [*seven, "", *growth(), "", *compare(options.repeats, MODELS + TIMM, options.limit, options.most)]
     if options.out:
-        made = f"Made by `python benchmarks/engine.py --out {options.out}`; torch {torch.__version__}, Torch-Pruning 1.6.1, one thread."
+        made = f"{common.made_by(f'python benchmarks/engine.py --out {options.out}', 'torch-pruning', 'torchvision', 'timm')} One thread."
         options.out.write_text("\n".join(["# Engine speed", "", made, "", *parts, ""]))
 
 

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from realdata import accuracy, cifar_resnet, load_cifar, normalise
 from torch import nn
+from zoo_support import declare_operators
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
-
-from zoo_support import declare_operators  # noqa: E402
-
-import graphprune  # noqa: E402
-from graphprune.cutting.parts import Part, pack  # noqa: E402
-from graphprune.granularity.positions import times  # noqa: E402
+import graphprune
+from graphprune.cutting.parts import Part, pack
+from graphprune.granularity.positions import times
 
 SHARE = 0.7
 CONVOLUTIONS = ["channel", "block", "layer", "group:box", "group", "kernel", "vector", "weight", "2:4"]
@@ -145,7 +141,7 @@ def main() -> None:
     ]
     if options.out:
         with open(options.out, "w") as file:
-            file.write("# Granularities, measured\n\n" + "\n".join(lines) + "\n")
+            file.write(f"# Granularities, measured\n\n{common.made_by('python benchmarks/granularity.py')}\n\n" + "\n".join(lines) + "\n")
     else:
         print("\n".join(lines))
 

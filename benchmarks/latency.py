@@ -30,11 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import Rows, torch_pruned
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
-
-import graphprune  # noqa: E402
+import graphprune
 
 MODELS = "resnet50 mobilenet_v2 vit_s convnext_t resnet18 efficientnet_b0 minilm regnet_y densenet121 swin_t".split()
 RUNTIMES = ("eager", "onnxruntime", "openvino", "compile")
@@ -211,25 +210,15 @@ def narrowed(plain: nn.Module, x: torch.Tensor, budget: float, round_to: int) ->
     """Torch-Pruning's models with MACs nearest below and above the budget, by bisection over its ratio."""
     import copy
 
-    import torch_pruning as tp
-
     plain, x = copy.deepcopy(plain), x.contiguous()
     made, low, high = {}, 0.0, 0.95
     for _ in range(7):
         middle = (low + high) / 2
         small = copy.deepcopy(plain)
-        heads = {m.qkv: m.num_heads for m in small.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
         ignored = [m for m in small.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importance = tp.importance.GroupMagnitudeImportance(p=2)
-            pruner = tp.pruner.BasePruner(small, x, importance=importance, pruning_ratio=middle, ignored_layers=ignored, round_to=round_to, num_heads=heads)
-            pruner.step()
-        for module in small.modules():
-            if getattr(module, "qkv", None) in heads:
-                module.num_heads = pruner.num_heads[module.qkv]
-                module.head_dim = module.qkv.out_features // (3 * module.num_heads)
-                module.attn_dim = module.num_heads * module.head_dim
+            torch_pruned(small, x, middle, ignored, round_to=round_to)
         count = graphprune.profile(small.eval(), x).macs
         made[count] = small
         low, high = (middle, high) if count > budget else (low, middle)
@@ -399,10 +388,10 @@ def main() -> None:
             print("ROW", json.dumps({**row, **where}), flush=True)
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
+    kept = Rows(options.json)
     end = time.time() + options.limit
     for job in planned(options):
-        done = {row["target"] for row in known if all(row.get(k, job[k]) == job[k] for k in KEYS) and not row.get("kind")}
+        done = {row["target"] for row in kept.rows if all(row.get(k, job[k]) == job[k] for k in KEYS) and not row.get("kind")}
         job["targets"] = [target for target in job["targets"] if target not in done]
         if not job["targets"] or 0 in done or time.time() > end:
             continue
@@ -410,13 +399,11 @@ def main() -> None:
         for row in rows:
             facts = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
             print(named(row), facts, row.get("why", ""), flush=True)
-        known += rows
-        with options.json.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            kept.add(row, shown=False)
     if options.out:
         from latency_report import write
 
-        write(known, options.out)
+        write(kept, options.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from common import Rows, made_by
 
 NEAR = 0.05
 TITLES = {
@@ -17,8 +18,9 @@ TITLES = {
 }  # fmt: skip
 
 
-def write(rows: list[dict], path: Path) -> None:
+def write(kept: Rows, path: Path) -> None:
     """The report as Markdown, and its plots beside it; the last row of each cell counts."""
+    rows = kept.rows
     latest = {tuple(row.get(k) for k in ("job", "model", "runtime", "side", "target", "kind", "way")): row for row in rows}
     pick = lambda job, kind=None: [r for r in latest.values() if r["job"] == job and r.get("kind") == kind]  # noqa: E731
     asked, again = pick("search"), {_cell(r): r for r in pick("fresh")}
@@ -28,7 +30,7 @@ def write(rows: list[dict], path: Path) -> None:
     text = [
         "# Speed asked for, speed got",
         "",
-        f"Made by `python benchmarks/latency.py`: {_setting(rows[-1])}, "
+        f"{made_by('python benchmarks/latency.py', 'onnxruntime', 'openvino', 'torch-pruning', rows=kept)} {_setting(rows[-1])}, "
         f"{' and '.join(map(str, sides))} pixels (MiniLM: 128 tokens), random weights. Both sides of every comparison have their batch norms folded "
         "(`graphprune.fuse`) and, for convolutional models, `channels_last`. *Fresh* is another process that loads what the search saved and times it in "
         "the same rounds as the original: median, and its 95 % band. *Efficiency*: fresh speedup / (MACs before / MACs after).",

@@ -18,24 +18,21 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import accuracy as oneshot
+import common
+import realdata
 import torch
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
-import accuracy as oneshot  # noqa: E402
-import realdata  # noqa: E402
-
-import graphprune  # noqa: E402
-from graphprune.loop.distill import soften  # noqa: E402
-from graphprune.timing.measure import middle_of  # noqa: E402
+import graphprune
+from graphprune.loop.distill import soften
+from graphprune.timing.measure import middle_of
 
 X = torch.zeros(1, 3, 32, 32)
 RUNS = ("ours/2.1", "peer/2.1", "ours/2.6", "peer/2.6", "peer-distilled/2.1", "peer-distilled/2.6", "original/1")
@@ -208,7 +205,7 @@ def ours(run: str, factor: float, data: Images, options: argparse.Namespace, log
 
 
 def start(model: nn.Module, data: Images) -> dict:
-    size = {"macs": oneshot.macs(model.cpu().eval(), X), "params": sum(p.numel() for p in model.parameters())}
+    size = {"macs": common.macs(model.cpu().eval(), X), "params": sum(p.numel() for p in model.parameters())}
     return {**size, "test": top1(model.to(data[0].device), data[2], data[3])}
 
 
@@ -216,7 +213,7 @@ def peer(run: str, factor: float, data: Images, options: argparse.Namespace, log
     """Torch-Pruning's best cut, by training images after batch-norm re-estimation (which training does by itself)."""
     path = options.folder / f"peer-{factor}-cut.json"
     original, x = realdata.cifar_resnet(options.depth, options.data), realdata.normalise(data[0][:512].cpu())
-    budget = oneshot.macs(original, X) / factor
+    budget = common.macs(original, X) / factor
 
     def cut(kind: str, globally: bool) -> nn.Module:
         return oneshot.peer(original, kind, globally, budget, x, data[1][:512].cpu())
@@ -226,8 +223,9 @@ def peer(run: str, factor: float, data: Images, options: argparse.Namespace, log
         for globally, kinds in ((False, oneshot.LOCAL), (True, oneshot.GLOBAL)):
             for kind in kinds:
                 small = cut(kind, globally)
-                found[kind, globally] = top1(oneshot.reestimated(small, x).to(options.device), data[0][512:4512], data[1][512:4512], products(options))
-                print(run, kind, "global" if globally else "local", found[kind, globally], oneshot.macs(small, X), flush=True)
+                settled = common.reestimated(small, x.split(128)).to(options.device)
+                found[kind, globally] = top1(settled, data[0][512:4512], data[1][512:4512], products(options))
+                print(run, kind, "global" if globally else "local", found[kind, globally], common.macs(small, X), flush=True)
         replaced(path, lambda part: part.write_text(json.dumps(max(found, key=found.__getitem__))))
     kind, globally = json.loads(path.read_text())  # the choice is kept, the cut made anew: it is the same every time
     model, how = cut(kind, globally), f"{kind}, {'global' if globally else 'layer by layer'}"
@@ -320,7 +318,7 @@ def epoch_times(data: Images, options: argparse.Namespace, log: Log) -> None:
             mine = torch.tensor(times[3:], dtype=torch.float64)
             faster, band = middle_of((whole / mine).numpy())
             epoch = statistics.median(times[3:]) * 50_000 / batch
-            size = {"macs": oneshot.macs(net.eval(), X), "kind": kind, "batch": batch}
+            size = {"macs": common.macs(net.eval(), X), "kind": kind, "batch": batch}
             log.add(f"time/{name}/{how}", **size, epoch=epoch, faster=faster, band=band, seconds=seconds)
 
 
@@ -415,7 +413,7 @@ def report(rows: dict[str, dict], path: Path) -> None:
     """Write the tables between the two marks of a file, or as a file of its own."""
     old = path.read_text() if path.exists() else ""
     head, _, rest = old.partition(BEGIN) if BEGIN in old else ("# Fine-tuned: measured\n\n", "", END + "\n")
-    made = f"Made by `python benchmarks/loop.py`; torch {torch.__version__}, Torch-Pruning 1.6.1, one thread."
+    made = f"{common.made_by('python benchmarks/loop.py', 'torch-pruning')} One thread."
     body = "\n".join([BEGIN, made, "", *tuned(rows), *timed(rows)])
     path.write_text(head + body + END + rest.partition(END)[2])
     if "original/1/0" in rows:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -25,18 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy import importances
+from common import Rows, macs, made_by, reestimated
+from realdata import find_data, load_imagenet_sample, normalise
 from torch import nn
+from zoo_support import declare_operators
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
-
-from accuracy import importances  # noqa: E402
-from realdata import find_data, load_imagenet_sample, normalise  # noqa: E402
-from zoo_support import declare_operators  # noqa: E402
+import graphprune
+from graphprune.tracing.probe import batch_inputs
 
 declare_operators()
-
-import graphprune  # noqa: E402
-from graphprune.tracing.probe import batch_inputs  # noqa: E402
 
 
 @dataclass
@@ -63,12 +59,19 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def macs(model: nn.Module, example: Any) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
+def counted(model: nn.Module, example: Any) -> int:
+    return macs(Called(model), example)
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run(model, example)
-    return counter.get_total_flops() // 2
+
+class Called(nn.Module):
+    """A model that takes a batch in whatever form this file holds it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Any:
+        return run(self.model, batch)
 
 
 def package(name: str) -> Path:
@@ -224,7 +227,7 @@ def narrowed(cut: Callable[[float], nn.Module], case: Case, budget: float, known
     while high - low > 0.004:
         middle = (low + high) / 2
         model = cut(middle)
-        known[middle] = macs(model, case.example)
+        known[middle] = counted(model, case.example)
         if known[middle] >= budget:
             low, best = middle, model
         else:
@@ -279,19 +282,6 @@ def peer(case: Case, kind: str, globally: bool, way: str, budget: float, shared:
     return narrowed(cut, case, budget, shared.setdefault((widths, way), {}))
 
 
-def reestimated(case: Case, model: nn.Module) -> nn.Module:
-    """Batch-norm statistics from the calibration, the usual way: cumulative averages in training mode."""
-    model = copy.deepcopy(model)
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    with torch.no_grad():
-        for batch in case.batches:
-            run(model, batch)
-    return model.eval()
-
-
 def ours(case: Case, criterion: Callable, budget: float, full: int) -> tuple[dict[str, nn.Module], dict[str, float]]:
     """The cut model, and repaired in three ways: without data, in closed form, and with gradient steps after; the seconds of the last two."""
     args = ((), case.example) if isinstance(case.example, dict) else (case.example, None)
@@ -299,7 +289,7 @@ def ours(case: Case, criterion: Callable, budget: float, full: int) -> tuple[dic
     for _ in range(10):  # the two ways of counting differ, for what stays (attention) as for what goes
         options = {"macs": share, "example_kwargs": args[1], "criterion": criterion, "scope": "global", "keep": case.keep}
         found = graphprune.shrink(case.model, args[0], **options, verify=False)
-        spent = macs(found, case.example)
+        spent = counted(found, case.example)
         if spent <= budget:
             small, low = found, share
             if spent > 0.995 * budget:
@@ -334,7 +324,7 @@ def scored(case: Case) -> Callable:
 def cells(names: list[str], options: argparse.Namespace, known: dict, done: Callable) -> None:
     for name in names:
         case = CASES[name](options)
-        full, criterion, shared = macs(case.model, case.example), scored(case), {}
+        full, criterion, shared = counted(case.model, case.example), scored(case), {}
         done(f"{name}/base", {**case.measure(case.model), "title": case.title, "macs": full})
         for target in options.targets or case.targets:
             for kind, globally, way in peers(case) if options.peers else ():
@@ -343,12 +333,12 @@ def cells(names: list[str], options: argparse.Namespace, known: dict, done: Call
                     continue
                 try:
                     small = peer(case, kind, globally, way, full / target, shared)
-                    spent = macs(small, case.example)
+                    spent = counted(small, case.example)
                     if spent > 1.05 * full / target:
                         raise ValueError(f"the nearest it comes from above is {spent / full:.3f} of the MACs")
                     found = {f"ships {n}": v for n, v in case.measure(small).items()}
                     if case.norms:
-                        found |= {f"bn {n}": v for n, v in case.measure(reestimated(case, small)).items()}
+                        found |= {f"bn {n}": v for n, v in case.measure(reestimated(small, case.batches, run)).items()}
                     done(key, {**found, "macs": spent})
                 except Exception as error:  # what it cannot do is a result
                     done(key, {"failed": f"{type(error).__name__}: {error}"[:200]})
@@ -360,12 +350,14 @@ def cells(names: list[str], options: argparse.Namespace, known: dict, done: Call
                 made, seconds = ours(case, criterion, budget, full)
                 found = {f"{way} {n}": v for way, small in made.items() for n, v in case.measure(small).items()}
                 found |= {"learned kept": made["learned"].graphprune_repairs[-1].kept, "learned seconds": seconds["learned"], "seconds": seconds["ours"]}
-                done(key, {**found, "macs": macs(made["ours"], case.example)})
+                done(key, {**found, "macs": counted(made["ours"], case.example)})
 
 
-def table(known: dict, options: argparse.Namespace) -> str:
+def table(known: dict, options: argparse.Namespace, kept: Rows) -> str:
     lines = [
         "# Public trained models, one shot, without labels and without training",
+        "",
+        made_by("python benchmarks/pretrained.py --data DIR", "transformers", "timm", "torch-pruning", rows=kept),
         "",
         f"`python benchmarks/pretrained.py --count {options.count} --test {options.test} --side {options.side}`; torch {torch.__version__}, one",
         f"thread. Calibration: {options.count} inputs; measured on {options.test} others (photos of {options.side} pixels; twice as many sentence pairs).",
@@ -451,20 +443,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    kept = Path(options.rows)
-    held = [json.loads(line) for line in kept.read_text().splitlines() if line.endswith("}")] if kept.exists() else []
-    known = {line.pop("cell"): line for line in held}
+    rows = Rows(options.rows)
+    known = rows.by("cell")
 
     def done(key: str, found: dict) -> None:
         if key not in known:
-            with kept.open("a") as file:
-                file.write(json.dumps({"cell": key, **found}) + "\n")
+            rows.add({"cell": key, **found})
         known[key] = found
-        print(key, {n: round(v, 3) if isinstance(v, float) else v for n, v in found.items()}, flush=True)
 
     cells(options.models, options, known, done)
     if options.out:
-        Path(options.out).write_text(table(known, options))
+        Path(options.out).write_text(table(known, options, rows))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import hashlib
 import inspect
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,14 +31,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import Rows, made_by
+from realdata import accuracy, cifar_resnet, load_cifar, normalise
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
-from realdata import accuracy, cifar_resnet, load_cifar, normalise  # noqa: E402
-
-import graphprune  # noqa: E402
-from graphprune.scores import SCORES, Score  # noqa: E402
+import graphprune
+from graphprune.scores import SCORES, Score
 
 SHARES = (0.7, 0.5, 0.3)
 KEEP = ["conv1", "layer*.bn2", "linear"]
@@ -206,7 +203,6 @@ def blocks_part(rows: list[dict]) -> list[str]:
 
 def networks() -> dict[str, tuple[Callable[[], nn.Module], int]]:
     """How each is made, and the images of its batch."""
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from zoo_support import declare_operators  # torchvision imports without its compiled operators
 
     declare_operators()
@@ -447,7 +443,9 @@ def page(rows: list[dict]) -> str:
     parts = [
         "# Scores",
         "",
-        "Made by `benchmarks/scores.py`. `graphprune.score(groups, model, name, batches, loss)` or `shrink(..., criterion=name)`; larger means more important.",
+        made_by("python benchmarks/scores.py"),
+        "",
+        "`graphprune.score(groups, model, name, batches, loss)` or `shrink(..., criterion=name)`; larger means more important.",
         'Formulas stand in the docstrings (`help(graphprune.scores.l2)`), options are fixed by `graphprune.scores.l2.with_(reduce="mean")`.',
         "",
         "## Catalogue",
@@ -484,16 +482,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in options.json.read_text().splitlines()] if options.json.exists() else []
-
-    def done(row: dict) -> None:
-        rows.append(row)
-        with options.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+    kept = Rows(options.json)
+    rows = kept.rows
 
     if not options.only_table:
-        (measure_times if options.times else measure_blocks if options.blocks else measure_accuracy)(options, rows, done)
+        (measure_times if options.times else measure_blocks if options.blocks else measure_accuracy)(options, rows, kept.add)
     if options.out:
         options.out.write_text(page(rows))
 

@@ -10,22 +10,17 @@ epoch, so that what disturbs the machine disturbs all. Every finished epoch is a
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
+from common import Rows, macs
+from realdata import CifarResNet, accuracy, load_fashion, normalise
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
-from accuracy import macs  # noqa: E402
-from realdata import CifarResNet, accuracy, load_fashion, normalise  # noqa: E402
-
-import graphprune  # noqa: E402
+import graphprune
 
 X = torch.zeros(1, 1, 28, 28)
 BATCH, RATE, DECAY, WARM = 128, 0.1, 5e-4, 0.1
@@ -112,16 +107,13 @@ def main() -> None:
         optimizer = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, weight_decay=DECAY, nesterov=True)
         size = {"macs": macs(net.eval(), X), "params": sum(p.numel() for p in net.parameters()), "cut": cut}
         nets.append((name, net, torch.compile(net), optimizer, size))
-    rows = []
+    kept = Rows(options.rows)
     for number in range(options.epochs):
         for name, net, fast, optimizer, size in nets:
             loss, seconds = epoch(net, fast, optimizer, (train, labels), options.seed, number, options.epochs)
             right = {"test": accuracy(net.eval(), test, truth), "train": accuracy(net, seen, labels[:10000])}
-            rows.append({"network": name, "epoch": number + 1, "loss": loss, "seconds": seconds, **right, **size})
-            with options.rows.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
-    text = table(rows, options)
+            kept.add({"network": name, "epoch": number + 1, "loss": loss, "seconds": seconds, **right, **size})
+    text = table(kept.rows, options)
     print(text)
     if options.out:
         options.out.write_text(text)

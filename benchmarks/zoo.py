@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing as mp
 import multiprocessing.connection
 import platform
 import resource
 import statistics
-import subprocess
-import sys
 import time
 import traceback
 import warnings
@@ -28,23 +25,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from common import Rows, commit, macs
+from flops import flops
+from zoo_models import build, names
+from zoo_support import declare_operators, randomise
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
-
-from flops import flops  # noqa: E402
-from zoo_models import build, names  # noqa: E402
-from zoo_support import declare_operators, randomise  # noqa: E402
-
-import graphprune  # noqa: E402
-from graphprune.cutting.verify import check  # noqa: E402
-
-
-def macs(model: torch.nn.Module, args: tuple, kwargs: dict) -> int:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
-    return counter.get_total_flops() // 2
+import graphprune
+from graphprune.cutting.verify import check
 
 
 def grow(tree, times: int):
@@ -110,7 +97,7 @@ def one(name: str, send, limit: float) -> None:
             row |= {"verdict": "INEXACT" if "differs" in str(error) or "shape" in str(error)[:20] else "FAIL", "why": str(error)[:300]}
             return
         with contextlib.suppress(Exception):  # torch's counter wants a gradient in some custom functions
-            row["reach"] = macs(model, args, kwargs) / max(1, macs(small, args, kwargs))
+            row["reach"] = macs(model, *args, **kwargs) / max(1, macs(small, *args, **kwargs))
         try:
             with torch.no_grad():
                 small.eval()(*grow(args, 2), **grow(kwargs, 2))
@@ -206,23 +193,6 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def read(path: Path | None) -> dict[str, dict]:
-    """The last row of every architecture; a line that was cut off is left out."""
-    rows = {}
-    for line in path.read_text().splitlines() if path and path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows[row["name"]] = row
-    return rows
-
-
-def commit() -> str:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "../graphprune") else "")
-
-
 COMMIT = commit()
 
 
@@ -243,15 +213,14 @@ def main() -> None:
 
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, resource.RLIM_INFINITY))
-    done = read(options.json)
+    known = Rows(options.json)
+    done = {row["name"]: row for row in known.rows}
     if options.again:
         done = {name: row for name, row in done.items() if row.get("commit") == COMMIT and row["verdict"] == "EXACT"}
 
     def report(row: dict) -> None:
         print(row["verdict"], row["name"], f"{row.get('reach', 0):.2f}", row.get("why", "")[:150].replace("\n", " "), flush=True)
-        if options.json:
-            with options.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        known.add(row, shown=False)
 
     wanted = [name for name in names() if any(part in name for part in options.only.split(","))]
     todo = [] if options.table else [name for name in wanted if name not in done]
