@@ -6,11 +6,12 @@ from .cost import Cost, cost, profile
 from .coupling.groups import Group, Groups, couple
 from .cutting.apply import apply
 from .cutting.compose import compose
+from .cutting.expand import expand
 from .cutting.masks import bake, masked, semi_structured
 from .cutting.plan import Plan
-from .cutting.store import expand, load, save
 from .cutting.zeroed import zeroed
 from .errors import GraphpruneError
+from .formats.folder import load, save
 from .loop.distill import Distillation
 from .loop.history import History
 from .loop.iterate import Result, iterate

@@ -52,12 +52,13 @@ def test_nothing_in_the_package_knows_a_model():
 
 
 ORDER = {
-    "": "errors catalogue quantities tracing coupling cost scores select names cutting budget timing repair granularity decide shrink loop __main__",
+    "": "errors catalogue quantities tracing coupling cost scores select names cutting budget timing repair granularity decide formats shrink loop __main__",
     "tracing": "labels sizes notation trees picks rules moves assemble laws needs symbols fused copies shapes record unused trace probe",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
-    "cutting": "parts plan rewrite masks kernels passthrough undo apply compose zeroed verify store",
+    "cutting": "parts plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
+    "formats": "folder",
     "budget": "targets space optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",

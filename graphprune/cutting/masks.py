@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from ..errors import BadModel, BadPlan
 from ..tracing.fused import gathered
 from .parts import Part, narrowed, unpack
+from .plan import Plan
 
 
 class Mask(nn.Module):
@@ -88,6 +89,19 @@ def masked(model: nn.Module) -> dict[str, torch.Tensor]:
             if held:
                 found[f"{prefix}.{name}" if prefix else name] = held.mask
     return found
+
+
+def masks_of(small: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """The masks that a plan put on a model, as they are now."""
+    masks = {}
+    for part in plan.parts:
+        if part.kind == "mask":
+            path, _, name = part.name.rpartition(".")
+            layer = mask_of(small.get_submodule(path), name)
+            if layer is None:
+                raise BadPlan(f"the plan masks {part.name}, the model does not; bake() a model rather than removing parametrizations by hand")
+            masks[part.name] = layer.mask
+    return masks
 
 
 def parameter_name(leaf: str) -> str:

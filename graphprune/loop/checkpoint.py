@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from ..cutting.plan import Plan
-from ..cutting.store import load, save
 from ..errors import BadLoop
+from ..formats.folder import load, save
 from ..tracing.trees import leaf_tensors
 
 STATE, ROUND = "state.json", "round-"

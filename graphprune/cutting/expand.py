@@ -1,0 +1,70 @@
+"""The cut's shapes undone: the original model's tensors with zeros where entries were removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..errors import BadPlan
+from ..tracing.trees import leaf_tensors
+from .masks import masks_of, parameter_name
+from .parts import narrowed, unpack
+from .plan import Plan
+
+
+def expand(small: nn.Module, plan: Plan | None = None, *, partial: bool = False) -> dict[str, torch.Tensor]:
+    """The weights padded back to the original shapes, zero where entries were removed: a state by tensor name.
+
+    Raises :class:`~graphprune.errors.BadPlan` where whole modules were removed (granularity "block" or "layer"): no weights make a module
+    hand on its input in general (behind an activation or a norm, zeros do not). ``partial=True`` gives the tensors of all other modules.
+
+    >>> import graphprune
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> {name: tuple(tensor.shape) for name, tensor in expand(graphprune.shrink(net, torch.zeros(1, 4))).items() if "weight" in name}
+    {'0.weight': (8, 4), '2.weight': (2, 8)}
+    """
+    plan = plan_of(small, plan)
+    gone = [part.name for part in plan.parts if part.kind == "skip"]
+    if gone and not partial:
+        text = f"the plan removed {', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}, and no weights stand for a module that is gone"
+        raise BadPlan(f"{text}; expand(..., partial=True) gives the tensors of all others")
+    wide: dict[str, torch.Tensor] = {}
+    thin = {part.name: unpack(part.data, tuple(plan.shapes[part.name][1:])) for part in plan.parts if part.kind == "columns"}
+    indices = tuple(f"{name.removesuffix('weight')}channels" for name in thin)
+    masks = masks_of(small, plan)
+    tied = {id(tensor): leaf for leaf, _, _, tensor in leaf_tensors(small) if leaf in plan.cuts}  # cut under one name
+    for leaf, _, _, tensor in leaf_tensors(small):
+        own = leaf if leaf in plan.cuts else parameter_name(leaf)
+        name, data = own if own in plan.cuts else tied.get(id(tensor), own), tensor.detach()
+        if any(tensor is keep for keep in masks.values()) or (indices and leaf.startswith(indices)):
+            continue
+        if name in plan.numbers:
+            old = [i for i, n in enumerate(plan.numbers[name]) if n >= 0]
+            data = torch.tensor(old, device=data.device, dtype=data.dtype)[data.long()]
+        if name in thin:
+            data = _spread(data, thin[name], plan.cuts.get(name, {}))
+        for axis, kept in plan.cuts.get(name, {}).items():
+            shape = list(data.shape)
+            shape[axis] = plan.shapes[name][axis]
+            index = torch.tensor(kept, device=data.device)
+            data = data.new_zeros(shape).index_copy(axis, index, data)
+        wide[own] = data if name in plan.cuts or name in thin else data.clone()
+    return wide
+
+
+def _spread(data: torch.Tensor, columns: torch.Tensor, cuts: Mapping[int, Sequence[int]]) -> torch.Tensor:
+    """A kernel from the product of its columns."""
+    left = narrowed(columns, {axis - 1: kept for axis, kept in cuts.items() if axis})
+    full = data.new_zeros((len(data), *left.shape))
+    full.permute(0, 2, 3, 1)[:, left.permute(1, 2, 0)] = data
+    return full
+
+
+def plan_of(small: nn.Module, plan: Plan | None) -> Plan:
+    """The plan that is given, or the one that the model carries."""
+    known = plan or small.__dict__.get("graphprune_plan")
+    if known is None:
+        raise BadPlan("the model carries no plan; pass the one that shrink(..., return_plan=True) returned")
+    return known

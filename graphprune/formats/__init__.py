@@ -1,0 +1,1 @@
+"""Where a result lives: a folder of graphprune's own."""
