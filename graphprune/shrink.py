@@ -1,4 +1,4 @@
-"""The table of contents: trace, then couple, score, select and plan (:mod:`graphprune.decide`), apply, verify, repair."""
+"""The table of contents: trace, then couple, score, select and plan (:mod:`graphprune.planning`), apply, verify, repair."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .cutting.apply import apply
 from .cutting.compose import so_far
 from .cutting.undo import undone
 from .cutting.verify import check, check_model
-from .decide import decide
-from .granularity.finer import parse
-from .granularity.wishes import Wishes
+from .granularity.spec import parse
 from .names import named
+from .planning.planner import decide
+from .planning.request import Request
 from .repair import after_cut, before_cut, refill
 from .scores import Criterion
 from .select import check_ratio
@@ -68,7 +68,7 @@ def shrink(
     and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
     :func:`graphprune.repair` says which steps ``repair`` may name.
     ``granularity`` says what a unit is: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m
-    as in "2:4" (:mod:`graphprune.granularity.finer`). A ``criterion`` of your own is a function ``(groups, model, batches) -> tensors``
+    as in "2:4" (:mod:`graphprune.granularity.spec`). A ``criterion`` of your own is a function ``(groups, model, batches) -> tensors``
     for channels and heads, ``(name, module) -> float`` for blocks and layers, ``weight -> tensor`` for everything finer.
     ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
     ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
@@ -84,10 +84,10 @@ def shrink(
     aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure, objective)
     ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     spec, held = parse(granularity), named(model, keep)
-    wishes = Wishes(spec, aims, ratio, scope or aims.scope, criterion, batches, loss, held, ratios, multiple_of, min_units, rewrite, inplace)
+    request = Request(spec, aims, ratio, scope or aims.scope, criterion, batches, loss, held, ratios, multiple_of, min_units, rewrite, inplace)
     calibration = before_cut(model, calibration, repair)
     graph = trace(model, example_input, example_kwargs)
-    plan = decide(graph, model, wishes)
+    plan = decide(graph, model, request)
     small = apply(model, plan)
     if verify:
         check(graph, model, small, plan)

@@ -10,7 +10,7 @@ from torch import nn
 import graphprune
 from graphprune.__main__ import main
 from graphprune.errors import UnknownName
-from graphprune.granularity.finer import parse
+from graphprune.granularity.spec import parse
 from graphprune.repair import STEPS
 
 

@@ -17,8 +17,8 @@ from graphprune.cutting.masks import Mask
 from graphprune.cutting.parts import Part
 from graphprune.errors import BadLoss, BadModel, BadPlan, BadRatio, BadScore, NeedsBatches, NothingToPrune, UnknownName
 from graphprune.granularity import positions
-from graphprune.granularity.finer import NAMES, parse
 from graphprune.granularity.ranking import lowest
+from graphprune.granularity.spec import NAMES, parse
 from graphprune.granularity.weights import weights
 
 X = torch.randn(2, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

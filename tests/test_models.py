@@ -52,7 +52,7 @@ def test_nothing_in_the_package_knows_a_model():
 
 
 ORDER = {
-    "": "errors catalogue quantities tracing coupling cost scores select names cutting budget timing repair granularity decide formats shrink loop __main__",
+    "": "errors catalogue quantities tracing coupling cost scores select names cutting budget timing repair granularity planning formats shrink loop __main__",
     "tracing": "labels sizes notation trees picks rules moves assemble laws needs symbols fused copies shapes record unused trace probe",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
@@ -62,7 +62,8 @@ ORDER = {
     "budget": "targets space optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
-    "granularity": "weights heads entries wishes ranking evidence positions blocks depth finer",
+    "granularity": "spec weights heads entries ranking evidence positions blocks depth",
+    "planning": "request limits widths trial depth entries planner",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }
 

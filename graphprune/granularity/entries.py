@@ -3,59 +3,24 @@
 A unit is a single weight, a row or column of a kernel (*vector*; Mao et al. 2017), a kernel (one filter x one input
 channel), or the same (channel, tap) in every filter (*group*; Lebedev & Lempitsky 2016). ``n:m`` keeps n of every m
 neighbours along the summed axis (Mishra et al. 2021).
-
->>> Spec("n:m", "2:4", 2, 4).text, Spec("weight", "0.01").threshold
-('2:4', 0.01)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from ..errors import BadScore, UnknownName
 from ..scores.registry import accepts
+from .spec import Spec
 from .weights import Weight
 
 EntryScorer = Callable[[torch.Tensor], torch.Tensor]
 NORMS = ("l1", "l2", "linf")
 # Scores of single weights that only an entry-wise criterion knows.
 ENTRYWISE = (*NORMS, "random", "taylor", "synaptic", "lamp")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a granularity asks for: its name, an option after the colon, and n:m."""
-
-    name: str
-    option: str = ""
-    keep: int = 0
-    of: int = 0
-
-    @property
-    def coarse(self) -> bool:
-        """Are whole axes cut, as the engine's groups say?"""
-        return self.name in ("channel", "head")
-
-    @property
-    def masks(self) -> bool:
-        """Do entries become zero in a weight that keeps its size, so that a second ratio counts them again?"""
-        return not self.coarse and self.name not in ("block", "layer") and self.option != "box"
-
-    @property
-    def text(self) -> str:
-        """As the user wrote it."""
-        return self.option if self.name == "n:m" else f"{self.name}:{self.option}" if self.option else self.name
-
-    @property
-    def threshold(self) -> float | None:
-        try:
-            return float(self.option)
-        except ValueError:
-            return None
 
 
 def views(weight: Weight, spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -19,7 +19,8 @@ from functools import cached_property
 import torch
 
 from ..errors import BadRatio
-from .entries import Spec, views
+from .entries import views
+from .spec import Spec
 from .weights import Weight
 
 

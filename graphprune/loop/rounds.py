@@ -24,7 +24,7 @@ from ..cost import NAMES, profile
 from ..coupling.groups import Groups, couple
 from ..cutting.plan import Plan
 from ..errors import BadLoop
-from ..granularity.finer import parse
+from ..granularity.spec import parse
 from ..names import named, overrides
 from ..select import check_ratio
 from ..shrink import shrink

@@ -1,96 +1,58 @@
-"""How coarsely to prune: the textbook's names, and :func:`finer`, which plans everything but channels and heads.
-
->>> parse("2:4").keep, parse("vector:column").option
-(2, 'column')
-"""
+"""The plan of everything finer than channels and heads: entries that become zero, smaller kernels, gathered columns."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from ..catalogue import register
 from ..cost import cost
 from ..coupling.groups import couple
 from ..cutting.parts import Part, pack
 from ..cutting.plan import Plan
-from ..errors import BadRatio, BadScore, NothingToPrune, UnknownName
+from ..errors import BadRatio, BadScore, NothingToPrune
+from ..granularity.entries import ENTRYWISE, check_criterion, n_of_m, stays, views
+from ..granularity.evidence import scored
+from ..granularity.positions import best_box, realise
+from ..granularity.ranking import below, ranked
+from ..granularity.spec import Spec
+from ..granularity.weights import Weight, weights
 from ..names import by_tensor
 from ..scores import SCORES, Score
 from ..tracing.trace import Graph
 from .depth import plan_depth
-from .entries import ENTRYWISE, Spec, check_criterion, n_of_m, stays, views
-from .evidence import scored
-from .positions import best_box, realise
-from .ranking import below, ranked
-from .weights import Weight, weights
-from .wishes import Wishes, reached, smallest
+from .limits import reached, smallest
+from .request import Request
 
-NAMES = {
-    "channel": "whole channels and every slice coupled to them: dense and smaller (the default)",
-    "head": "attention heads alone; every other axis stays: dense and smaller",
-    "block": "whole residual blocks and elements of chains: the modules are gone",
-    "layer": "residual branches and hidden layers of a chain: the modules are gone",
-    "group": "the same (channel, tap) pairs in every filter: a smaller kernel, a thinner product where measured faster, else masked",
-    "group:box": "whole rows and columns of every kernel of a layer: a smaller dense kernel",
-    "kernel": "one filter x one input channel: masked",
-    "vector": "rows of kernels (vector:column: columns): masked",
-    "weight": "single weights by ratio, or by a threshold on the score (weight:0.01): masked",
-    "n:m": "n of every m neighbours stay, as in 2:4: masked; CUDA has kernels for 2:4 (semi_structured)",
-}
-for _name, _line in NAMES.items():
-    register("granularity", _name, _line)
-OPTIONS = {"group": ("box",), "vector": ("row", "column")}
 WHOLE = "stays whole at this ratio"
 SLOW = "note: masked entries are stored and multiplied as zeros: stock hardware will not run the model faster for them"
 
 
-def parse(granularity: str) -> Spec:
-    """Read a granularity; raises :class:`~graphprune.errors.UnknownName` (with the nearest name) or BadRatio for an odd n:m."""
-    if not isinstance(granularity, str):
-        raise UnknownName(f"granularity is {granularity!r}; it is one of {', '.join(NAMES)}")
-    pair = re.fullmatch(r"(\d+):(\d+)", granularity)
-    if pair:
-        keep, of = int(pair[1]), int(pair[2])
-        if not 0 < keep < of:
-            raise BadRatio(f"{granularity} is no n:m sparsity: n of every m entries stay, with 0 < n < m, as in 2:4")
-        return Spec("n:m", granularity, keep, of)
-    name, colon, option = granularity.partition(":")
-    number = colon and name in ("weight", "kernel", "vector") and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", option)
-    if name not in NAMES or name == "n:m" or (colon and option not in OPTIONS.get(name, ()) and not number):
-        near = difflib.get_close_matches(granularity, [*NAMES, "2:4"], 1, 0.3)
-        raise UnknownName(f"no granularity {granularity!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(NAMES)}")
-    return Spec(name, option)
-
-
-def finer(graph: Graph, model: nn.Module, wishes: Wishes) -> Plan:
+def finer(graph: Graph, model: nn.Module, request: Request) -> Plan:
     """The plan for a granularity other than channels and heads."""
-    spec, criterion = wishes.spec, wishes.criterion
+    spec, criterion = request.spec, request.criterion
     if isinstance(criterion, Score):
         if criterion.options != SCORES[criterion.name].options:
             raise BadScore(f"granularity {spec.text!r} takes no options of a score, {criterion.options} were given; give the name {criterion.name!r}")
         criterion = criterion.name
-    if wishes.scope not in ("layer", "global", "isomorphic"):
-        raise BadRatio(f"scope is {wishes.scope!r}; with granularity {spec.text!r} it is 'layer', 'global' or 'isomorphic'")
-    wishes = replace(wishes, criterion=criterion, ratios=by_tensor(model, wishes.ratios))
+    if request.scope not in ("layer", "global", "isomorphic"):
+        raise BadRatio(f"scope is {request.scope!r}; with granularity {spec.text!r} it is 'layer', 'global' or 'isomorphic'")
+    request = replace(request, criterion=criterion, ratios=by_tensor(model, request.ratios))
     if spec.name in ("layer", "block"):
-        return plan_depth(graph, model, wishes)
+        return plan_depth(graph, model, request)
     check_criterion(criterion, ENTRYWISE)
     says_itself = spec.name == "n:m" or spec.threshold is not None
-    limits = wishes.limits(graph, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
+    limits = request.limits(graph, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
     found, left = weights(graph, model)
-    mine = [weight for weight in found if weight.leaf not in wishes.keep and weight.name not in wishes.keep]
+    mine = [weight for weight in found if weight.leaf not in request.keep and weight.name not in request.keep]
     left |= {weight.name: "kept on request" for weight in found if weight not in mine}
     usable = _usable(mine, left, spec)
-    own = {weight.name: wishes.ratios[weight.leaf] for weight in usable if weight.leaf in wishes.ratios}
-    scores = scored(graph, model, usable, criterion, wishes.batches, wishes.loss)
-    keeps, notes = (_box_keeps if spec.option == "box" else _keeps)(scores, own, wishes, limits, graph)
+    own = {weight.name: request.ratios[weight.leaf] for weight in usable if weight.leaf in request.ratios}
+    scores = scored(graph, model, usable, criterion, request.batches, request.loss)
+    keeps, notes = (_box_keeps if spec.option == "box" else _keeps)(scores, own, request, limits, graph)
     decided = {}
     for weight, keep in keeps.items():
         keep = keep if weight.mask is None else keep & weight.mask.cpu()
@@ -122,15 +84,15 @@ def _usable(mine: Sequence[Weight], left: dict[str, str], spec: Spec) -> dict[We
     return usable
 
 
-def _keeps(scores: dict[Weight, torch.Tensor], own: dict, wishes: Wishes, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+def _keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
     """Which entries of every weight stay, and a line for each limit."""
-    spec = wishes.spec
+    spec = request.spec
     if spec.name == "n:m":
         return {weight: n_of_m(weight, spec, found) for weight, found in scores.items()}, []
     if spec.threshold is not None:
         return {weight: stays(weight, spec, gone) for weight, gone in below(scores, spec).items()}, []
-    pools = ranked(scores, spec, wishes.scope, own)
-    ratio, notes = wishes.ratio, []
+    pools = ranked(scores, spec, request.scope, own)
+    ratio, notes = request.ratio, []
     if limits:
         full = cost(couple(graph))
 
@@ -144,11 +106,11 @@ def _keeps(scores: dict[Weight, torch.Tensor], own: dict, wishes: Wishes, limits
     return {weight: stays(weight, spec, gone[weight]) for weight in scores}, notes
 
 
-def _box_keeps(scores: dict[Weight, torch.Tensor], own: dict, wishes: Wishes, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+def _box_keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
     """Whole rows and columns of taps stay, the same for every filter and channel of a layer."""
     taps = {weight: found.reshape(weight.shape[2:]).cpu() for weight, found in scores.items()}
-    taps = {weight: found.square() if wishes.criterion == "l2" else found for weight, found in taps.items()}
-    ratio, notes = wishes.ratio, []
+    taps = {weight: found.square() if request.criterion == "l2" else found for weight, found in taps.items()}
+    ratio, notes = request.ratio, []
     if limits:
         full = cost(couple(graph))
         bytes_ = {weight: graph.leaves[weight.leaf].dtype.itemsize for weight in taps}
@@ -163,7 +125,7 @@ def _box_keeps(scores: dict[Weight, torch.Tensor], own: dict, wishes: Wishes, li
             return left
 
         levels = [step / found.numel() for found in taps.values() for step in range(found.numel())]
-        ratio = smallest(costs, limits, ratio, wishes.spec.text, levels)
+        ratio = smallest(costs, limits, ratio, request.spec.text, levels)
         notes = reached(costs(ratio), limits)
     keeps = {}
     for weight, found in taps.items():

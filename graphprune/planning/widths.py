@@ -1,56 +1,36 @@
-"""The plan for what is asked: from groups to widths that the model's own code allows (choose, solve for the attributes, tie or
-lock, and choose again), once or until a time is met; or without any widths (:mod:`graphprune.granularity`).
+"""From groups to widths that the model's own code allows: choose, solve for the attributes, tie or lock, and choose again.
 
 Where a size in the code cannot follow its axis, groups that the code derives from each other keep the same share; where that
-does not help, the axis is left whole with the reason, or, if the size is a literal, the module that holds it is rewritten.
+does not help, the axis is left whole with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from .budget.choose import fit
-from .cost import priced
-from .coupling.groups import Groups, couple
-from .cutting.apply import apply
-from .cutting.plan import Plan, Survivors, make_plan
-from .cutting.rewrite import removed, spelled
-from .cutting.verify import check
-from .errors import BadTarget, GraphpruneError, NothingToPrune
-from .granularity.finer import finer
-from .granularity.heads import others
-from .granularity.wishes import Wishes
-from .names import overrides
-from .scores import Scores
-from .scores.attempts import attempts, remembered
-from .select import Kept, select
-from .timing.latency import predicted, reach, steps
-from .tracing.sizes import leaves
-from .tracing.symbols import solve
-from .tracing.trace import Graph, trace
+from ..budget.choose import fit
+from ..cost import priced
+from ..coupling.groups import Groups, couple
+from ..cutting.plan import Plan, Survivors, make_plan
+from ..errors import BadTarget, NothingToPrune
+from ..granularity.heads import others
+from ..names import overrides
+from ..scores import Scores
+from ..select import Kept, select
+from ..tracing.sizes import leaves
+from ..tracing.symbols import solve
+from ..tracing.trace import Graph
+from .request import Request
 
 TRIES = 16  # how many widths are tried before an axis is left whole
 Scored = Callable[[Groups], Iterator[Scores]]
 
 
-def decide(graph: Graph, model: nn.Module, wishes: Wishes) -> Plan:
-    """The plan for what is asked of the model."""
-    if not wishes.spec.coarse:
-        return finer(graph, model, wishes)
-    aims, scope = wishes.aims, wishes.scope
-    wishes = replace(wishes, multiple_of=steps(wishes.multiple_of, graph, aims), more=predicted(graph, aims, scope))
-    scored = remembered(attempts(model, wishes.criterion, wishes.batches, wishes.loss, draft=scope == "layer" and not aims.any))
-    if aims.timed:
-        return reach(model, graph, aims, lambda more: _widths(graph, model, replace(wishes, more=more), scored), scope)
-    return _best(graph, model, wishes, scored)
-
-
-def _widths(graph: Graph, model: nn.Module, wishes: Wishes, scored: Scored, literals: set[str] | None = None) -> tuple[Groups, Kept, Plan]:
+def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored, literals: set[str] | None = None) -> tuple[Groups, Kept, Plan]:
     """Couple, score and select; whatever no attribute can express is left whole, with the reason.
 
     ``literals`` collects the modules whose code holds such a size as a literal.
@@ -58,18 +38,18 @@ def _widths(graph: Graph, model: nn.Module, wishes: Wishes, scored: Scored, lite
     locks: list = []
     notes: list[str] = []
     ties: list[frozenset[int]] = []
-    whole = tuple((name, None) for name in wishes.keep if name in graph.leaves)
+    whole = tuple((name, None) for name in request.keep if name in graph.leaves)
     groups = couple(graph, whole)
-    if wishes.spec.name == "head":
+    if request.spec.name == "head":
         locks += others(groups)
         groups = couple(graph, whole, tuple(locks))
     for _ in range(40):
         if not len(groups):
             raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
-        own = overrides(groups, model, wishes.ratios)
+        own = overrides(groups, model, request.ratios)
         for scores in scored(groups):
             while True:
-                kept = _choose(groups, scores, wishes, own, ties)
+                kept = _choose(groups, scores, request, own, ties)
                 edits, wrong = solve(graph, Survivors(groups, kept).length)
                 tied = _tie(graph, groups, wrong, ties)
                 if tied == ties:
@@ -77,8 +57,8 @@ def _widths(graph: Graph, model: nn.Module, wishes: Wishes, scored: Scored, lite
                 ties = tied
             if literals is not None:
                 literals.update(call.module for _, _, call in wrong if call and isinstance(call.expr, int))
-            if wrong and wishes.plain:
-                kept, edits, wrong = _widened(graph, groups, wishes, scores, own, ties, (kept, edits, wrong))
+            if wrong and request.plain:
+                kept, edits, wrong = _widened(graph, groups, request, scores, own, ties, (kept, edits, wrong))
             if wrong:
                 break
         else:
@@ -93,47 +73,21 @@ def _widths(graph: Graph, model: nn.Module, wishes: Wishes, scored: Scored, lite
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
 
 
-def _best(graph: Graph, model: nn.Module, wishes: Wishes, scored: Scored) -> Plan:
-    """The plan; where literals in the code hold axes back, the one for the rewritten code, if that frees more and proves right."""
-    literals: set[str] = set()
-    plan, nothing = None, GraphpruneError()
-    try:
-        plan = _widths(graph, model, wishes, scored, literals)[2]
-    except (NothingToPrune, BadTarget) as error:
-        nothing = error
-    if not wishes.rewrite or not literals or (wishes.inplace and "" in literals):
-        if plan is None:
-            raise nothing
-        return plan
-    paths = tuple(sorted(literals))
-    try:
-        other = spelled(model, paths)
-        found = _widths(trace(other, *graph.example), other, wishes, scored)[2]
-        note = f"note: sizes are literals in the code of {', '.join(name or 'the model' for name in paths)}; it is rewritten as torch.fx.GraphModule"
-        found = replace(found, rewrites=paths, notes=(*found.notes, note))
-        check(graph, model, apply(model, found), found)
-    except GraphpruneError as error:
-        if plan is None:
-            raise nothing from error
-        return replace(plan, notes=(*plan.notes, f"note: not rewritten: {error}"))
-    return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
-
-
-def _choose(groups: Groups, scores: Scores, wishes: Wishes, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
-    """The units that stay, by a ratio or under the limits that the wishes set."""
-    step = wishes.multiple_of if isinstance(wishes.multiple_of, int) else wishes.multiple_of(groups)
-    rules = {"scope": wishes.scope, "multiple_of": step, "min_units": wishes.min_units, "ratios": ratios, "ties": ties}
-    if not wishes.more and not wishes.aims.any:
-        if wishes.scope == "optimal":
+def _choose(groups: Groups, scores: Scores, request: Request, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
+    """The units that stay, by a ratio or under the limits that the request set."""
+    step = request.multiple_of if isinstance(request.multiple_of, int) else request.multiple_of(groups)
+    rules = {"scope": request.scope, "multiple_of": step, "min_units": request.min_units, "ratios": ratios, "ties": ties}
+    if not request.more and not request.aims.any:
+        if request.scope == "optimal":
             raise BadTarget("scope='optimal' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
         if isinstance(step, int):
-            return select(groups, scores, wishes.ratio, **rules)
-    known = priced(groups, {name: make for name, (_, make) in wishes.more.items()})
-    asked = wishes.aims.limits(known.full) | {name: limit for name, (limit, _) in wishes.more.items()}
-    return fit(groups, scores, asked, known, wishes.ratio, **rules, time=wishes.aims.weight)
+            return select(groups, scores, request.ratio, **rules)
+    known = priced(groups, {name: make for name, (_, make) in request.more.items()})
+    asked = request.aims.limits(known.full) | {name: limit for name, (limit, _) in request.more.items()}
+    return fit(groups, scores, asked, known, request.ratio, **rules, time=request.aims.weight)
 
 
-def _widened(graph: Graph, groups: Groups, wishes: Wishes, scores: Scores, own: dict, ties: list, found: tuple) -> tuple:
+def _widened(graph: Graph, groups: Groups, request: Request, scores: Scores, own: dict, ties: list, found: tuple) -> tuple:
     """Where sizes cannot follow a width, the next larger one with which they can (so that a larger ratio never leaves more)."""
     kept, edits, wrong = found
     own = dict(own)
@@ -147,7 +101,7 @@ def _widened(graph: Graph, groups: Groups, wishes: Wishes, scores: Scores, own: 
         size, width = max((groups.groups[index].size, len(kept[index])) for index in mine)
         for wider in range(width + 1, size, max(1, (size - width) // TRIES)):
             trial = own | {index: 1 - wider / size for index in mine}
-            wide = _choose(groups, scores, wishes, trial, ties)
+            wide = _choose(groups, scores, request, trial, ties)
             changed, left = solve(graph, Survivors(groups, wide).length)
             if len(left) < len(wrong):
                 own, kept, edits, wrong = trial, wide, changed, left

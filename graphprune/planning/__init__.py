@@ -1,0 +1,1 @@
+"""A request in, a plan and its notes out."""

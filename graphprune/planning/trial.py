@@ -1,0 +1,42 @@
+"""Where literals in the code hold axes back, the plan for the rewritten code is tried as well: :func:`best`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from ..cutting.apply import apply
+from ..cutting.plan import Plan
+from ..cutting.rewrite import removed, spelled
+from ..cutting.verify import check
+from ..errors import BadTarget, GraphpruneError, NothingToPrune
+from ..tracing.trace import Graph, trace
+from .request import Request
+from .widths import Scored, plan_widths
+
+
+def best(graph: Graph, model: nn.Module, request: Request, scored: Scored) -> Plan:
+    """The plan; where literals in the code hold axes back, the one for the rewritten code, if that frees more and proves right."""
+    literals: set[str] = set()
+    plan, nothing = None, GraphpruneError()
+    try:
+        plan = plan_widths(graph, model, request, scored, literals)[2]
+    except (NothingToPrune, BadTarget) as error:
+        nothing = error
+    if not request.rewrite or not literals or (request.inplace and "" in literals):
+        if plan is None:
+            raise nothing
+        return plan
+    paths = tuple(sorted(literals))
+    try:
+        other = spelled(model, paths)
+        found = plan_widths(trace(other, *graph.example), other, request, scored)[2]
+        note = f"note: sizes are literals in the code of {', '.join(name or 'the model' for name in paths)}; it is rewritten as torch.fx.GraphModule"
+        found = replace(found, rewrites=paths, notes=(*found.notes, note))
+        check(graph, model, apply(model, found), found)
+    except GraphpruneError as error:
+        if plan is None:
+            raise nothing from error
+        return replace(plan, notes=(*plan.notes, f"note: not rewritten: {error}"))
+    return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
