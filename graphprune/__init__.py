@@ -17,14 +17,14 @@ from .loop.history import History
 from .loop.iterate import Result, iterate
 from .loop.optimizer import refresh_ema, refresh_optimizer
 from .loop.sparse import SparseTraining
+from .operations.laws import check_rule
+from .operations.rules import rule
 from .repair import repair
 from .scores import Score, score
 from .select import select
 from .shrink import shrink
 from .timing.fuse import fuse
 from .timing.measure import Measurement, measure
-from .tracing.laws import check_rule
-from .tracing.rules import rule
 from .tracing.trace import Graph, trace
 
 __all__ = [

@@ -22,8 +22,8 @@ from torch import nn
 from .coupling.groups import Groups, couple
 from .coupling.lengths import Lengths
 from .errors import BadTarget
-from .tracing.labels import Array
-from .tracing.notation import Value
+from .operations.labels import Array
+from .operations.notation import Value
 from .tracing.trace import Graph, Node, trace
 from .tracing.trees import tensors
 

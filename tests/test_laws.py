@@ -13,13 +13,13 @@ import torch
 
 from graphprune import check_rule
 from graphprune.errors import BadRule
-from graphprune.tracing.assemble import ASSEMBLE
-from graphprune.tracing.labels import Labels
-from graphprune.tracing.moves import MOVES
-from graphprune.tracing.notation import Value, parse
+from graphprune.operations.assemble import ASSEMBLE
+from graphprune.operations.labels import Labels
+from graphprune.operations.moves import MOVES
+from graphprune.operations.notation import Value, parse
+from graphprune.operations.rules import RULES, pointwise
 from graphprune.tracing.picks import pick
 from graphprune.tracing.record import UNTAGGED
-from graphprune.tracing.rules import RULES, pointwise
 from graphprune.tracing.trees import replace, tensors
 
 aten = torch.ops.aten

@@ -52,8 +52,10 @@ def test_nothing_in_the_package_knows_a_model():
 
 
 ORDER = {
-    "": "errors catalogue quantities tracing coupling cost scores select names cutting budget timing repair granularity planning formats shrink loop __main__",
-    "tracing": "labels sizes notation trees picks rules moves assemble laws needs symbols fused copies shapes record unused trace probe",
+    "": """errors catalogue quantities operations tracing coupling cost scores select names cutting budget
+        timing repair granularity planning formats shrink loop __main__""",
+    "operations": "labels notation rules moves assemble laws shapes",
+    "tracing": "sizes trees picks needs symbols fused copies record unused trace probe",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",

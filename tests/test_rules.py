@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from graphprune import check_rule
 from graphprune.errors import BadRule
-from graphprune.tracing.notation import Value, parse
-from graphprune.tracing.rules import RULES
+from graphprune.operations.notation import Value, parse
+from graphprune.operations.rules import RULES
 
 size = st.integers(2, 4)
 

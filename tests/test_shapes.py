@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.tracing.shapes import SHAPES, new, same
+from graphprune.operations.shapes import SHAPES, new, same
 
 META = torch.device("meta")
 

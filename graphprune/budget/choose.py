@@ -15,9 +15,9 @@ import torch
 from ..cost import Costs
 from ..coupling.groups import Groups
 from ..errors import BadTarget
+from ..operations.labels import Array
 from ..scores import Scores
 from ..select import Kept, check_ratio, select
-from ..tracing.labels import Array
 from .optimal import widths
 from .space import Space, space
 from .targets import unreachable

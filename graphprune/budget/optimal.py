@@ -21,9 +21,9 @@ import numpy as np
 
 from ..cost import Costs, operation
 from ..coupling.groups import Groups
+from ..operations.labels import Array
+from ..operations.notation import Value
 from ..scores import Scores
-from ..tracing.labels import Array
-from ..tracing.notation import Value
 from .space import Space
 
 COMPLETE = 20_000

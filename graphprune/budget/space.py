@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..coupling.groups import Groups
+from ..operations.labels import Array
 from ..select import width
-from ..tracing.labels import Array
 
 
 @dataclass(frozen=True)

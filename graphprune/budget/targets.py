@@ -19,7 +19,7 @@ from torch import nn
 from ..catalogue import register
 from ..cost import NAMES, Cost, Costs
 from ..errors import BadTarget
-from ..tracing.labels import Array
+from ..operations.labels import Array
 
 register("target", "ratio", "the share of units removed in every group")
 register("target", "params", "parameters that may stay: a share of the original, or a number")

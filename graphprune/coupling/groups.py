@@ -14,9 +14,9 @@ from functools import cached_property
 
 import numpy as np
 
-from ..tracing.labels import Array, Joint, Partition, Reason
-from ..tracing.labels import rows as rows_of
-from ..tracing.notation import Value
+from ..operations.labels import Array, Joint, Partition, Reason
+from ..operations.labels import rows as rows_of
+from ..operations.notation import Value
 from ..tracing.trace import Graph
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..tracing.labels import Array
-from ..tracing.notation import Value
+from ..operations.labels import Array
+from ..operations.notation import Value
 from .groups import Groups
 
 

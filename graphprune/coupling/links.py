@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..tracing.labels import Array
-from ..tracing.moves import MOVES
-from ..tracing.notation import Axes, Expr, Value, factors, parse
-from ..tracing.rules import RULES, pointwise
+from ..operations.labels import Array
+from ..operations.moves import MOVES
+from ..operations.notation import Axes, Expr, Value, factors, parse
+from ..operations.rules import RULES, pointwise
 from ..tracing.trace import Graph, Node, is_pointwise, trace
 from ..tracing.trees import tensors
 from .groups import Groups, couple

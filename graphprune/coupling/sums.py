@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import torch
 
-from ..tracing.labels import Array
+from ..operations.labels import Array
 from ..tracing.trees import is_parameter
 from .groups import Groups
 

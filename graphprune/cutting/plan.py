@@ -16,10 +16,10 @@ import torch
 
 from ..coupling.groups import Groups
 from ..errors import BadPlan
+from ..operations.labels import Array
+from ..operations.notation import Value
 from ..select import Kept
-from ..tracing.labels import Array
 from ..tracing.needs import Need
-from ..tracing.notation import Value
 from ..tracing.picks import renumber
 from .parts import Part, survivors
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
+from ..operations.notation import Value
 from ..tracing.fused import gathered
-from ..tracing.notation import Value
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors, replace, tensors
 from .masks import parameter_name

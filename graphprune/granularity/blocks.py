@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from ..cutting.parts import Part
-from ..tracing.moves import MOVES
-from ..tracing.notation import Value
+from ..operations.moves import MOVES
+from ..operations.notation import Value
 from ..tracing.trace import Graph, Node, is_pointwise
 from ..tracing.trees import tensors
 

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from ..errors import NeedsBatches
+from ..operations.notation import Value
+from ..operations.rules import RULES
 from ..scores.data import Data, undisturbed
 from ..scores.data import gradients as data_gradients
-from ..tracing.notation import Value
-from ..tracing.rules import RULES
 from ..tracing.trace import Graph, is_pointwise
 from ..tracing.trees import leaf_tensors, tensors
 from .entries import unit_scores

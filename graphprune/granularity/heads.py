@@ -10,9 +10,9 @@ import numpy as np
 
 from ..coupling.groups import Groups
 from ..errors import NothingToPrune
-from ..tracing.labels import Array
-from ..tracing.moves import MOVES
-from ..tracing.notation import Value
+from ..operations.labels import Array
+from ..operations.moves import MOVES
+from ..operations.notation import Value
 from ..tracing.trace import is_pointwise
 from ..tracing.trees import tensors
 

@@ -23,8 +23,8 @@ from torch.nn.utils import parametrize
 from ..cost import macs_by_call
 from ..cutting.kernels import Thin
 from ..cutting.masks import mask_of, masked, parameter_name
-from ..tracing.moves import MOVES
-from ..tracing.notation import Value
+from ..operations.moves import MOVES
+from ..operations.notation import Value
 from ..tracing.trace import Graph, Node
 from ..tracing.trees import leaf_tensors, tensors
 

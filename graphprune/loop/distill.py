@@ -27,8 +27,8 @@ from ..coupling.links import links
 from ..cutting.plan import Plan
 from ..cutting.zeroed import Masks
 from ..errors import BadInput, BadPlan
+from ..operations.notation import Value
 from ..repair.imitation import soften, wide
-from ..tracing.notation import Value
 from ..tracing.probe import watch
 from ..tracing.trace import trace
 from ..tracing.trees import normal_inputs, tensors

@@ -30,9 +30,9 @@ from ..coupling.groups import Group, couple
 from ..cutting.verify import check_model
 from ..errors import BadModel, BadRatio, NothingToPrune, UnknownName
 from ..names import named
+from ..operations.notation import Value
 from ..scores import score
 from ..select import check_ratio, select
-from ..tracing.notation import Value
 from ..tracing.trace import trace
 from ..tracing.trees import leaf_tensors
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..tracing.notation import Value
+from ..operations.notation import Value
 from ..tracing.record import Node, is_pointwise
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import replace as exchange

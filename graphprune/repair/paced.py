@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import BadCalibration
-from ..tracing.notation import Value
+from ..operations.notation import Value
 from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..cutting.plan import Plan
-from ..tracing.moves import MOVES
-from ..tracing.notation import Value
+from ..operations.moves import MOVES
+from ..operations.notation import Value
 from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
 from .sites import Site

@@ -19,8 +19,8 @@ from torch import nn
 
 from ..cutting.plan import Plan
 from ..errors import BadCalibration
+from ..operations.notation import Value
 from ..scores.data import bar, samples
-from ..tracing.notation import Value
 from ..tracing.trace import Graph
 from .censored import Rows, intervals
 from .fitting import Repaired, Seen, Setting, Weights, fit, fit_scale, idle

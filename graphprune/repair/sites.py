@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..tracing.notation import Value
+from ..operations.notation import Value
 from ..tracing.trace import Graph, Node
 from ..tracing.trees import tensors
 

@@ -11,7 +11,7 @@ import torch
 
 from ..coupling.groups import Group
 from ..errors import BadScore
-from ..tracing.notation import Value
+from ..operations.notation import Value
 from ..tracing.trace import Graph, Node
 from .registry import scorer
 from .task import Scores, Task

@@ -11,7 +11,7 @@ import torch
 
 from ..cost import costs
 from ..errors import BadScore, UnknownName
-from ..tracing.moves import MOVES
+from ..operations.moves import MOVES
 from .fold import operation
 from .registry import scorer
 from .seen import gate_gradients, places

@@ -14,7 +14,7 @@ import torch
 
 from ..coupling.links import Link
 from ..errors import BadInput, BadScore
-from ..tracing.notation import Value
+from ..operations.notation import Value
 from ..tracing.probe import watch
 from ..tracing.trees import tensors
 from .data import Data, gradient, one_by_one, samples

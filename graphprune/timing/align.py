@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from ..cost import operation, products
 from ..coupling.groups import Groups
 from ..coupling.lengths import Lengths
-from ..tracing.notation import Value
+from ..operations.notation import Value
 from ..tracing.trace import Node
 from ..tracing.trees import tensors
 from .operators import EAGER

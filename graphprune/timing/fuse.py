@@ -16,8 +16,8 @@ from torch import fx, nn
 
 from ..cost import operation
 from ..errors import NotEqual
+from ..operations.notation import Value
 from ..tracing.copies import duplicate
-from ..tracing.notation import Value
 from ..tracing.trace import Graph, Node, evaluating, trace
 from ..tracing.trees import leaf_tensors, tensors
 

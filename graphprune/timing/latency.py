@@ -28,7 +28,7 @@ from ..coupling.lengths import Lengths
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..errors import BadMeasure, BadTarget, GraphpruneError
-from ..tracing.labels import Array
+from ..operations.labels import Array
 from ..tracing.trace import Graph
 from .align import alignments
 from .learnt import TOLERANCE, Learnt, Point, guess

@@ -26,8 +26,8 @@ import torch
 
 from ..cost import PRODUCTS, operation
 from ..coupling.lengths import Lengths
-from ..tracing.labels import Array
-from ..tracing.notation import Value
+from ..operations.labels import Array
+from ..operations.notation import Value
 from ..tracing.trace import Graph, Node
 from ..tracing.trees import replace, tensors
 from .measure import clock_for

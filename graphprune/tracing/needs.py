@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .notation import Value
+from ..operations.notation import Value
 from .sizes import Expr, Size, expression
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .labels import Fields, Labels, Reason, compact, varying
-from .notation import Value
+from ..operations.labels import Fields, Labels, Reason, compact, varying
+from ..operations.notation import Value
 
 INTEGERS = frozenset((torch.int64, torch.int32))
 

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from ..errors import BadInput
-from .notation import Value
+from ..operations.notation import Value
 from .trace import UNSTEPPED, Graph, Step, floating, open_paths, trace
 from .trees import replace, tensors
 

@@ -17,13 +17,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import GraphpruneError
-from .assemble import ASSEMBLE, free, merged
-from .labels import Array, Fields, Labels, Reason, varying
-from .moves import MOVES
-from .notation import Value, meet
+from ..operations.assemble import ASSEMBLE, free, merged
+from ..operations.labels import Array, Fields, Labels, Reason, varying
+from ..operations.moves import MOVES
+from ..operations.notation import Value, meet
+from ..operations.rules import RULES, pointwise
+from ..operations.shapes import SHAPES
 from .picks import INTEGERS, pick, picked
-from .rules import RULES, pointwise
-from .shapes import SHAPES
 from .sizes import Uses
 from .trees import PLAIN, replace, tensors
 

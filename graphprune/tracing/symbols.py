@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ..operations.notation import Value
 from .needs import Call, Need
-from .notation import Value
 from .sizes import COMPARISONS, Expr, Size, Uses, evaluate, leaves
 from .trees import PLAIN, modules_of
 

@@ -20,11 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BadInput
+from ..operations.labels import Labels, Reason
+from ..operations.notation import Value
 from .copies import duplicate
 from .fused import unfused
-from .labels import Labels, Reason
 from .needs import Call, calls_of, sized
-from .notation import Value
 from .picks import settle
 from .record import META, Node, Recorder, is_pointwise
 from .sizes import Expr, Size

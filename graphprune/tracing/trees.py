@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .notation import Value
+from ..operations.notation import Value
 
 # What most attributes of modules are: asking whether they are tensors takes longer than looking their type up.
 TENSORLESS = frozenset({int, float, bool, str, type(None), OrderedDict, set})

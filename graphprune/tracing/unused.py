@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .labels import Reason
-from .notation import Value
+from ..operations.labels import Reason
+from ..operations.notation import Value
 from .record import Node, Recorder
 from .trees import tensors
 
