@@ -26,6 +26,7 @@ from .shrink import shrink
 from .timing.fuse import fuse
 from .timing.measure import Measurement, measure
 from .tracing.trace import Graph, trace
+from .version import VERSION as __version__
 
 __all__ = [
     "Distillation",
@@ -67,4 +68,5 @@ __all__ = [
     "shrink",
     "trace",
     "zeroed",
+    "__version__",
 ]
