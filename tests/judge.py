@@ -119,7 +119,7 @@ def tensors_in(result: Any) -> Iterator[torch.Tensor]:
 
 def gap(mine: Any, wanted: Any) -> float:
     """The largest difference, relative to the largest entry of its tensor; infinite where shapes differ or there is nothing to compare."""
-    mine, wanted = list(tensors_in(mine)), list(tensors_in(wanted))
+    mine, wanted = ([tensor.detach() for tensor in tensors_in(result)] for result in (mine, wanted))
     if not wanted or [tensor.shape for tensor in mine] != [tensor.shape for tensor in wanted]:
         return float("inf")
     return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) if a.numel() else 0.0 for a, b in zip(mine, wanted, strict=True))
