@@ -15,7 +15,7 @@ from graphprune.errors import BadCalibration, UnknownName
 from graphprune.repair.fitting import Setting
 from graphprune.repair.moments import moments
 from graphprune.repair.pairs import mixes, pairs
-from graphprune.repair.rows import read
+from graphprune.repair.rows import outputs, read
 from graphprune.repair.sequential import repair_weights
 from graphprune.repair.sites import Site, norms, scales, sites
 from graphprune.repair.solve import least_squares, means, residual, variances
@@ -124,6 +124,44 @@ def test_rows_times_weight_is_the_convolution(groups, stride, padding, dilation)
     found = rows @ conv.weight.detach().flatten(1).reshape(groups, 12 // groups, -1).transpose(1, 2)
     wanted = conv(x).flatten(2).transpose(1, 2).reshape(-1, 12).reshape(-1, groups, 12 // groups).transpose(0, 1)
     assert torch.allclose(found, wanted, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "stride, padding, dilation, more", [((1, 1), (1, 1), (1, 1), (0, 0)), ((2, 3), (0, 1), (1, 2), (1, 0)), ((2, 2), (1, 1), (1, 1), (1, 1))]
+)
+def test_rows_times_weight_is_the_transposed_convolution(stride, padding, dilation, more):
+    torch.manual_seed(0)
+    conv = nn.ConvTranspose2d(6, 5, (3, 2), stride, padding, more, bias=False, dilation=dilation).double()
+    x = torch.randn(4, 6, 5, 4, dtype=F64)
+    site = Site(0, "w", None, None, None, False, (list(stride), list(padding), list(dilation)), None, None, more=list(more))
+    wanted = conv(x)
+    assert outputs(site, tuple(x.shape), (3, 2)) == list(wanted.shape[2:])
+    rows = read(site, x, (3, 2), None)
+    assert torch.allclose(rows[0] @ site.by_output(conv.weight.detach()).flatten(1).T, wanted.flatten(2).transpose(1, 2).reshape(-1, 5), atol=1e-10)
+    some = torch.tensor([0, 3, 7])
+    assert torch.equal(read(site, x, (3, 2), some)[0], rows[0].reshape(4, -1, rows.shape[2])[:, some].flatten(0, 1))
+
+
+class Upscaler(nn.Module):
+    """Super resolution: what a transposed convolution alone reads."""
+
+    def __init__(self, stride=2):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 16, 3, padding=1)
+        self.up = nn.ConvTranspose2d(16, 3, stride + 2, stride, 1)
+
+    def forward(self, x):
+        return self.up(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_what_a_transposed_convolution_reads_is_scored_and_repaired(stride):
+    torch.manual_seed(0)
+    net, data, other = Upscaler(stride).double().eval(), batches(), batches(seed=5)
+    small, plan = graphprune.shrink(net, data[0][:1], criterion="effect", batches=data, scope="global", macs=0.6, return_plan=True)
+    better = graphprune.repair(small, net, plan, data, "least-squares")
+    assert any(one.where == "up.weight" and one.kept and one.after < 0.9 * one.before for one in better.graphprune_repairs)
+    assert distance(better, net, other) < 0.6 * distance(small, net, other)
 
 
 def test_batch_norm_statistics_are_the_two_pass_ones():

@@ -165,7 +165,7 @@ def _rows(site: Site, x: Tensor, weight: Tensor, count: int) -> Tensor | None:
         every, columns = math.prod(x.shape[:-1]), x.shape[-1]
         return sampled(x, -1, _each(every, count, columns, columns**2 / 2, 3 * weight.numel()), count)
     kernel = tuple(weight.shape[2:])
-    if weight.shape[1] != x.shape[1]:
+    if site.by_output(weight).shape[1] != x.shape[1]:
         return None
     every = math.prod(outputs(site, tuple(x.shape), kernel))
     at = chosen(site, every, ROWS / count / every / 4, 4)
@@ -216,7 +216,7 @@ def _gradients(site: Site, grad: Tensor, weight: Tensor, count: int) -> Tensor:
 def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Halves, float] | None:
     """``H⁻¹``; ``B^½ W``, the columns of each unit and the covariances on both parts of the samples; how far the rows fall short."""
     weight = task.tensors[site.weight].detach().double().cpu()
-    weight = weight.T if site.turned else weight
+    weight = site.by_output(weight)
     columns = mine.data.xx.shape[1]
     flat = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]  # (outputs, inputs, taps)
     both = mine.second
@@ -259,6 +259,6 @@ def _cost(task: Task, every: dict[str, Site], mine: list) -> float:
         weight = task.tensors[link.leaf]
         length = weight.shape[link.axis]
         outs = weight.shape[site.axis]
-        there = math.prod(site.y.shape) / outs
+        there = math.prod(site.y.shape) / outs if site.more is None else math.prod(site.x.shape) / site.x.shape[1]
         total += weight.numel() * there * (link.units >= 0).sum() / length / max(int(link.units.max()) + 1, 1)
     return max(total, 1.0)

@@ -102,12 +102,11 @@ class Weights:
         return torch.where(dead, torch.zeros_like(scale), 1 / torch.where(dead, torch.ones_like(scale), scale))
 
     def groups(self, site: Site, x: Tensor) -> int:
-        return 1 if site.shape is None else x.shape[1] // self.tight[site.weight].shape[1]
+        return 1 if site.shape is None else x.shape[1] // self.tight[site.weight].shape[0 if site.more is not None else 1]
 
     def now(self, site: Site, data: Moments) -> tuple[Tensor, Tensor]:
         """The weight (groups, outputs, inputs) and the bias (groups, outputs) as they are."""
-        weight = self.tight[site.weight]
-        weight = (weight.T if site.turned else weight).double().flatten(1).reshape(data.y.shape[0], data.y.shape[1], -1)
+        weight = site.by_output(self.tight[site.weight]).double().flatten(1).reshape(data.y.shape[0], data.y.shape[1], -1)
         bias = torch.zeros_like(data.y)
         if site.bias is not None:
             bias = bias + self.tight[site.bias].double().reshape(bias.shape)
@@ -117,9 +116,8 @@ class Weights:
 
     def put(self, site: Site, weight: Tensor, bias: Tensor) -> None:
         """Write a fit into the cut model; an intercept without a bias goes into the running mean behind."""
-        held = self.tight[site.weight]
-        flat = weight.flatten(0, 1)
-        held.copy_((flat.T if site.turned else flat).reshape(held.shape))
+        by_output = site.by_output(self.tight[site.weight])  # a view: what is written here is written there
+        by_output.copy_(weight.flatten(0, 1).reshape(by_output.shape))
         bias = bias.flatten()
         if site.norm is not None:
             mean = self.tight[site.norm.mean]

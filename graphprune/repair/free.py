@@ -62,6 +62,9 @@ def repair_free(original: nn.Module, small: nn.Module, graph: Graph, plan: Plan,
         kept = plan.cuts.get(site.weight, {}).get(1 - site.axis)
         if kept is None or site.weight not in tight:
             continue
+        if site.more is not None:  # how many taps reach an output depends on where it stands
+            done.append(idle("left", f"{site.weight}: a transposed convolution needs data"))
+            continue
         weight = _rows(wide[site.weight], site, plan)
         belief = known.get(id(site.x))
         if belief is not None and belief.each > 1 and weight.shape[1] == len(belief.mean) * belief.each:
@@ -100,7 +103,7 @@ def merged(belief: Belief, kept: Tensor, gone: Tensor, ridge: float = RIDGE) -> 
 def _rows(weight: Tensor, site: Site, plan: Plan) -> Tensor:
     """The weight as (outputs that are left, all inputs, taps)."""
     weight = weight.double().cpu()
-    weight = weight.T if site.turned else weight
+    weight = site.by_output(weight)
     weight = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]
     outs = plan.cuts.get(site.weight, {}).get(site.axis)
     return weight if outs is None else weight[torch.tensor(outs)]
@@ -125,8 +128,9 @@ def _offer(site: Site, kernel: tuple[int, ...], weight: Tensor, belief: Belief, 
 
 
 def _put(offer: _Offer, tight: Mapping[str, Tensor], rescale: bool) -> None:
-    site, held = offer.site, tight[offer.site.weight]
-    held.copy_((offer.new.flatten(1).T if site.turned else offer.new).reshape(held.shape))
+    site = offer.site
+    by_output = site.by_output(tight[site.weight])
+    by_output.copy_(offer.new.reshape(by_output.shape))
     if site.norm is not None:
         tight[site.norm.mean].sub_(offer.shift.to(tight[site.norm.mean]))
         if rescale:

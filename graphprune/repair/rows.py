@@ -18,7 +18,10 @@ Tensor = torch.Tensor
 
 def outputs(site: Site, x_shape: tuple[int, ...], kernel: tuple[int, ...]) -> list[int]:
     """How many output positions a convolution has along each axis of space."""
-    stride, padding, dilation = site.shape
+    stride, padding, dilation = geometry(site)
+    if site.more is not None:
+        lengths = zip(x_shape[2:], kernel, stride, padding, dilation, site.more, strict=True)
+        return [(n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in lengths]
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x_shape[2:], kernel, stride, padding, dilation, strict=True)]
 
 
@@ -51,18 +54,42 @@ def read(site: Site, x: Tensor, kernel: tuple[int, ...], at: Tensor | None, grou
     if site.shape is None:
         flat = x.reshape(-1, x.shape[-1])
         return (flat.clone() if at is None else flat[at.to(x.device)])[None]
-    stride, padding, dilation = site.shape
-    outs = outputs(site, tuple(x.shape), kernel)
-    x = torch.nn.functional.pad(x, [n for p in reversed(padding) for n in (p, p)])
-    sizes = x.shape[2:]
-    at = torch.arange(math.prod(outs)) if at is None else at
-    index, rest = torch.zeros(len(at), math.prod(kernel), dtype=torch.long), at
+    index = sources(site, tuple(x.shape), kernel, at)
+    values = torch.nn.functional.pad(x.flatten(2), (0, 1))[:, :, index.to(x.device)]  # (n, channels, positions, taps); what lies outside is zero
+    n, channels, positions = values.shape[:3]
+    values = values.reshape(n, groups, channels // groups, positions, -1).permute(1, 0, 3, 2, 4)
+    return values.reshape(groups, n * positions, -1)
+
+
+def sources(site: Site, shape: tuple[int, ...], kernel: tuple[int, ...], at: Tensor | None) -> Tensor:
+    """For each output position and each tap of the kernel the input position that is read, (positions, taps); one past the last where there is none.
+
+    >>> site = Site(0, "w", None, None, None, False, ([2], [0], [1]), None, None, more=[0])
+    >>> sources(site, (1, 1, 2), (2,), None).tolist()
+    [[0, 2], [2, 0], [1, 2], [2, 1]]
+    """
+    stride, padding, dilation = geometry(site)
+    outs, sizes = outputs(site, shape, kernel), shape[2:]
+    rest = torch.arange(math.prod(outs)) if at is None else at.cpu()
     taps = torch.arange(math.prod(kernel))
+    index = torch.zeros(len(rest), len(taps), dtype=torch.long)
+    there = torch.ones_like(index, dtype=torch.bool)
     unit = 1
-    for size, k, s, d, out in reversed(list(zip(sizes, kernel, stride, dilation, outs, strict=True))):
-        index += ((rest % out * s)[:, None] + (taps % k * d)[None]) * unit
+    for size, k, s, p, d, out in reversed(list(zip(sizes, kernel, stride, padding, dilation, outs, strict=True))):
+        position, offset = (rest % out)[:, None], (taps % k * d)[None]
+        if site.more is None:
+            source = position * s - p + offset
+        else:  # the output is where the input stands, s apart, plus the tap
+            source = position + p - offset
+            there &= source % s == 0
+            source = source.div(s, rounding_mode="floor")
+        there &= (source >= 0) & (source < size)
+        index += source * unit
         rest, taps, unit = rest // out, taps // k, unit * size
-    found = x.flatten(2)[:, :, index.to(x.device)]  # (n, channels, positions, taps)
-    n, channels = found.shape[:2]
-    found = found.reshape(n, groups, channels // groups, len(at), -1).permute(1, 0, 3, 2, 4)
-    return found.reshape(groups, n * len(at), -1)
+    return torch.where(there, index, unit)
+
+
+def geometry(site: Site) -> tuple[list, list, list]:
+    """Stride, padding and dilation of a site that is a convolution."""
+    assert site.shape is not None
+    return site.shape

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ..operations.notation import Value
 from ..tracing.trace import Graph, Node
 from ..tracing.trees import tensors
@@ -21,6 +23,9 @@ CALLS = {
     "conv1d": (0, 1, 2, False),
     "conv2d": (0, 1, 2, False),
     "conv3d": (0, 1, 2, False),
+    "conv_transpose1d": (0, 1, 2, False),
+    "conv_transpose2d": (0, 1, 2, False),
+    "conv_transpose3d": (0, 1, 2, False),
     "linear": (0, 1, 2, False),
     "addmm": (1, 2, 0, True),
     "matmul": (0, 1, None, True),
@@ -70,7 +75,10 @@ class Flat:
 
 @dataclass(frozen=True)
 class Site:
-    """One call that a weight makes: ``y = W x + b``. ``shape``: (stride, padding, dilation) of a convolution; behind it norm, addition, activation."""
+    """One call that a weight makes: ``y = W x + b``. ``shape``: (stride, padding, dilation) of a convolution; behind it norm, addition, activation.
+
+    ``more``: of a transposed convolution, what is added to the length of its outputs along each axis (None: not transposed).
+    """
 
     step: int
     weight: str
@@ -82,11 +90,16 @@ class Site:
     norm: Norm | None
     other: Value | None
     flat: Flat | None = None
+    more: list[int] | None = None
 
     @property
     def axis(self) -> int:
         """The axis of the weight along which the outputs stand."""
-        return 1 if self.turned else 0
+        return 1 if self.turned or self.more is not None else 0
+
+    def by_output(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with its outputs first: (outputs, inputs, …)."""
+        return weight.transpose(0, 1) if self.axis else weight
 
 
 def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
@@ -97,8 +110,6 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
     for at, step in enumerate(graph.steps):
         places = CALLS.get(step.name)
         if places is None or len(step.args) <= places[1]:
-            if step.name.startswith("conv_transpose") and len(step.args) > 1 and step.args[1] is not None:
-                left[step.args[1].leaf or f"call {at}"] = "a transposed convolution"
             if step.name.startswith(("lstm", "gru", "rnn_")):
                 weights = [value for value in step.args if value is not None and value.leaf in graph.leaves and len(value.shape) == 2]
                 left |= {weight.leaf: "inside a recurrent layer" for weight in weights}
@@ -113,12 +124,12 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
             left[weight.leaf or f"call {at} ({step.name})"] = reason
             continue
         bias = step.args[places[2]] if places[2] is not None and len(step.args) > places[2] else None
-        shape, reason = reader.geometry(at, x)
+        shape, more, reason = reader.geometry(at, x)
         if reason or (bias is not None and reader.unfit(bias)):
             left[weight.leaf] = reason or "its bias is shared or computed"
             continue
         behind = reader.behind(step.results[0], at)
-        found.append(Site(at, weight.leaf, bias.leaf if bias is not None else None, x, step.results[0], places[3], shape, *behind))
+        found.append(Site(at, weight.leaf, bias.leaf if bias is not None else None, x, step.results[0], places[3], shape, *behind, more))
     return found, left
 
 
@@ -193,19 +204,22 @@ class _Reader:
             return "a constant"
         return "used more than once" if self.uses[id(value)] > 1 else None
 
-    def geometry(self, at: int, x: Value) -> tuple[tuple[list, list, list] | None, str | None]:
+    def geometry(self, at: int, x: Value) -> tuple[tuple[list, list, list] | None, list[int] | None, str | None]:
+        """Stride, padding and dilation of a convolution; what is added to the outputs of a transposed one; or why it is none that can be fitted."""
         name = self.graph.steps[at].name
         if not name.startswith("conv"):
-            return None, None
+            return None, None, None
         nodes = [n for n in self.nodes.get(at, []) if n.func._schema.name == "aten::convolution"]
         if len(nodes) != 1:
-            return None, "a convolution in several parts"
-        _, _, _, stride, padding, dilation, transposed, *_ = nodes[0].args
+            return None, None, "a convolution in several parts"
+        _, _, _, stride, padding, dilation, transposed, more, groups = nodes[0].args
         rank = len(x.shape) - 2
-        wide = [list(v) * (rank if len(v) == 1 else 1) for v in (stride, padding, dilation)]
-        if transposed or tuple(nodes[0].args[0].shape) != tuple(x.shape):
-            return None, "padded in a way of its own"
-        return (wide[0], wide[1], wide[2]), None
+        wide = [list(v) * (rank if len(v) == 1 else 1) for v in (stride, padding, dilation, more)]
+        if tuple(nodes[0].args[0].shape) != tuple(x.shape):
+            return None, None, "padded in a way of its own"
+        if transposed and groups > 1:
+            return None, None, "a transposed convolution in groups"
+        return (wide[0], wide[1], wide[2]), wide[3] if transposed else None, None
 
     def behind(self, y: Value, at: int) -> tuple[Norm | None, Value | None, Flat | None]:
         """A batch norm that alone reads y, what is then added to its result, if that is known before the call, and the activation that alone reads that."""
