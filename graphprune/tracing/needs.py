@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..operations.labels import Reason
 from ..operations.notation import Value
-from .sizes import Expr, Size, expression
+from .sizes import Expr, Size, expression, number
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,19 @@ class Call:
     op: str
     module: str
     line: str
+    since: int = 0  # how many ATen calls had been recorded before it, and after
+    until: int = 0
 
 
 class Asked:
     """One call of the Python code as its reader sees it: arguments, the result, and the values that the recorder knows of them."""
 
-    __slots__ = ("args", "calls", "first", "kwargs", "module", "name", "out", "recorder", "result")
+    __slots__ = ("args", "calls", "first", "kwargs", "module", "name", "out", "recorder", "result", "since", "understood")
 
-    def __init__(self, calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: dict, result: Any, module: str) -> None:
+    def __init__(self, calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: dict, result: Any, module: str, since: int) -> None:
         self.calls, self.recorder, self.name, self.args, self.kwargs, self.result, self.module = calls, recorder, name, args, kwargs, result, module
-        self.first, self.out = self.argument(0, "input"), self.known(result)
+        self.first, self.out, self.since = self.argument(0, "input"), self.known(result), since
+        self.understood: set[int] = set()  # the ids of sizes of which it is known what they stand for
 
     def argument(self, at: int, *names: str, otherwise: Any = None) -> Any:
         """The argument at a position, or under one of its names."""
@@ -58,26 +63,73 @@ class Asked:
 
     def needs(self, given: Any, value: Value | None, kind: str, dim: int, at: int = 0) -> None:
         """A size that is given has to be what ``kind`` says of an axis."""
+        self.understood.add(id(given))
         if not isinstance(given, int) or isinstance(given, bool) or given == -1 or value is None:
             return
         moves = any(field.shape[dim] > 1 for field in value.fields)
         if moves or isinstance(given, Size):
-            self.calls.append(Call(expression(given), Need(kind, value, dim % len(value.shape), at), self.name, self.module, self.recorder.line()))
+            need, until = Need(kind, value, dim % len(value.shape), at), len(self.recorder.nodes)
+            self.calls.append(Call(expression(given), need, self.name, self.module, self.recorder.line(), self.since, until))
+
+    def whole(self, value: Value | None, dim: int, text: str) -> None:
+        """Leave an axis whole: no cut of it would mean the same to this call."""
+        moving = [field for field in value.fields if field.shape[dim] > 1] if value else []
+        if moving:
+            reason = self.recorder.labels.reason(Reason(text, self.name, self.module, self.recorder.here()))
+            for field in moving:
+                self.recorder.labels.lock(field, reason)
+
+    def joined(self, value: Value | None, dim: int, start: int, count: int, stride: int) -> None:
+        """Tie the ``count`` entries of an axis that lie ``stride`` apart, block after block, from ``start`` on."""
+        for field in value.fields if value else ():
+            if field.shape[dim] > 1:
+                lead = np.moveaxis(field, dim, 0)
+                for base in range(start, len(lead), count * stride):
+                    block = lead[base : base + count * stride]
+                    for step in range(1, count):
+                        other = block[step * stride : (step + 1) * stride]
+                        if len(other):
+                            self.recorder.labels.join(block[: len(other)], other)
 
     def copies(self, given: Any, length: int, dim: int) -> None:
         """A count of copies: the new length where one entry is copied; else it may not change."""
         if length == 1:
             self.needs(given, self.out, "size", dim)
         elif isinstance(given, Size):
-            self.needs(given, self.out, "count", dim, int(given))
+            self.needs(given, self.out, "count", dim, number(given))
 
 
 READERS: dict[str, Callable[[Asked], None]] = {}  # by the name of the function; "conv" of every convolution
 
 
-def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: dict, result: Any, module: str) -> None:
-    """Write down the sizes of one call of the Python code, for which :func:`sized` holds."""
-    READERS["conv" if name.startswith("conv") else name](Asked(calls, recorder, name, args, kwargs, result, module))
+def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: dict, result: Any, module: str, since: int) -> None:
+    """Write down the sizes of one call of the Python code, for which :func:`sized` holds. Those at other places in it are factors."""
+    uses = recorder.uses
+    marks = len(uses.outcomes), len(uses.doubts)
+    asked = Asked(calls, recorder, name, args, kwargs, result, module, since)
+    READERS["conv" if name.startswith("conv") else name](asked)
+    del uses.outcomes[marks[0] :], uses.doubts[marks[1] :]  # what was compared here is no branch of the model
+    uses.floats.extend([size.expr for size in sizes_in(args, kwargs) if id(size) not in asked.understood])
+
+
+def sizes_in(args: tuple, kwargs: dict) -> list[Size]:
+    """The sizes among the arguments of a call, also in lists and slices."""
+    sizes: list[Size] = []
+    _gather(args, sizes)
+    if kwargs:
+        _gather(kwargs.values(), sizes)
+    return sizes
+
+
+def _gather(items: Any, sizes: list[Size]) -> None:
+    for item in items:
+        kind = type(item)
+        if kind is Size:
+            sizes.append(item)
+        elif kind is tuple or kind is list or kind is torch.Size:
+            _gather(item, sizes)
+        elif kind is slice:
+            _gather((item.start, item.stop, item.step), sizes)
 
 
 def sized(name: str) -> bool:
@@ -183,37 +235,89 @@ def _chunk(asked: Asked) -> None:
 def _even(asked: Asked, dim: int) -> None:
     """Equal parts must stay equal: tie them entry by entry."""
     values = [asked.known(part) for part in asked.result]
-    if any(value is None for value in values):
+    if not values or any(value is None for value in values):
         return
     first = values[0]
+    if any(value.shape[dim] != first.shape[dim] for value in values):
+        for value in values:
+            asked.whole(value, dim, "it is taken apart into parts of which the last is shorter")
+        return
     for value in values[1:]:
         for left, right in zip(first.fields, value.fields, strict=False):
             if left.shape == right.shape and left.shape[dim] > 1:
                 asked.recorder.labels.join(left, right)
 
 
-@reader("__getitem__")
+@reader("tensor_split", "hsplit", "vsplit", "dsplit")
+def _tensor_split(asked: Asked) -> None:
+    rank = asked.first.ndim
+    fixed = {"hsplit": 1 if rank > 1 else 0, "vsplit": 0, "dsplit": 2}
+    dim = fixed.get(asked.name, 0 if asked.name != "tensor_split" else asked.argument(2, "dim", otherwise=0))
+    where = asked.argument(1, "indices_or_sections", "sections", "indices", "tensor_indices_or_sections", "split_size_or_sections")
+    value = asked.known(asked.first)
+    if isinstance(where, int):
+        _even(asked, dim)
+    elif isinstance(where, list | tuple):
+        for end in where:
+            _end(asked, value, dim, end)
+    else:
+        asked.whole(value, dim, "where it is taken apart is a value")
+
+
+@reader("__getitem__", "__setitem__")
 def _getitem(asked: Asked) -> None:
     value, index = asked.known(asked.first), asked.args[1]
     if not value:
         return
     index = index if isinstance(index, tuple) else (index,)
-    dim, used = 0, sum(i is not None and i is not Ellipsis for i in index)
+    dim, used = 0, sum(_spans(item) for item in index)
     for item in index:
         if item is Ellipsis:
             dim += len(value.shape) - used
             continue
-        if item is None:
-            continue
         if isinstance(item, slice):
-            for end in (item.start, item.stop):
-                if isinstance(end, int) and 0 < end < value.shape[dim]:
-                    asked.needs(end, value, "before", dim, int(end))
-                elif isinstance(end, Size) and end > 0:
-                    asked.needs(end, value, "size", dim)
-                elif isinstance(end, int) and end < 0 and type(end) is int:
-                    asked.needs(-end, value, "after", dim, -int(end))
-        dim += 1 if not isinstance(item, torch.Tensor) or item.dtype != torch.bool else item.ndim
+            step = item.step if isinstance(item.step, int) else 1
+            if step > 1:
+                _phases(asked, value, dim, item, number(step))
+            else:
+                _end(asked, value, dim, item.start)
+            _end(asked, value, dim, item.stop)
+        dim += _spans(item)
+
+
+def _spans(item: Any) -> int:
+    """How many axes one entry of an index takes."""
+    if item is None or item is Ellipsis:
+        return 0
+    return item.ndim if isinstance(item, torch.Tensor) and item.dtype == torch.bool else 1
+
+
+def _end(asked: Asked, value: Value | None, dim: int, end: Any) -> None:
+    """One end of a slice: as many have to survive before it, or from it to the last."""
+    if value is None or not isinstance(end, int):
+        return
+    size, at = value.shape[dim], number(end)
+    if 0 < at < size:
+        asked.needs(end, value, "before", dim, at)
+    elif at == size and isinstance(end, Size):
+        asked.needs(end, value, "size", dim)
+    elif -size < at < 0:
+        asked.understood.add(id(end))
+        asked.needs(-end, value, "after", dim, -at)
+    else:
+        asked.understood.add(id(end))
+
+
+def _phases(asked: Asked, value: Value, dim: int, item: slice, step: int) -> None:
+    """Every ``step``-th entry from the start on: entries that lie between two of them stay or go together."""
+    size = value.shape[dim]
+    start = number(item.start) if isinstance(item.start, int) else 0
+    if start < 0 or start >= size:
+        asked.whole(value, dim, "every so many entries are taken, counted from its end")
+        return
+    if start >= step:
+        _end(asked, value, dim, item.start)
+    asked.joined(value, dim, start if start >= step else 0, step, 1)
 
 
 @reader("narrow")
@@ -222,7 +326,8 @@ def _narrow(asked: Asked) -> None:
     value = asked.known(asked.first)
     if value and isinstance(start, int):  # a tensor may say where it begins
         asked.needs(length, asked.out, "size", dim)
-        asked.needs(start, value, "before", dim, int(start))
+        if number(start):
+            asked.needs(start, value, "before", dim, number(start))
 
 
 @reader("roll")
@@ -230,8 +335,11 @@ def _roll(asked: Asked) -> None:
     value = asked.known(asked.first)
     if value:
         for shift, dim in zip(_ints([asked.argument(1, "shifts")]), _ints([asked.argument(2, "dims", otherwise=())]), strict=False):
-            if shift and shift > 0:
-                asked.needs(shift, value, "after", dim, int(shift))
+            if shift is None or abs(shift) >= value.shape[dim]:
+                asked.whole(value, dim, "it is rolled all the way round")
+            elif shift:
+                asked.understood.add(id(shift))
+                asked.needs(abs(shift), value, "after" if shift > 0 else "before", dim, number(abs(shift)))
 
 
 @reader("pad")
@@ -241,10 +349,15 @@ def _pad(asked: Asked) -> None:
     amounts = asked.argument(1, "pad")
     for index, given in enumerate(amounts):
         dim = len(asked.out.shape) - 1 - index // 2
-        asked.needs(given, asked.out, "after" if index % 2 else "before", dim, int(given))
+        side = "after" if index % 2 else "before"
+        if isinstance(given, int) and given < 0:  # so many are taken off
+            asked.understood.add(id(given))
+            asked.needs(-given, asked.known(asked.first), side, dim, number(-given))
+            continue
+        asked.needs(given, asked.out, side, dim, number(given))
         before = amounts[index - 1]
         if index % 2 and type(given) is Size and type(before) is Size and given.expr == before.expr:
-            _both_ends(asked, dim, int(given))
+            _both_ends(asked, dim, number(given))
 
 
 def _both_ends(asked: Asked, dim: int, count: int) -> None:
@@ -261,17 +374,17 @@ def _both_ends(asked: Asked, dim: int, count: int) -> None:
 @reader("group_norm")
 def _group_norm(asked: Asked) -> None:
     groups = asked.argument(1, "num_groups")
-    asked.needs(groups, asked.known(asked.first), "blocks", 1, int(groups))
+    asked.needs(groups, asked.known(asked.first), "blocks", 1, number(groups))
 
 
 @reader("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(asked: Asked) -> None:
     """Channels change places with those of the other groups, so each group has to keep the same ones."""
     value, groups = asked.known(asked.first), asked.argument(1, "groups")
-    asked.needs(groups, value, "blocks", 1, int(groups))
+    asked.needs(groups, value, "blocks", 1, number(groups))
     for field in value.fields if value else ():
         if field.shape[1] > 1:
-            first, *others = field.swapaxes(0, 1).reshape(int(groups), -1)
+            first, *others = field.swapaxes(0, 1).reshape(number(groups), -1)
             for other in others:
                 asked.recorder.labels.join(first, other)
 
@@ -280,7 +393,7 @@ def _channel_shuffle(asked: Asked) -> None:
 def _convolution(asked: Asked) -> None:
     value, weight, groups = asked.known(asked.first), asked.argument(1, "weight"), asked.argument(6, "groups", otherwise=1)
     if value and isinstance(groups, int) and groups > 1:
-        asked.needs(groups, value, "blocks", 1 if asked.first.ndim == weight.ndim else 0, int(groups))
+        asked.needs(groups, value, "blocks", 1 if asked.first.ndim == weight.ndim else 0, number(groups))
 
 
 @reader("layer_norm")

@@ -112,13 +112,13 @@ class Recorder(TorchDispatchMode):
     def __init__(self, labels: Labels, names: dict[int, str], stack: list[str], real: bool) -> None:
         super().__init__()
         self.labels, self.names, self.stack, self.real = labels, names, stack, real
-        self.uses = Uses()  # of the sizes that this run gives out
         self.values: dict[int, Value] = {}
         self.alive: list[Any] = []
         self.stale: set[int] = set()  # storages that no longer hold what the model would have there: something without values was written
         self.filled: dict[int, Tensor] = {}  # whole numbers that torch's own code writes where no call shows it (lengths of padded sequences)
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
+        self.uses = Uses(nodes=self.nodes)  # of the sizes that this run gives out
         self.extra: list[Node] = []  # of a second run, in training mode
         self.spans: list[tuple[int, int]] = []  # the locks that each call made
         self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
@@ -159,6 +159,9 @@ class Recorder(TorchDispatchMode):
 
     def line(self) -> str:
         return line(place())
+
+    def here(self) -> tuple[str, int] | None:
+        return place()
 
     def run(self, func: Any, known: Known, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
         """Execute: on the meta device as soon as one operand lies there."""

@@ -2,7 +2,8 @@
 
 While a model is traced, integer attributes of its modules and the entries of ``tensor.shape`` are :class:`Size`
 objects: integers that carry an expression. What reaches ``view``, ``split`` or ``expand`` then tells which attribute has
-to change when an axis becomes shorter.
+to change when an axis becomes shorter. What becomes a plain number on the way (``int(c / 2)``, ``f"{c}"``) is a
+:class:`Doubt`: whether the code still computes the right thing of a shorter axis has to be tried.
 
 >>> heads = Size(12, ("attr", ("attn", "num_heads")))
 >>> (heads * 64).expr
@@ -14,9 +15,13 @@ to change when an axis becomes shorter.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Number
+from typing import Any, NamedTuple
+
+import torch
 
 Expr = Any
 OPERATORS: dict[str, Callable] = {
@@ -28,16 +33,34 @@ OPERATORS: dict[str, Callable] = {
 }
 
 
+class Doubt(NamedTuple):
+    """A size that became a plain number: its expression, how many calls had been recorded by then, and where it happened."""
+
+    expr: Expr
+    at: int
+    where: tuple[str, int]
+
+
 @dataclass(frozen=True)
 class Uses:
-    """What one run did with its sizes that must stay true: factors, sizes found equal, and branches taken (symbol, left, right, outcome)."""
+    """What one run did with its sizes: factors, sizes found equal, branches taken (symbol, left, right, outcome), and those that became plain numbers.
+
+    ``nodes`` are the calls recorded so far.
+    """
 
     floats: list[Expr] = field(default_factory=list)
     equals: list[tuple[Expr, Expr]] = field(default_factory=list)
     outcomes: list[tuple[str, Expr, Expr, bool]] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+    nodes: list = field(default_factory=list)
+
+    def doubt(self, expr: Expr, back: int = 2) -> None:
+        frame = sys._getframe(back)
+        self.doubts.append(Doubt(expr, len(self.nodes), (frame.f_code.co_filename, frame.f_lineno)))
 
 
 COMPARISONS: dict[str, Callable] = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+number = int.__int__  # the plain number of a size, of which no note is taken
 
 
 def _compared(symbol: str) -> Callable:
@@ -46,8 +69,11 @@ def _compared(symbol: str) -> Callable:
 
     def method(self: Size, other: object) -> bool:
         if not isinstance(other, int):
-            return compute(int(self), other) if isinstance(other, float) else NotImplemented
-        outcome = compute(int(self), int(other))
+            if isinstance(other, torch.Tensor) or not isinstance(other, Number):
+                return NotImplemented
+            self.uses.doubt(self.expr)
+            return compute(number(self), other)
+        outcome = compute(number(self), number(other))
         self.uses.outcomes.append((symbol, self.expr, expression(other), outcome))
         return outcome
 
@@ -79,46 +105,104 @@ class Size(int):
         same = self.__eq__(other)
         return same if same is NotImplemented else not same
 
+    def __bool__(self) -> bool:
+        self.uses.outcomes.append(("==", self.expr, 0, number(self) == 0))
+        return number(self) != 0
+
     def __float__(self) -> float:
         self.uses.floats.append(self.expr)
-        return float(int(self))
-
-    def __truediv__(self, other: Any) -> Any:
-        self.uses.floats.append(self.expr)
-        return int(self) / other
-
-    def __rtruediv__(self, other: Any) -> Any:
-        self.uses.floats.append(self.expr)
-        return other / int(self)
+        return float(number(self))
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
-        if not isinstance(other, int) or other < 0:
+        if not isinstance(other, int) or number(other) < 0 or mod is not None:
+            if isinstance(other, torch.Tensor):
+                return NotImplemented
             self.uses.floats.append(self.expr)
-            return int(self) ** other
+            return pow(number(self), other, mod)
         result = self
-        for _ in range(int(other) - 1):
+        for _ in range(number(other) - 1):
             result = result * self
         return result if other else 1
+
+    def __lshift__(self, other: Any) -> Any:
+        return self * 2 ** number(other) if isinstance(other, int) else NotImplemented
+
+    def __rshift__(self, other: Any) -> Any:
+        return self // 2 ** number(other) if isinstance(other, int) else NotImplemented
+
+    def __divmod__(self, other: Any) -> Any:
+        return (self // other, self % other)
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return (other // self, other % self)
+
+    def __neg__(self) -> Size:
+        return 0 - self
+
+    def __abs__(self) -> Size:
+        return -self if self < 0 else self
+
+    def __round__(self, digits: Any = None) -> int:
+        if digits is None or digits >= 0:
+            return self
+        self.uses.doubt(self.expr)
+        return round(number(self), digits)
+
+    def __pos__(self) -> Size:
+        return self
+
+    __floor__ = __ceil__ = conjugate = __pos__
+    numerator = real = property(__pos__)  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict) -> Size:
         return self
 
     def __reduce__(self) -> tuple:
-        return int, (int(self),)
+        return int, (number(self),)
 
 
 def _binary(symbol: str, reverse: bool) -> Callable:
     compute = OPERATORS[symbol]
 
     def method(self: Size, other: Any) -> Any:
-        if not isinstance(other, int) or isinstance(other, bool):
-            if isinstance(other, float) and symbol in "*/":
-                self.uses.floats.append(self.expr)
-            plain = int(self)
-            return compute(other, plain) if reverse else compute(plain, other)
+        if not isinstance(other, int):
+            if isinstance(other, torch.Tensor):
+                return NotImplemented  # a call of the model, which sees the size
+            self.uses.doubt(self.expr)
+            if not isinstance(other, float):
+                return NotImplemented
+            return compute(other, number(self)) if reverse else compute(number(self), other)
         pair = (expression(other), self.expr) if reverse else (self.expr, expression(other))
-        numbers = (int(other), int(self)) if reverse else (int(self), int(other))
+        numbers = (number(other), number(self)) if reverse else (number(self), number(other))
         return Size(compute(*numbers), (symbol, *pair), self.uses)
+
+    return method
+
+
+def _plain(name: str) -> Callable:
+    """An operation of integers whose result no expression says: a plain number, and a doubt."""
+    compute = getattr(int, name)
+
+    def method(self: Size, *others: Any) -> Any:
+        if others and isinstance(others[0], torch.Tensor):
+            return NotImplemented
+        self.uses.doubt(self.expr)
+        for other in others:
+            if isinstance(other, Size):
+                other.uses.doubt(other.expr)
+        return compute(number(self), *(number(other) if isinstance(other, Size) else other for other in others))
+
+    return method
+
+
+def _divided(name: str) -> Callable:
+    plain = _plain(name)
+
+    def method(self: Size, other: Any) -> Any:
+        if isinstance(other, float):
+            self.uses.doubt(self.expr)
+            return getattr(float(number(self)), name)(other)
+        return plain(self, other)
 
     return method
 
@@ -128,11 +212,18 @@ for _symbol, _name in (("<", "lt"), ("<=", "le"), (">", "gt"), (">=", "ge")):
 for _symbol, _name in (("+", "add"), ("-", "sub"), ("*", "mul"), ("//", "floordiv"), ("%", "mod")):
     setattr(Size, f"__{_name}__", _binary(_symbol, reverse=False))
     setattr(Size, f"__r{_name}__", _binary(_symbol, reverse=True))
+for _name in "int index trunc str repr format invert and or xor rand ror rxor rpow rlshift rrshift".split():
+    if hasattr(int, f"__{_name}__"):
+        setattr(Size, f"__{_name}__", _plain(f"__{_name}__"))
+for _name in ("truediv", "rtruediv"):
+    setattr(Size, f"__{_name}__", _divided(f"__{_name}__"))
+for _name in ("bit_length", "bit_count", "to_bytes", "as_integer_ratio"):
+    setattr(Size, _name, _plain(_name))
 
 
 def expression(value: int) -> Expr:
     """The expression of an integer: its own if it is a Size, else the number."""
-    return value.expr if isinstance(value, Size) else int(value)
+    return value.expr if isinstance(value, Size) else number(value)
 
 
 def evaluate(expr: Expr, leaf: Callable[[Expr], int]) -> int:

@@ -164,6 +164,7 @@ def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list]:
             del new[path]
     wrong = [(call.need, expr, call) for expr, value, call in wanted if evaluate(expr, dims) != value]
     frozen = [expr for expr in graph.floats if evaluate(expr, dims) != evaluate(expr, _old(symbols))]
+    frozen += [doubt.expr for doubt in graph.doubts if evaluate(doubt.expr, dims) != evaluate(doubt.expr, _old(symbols))]
     for symbol, left, right, outcome in graph.outcomes:
         if COMPARISONS[symbol](evaluate(left, dims), evaluate(right, dims)) != outcome:
             frozen.append(("-", left, right))

@@ -24,10 +24,10 @@ from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
 from .copies import duplicate
 from .fused import unfused
-from .needs import Call, calls_of, sized
+from .needs import Call, calls_of, sized, sizes_in
 from .picks import settle
-from .record import META, Node, Recorder, is_pointwise
-from .sizes import Expr, Size
+from .record import META, Node, Recorder, is_pointwise, place
+from .sizes import Doubt, Expr, Size
 from .symbols import plant
 from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, same_dice, train_run, unread
@@ -38,8 +38,6 @@ NOT_RUN = (
     "the model does not run on the example input: {}: {}\nCall model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
 )
 
-# Calls that turn a size into a factor of the function: it may not change.
-FACTORS = frozenset("mul div true_divide add sub rsub pow __mul__ __rmul__ __truediv__ __rtruediv__ __add__ mul_ div_ rdiv".split())
 # What asks a tensor for a property: these calls are no steps of the model.
 UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
 
@@ -63,8 +61,8 @@ class Graph:
     """What a model computes on an example: the ATen calls in order, its leaves, and the labels of every tensor.
 
     ``nodes`` are ATen calls, ``steps`` calls of the Python code. ``leaves`` are parameters, buffers, plain tensor attributes (by qualified name) and
-    constants made in the code (``"<constant 3>"``). ``calls``, ``floats``, ``equals``, ``outcomes`` and ``symbols`` say what the code does with sizes
-    (:mod:`graphprune.tracing.symbols`). ``example`` holds the positional and the keyword arguments of the run.
+    constants made in the code (``"<constant 3>"``). ``calls``, ``floats``, ``equals``, ``outcomes``, ``doubts`` and ``symbols`` say what the code does
+    with sizes (:mod:`graphprune.tracing.symbols`). ``example`` holds the positional and the keyword arguments of the run.
     """
 
     nodes: list[Node]
@@ -77,6 +75,7 @@ class Graph:
     floats: list[Expr]
     equals: list[tuple[Expr, Expr]]
     outcomes: list[tuple[str, Expr, Expr, bool]]
+    doubts: list[Doubt]
     symbols: dict[tuple, int]
     example: tuple[tuple, dict]
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # by the name of the leaf
@@ -135,17 +134,19 @@ def _batch_norm(*args: Any) -> torch.Tensor:
 RUNNING = threading.RLock()  # a run exchanges functions of torch, for all threads: one at a time
 # What a function does in one call, where torch's way to it makes several.
 DIRECT = {torch.batch_norm: _batch_norm}
-PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, FACTOR, CALL = range(8)
+PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, DATA, CALL = range(10)
+# Calls by their name: those that give out sizes, those that give plain numbers made of them, those by which values leave torch.
+KINDS = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR, "__len__": PLAIN, "stride": PLAIN, "numpy": LEAVES, "tolist": LEAVES, "__array__": LEAVES}
+PROPERTIES = {("__get__", torch.Tensor.shape): SHAPE, ("__get__", torch.Tensor.nbytes): PLAIN, ("__set__", torch.Tensor.data): DATA}
 _KINDS: dict[Any, tuple[int, str, bool]] = {}
 
 
 def _kind(func: Any) -> tuple[int, str, bool]:
     """What to do about a function (nothing for most), its name, and whether it is a step of the model."""
     name = getattr(func, "__name__", "")
-    named = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR}
-    if name == "__get__":
-        return (SHAPE if getattr(func, "__self__", None) is torch.Tensor.shape else GET), name, False
-    kind = named.get(name, FACTOR if name in FACTORS else CALL if sized(name) else PASS)
+    if name == "__get__" or name == "__set__":
+        return PROPERTIES.get((name, getattr(func, "__self__", None)), GET), name, False
+    kind = KINDS.get(name, CALL if sized(name) else PASS)
     return kind, name, name not in UNSTEPPED
 
 
@@ -181,8 +182,14 @@ class Functions(TorchFunctionMode):
         kind, name, step = found
         if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
+        since = len(self.recorder.nodes)
         result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
-        if kind == PASS or kind == GET:
+        if kind == PASS or kind == TENSOR:
+            sizes = sizes_in(args, kwargs)
+            if sizes:
+                self.recorder.uses.floats.extend([size.expr for size in sizes])
+            return result
+        if kind == GET:
             return result
         if kind == SHAPE:
             return self.sizes(args[0], result)
@@ -192,14 +199,30 @@ class Functions(TorchFunctionMode):
             return sizes if dim is None else sizes[dim]
         if kind == NUMEL:
             return math.prod(self.sizes(args[0], args[0].size()))
-        if kind == FACTOR:
-            self.recorder.uses.floats.extend([arg.expr for arg in args if type(arg) is Size])
+        if kind == PLAIN:
+            self.doubted(args[0], 1 if name == "__len__" else args[0].ndim)
+        elif kind == LEAVES:
+            self.leave(args[0], name)
+        elif kind == DATA:
+            self.recorder.values[id(args[0])] = self.recorder.value(args[1])
         elif kind == CALL:
-            outcomes = self.recorder.uses.outcomes
-            before = len(outcomes)
-            calls_of(self.calls, self.recorder, name, args, kwargs, result, self.recorder.stack[-1] if self.recorder.stack else "")
-            del outcomes[before:]  # what was compared here is no branch of the model
+            calls_of(self.calls, self.recorder, name, args, kwargs, result, self.recorder.stack[-1] if self.recorder.stack else "", since)
         return result
+
+    def doubted(self, tensor: torch.Tensor, rank: int) -> None:
+        """A plain number was made of the first entries of the shape."""
+        for size in self.sizes(tensor, tensor.size())[:rank]:
+            if type(size) is Size:
+                self.recorder.uses.doubt(size.expr)
+
+    def leave(self, tensor: torch.Tensor, name: str) -> None:
+        """Values that leave torch: what becomes of them cannot be followed, so what they belong to stays whole."""
+        value = self.recorder.value(tensor)
+        self.recorder.read.add(id(value))
+        module = self.recorder.stack[-1] if self.recorder.stack else ""
+        reason = self.recorder.labels.reason(Reason("its values leave torch", name, module, place()))
+        for array in value.fields:
+            self.recorder.labels.lock(array, reason)
 
     def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         known = self.recorder.values
@@ -378,6 +401,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         floats=uses.floats,
         equals=uses.equals,
         outcomes=uses.outcomes,
+        doubts=uses.doubts,
         symbols=symbols,
         example=example,
         constants=recorder.constants,
