@@ -8,7 +8,7 @@ that leaves a choice.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,8 @@ from ..operations.labels import Array, Joint, Partition, Reason
 from ..operations.labels import rows as rows_of
 from ..operations.notation import Value
 from ..tracing.trace import Graph
+
+NO_FEATURE = Reason("positions, not features: no product with a learnt weight makes them", kind="position")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,16 @@ class Groups:
         return len(self.groups)
 
 
-def couple(graph: Graph, keep: tuple[tuple[str, int | None], ...] = (), locks: tuple[tuple[Array, str], ...] = ()) -> Groups:
+def couple(
+    graph: Graph,
+    keep: tuple[tuple[str, int | None], ...] = (),
+    locks: tuple[tuple[Array, str], ...] = (),
+    free: Collection[str] = (),
+) -> Groups:
     """Join what the run joined, settle fields over several axes, and collect units into groups.
 
-    ``keep`` names (tensor, axis) pairs that stay whole, ``locks`` further labels with a reason.
+    ``keep`` names (tensor, axis) pairs that stay whole, ``locks`` further labels with a reason. ``free`` names kinds of reasons that do not hold:
+    with "position", what is no feature (a token, a coordinate, an entry of a table) may go like any other unit.
     """
     labels = graph.labels
     parts = labels.partition()
@@ -81,15 +89,36 @@ def couple(graph: Graph, keep: tuple[tuple[str, int | None], ...] = (), locks: t
         held.append((array.ravel(), len(reasons) - 1))
     if len(held) > len(labels.locks):
         parts.lock(np.concatenate([array for array, _ in held[len(labels.locks) :]]))
+    if "position" not in free:
+        _lock_positions(parts, graph)
     if labels.joints:
         _settle(parts, labels.joints)
         parts.flatten()
     root = parts.parent
     why = np.full(labels.count, -1, dtype=np.int64)
+    if "position" not in free:
+        reasons.append(NO_FEATURE)
+        other = ~graph.marks.features(root)
+        why[root[other[root]]] = len(reasons) - 1
+        parts.locked[root[other[root]]] = True
     if held:
         arrays = [array.ravel() for array, _ in reversed(held)]  # the first reason is written last
         why[root[np.concatenate(arrays)]] = np.repeat([reason for _, reason in reversed(held)], [array.size for array in arrays])
     return _collect(graph, root, parts, why, reasons)
+
+
+def _lock_positions(parts: Partition, graph: Graph) -> None:
+    """Lock what is no feature before anything is settled, so that a field over features and positions is cut along its features.
+
+    A name of slices may yet become one with entries that are features.
+    """
+    parts.flatten()
+    root = parts.parent
+    other = ~graph.marks.features(root)
+    for joint in graph.labels.joints:
+        if joint.slices is not None:
+            other[root[joint.slices]] = False
+    parts.locked[root[other[root]]] = True
 
 
 def _settle(parts: Partition, joints: list[Joint]) -> None:

@@ -21,9 +21,9 @@ import torch
 
 from ..operations.labels import Array
 from ..operations.moves import MOVES
-from ..operations.notation import Axes, Expr, Value, factors, parse
-from ..operations.rules import RULES, pointwise
-from ..tracing.trace import Graph, Node, is_pointwise, trace
+from ..operations.notation import Axes, Value, parse
+from ..tracing.features import axis_names, described, real_axes
+from ..tracing.trace import Graph, Node, trace
 from ..tracing.trees import tensors
 from .groups import Groups, couple
 
@@ -65,18 +65,6 @@ def links(groups: Groups) -> list[list[Link]]:
     return found
 
 
-def described(node: Node) -> Expr | None:
-    """The rule of a recorded call, or None for calls that only move or assemble entries."""
-    name = node.func._schema.name.rpartition("::")[2]
-    plain = name[:-1] if name.endswith("_") and name[:-1] in RULES else name
-    if plain in RULES:
-        return RULES[plain](*node.args, **node.kwargs)
-    if name in MOVES or not is_pointwise(node.func, name):
-        return None
-    ranked = [value for value in tensors((node.args, node.kwargs)) if value.shape]
-    return pointwise(ranked, [len(value.shape) for value in node.outs]) if ranked else None
-
-
 class _Finder:
     def __init__(self, groups: Groups) -> None:
         self.groups, self.graph = groups, groups.graph
@@ -92,13 +80,13 @@ class _Finder:
             if rule is None:
                 continue
             lefts, rights = parse(rule.text)
-            pairs = [(value, _real(axes, value.shape, rule.sizes)) for value, axes in zip(rule.operands, lefts, strict=True) if isinstance(value, Value)]
+            pairs = [(value, real_axes(axes, value.shape, rule.sizes)) for value, axes in zip(rule.operands, lefts, strict=True) if isinstance(value, Value)]
             flowing = [pair for pair in pairs if id(pair[0]) not in self.origin]
             sources = [pair for pair in pairs if id(pair[0]) in self.origin and pair[0].fields]
             if not sources or all(id(value) in self.origin for value in tensors((node.args, node.kwargs))):
                 continue
-            into = {name for _, axes in flowing for dim in axes for name in _names(dim)}
-            out = {name for axes in rights for dim in axes for name in _names(dim)}
+            into = {name for _, axes in flowing for dim in axes for name in axis_names(dim)}
+            out = {name for axes in rights for dim in axes for name in axis_names(dim)}
             for value, axes in sources:
                 yield from self.links_of(index, node, value, axes, into, out, flowing, rights)
 
@@ -108,7 +96,7 @@ class _Finder:
             dim = next((d for d, size in enumerate(field.shape) if size > 1), None)
             if dim is None:
                 continue
-            names = {name for name in _names(axes[dim])}
+            names = {name for name in axis_names(axes[dim])}
             place = self.place(leaf, field)
             if not names or place is None:
                 continue
@@ -135,7 +123,7 @@ class _Finder:
         held = [] if step is None else [v for v in (step.args if role == "consumes" else step.results) if v is not None and id(v) not in self.origin]
         inner = flowing if role == "consumes" else list(zip(node.outs, rights, strict=False))
         for value, axes in inner:
-            at = next((d for d, dim in enumerate(axes) if set(_names(dim)) & names), None)
+            at = next((d for d, dim in enumerate(axes) if set(axis_names(dim)) & names), None)
             if at is not None and any(value is mine for mine in held):
                 return value, at, self.along(group, value, at)
         for value in held:
@@ -155,16 +143,6 @@ class _Finder:
             mine = (roots == roots[:, :1]).all(axis=1) & (self.groups.owner[roots[:, 0]] == group)
             found[mine] = self.local[roots[mine, 0]]
         return found
-
-
-def _names(dim: tuple[str, ...]) -> list[str]:
-    return [name.strip("[]") for name in dim if name[0] not in "_1"]
-
-
-def _real(axes: Axes, shape: tuple[int, ...], sizes: dict[str, int]) -> Axes:
-    """The axes without factors of length 1 (a depthwise convolution makes one output per input)."""
-    lengths = factors(axes, shape, sizes)[1]
-    return tuple(tuple(name for name in dim if name == "_" or lengths[name.strip("[]")] > 1) for dim in axes)
 
 
 def _origins(graph: Graph) -> dict[int, tuple[str, bool]]:

@@ -28,12 +28,16 @@ Fields = tuple[Array, ...]
 
 
 class Reason(NamedTuple):
-    """Why an axis is left whole: a sentence, the operation, the module that called it, and where in the source."""
+    """Why an axis is left whole: a sentence, the operation, the module that called it, and where in the source.
+
+    ``kind`` names what only the user's word frees (``couple(free=…)``): "position" for what is no feature. Empty: nothing does.
+    """
 
     text: str
     op: str = ""
     module: str = ""
     where: tuple[str, int] | None = None
+    kind: str = ""
 
     @property
     def line(self) -> str:

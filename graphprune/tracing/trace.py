@@ -23,6 +23,7 @@ from ..errors import BadInput
 from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
 from .copies import duplicate
+from .features import Marks, marks
 from .fused import unfused
 from .needs import Call, calls_of, sized, sizes_in
 from .picks import settle
@@ -84,6 +85,7 @@ class Graph:
     parameters: frozenset[str] = frozenset()  # the leaves that are parameters
     unread: list[str] = field(default_factory=list)  # the leaves that no run reads
     picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
+    marks: Marks = field(default_factory=Marks)  # which labels learnt weights make and read
 
     def to_networkx(self) -> Any:
         """The dependency graph: one node per call (with its operation, module and line), one edge per tensor."""
@@ -390,6 +392,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         for held in value.fields:
             labels.lock(held, reason)
     uses = recorder.uses
+    learnt = parameters if parameters.intersection(recorder.leaves) else frozenset(recorder.leaves)
     return Graph(
         nodes=recorder.nodes,
         steps=steps,
@@ -410,4 +413,5 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         parameters=parameters,
         unread=idle,
         picks=numbered,
+        marks=marks(recorder.nodes + recorder.extra, functions.steps, recorder.leaves, learnt),
     )
