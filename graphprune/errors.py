@@ -53,6 +53,17 @@ class BadPlan(GraphpruneError, ValueError):
     """A plan does not belong to this model, or its file is damaged."""
 
 
+class BadFile(BadPlan, OSError):
+    """A saved folder is not there, cannot be written, is damaged, or holds other tensors than the model has: ``load("empty/", base)``."""
+
+    @classmethod
+    def of(cls, cause: OSError, text: str) -> "BadFile":
+        """The error for what the system said, with its number (a full disk is ``errno.ENOSPC``)."""
+        error = cls(text)
+        error.errno = cause.errno
+        return error
+
+
 class BadOptimizer(GraphpruneError, ValueError):
     """An optimizer does not belong to the model, or holds state that no plan can cut: ``refresh_optimizer(other, plan, small)``."""
 

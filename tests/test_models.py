@@ -59,8 +59,8 @@ ORDER = {
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
-    "cutting": "parts plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
-    "formats": "folder",
+    "cutting": "parts schema plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
+    "formats": "atomic folder",
     "budget": "targets space optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",

@@ -103,6 +103,8 @@ def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[t
     data = tensor.detach()
     picks = []
     for axis, kept in axes.items():
+        if not 0 <= axis < data.ndim:
+            raise BadPlan(f"the plan cuts axis {axis} of a tensor with {data.ndim}: it was made for another model, or damaged")
         key = id(kept), data.device
         if key not in indices:
             at = np.array(kept, dtype=np.int64)
@@ -201,8 +203,12 @@ def _follow(module: nn.Module) -> None:
 
 
 def _edit(model: nn.Module, path: tuple, new: int) -> None:
-    module = model.get_submodule(path[0])
-    _set(module.__dict__, path[1], path[2:], new)
+    try:
+        module = model.get_submodule(path[0])
+        _set(module.__dict__, path[1], path[2:], new)
+    except (AttributeError, LookupError, TypeError) as error:
+        name = ".".join(map(str, path))
+        raise BadPlan(f"the plan sets {name} to {new}, which is no whole number of this model: it was made for another, or damaged") from error
     if isinstance(module, nn.modules.conv._ConvNd) and path[1] == "groups":
         weight = _weight(module)
         if module.transposed:
@@ -212,12 +218,13 @@ def _edit(model: nn.Module, path: tuple, new: int) -> None:
 
 
 def _set(holder: Any, key: Any, rest: tuple, new: int) -> None:
-    """Set ``holder[key]…``, through lists and tuples (made anew), dictionaries and objects (changed)."""
-    if not rest:
-        holder[key] = new
-        return
+    """Set ``holder[key]…``, a whole number, through lists and tuples (made anew), dictionaries and objects (changed)."""
     inner = holder[key]
-    if isinstance(inner, dict):
+    if not rest:
+        if type(inner) is not int:
+            raise TypeError(f"{key} is {type(inner).__name__}")
+        holder[key] = new
+    elif isinstance(inner, dict):
         _set(inner, rest[0], rest[1:], new)
     elif isinstance(inner, list | tuple):
         items = list(inner)

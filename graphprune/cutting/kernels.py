@@ -169,6 +169,8 @@ def check_kernel(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
         raise BadPlan(f"the plan changes the kernel of {path}, which this model does not have") from error
     if not plain(conv) or tuple(conv.weight.shape) != tuple(shape):
         raise BadPlan(f"the plan needs a convolution {path} with a weight of shape {tuple(shape)}; this model's is {type(conv).__name__}")
+    if part.kind == "columns" and (len(shape) != 4 or conv.groups != 1):
+        raise BadPlan(f"the plan keeps columns of {path}, which is no 2-d convolution with one group")
 
 
 def apply_kernel(model: nn.Module, part: Part, shape: tuple[int, ...], cuts: Mapping[int, Sequence[int]]) -> None:

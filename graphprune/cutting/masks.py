@@ -118,8 +118,10 @@ def check_mask(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
     """Is there a parameter for a plan's ``mask`` part?"""
     path, _, name = part.name.rpartition(".")
     try:
-        found = tuple(getattr(model.get_submodule(path), name).shape)
-    except AttributeError as error:
+        module = model.get_submodule(path)
+        weight = module.parametrizations[name].original if mask_of(module, name) else module._parameters[name]
+        found = tuple(weight.shape)
+    except (AttributeError, KeyError) as error:
         raise BadPlan(f"the plan masks {part.name}, which this model does not have") from error
     if found != tuple(shape):
         raise BadPlan(f"the plan masks {part.name} of shape {tuple(shape)}, this model's is {found}")

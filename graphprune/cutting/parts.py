@@ -36,7 +36,7 @@ class Part:
     def from_json(cls, items: list) -> Part:
         kind, name, data = items
         packed = isinstance(data, dict)
-        return cls(str(kind), str(name), base64.b64decode(data["bits"]) if packed else _tuples(data))
+        return cls(str(kind), str(name), base64.b64decode(data["bits"], validate=True) if packed else _tuples(data))
 
 
 def _tuples(items: Any) -> Any:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from ..coupling.groups import Groups
-from ..errors import BadPlan
 from ..operations.labels import Array
 from ..operations.notation import Value
 from ..select import Kept
 from ..tracing.needs import Need
 from ..tracing.picks import renumber
 from .parts import Part, survivors
+from .schema import VERSION, read
 
 
 @dataclass(frozen=True)
@@ -63,31 +63,21 @@ class Plan:
         """Group by group what goes and what it takes along; for every axis left whole, why."""
         return "\n".join((*self.lines, *self.notes))
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as nested lists, texts and numbers, for JSON."""
         cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
-        data = {"version": 1, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
+        data: dict[str, Any] = {"version": VERSION, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
         data |= {"rewrites": self.rewrites} if self.rewrites else {}
         data |= {"numbers": self.numbers} if self.numbers else {}
-        data |= {"parts": [part.to_json() for part in self.parts]} if self.parts else {}
-        return json.dumps(data)
+        return data | ({"parts": [part.to_json() for part in self.parts]} if self.parts else {})
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read a plan; raises :class:`~graphprune.errors.BadPlan` when the text is not one."""
-        try:
-            data = json.loads(text)
-            cuts = {n: {int(a): [int(i) for i in kept] for a, kept in axes.items()} for n, axes in data["cuts"].items()}
-            shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-            numbers = {name: [int(i) for i in new] for name, new in data.get("numbers", {}).items()}
-            parts = tuple(Part.from_json(part) for part in data.get("parts", ()))
-            texts = (tuple(data["notes"]), tuple(data["lines"]), tuple(data.get("rewrites", ())))
-            return cls(cuts, shapes, _tuples(data["edits"]), *texts, numbers, parts)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadPlan(f"this is not a plan written by graphprune: {error}") from error
-
-
-def _tuples(items: Any) -> Any:
-    return tuple(_tuples(item) for item in items) if isinstance(items, list) else items
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Read a plan; raises :class:`~graphprune.errors.BadPlan` when the text is not one (:mod:`graphprune.cutting.schema`)."""
+        return cls(**read(text)[0])
 
 
 class Survivors:

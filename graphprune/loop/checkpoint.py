@@ -26,7 +26,8 @@ from torch import nn
 
 from ..cutting.plan import Plan
 from ..errors import BadLoop
-from ..formats.folder import load, save
+from ..formats.atomic import sync, write
+from ..formats.folder import restore, save
 from ..tracing.trees import leaf_tensors
 
 STATE, ROUND = "state.json", "round-"
@@ -58,21 +59,17 @@ class Checkpoint:
         if optimizer is not None:
             _save_optimizer(optimizer, part)
         for path in part.iterdir():
-            _sync(path)
+            sync(path)
         shutil.rmtree(self.folder / name, ignore_errors=True)
         os.replace(part, self.folder / name)
-        _sync(self.folder)
+        sync(self.folder)
 
     def commit(self, state: Mapping[str, Any]) -> None:
         """The phase is finished: ``state`` replaces the old one, with the random states of now; what it does not name is deleted."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f".{STATE}"
-        part.write_text(json.dumps({**state, "random": random_states()}))
-        _sync(part)
-        os.replace(part, self.folder / STATE)
-        _sync(self.folder)
+        write(self.folder / STATE, json.dumps({**state, "random": random_states()}))
         named = {value for value in state.values() if isinstance(value, str)}
         for path in self.folder.iterdir():
             if path.is_dir() and path.name not in named and path.name.lstrip(".").startswith(ROUND):
@@ -81,23 +78,13 @@ class Checkpoint:
     def model(self, name: str, original: nn.Module) -> nn.Module:
         """The model of a sub-folder, in the layout, modes and dtypes it was saved in."""
         assert self.folder is not None
-        small = load(self.folder / name, original)
+        small = restore(self.folder / name, original, cast=True)
         _restore(small, json.loads((self.folder / name / "layout.json").read_text()))
         return small
 
     def optimizer(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         assert self.folder is not None
         _load_optimizer(optimizer, self.folder / name)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _layout(model: nn.Module) -> dict:
