@@ -20,10 +20,8 @@ from .repair import after_cut, before_cut, refill
 from .scores import Criterion
 from .select import check_ratio
 from .tracing.trace import trace
-from .tracing.trees import uncollected
 
 
-@uncollected()
 def shrink(
     model: nn.Module,
     example_input: Any,

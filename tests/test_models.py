@@ -55,7 +55,7 @@ ORDER = {
     "": """errors catalogue quantities operations tracing coupling cost scores select names cutting budget
         timing repair granularity planning formats shrink loop __main__""",
     "operations": "labels notation rules moves assemble laws shapes",
-    "tracing": "sizes trees picks needs symbols fused copies record unused features trace probe",
+    "tracing": "sizes trees picks needs symbols bodies paths fused copies record unused features trace probe",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",

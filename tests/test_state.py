@@ -1,7 +1,11 @@
 """What a run leaves behind: a graph with fields, torch as it was, and nothing in memory that the model itself does not hold."""
 
 import dataclasses
+import gc
+import threading
+import warnings
 
+import pytest
 import torch
 from torch import nn
 
@@ -36,3 +40,132 @@ def test_sizes_note_their_uses_where_they_belong():
     first, second = Size(4, ("attr", ("", "a")), one), Size(4, ("attr", ("", "b")), two)
     assert first * 2 == 8 and float(second) == 4.0
     assert [len(uses.outcomes) for uses in (one, two)] == [1, 0] and two.floats == [("attr", ("", "b"))] and not one.floats
+
+
+class Listening(torch.Tensor):
+    """A tensor of a user's own class that hears of every call made with it."""
+
+    calls: list = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("function", [nn.functional.softmax, nn.functional.layer_norm, nn.functional.gelu, torch.einsum])
+def test_a_watch_leaves_the_overrides_of_others_alone(function):
+    more = {nn.functional.softmax: (-1,), nn.functional.layer_norm: ((8,),), torch.einsum: ()}.get(function, ())
+    given = ("ij -> ji", X.as_subclass(Listening)) if function is torch.einsum else (X.as_subclass(Listening), *more)
+    net = Block()
+    small, plan = graphprune.shrink(net, X, return_plan=True)
+    checks = {name: vars(nn.functional)[name] for name in vars(nn.functional) if name.startswith("has_torch_function")}
+
+    def heard():
+        Listening.calls.clear()
+        function(*given)
+        return list(Listening.calls)
+
+    plain = heard()
+    with graphprune.Distillation(net, small, plan, X, features=1.0) as distill:
+        distill(X, small(X))
+        assert heard() == plain and function in plain
+        assert all(vars(nn.functional)[name] is check for name, check in checks.items())
+
+
+def test_what_torch_is_while_a_model_runs():
+    def between(module, h):
+        during.append((nn.Module.__call__, nn.functional.has_torch_function_unary, torch.backends.mha.get_fastpath_enabled(), gc.isenabled()))
+        during.append((torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()))
+        return h * float(h.sum() > -1e9)
+
+    during = []
+    between(None, X)
+    graphprune.shrink(Block(between), X)
+    assert len(during) >= 6 and all(state == during[i % 2] for i, state in enumerate(during))
+
+
+def test_attention_and_recurrent_layers_are_still_seen_inside():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.heads, self.memory, self.end = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True), nn.LSTM(8, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            x = self.norm(x) if float(x.sum()) > -1e9 else x
+            mask = torch.ones(len(x[0]), len(x[0]), dtype=torch.bool).tril()
+            h = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+            return self.end(self.memory(self.heads(h, h, h)[0])[0])
+
+    graph = graphprune.trace(Both().eval(), torch.randn(2, 5, 8))
+    names = {str(node.func) for node in graph.nodes}
+    assert graph.real and not any("flash" in name or "mkldnn" in name or "lstm" in name for name in names)
+    assert graphprune.shrink(Both().eval(), torch.randn(2, 5, 8)).memory.hidden_size == 6
+
+
+@pytest.mark.parametrize("step", [lambda h: h.relu() + 1, lambda h: h.clone().mul_(2).view(-1).view_as(h), lambda h: torch.cat([h[:, :4], h[:, 4:]], 1)])
+def test_a_run_with_values_keeps_no_activation(step):
+    alive = []
+
+    def between(module, h):
+        if float(h.sum()) > -1e9:
+            for _ in range(20):
+                h = step(h)
+        if not h.is_meta:
+            gc.collect()
+            alive.append(sum(isinstance(o, torch.Tensor) and not o.is_meta and o.shape == h.shape for o in gc.get_objects()))
+        return h
+
+    net = Block(between)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net(X)
+        graph = graphprune.trace(net, X)
+    assert graph.real and alive[1] <= alive[0] + 1
+    assert graphprune.profile(net, X).memory <= 4096  # storages whose addresses are given away again are not one
+
+
+def test_threads_leave_torch_and_each_other_alone():
+    wanted = [graphprune.shrink(Block(), X, return_plan=True, criterion="random")[1].cuts for _ in range(1)][0].keys()
+    call, failures, stop = nn.Module.__call__, [], threading.Event()
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def cut():
+        for _ in range(4):
+            try:
+                if graphprune.shrink(Block(lambda m, h: h.view(-1, m.width) / m.width**0.5), X, return_plan=True, ratio=0.3)[1].cuts.keys() - wanted:
+                    failures.append("another plan")
+            except graphprune.errors.NothingToPrune:
+                pass
+            except Exception as error:
+                failures.append(error)
+
+    def run():
+        while not stop.is_set():
+            try:
+                net(X)
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=cut) for _ in range(4)]
+    user = threading.Thread(target=run)
+    user.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stop.set()
+    user.join()
+    assert not failures and nn.Module.__call__ is call
+
+
+def test_the_collector_stays_on_in_the_users_functions():
+    seen = []
+
+    def loss(model, batch):
+        seen.append(gc.isenabled())
+        return model(batch).square().mean()
+
+    graphprune.shrink(Block(), X, criterion="taylor", batches=[X], loss=loss)
+    graphprune.shrink(Block(), X, criterion=lambda groups, model, batches: [seen.append(gc.isenabled()) or torch.rand(g.size) for g in groups])
+    assert len(seen) >= 2 and all(seen)

@@ -29,7 +29,7 @@ from ..catalogue import register
 from ..cutting.plan import Plan
 from ..errors import BadCalibration, UnknownName
 from ..tracing.fused import gathered
-from ..tracing.trace import Graph, open_paths, trace
+from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors
 from .calibration import example, listed, parts, running, waiting
 from .closed import STEPS as CLOSED
@@ -112,7 +112,7 @@ def repair(
         room = waiting(original, [*fits, *checks]) if fits else 1.0
         graph = graph or trace(original, *example(fits[0]))
         closed = Closed(original, result, graph, plan, names, fits, checks, target, rows, room, progress)
-        with open_paths(), torch.no_grad(), running():
+        with torch.no_grad(), running():
             done = closed.run(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
             learned = [one for name in learning for one in imitate(original, result, name, fits, checks, progress)]
             if learned and checks and not any(one.kept for one in learned):

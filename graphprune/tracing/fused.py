@@ -35,6 +35,28 @@ def unfused() -> Iterator[None]:
         torch.backends.mkldnn.enabled = fused
 
 
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``scaled_dot_product_attention`` by the products that it is made of.
+
+    >>> q = torch.randn(1, 2, 4, 8)
+    >>> torch.allclose(attention(q, q, q), nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-5)
+    True
+    """
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        zero, never = (torch.full((), number, dtype=query.dtype, device=attn_mask.device) for number in (0.0, -torch.inf))
+        attn_mask = torch.where(attn_mask, zero, never)
+    return torch._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+
+
 def gathered(model: nn.Module) -> nn.Module:
     """The weights of recurrent layers in one piece of memory each, as their kernels on a GPU want them; a copy has them apart."""
     for module in model.modules():

@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import BadInput
 from ..operations.notation import Value
-from .trace import UNSTEPPED, Graph, Step, floating, open_paths, trace
+from .bodies import Bodies
+from .trace import UNSTEPPED, Graph, Step, floating, trace
 from .trees import replace, tensors
 
 __all__ = ["batch_inputs", "trace", "watch"]
@@ -33,18 +34,26 @@ See = Callable[[Value, torch.Tensor], torch.Tensor | None]
 
 
 class _Watch(TorchFunctionMode):
-    """Counts the calls of a run; a watched argument is shown before its call, a watched result after it."""
+    """Counts the calls of a run; a watched argument is shown before its call, a watched result after it.
+
+    What is called outside the model's forward passes as it is.
+    """
 
     def __init__(self, steps: list[Step], places: dict[int, list[tuple[bool, int, Value]]], see: See) -> None:
         super().__init__()
         self.steps, self.places, self.see = steps, places, see
         self.at = -1  # the next call of the model; -1 outside its forward
+        self.bodies = Bodies()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.at < 0 or name in UNSTEPPED:
             return func(*args, **kwargs)
+        body = self.bodies[func]
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
         if not floating(list(tensors((args, kwargs), torch.Tensor))):
             result = func(*args, **kwargs)
             if not floating(list(tensors(result, torch.Tensor))):
@@ -102,7 +111,7 @@ def watch(model: torch.nn.Module, graph: Graph, values: Iterable[Value], see: Se
     start = model.register_forward_pre_hook(move(0))
     end = model.register_forward_hook(move(-1), always_call=True)
     try:
-        with open_paths(), mode:
+        with mode:
             yield
     finally:
         start.remove()

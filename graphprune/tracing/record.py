@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import weakref
 from dataclasses import dataclass
 from os.path import basename
 from pathlib import Path
@@ -113,7 +114,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.labels, self.names, self.stack, self.real = labels, names, stack, real
         self.values: dict[int, Value] = {}
-        self.alive: list[Any] = []
+        self.alive: list[Tensor] = []  # so that their ids stay theirs
+        self.activations: dict[int, tuple[weakref.ref, int]] = {}  # by id: results of a run with values, and where they lie; the model decides how long
+        self.storages: dict[int, list[int]] = {}  # by address: the storage's number, and how many tensors lie in it (an address may be given away again)
+        self.numbered = 0  # storages so far
         self.stale: set[int] = set()  # storages that no longer hold what the model would have there: something without values was written
         self.filled: dict[int, Tensor] = {}  # whole numbers that torch's own code writes where no call shows it (lengths of padded sequences)
         self.leaves: dict[str, Value] = {}
@@ -139,11 +143,41 @@ class Recorder(TorchDispatchMode):
         return value
 
     def keep(self, tensor: Tensor, value: Value) -> None:
-        value.dtype, value.storage = tensor.dtype, tensor.untyped_storage()._cdata
+        address = tensor.untyped_storage()._cdata
+        storage = self.storages.get(address)
+        if storage is None:
+            self.numbered += 1
+            storage = self.storages[address] = [self.numbered, 0]
+        storage[1] += 1
+        value.dtype, value.storage = tensor.dtype, storage[0]
         if not tensor.is_contiguous():
             value.order = tuple(sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis)))
         self.values[id(tensor)] = value
-        self.alive.append(tensor)
+        if not self.real or value.leaf:
+            self.alive.append(tensor)
+            return
+        key = id(tensor)
+        if key in self.activations:  # written to in place
+            self.moved_out(key)
+        self.activations[key] = weakref.ref(tensor, lambda _: self.freed(key)), address
+
+    def freed(self, key: int) -> None:
+        """A result is gone: its id may come to mean another."""
+        self.moved_out(key)
+        self.values.pop(key, None)
+
+    def moved_out(self, key: int) -> None:
+        """One tensor less in a storage, whose address may come to mean another."""
+        _, address = self.activations.pop(key)
+        storage = self.storages[address]
+        storage[1] -= 1
+        if not storage[1]:
+            del self.storages[address]
+
+    def release(self) -> None:
+        """The run is over: what it looked up by id is not needed any more."""
+        self.activations.clear()
+        self.alive.clear()
 
     def value(self, tensor: Tensor) -> Value:
         found = self.values.get(id(tensor))

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,10 +21,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import BadInput
 from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
+from .bodies import Bodies
 from .copies import duplicate
 from .features import Marks, marks
-from .fused import unfused
+from .fused import attention, unfused
 from .needs import Call, calls_of, sized, sizes_in
+from .paths import following
 from .picks import settle
 from .record import META, Node, Recorder, is_pointwise, place
 from .sizes import Doubt, Expr, Size
@@ -46,6 +47,7 @@ UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_compl
 # Calls of many layers and steps, which want their first state, that has values here, where the weights lie. A run with values shows what a processor
 # does (the gates of all steps at once), but not what they are made of on a GPU: that one has kernels of its own, which nothing sees into.
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+FUSED = RECURRENT | {"scaled_dot_product_attention", "scaled_dot_product_attention.default"}
 
 
 class Step(NamedTuple):
@@ -133,7 +135,7 @@ def _batch_norm(*args: Any) -> torch.Tensor:
     return torch.native_batch_norm(*args[:8])[0]
 
 
-RUNNING = threading.RLock()  # a run exchanges functions of torch, for all threads: one at a time
+RUNNING = threading.RLock()  # random numbers that a run draws are put back, for all threads: one at a time
 # What a function does in one call, where torch's way to it makes several.
 DIRECT = {torch.batch_norm: _batch_norm}
 PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, DATA, CALL = range(10)
@@ -174,6 +176,7 @@ class Functions(TorchFunctionMode):
         super().__init__()
         self.away = away  # the model lies on another device than the processor
         self.recorder, self.calls = recorder, calls
+        self.bodies = Bodies()
         self.steps: list[Step] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -182,6 +185,10 @@ class Functions(TorchFunctionMode):
         if found is None:
             found = _KINDS[func] = _kind(func)
         kind, name, step = found
+        body = self.bodies[func]
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
         if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
         since = len(self.recorder.nodes)
@@ -236,11 +243,20 @@ class Functions(TorchFunctionMode):
             args = (args[0], indexed(args[1]), *args[2:])
         if self.away and name in RECURRENT and any(tensor.is_meta for tensor in held):
             args, kwargs = replace((args, kwargs), self.valueless)
-        result = DIRECT.get(func, func)(*args, **kwargs)
+        result = self.plainly(func, name, args, kwargs, held)
         self.recorder.step = -1
         made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
         self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
+
+    def plainly(self, func: Any, name: str, args: tuple, kwargs: dict, given: list[torch.Tensor]) -> Any:
+        """The call, without kernels that do many operations in one."""
+        if name in FUSED and not any(tensor.is_meta for tensor in given):
+            if name not in RECURRENT:
+                return attention(*args, **kwargs)
+            with unfused():
+                return func(*args, **kwargs)
+        return DIRECT.get(func, func)(*args, **kwargs)
 
     def valueless(self, tensor: torch.Tensor) -> torch.Tensor:
         """A floating tensor on the meta device, known as what it was."""
@@ -258,78 +274,6 @@ class Functions(TorchFunctionMode):
             return shape
         moving = {axis for held in value.fields for axis, n in enumerate(held.shape) if n > 1}
         return torch.Size([Size(n, ("dim", value, i), self.recorder.uses) if i in moving else n for i, n in enumerate(shape)])
-
-
-SWITCHES = [(space, name) for space in (nn.functional, torch.functional) for name in dir(space) if name.startswith("has_torch_function")]
-
-
-class _Paths:
-    """Fused fast paths, and torch's own checks for function modes: closed to the first that asks, open again after the last.
-
-    They are the same for all threads, and those that run side by side do not end in the order in which they began.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.count, self.fast, self.checks = threading.Lock(), 0, True, []
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.count += 1
-            if self.count > 1:
-                return
-            self.fast = torch.backends.mha.get_fastpath_enabled()
-            self.checks = [getattr(space, name) for space, name in SWITCHES]
-            torch.backends.mha.set_fastpath_enabled(False)
-            for space, name in SWITCHES:
-                setattr(space, name, _never)
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.count -= 1
-            if self.count:
-                return
-            torch.backends.mha.set_fastpath_enabled(self.fast)
-            for (space, name), check in zip(SWITCHES, self.checks, strict=True):
-                setattr(space, name, check)
-
-
-def _never(*_: object) -> bool:
-    return False
-
-
-PATHS = _Paths()
-
-
-def open_paths() -> _Paths:
-    """Keep fused fast paths, and torch's own checks for function modes, out of a run: every call becomes visible."""
-    return PATHS
-
-
-@contextmanager
-def _valueless() -> Iterator[None]:
-    """No gradients, and no fused kernels whose parts could not be seen."""
-    with unfused(), torch.no_grad(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        yield
-
-
-@contextmanager
-def _where(modules: list[tuple[str, nn.Module]], stack: list[str]) -> Iterator[None]:
-    """Keep ``stack`` at the path of the module that is running (global hooks would slow every call down)."""
-    path = {id(module): name for name, module in modules}
-    call = nn.Module.__call__
-
-    def tell(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stack.append(path.get(id(self), ""))
-        try:
-            return call(self, *args, **kwargs)
-        finally:
-            stack.pop()
-
-    nn.Module.__call__ = tell
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = call
 
 
 def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = None) -> Graph:
@@ -375,8 +319,9 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         recorder.keep(tensor, value)
         inputs.append(value)
     with ExitStack() as scopes:
+        scopes.callback(recorder.release)
         functions = Functions(recorder, calls, any(tensor.device.type != "cpu" for *_, tensor in leaf_tensors(model)))
-        for scope in (open_paths(), _valueless(), _where(modules, stack), recorder, functions):
+        for scope in (torch.no_grad(), following(modules, stack), recorder, functions):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
         outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]

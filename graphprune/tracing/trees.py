@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -71,18 +69,6 @@ def replace(tree: Any, swap: Any) -> Any:
 def is_parameter(tensor: torch.Tensor) -> bool:
     """``isinstance(tensor, nn.Parameter)``, whose answer takes long for plain tensors."""
     return type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Hold the garbage collector back: a run makes many objects, none in circles, and each of its passes would walk them all."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

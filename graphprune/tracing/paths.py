@@ -1,0 +1,66 @@
+"""Which module is running: :func:`following` keeps a stack of paths while the modules of a throw-away copy run.
+
+Only that copy is touched: its modules get a ``forward`` of their own for the time, or, where they have hooks whose work is theirs too, hooks around these.
+
+>>> net, stack = nn.Sequential(nn.Linear(2, 2)), []
+>>> with following([("", net), ("0", net[0])], stack):
+...     _ = net[0].register_forward_hook(lambda *_: print(stack))
+...     _ = net(torch.zeros(1, 2))
+['']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["following", "torch"]
+
+
+@contextmanager
+def following(modules: list[tuple[str, nn.Module]], stack: list[str]) -> Iterator[None]:
+    """Keep ``stack`` at the paths of the modules that are running, the outermost first."""
+    hooks, before = [], []
+    for path, module in modules:
+        own = module.__dict__
+        if own.get("_forward_pre_hooks") or own.get("_forward_hooks"):
+            hooks.append(module.register_forward_pre_hook(_push(stack, path), prepend=True))
+            hooks.append(module.register_forward_hook(_pop(stack), always_call=True))
+        else:
+            before.append((own, own.get("forward")))
+            own["forward"] = MethodType(_noted(stack, path, module.forward), module)
+    try:
+        yield
+    finally:
+        for own, forward in before:
+            if forward is None:
+                del own["forward"]
+            else:
+                own["forward"] = forward
+        for hook in hooks:
+            hook.remove()
+
+
+def _noted(stack: list[str], path: str, forward: Callable) -> Callable:
+    def noted(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        stack.append(path)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            stack.pop()
+
+    noted.__wrapped__ = getattr(forward, "__func__", forward)  # its signature is the module's own
+    return noted
+
+
+def _push(stack: list[str], path: str) -> Callable[..., None]:
+    return lambda *_: stack.append(path)
+
+
+def _pop(stack: list[str]) -> Callable[..., None]:
+    return lambda *_: stack and stack.pop() and None
