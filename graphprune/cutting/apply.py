@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import BadPlan
 from ..tracing.copies import duplicate
@@ -86,6 +89,8 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
             raise BadPlan("the model's own code is rewritten, which gives a new object; use inplace=False")
         small = spell(small, plan.rewrites)
     for _, module in modules_of(small):
+        if module._forward_pre_hooks:
+            _remake(module)
         _follow(module)
     for edit in plan.edits:
         _edit(small, edit[:-1], edit[-1])
@@ -160,13 +165,30 @@ def _put(module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> 
         module._flat_weights = [getattr(module, weight) for weight in module._flat_weights_names]
 
 
+# The names that a layer's weight goes by: its own, and those of what hooks of torch make it from.
+WEIGHTS = ("weight", "weight_orig", "weight_v")
+
+
 def _weight(module: nn.Module) -> Any:
-    for name in ("weight", "weight_v", "running_mean"):
-        tensor = module._parameters.get(name, module._buffers.get(name))
-        if tensor is not None:
-            return tensor
+    for name in WEIGHTS:
+        if module._parameters.get(name) is not None:
+            return module._parameters[name]
     held = getattr(module, "parametrizations", None)
-    return getattr(module, "weight", None) if held is not None and "weight" in held else None
+    if held is not None and "weight" in held:
+        return getattr(module, "weight", None)
+    return next((held[name] for held in (module._buffers, module.__dict__) for name in ("weight", "running_mean") if isinstance(held.get(name), Tensor)), None)
+
+
+def _remake(module: nn.Module) -> None:
+    """The weights that torch's own hooks make before each call are made anew from what was cut."""
+    with torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+            elif isinstance(hook, WeightNorm):
+                setattr(module, hook.name, hook.compute_weight(module))
+            elif isinstance(hook, BasePruningMethod):
+                setattr(module, hook._tensor_name, hook.apply_mask(module))
 
 
 def _follow(module: nn.Module) -> None:

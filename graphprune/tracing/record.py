@@ -133,9 +133,10 @@ class Recorder(TorchDispatchMode):
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
         self.step = -1
 
-    def leaf(self, tensor: Tensor, name: str) -> Value:
+    def leaf(self, tensor: Tensor, name: str, axes: int | None = None) -> Value:
+        """The value of a tensor that the model holds; only its first ``axes`` axes may be cut (all of them, if none are told)."""
         size = tuple(tensor.shape)
-        value = Value(size, free(self.labels, size, range(len(size))), zero=True, leaf=name)
+        value = Value(size, free(self.labels, size, range(len(size) if axes is None else axes)), zero=True, leaf=name)
         self.leaves[name] = value
         self.keep(tensor, value)
         if tensor.dtype in INTEGERS and tensor.ndim == 1 and not tensor.is_meta:

@@ -57,7 +57,7 @@ def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], ori
                 continue
             if known and kind is int and key in REPEATS:
                 _repeat(module, key, values, uses)
-            if known and key not in COUNTS:
+            if known and key not in COUNTS and not (key in ("num_features", "num_channels") and _bare(module)):
                 continue
             planted = _planted((name, key), value, symbols, uses)
             if planted is not value:
@@ -127,6 +127,23 @@ def _repeat(module: nn.Module, key: str, values: Mapping[int, Value], uses: Uses
     found = values.get(id(weight))
     if found is not None and axis < len(found.shape) and found.shape[axis] == module.__dict__[key]:
         module.__dict__[key] = Size(found.shape[axis], ("dim", found, axis), uses)
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether a norm holds no tensor whose shape would tell its number of channels."""
+    return not any(tensor is not None and tensor.ndim for held in (module._parameters, module._buffers) for tensor in held.values())
+
+
+def channels_of_bare_norms(nodes: list, symbols: Mapping[tuple, int]) -> Iterator[Call]:
+    """What the number of channels of a norm without tensors has to be: that of what it is given."""
+    waiting = {path[0]: path for path in symbols if path[1:] in (("num_features",), ("num_channels",))}
+    for node in nodes:
+        path = waiting.get(node.module)
+        if path and node.held and node.held[0].fields:
+            value, count = node.held[0], symbols[waiting.pop(node.module)]
+            dim = next((dim for dim in (1, 0) if dim < len(value.shape) and value.shape[dim] == count), None)
+            if dim is not None:
+                yield Call(("attr", path), Need("size", value, dim), path[1], node.module, node.line)
 
 
 def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list]:

@@ -30,7 +30,7 @@ from .paths import following
 from .picks import settle
 from .record import META, Node, Recorder, is_pointwise, place
 from .sizes import Doubt, Expr, Size
-from .symbols import plant
+from .symbols import channels_of_bare_norms, plant
 from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, same_dice, train_run, unread
 
@@ -301,15 +301,25 @@ def _traced(model: nn.Module, example: tuple[tuple, dict]) -> Graph:
             raise BadInput(NOT_RUN.format(type(error).__name__, error)) from (error if str(error) else first)
 
 
+def _kernels(modules: list[tuple[str, nn.Module]]) -> Iterator[int]:
+    """The ids of the kernels of convolutions: their taps stay, whatever a weight is made of on the way (a norm of the flattened kernel)."""
+    for _, module in modules:
+        if isinstance(module, nn.modules.conv._ConvNd):
+            for tensor in [*module.parameters(), *module.buffers()]:
+                if tensor.ndim == 2 + len(module.kernel_size) and tuple(tensor.shape[2:]) == tuple(module.kernel_size):
+                    yield id(tensor)
+
+
 def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
     twin, held = shadow(model, real)
     names = {id(tensor): name for tensor, name in held}
     parameters = frozenset([name for tensor, name in held if is_parameter(tensor)])
     labels, stack, calls = Labels(), [], []
     recorder = Recorder(labels, names, stack, real)
-    for tensor, name in held:
-        recorder.leaf(tensor, name)
     modules = modules_of(twin)
+    kernels = set(_kernels(modules))
+    for tensor, name in held:
+        recorder.leaf(tensor, name, 2 if id(tensor) in kernels else tensor.ndim)
     symbols = plant(modules, recorder.values, model, recorder.uses)
     swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(example[0], swap), replace(example[1], swap)
@@ -328,6 +338,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         steps, others = list(functions.steps), []
         if parameters.intersection(unread(recorder, recorder.nodes)):
             others = train_run(recorder, twin, lambda: twin(*args, **kwargs))
+    calls += channels_of_bare_norms(recorder.nodes, symbols)
     forget(recorder, outputs)
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
     idle = unread(recorder, recorder.nodes + recorder.extra)
