@@ -19,10 +19,11 @@ from .loop.optimizer import refresh_ema, refresh_optimizer
 from .loop.sparse import SparseTraining
 from .operations.laws import check_rule
 from .operations.rules import rule
+from .options import Repair, Runtime, Widths
 from .repair import repair
 from .scores import Score, score
 from .select import select
-from .shrink import shrink
+from .shrink import plan, shrink
 from .timing.fuse import fuse
 from .timing.measure import Measurement, measure
 from .tracing.trace import Graph, trace
@@ -38,9 +39,12 @@ __all__ = [
     "History",
     "Measurement",
     "Plan",
+    "Repair",
     "Result",
+    "Runtime",
     "Score",
     "SparseTraining",
+    "Widths",
     "apply",
     "available",
     "bake",
@@ -56,6 +60,7 @@ __all__ = [
     "refresh_ema",
     "refresh_optimizer",
     "measure",
+    "plan",
     "profile",
     "register",
     "repair",

@@ -22,6 +22,10 @@ class BadTarget(BadRatio):
     """A target cannot be met or makes no sense: ``shrink(m, x, params=-1)``; the message says the smallest reachable value."""
 
 
+class BadOption(GraphpruneError, ValueError):
+    """An argument makes no sense, contradicts another, or would have no effect: ``shrink(m, x, verify="no")``; the message says what to write."""
+
+
 class BadMeasure(GraphpruneError, ValueError):
     """Times cannot be taken: the runtime is missing, or ``measure=`` returns nonsense or scatters too much."""
 
@@ -96,9 +100,13 @@ class NeedsValues(GraphpruneError):
     """Internal: control flow asked for a value that a run without values cannot give; trace with real values."""
 
 
-def warn(text: str) -> None:
+class LessThanAsked(UserWarning):
+    """Nothing, or far less, was cut than was asked for; the message says why. ``warnings.simplefilter("ignore", graphprune.errors.LessThanAsked)``."""
+
+
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
     """A warning at the caller's own line, however deep inside the package it is found."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in ("graphprune", "torch", "contextlib"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    warnings.warn(text, category, stacklevel=level)

@@ -100,7 +100,9 @@ def _share(name: str, text: str, share: float) -> float:
 
 
 def _unreadable(name: str, text: str, kind: Kind) -> BadTarget:
-    return BadTarget(f"{name} is {text!r}; write it as {kind.examples}")
+    means = {"ratio": "it is the share of units to remove", "speedup": "it is how many times faster the model shall be"}
+    what = means.get(name, "it is the share of the original that may stay, or an amount")
+    return BadTarget(f"{name} is {text!r}; {what}: write it as {kind.examples}")
 
 
 def count(number: float, unit: str = "") -> str:

@@ -56,7 +56,7 @@ def select(
     check_ratio(ratio)
     own = dict(ratios or {})
     if scope not in ("layer", "global", "isomorphic"):
-        raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic'; shrink also knows 'optimal'")
+        raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic'; shrink also knows 'allocated'")
     pools: dict[object, list[Group]] = defaultdict(list)
     for group in groups:
         alone = scope == "layer" or group.index in own

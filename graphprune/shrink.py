@@ -2,76 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
 
-from .budget.targets import Aims
 from .cutting.apply import apply
 from .cutting.compose import so_far
+from .cutting.plan import Plan
 from .cutting.undo import undone
 from .cutting.verify import check, check_model
-from .granularity.spec import parse
-from .names import named
+from .options import Repair, Runtime, Widths
+from .planning.outcome import disappointments
 from .planning.planner import decide
-from .planning.request import Request
+from .planning.request import ask, flag
 from .repair import after_cut, before_cut, refill
 from .scores import Criterion
-from .select import check_ratio
+from .spelling import respelled
 from .tracing.trace import trace
 
+Model = TypeVar("Model", bound=nn.Module)
+Target = float | str | None
 
+
+@overload
+def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[True], **options: Any) -> tuple[Model, Plan]: ...
+@overload
+def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[False] = False, **options: Any) -> Model: ...
+@respelled
 def shrink(
     model: nn.Module,
     example_input: Any,
-    ratio: float | None = None,
+    ratio: Target = None,
     *,
-    granularity: str = "channel",
-    params: float | None = None,
-    macs: float | None = None,
-    size: float | None = None,
-    memory: float | None = None,
-    latency: float | str | None = None,
-    speedup: float | None = None,
-    runtime: str = "eager",
-    threads: int | None = None,
-    measure: Callable[[nn.Module], float] | None = None,
-    objective: str | float = "score",
-    criterion: Criterion = "l2",
-    batches: Iterable | None = None,
-    loss: Callable | None = None,
+    params: Target = None,
+    macs: Target = None,
+    size: Target = None,
+    memory: Target = None,
+    latency: Target = None,
+    speedup: Target = None,
+    on: Runtime | None = None,
+    score: Criterion = "l2",
     scope: str | None = None,
+    what: Any = "channel",
     keep: Sequence[Any] | str = (),
-    ratios: Mapping[Any, float] | None = None,
-    multiple_of: int | str | None = None,
-    min_units: int = 1,
-    calibration: Iterable | None = None,
-    repair: str | Sequence[str] | None = "auto",
+    widths: Widths | Mapping[Any, int] | None = None,
+    repair: Repair | Iterable | str | None = None,
     example_kwargs: dict | None = None,
     inplace: bool = False,
     return_plan: bool = False,
     verify: bool = True,
-    rewrite: bool = True,
 ) -> Any:
-    """A smaller model that computes what ``model`` computes with the removed units set to zero.
+    """A smaller model, of the same class, that computes what ``model`` computes with the removed units set to zero.
 
-    ``example_input`` is a tensor, a tuple (positional) or a dict (keyword); ``ratio`` the share of units removed in
-    every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given). Targets are upper limits and hold together:
-    ``params``, ``macs``, ``size`` (bytes of the weights) and ``memory`` (peak bytes of the activations), each a float up
-    to 1 (share of the original) or an absolute number. ``scope`` is ``"layer"`` (the same ratio everywhere, the default without a time), ``"global"``,
-    ``"isomorphic"``, or ``"optimal"`` (the widths that keep the most score under the targets, the default for a time or an ``objective``).
-    ``objective="time"`` looks for the fastest widths that use a budget up (``macs=0.5``: the smallest predicted time at half the MACs, whatever
-    the scores), a number between 0 ("score") and 1 ("time") weighs the two (0.5: score per time; :mod:`graphprune.budget.optimal`). ``criterion``, ``batches``
-    and ``loss`` are those of :func:`graphprune.score`. With ``calibration`` (batches of inputs, no labels) the cut model is repaired;
-    :func:`graphprune.repair` says which steps ``repair`` may name.
-    ``granularity`` says what a unit is: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m
-    as in "2:4" (:mod:`graphprune.granularity.spec`). A ``criterion`` of your own is a function ``(groups, model, batches) -> tensors``
-    for channels and heads, ``(name, module) -> float`` for blocks and layers, ``weight -> tensor`` for everything finer.
-    ``keep`` leaves modules or parameters whole, by name, pattern, module type or predicate ``(name, module) -> bool``;
-    ``ratios`` overrides the ratio by the same kinds of key. ``verify`` compares with :func:`zeroed` on the example. ``rewrite`` lets modules whose
-    code holds a size as a literal come back as a ``torch.fx.GraphModule``, where that frees an axis (:mod:`graphprune.cutting.rewrite`).
-    Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was.
+    - ``example_input``: a tensor, a tuple (positional) or a dict (keyword) that the model can be called with; ``example_kwargs`` adds keywords.
+    - ``ratio``: the share of units removed in every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given), or text (``"30%"``).
+    - ``params``, ``macs``, ``size`` (bytes of the weights), ``memory`` (peak bytes of the activations): upper limits, which hold together. A float up to 1 is
+      the share of the original that may stay, a larger number is absolute, text says its unit: ``macs=0.5``, ``params="1M"``, ``size="5 MB"``.
+    - ``speedup`` (``2`` or ``"2x"``) or ``latency`` (``"8 ms"``, or the share that may stay): a measured time, on ``on=Runtime("onnxruntime", threads=1)``;
+      ``Runtime(objective="time")`` spends another budget on the fastest widths (:class:`graphprune.Runtime`).
+    - ``score``: what matters, a name of ``graphprune.available()["score"]``, ``graphprune.scores.taylor.on(batches, loss)`` for one that reads data, or a
+      function: ``(groups, model, batches) -> tensors`` for channels and heads, ``(name, module) -> float`` for blocks and layers, ``weight -> tensor`` for
+      everything finer.
+    - ``scope``: ``"layer"`` (the same ratio everywhere; the default without a time), ``"global"``, ``"isomorphic"`` (ranked together), or ``"allocated"``
+      (every width by what it costs and loses; the default with a time; :mod:`graphprune.budget.optimal`).
+    - ``what``: what goes: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m as in "2:4"
+      (:mod:`graphprune.granularity.spec`).
+    - ``keep``: what stays whole, by name, pattern, module type, module or predicate ``(name, module) -> bool``.
+    - ``widths``: rules for single groups, :class:`graphprune.Widths` (``multiple_of``, ``at_least``, ``ratios`` …), or a mapping of names to widths.
+    - ``repair``: batches of inputs (no labels) from which the cut model is repaired, or :class:`graphprune.Repair`; ``"data-free"`` needs none.
+    - ``inplace`` cuts the model itself; ``return_plan`` returns ``(model, plan)`` (the plan is also at ``.graphprune_plan``); ``verify`` compares with
+      :func:`zeroed` on the example.
+
+    Raises the errors of :mod:`graphprune.errors`, and leaves ``model`` as it was. Warns where less happens than was asked for.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -79,19 +82,59 @@ def shrink(
     4
     """
     check_model(model)
-    aims = Aims(params, macs, size, memory, latency, speedup, runtime, threads, measure, objective)
-    ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
-    spec, held = parse(granularity), named(model, keep)
-    request = Request(spec, aims, ratio, scope or aims.scope, criterion, batches, loss, held, ratios, multiple_of, min_units, rewrite, inplace)
-    calibration = before_cut(model, calibration, repair)
+    targets = {"params": params, "macs": macs, "size": size, "memory": memory, "latency": latency, "speedup": speedup}
+    flags = {"inplace": inplace, "return_plan": return_plan, "verify": verify}
+    inplace, return_plan, verify = (flag(name, value) for name, value in flags.items())
+    request = ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths, inplace=inplace)
+    repairs = before_cut(model, Repair.of(repair))
     graph = trace(model, example_input, example_kwargs)
-    plan = decide(graph, model, request)
-    small = apply(model, plan)
+    chosen = decide(graph, model, request)
+    small = apply(model, chosen)
     if verify:
-        check(graph, model, small, plan)
-    small, plan = after_cut(small, model, plan, calibration, repair, graph)
+        check(graph, model, small, chosen)
+    small, chosen = after_cut(small, model, chosen, repairs, graph)
     if inplace:
-        with undone(model, plan.edits):
-            small = refill(apply(model, plan, inplace=True), small)
-    small.__dict__["graphprune_plan"] = so_far(model, plan)
-    return (small, plan) if return_plan else small
+        with undone(model, chosen.edits):
+            small = refill(apply(model, chosen, inplace=True), small)
+    small.__dict__["graphprune_plan"] = so_far(model, chosen)
+    disappointments(graph, model, chosen, request)
+    return (small, chosen) if return_plan else small
+
+
+@respelled
+def plan(
+    model: nn.Module,
+    example_input: Any,
+    ratio: Target = None,
+    *,
+    params: Target = None,
+    macs: Target = None,
+    size: Target = None,
+    memory: Target = None,
+    latency: Target = None,
+    speedup: Target = None,
+    on: Runtime | None = None,
+    score: Criterion = "l2",
+    scope: str | None = None,
+    what: Any = "channel",
+    keep: Sequence[Any] | str = (),
+    widths: Widths | Mapping[Any, int] | None = None,
+    example_kwargs: dict | None = None,
+) -> Plan:
+    """What :func:`shrink` would do, as a plan, without cutting anything: ``graphprune.apply(model, plan)`` does it.
+
+    The options are those of :func:`shrink`. Raises the errors of :mod:`graphprune.errors`.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> chosen = plan(net, torch.zeros(1, 4), ratio=0.5)
+    >>> apply(net, chosen)[0].out_features, net[0].out_features
+    (4, 8)
+    """
+    check_model(model)
+    targets = {"params": params, "macs": macs, "size": size, "memory": memory, "latency": latency, "speedup": speedup}
+    request = ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths)
+    graph = trace(model, example_input, example_kwargs)
+    chosen = decide(graph, model, request)
+    disappointments(graph, model, chosen, request)
+    return chosen

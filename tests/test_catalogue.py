@@ -16,7 +16,7 @@ from graphprune.repair import STEPS
 
 def test_every_kind_is_listed_with_one_line_each():
     found = graphprune.available()
-    assert list(found) == ["score", "granularity", "target", "repair"]
+    assert list(found) == ["score", "granularity", "target", "repair", "runtime"]
     assert len(found["score"]) > 30 and {"l2", "taylor", "fpgm", "obs", "snip", "random"} <= set(found["score"])
     assert set(found["repair"]) == {"auto", "data-free", "none", *STEPS}
     assert {"channel", "head", "block", "layer", "group", "kernel", "vector", "weight", "n:m"} <= set(found["granularity"])

@@ -82,7 +82,7 @@ def test_what_cannot_be_met_is_said_and_nothing_is_changed():
     before, state = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
     for granularity in (*MASKED[:4], "group", "group:box"):
         with pytest.raises(BadTarget, match="the smallest value that granularity"):
-            graphprune.shrink(model, X, params=1, granularity=granularity, inplace=True)
+            graphprune.shrink(model, X, params=2, granularity=granularity, inplace=True)
         with pytest.raises(BadTarget, match="met by widths"):
             graphprune.shrink(model, X, speedup=2.0, granularity=granularity, inplace=True)
         with pytest.raises(BadTarget, match="every activation as large"):

@@ -52,8 +52,8 @@ def test_nothing_in_the_package_knows_a_model():
 
 
 ORDER = {
-    "": """errors catalogue quantities operations tracing coupling cost scores select names cutting budget
-        timing repair granularity planning formats shrink loop __main__""",
+    "": """errors catalogue options quantities operations tracing coupling cost scores select names cutting budget
+        timing repair granularity planning formats spelling shrink loop __main__""",
     "operations": "labels notation rules moves assemble laws shapes",
     "tracing": "sizes trees picks needs symbols bodies paths fused copies record unused features trace probe",
     "coupling": "groups links sums lengths",
@@ -65,7 +65,7 @@ ORDER = {
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions blocks depth",
-    "planning": "request limits widths trial depth entries planner",
+    "planning": "request limits widths trial depth entries planner outcome",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }
 

@@ -1,7 +1,7 @@
 """Under a budget: :func:`fit` chooses the units that stay so that every limit holds, as closely as units allow.
 
 ``scope="layer"`` looks for the one ratio of all groups, ``"global"`` and ``"isomorphic"`` for the cut in their ranking;
-a last step takes back, group by group, what still fits. ``"optimal"`` chooses the width of every group by what it
+a last step takes back, group by group, what still fits. ``"allocated"`` chooses the width of every group by what it
 costs (:mod:`graphprune.budget.optimal`). In all scopes a larger budget never leaves less.
 """
 
@@ -52,7 +52,7 @@ def fit(
     error = unreachable(known, allowed.least, limits, _rules(multiple_of, min_units, ratios))
     if error:
         raise error
-    if scope == "optimal":
+    if scope in ("allocated", "optimal"):
         return _spend(groups, scores, limits, known, allowed, time)
 
     def at(share: float) -> Kept:

@@ -16,21 +16,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..catalogue import register
+from ..catalogue import enter
 from ..cost import NAMES, Cost, Costs
 from ..errors import BadTarget
 from ..operations.labels import Array
+from ..options import OBJECTIVES
 
-register("target", "ratio", "the share of units removed in every group")
-register("target", "params", "parameters that may stay: a share of the original, or a number")
-register("target", "macs", "multiply-accumulates that may stay: a share of the original, or a number")
-register("target", "size", "bytes of parameters and buffers that may stay: a share of the original, or a number")
-register("target", "memory", "peak bytes of activations: a share of the original, or a number")
-register("target", "latency", 'measured time that may stay: a share of the original, or a time ("12 ms")')
-register("target", "speedup", "how many times faster, measured")
-
-
-OBJECTIVES = {"score": 0.0, "time": 1.0}
+enter("target", "ratio", "the share of units removed in every group")
+enter("target", "params", "parameters that may stay: a share of the original, or a number")
+enter("target", "macs", "multiply-accumulates that may stay: a share of the original, or a number")
+enter("target", "size", "bytes of parameters and buffers that may stay: a share of the original, or a number")
+enter("target", "memory", "peak bytes of activations: a share of the original, or a number")
+enter("target", "latency", 'measured time that may stay: a share of the original, or a time ("12 ms")')
+enter("target", "speedup", "how many times faster, measured")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Aims:
     @property
     def scope(self) -> str:
         """The scope where none is given: widths that are to be fast differ from group to group."""
-        return "optimal" if self.timed or self.weight else "layer"
+        return "allocated" if self.timed or self.weight else "layer"
 
     @property
     def weight(self) -> float:

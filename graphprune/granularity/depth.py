@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..catalogue import register
+from ..catalogue import enter
 from ..cost import macs_by_call
 from ..cutting.parts import Part
 from ..cutting.passthrough import passed
@@ -28,8 +28,8 @@ from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 from .blocks import Modules, Removable
 
-register("score", "influence", "how far a whole block turns the stream it adds to; granularity block or layer (Men et al. 2024 (ShortGPT))")
-register("score", "reconstruction", "change of the output without a whole block, greedy; granularity block or layer (Song et al. 2024 (SLEB))")
+enter("score", "influence", "how far a whole block turns the stream it adds to; granularity block or layer (Men et al. 2024 (ShortGPT))")
+enter("score", "reconstruction", "change of the output without a whole block, greedy; granularity block or layer (Song et al. 2024 (SLEB))")
 DEPTH = ("influence", "taylor", "reconstruction", "l1", "l2", "random")
 
 

@@ -12,7 +12,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from ..catalogue import register
+from ..catalogue import enter
 from ..errors import BadRatio, UnknownName
 
 NAMES = {
@@ -28,7 +28,7 @@ NAMES = {
     "n:m": "n of every m neighbours stay, as in 2:4: masked; CUDA has kernels for 2:4 (semi_structured)",
 }
 for _name, _line in NAMES.items():
-    register("granularity", _name, _line)
+    enter("granularity", _name, _line)
 OPTIONS = {"group": ("box",), "vector": ("row", "column")}
 
 

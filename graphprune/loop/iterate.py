@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..cutting.apply import apply
 from ..cutting.compose import compose
 from ..cutting.plan import Plan
-from ..errors import BadLoop, BadTarget, NothingToPrune
+from ..errors import BadLoop, BadTarget, LessThanAsked, NothingToPrune
 from ..shrink import shrink
+from ..spelling import OLD, modern
 from ..tracing.fused import spelled_out
 from ..tracing.trees import normal_inputs
 from .checkpoint import Checkpoint, set_random_states
@@ -82,6 +84,7 @@ def iterate(
     (4, [58, 44, 30])
     """
     _check(options, floor)
+    options = modern(options)
     asked = pick_target(target, options)
     phases = _phases(check_steps(steps), train_first, evaluate_cuts)
     example = normal_inputs(example_input, example_kwargs)
@@ -196,7 +199,9 @@ def _cut(job: _Job, work: _Work, number: int) -> _Work:
     """Remove what should be gone after this round."""
     args, kwargs = job.example
     try:
-        small, plan = shrink(work.model, args, example_kwargs=kwargs, return_plan=True, **job.way.demand(number, work.model, work.plan))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LessThanAsked)  # a round may well have nothing to do
+            small, plan = shrink(work.model, args, example_kwargs=kwargs, return_plan=True, **job.way.demand(number, work.model, work.plan))
     except (NothingToPrune, BadTarget) as error:
         if number == 1:
             raise
@@ -285,7 +290,7 @@ def macs(model: nn.Module, example: tuple[tuple, dict]) -> int:
 def _check(options: dict[str, Any], floor: Any) -> None:
     known = inspect.signature(shrink).parameters
     for name, value in options.items():
-        if name in OURS or (name not in known and name not in KINDS):
+        if name in OURS or (name not in known and name not in KINDS and name not in OLD):
             raise BadLoop(f"iterate has no option {name!r}; beside its own it takes those of shrink, without {', '.join(OURS)}")
         if isinstance(value, Iterator):
             raise BadLoop(f"{name} is an iterator, which the first round would use up; pass a list, a data loader or anything that can start again")
@@ -300,6 +305,8 @@ def _settings(target: dict, steps: int, schedule: str, phases: list, optimizer: 
         try:
             return json.loads(json.dumps(value))
         except TypeError:
+            if is_dataclass(value) and not isinstance(value, type):
+                return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
             return getattr(value, "__qualname__", type(value).__qualname__)
 
     named = {name: plain(value) for name, value in sorted(options.items())}

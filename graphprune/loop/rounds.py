@@ -13,8 +13,9 @@ single rounds do not add up. Times are measured anew before every cut, the model
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -23,11 +24,12 @@ from ..budget.targets import Aims, limits
 from ..cost import NAMES, profile
 from ..coupling.groups import Groups, couple
 from ..cutting.plan import Plan
-from ..errors import BadLoop
+from ..errors import BadLoop, LessThanAsked
 from ..granularity.spec import parse
 from ..names import named, overrides
+from ..options import Runtime, Widths
 from ..select import check_ratio
-from ..shrink import shrink
+from ..shrink import plan
 from ..timing.latency import Stopwatch
 from ..tracing.trace import trace
 from .schedule import share, toward
@@ -68,13 +70,13 @@ class Way:
 
     def _ratio(self, number: int, model: nn.Module, plan: Plan) -> dict[str, Any]:
         now, last = self.removed(number), self.removed(number - 1)
-        spec = parse(self.options.get("granularity", "channel"))
+        spec = parse(self.options.get("what", "channel"))
         if not spec.coarse:
             return {**self.options, **self._finer(number, spec.masks)}
-        given, ranked = self.options.get("ratios"), self.options.get("scope", "layer") != "layer"
+        widths, ranked = widths_of(self.options), self.options.get("scope", "layer") != "layer"
 
         def shares(groups: Groups) -> dict[int, tuple[float, float]]:
-            own = overrides(groups, model, given)
+            own = overrides(groups, model, widths.ratios)
             finals = {index: own.get(index, self.final) for index in (own if ranked else range(len(groups)))}
             return {index: (share(s, number, self.steps, self.schedule), share(s, number - 1, self.steps, self.schedule)) for index, s in finals.items()}
 
@@ -82,7 +84,7 @@ class Way:
         if ranked:
             total, left = self._units(self.original), self._units(model)
             ratio = max(0.0, 1 - (1 - now) * total / left)
-        return {**self.options, "ratio": ratio, "ratios": toward(plan, shares)}
+        return {**self.options, "ratio": ratio, "widths": replace(widths, ratios=toward(plan, shares))}
 
     def _finer(self, number: int, masks: bool) -> dict[str, Any]:
         """Ratios of a granularity that cuts no axes: masked entries are still there and counted again, what is gone is not."""
@@ -91,7 +93,9 @@ class Way:
             now, last = (share(final, step, self.steps, self.schedule) for step in (number, number - 1))
             return now if masks else 1 - (1 - now) / (1 - last)
 
-        return {"ratio": at(self.final), "ratios": {key: at(final) for key, final in (self.options.get("ratios") or {}).items()}}
+        widths = widths_of(self.options)
+        finals = widths.ratios if isinstance(widths.ratios, Mapping) else {}
+        return {"ratio": at(self.final), "widths": replace(widths, ratios={key: at(final) for key, final in finals.items()})}
 
     def _units(self, model: nn.Module) -> int:
         graph = trace(model, *self.example)
@@ -126,13 +130,22 @@ def plan_way(model: nn.Module, example: tuple[tuple, dict], target: Mapping[str,
 
 def _reach(model: nn.Module, example: tuple[tuple, dict], target: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Raise now, not after hours of training, when the rules leave too much; which units would go does not matter for that."""
-    rules = {name: value for name, value in options.items() if name not in ("criterion", "batches", "loss", "calibration", "repair")}
-    shrink(model, example[0], example_kwargs=example[1], **{**rules, **target, "verify": False})
+    rules = {name: value for name, value in options.items() if name not in ("score", "repair", "verify")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LessThanAsked)
+        plan(model, example[0], example_kwargs=example[1], **{**rules, **target})
 
 
 def _aims(options: Mapping[str, Any], target: Mapping[str, Any]) -> Aims:
-    return Aims(**target, **{name: options[name] for name in ("runtime", "threads", "measure", "objective") if name in options})
+    on = options.get("on") or Runtime()
+    return Aims(**target, runtime=on.name, threads=on.threads, measure=on.measure, objective=on.objective)
 
 
 def _watch(model: nn.Module, example: tuple[tuple, dict], options: Mapping[str, Any]) -> Stopwatch:
     return Stopwatch(model, trace(model, *example), _aims(options, {"latency": 1.0}))
+
+
+def widths_of(options: Mapping[str, Any]) -> Widths:
+    """The rules for single groups among the options of :func:`graphprune.shrink`."""
+    asked = options.get("widths")
+    return asked if isinstance(asked, Widths) else Widths(to=asked or {})

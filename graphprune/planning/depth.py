@@ -11,6 +11,7 @@ from ..cutting.plan import Plan
 from ..errors import NothingToPrune, UnknownName, warn
 from ..granularity.blocks import Modules, Removable
 from ..granularity.depth import DEPTH, Left, batches_of, greedy, scores_of, size_of, tensors_of
+from ..names import by_tensor
 from ..select import width
 from ..tracing.trace import Graph
 from .limits import holds, reached, unmet
@@ -22,10 +23,11 @@ def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
 
     A module with a kept tensor stays, one with a ratio of its own is chosen apart.
     """
-    kind, criterion = request.spec.name, request.criterion
-    if not callable(criterion) and criterion not in DEPTH:
-        raise UnknownName(f"no score named {criterion!r} for whole {kind}s; there are {', '.join(DEPTH)}, or give a function (name, module) -> float")
+    kind, score = request.spec.name, request.score
+    if not callable(score) and score not in DEPTH:
+        raise UnknownName(f"no score named {score!r} for whole {kind}s; there are {', '.join(DEPTH)}, or give a function (name, module) -> float")
     limits = request.limits(graph, ("params", "macs", "size"))
+    ratios = by_tensor(model, request.widths.ratios)
     modules = Modules(graph, model)
     found = modules.blocks() if kind == "block" else modules.layers()
     held = set(request.keep)
@@ -37,7 +39,7 @@ def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
         )
     pools: dict[float | None, list[Removable]] = {}
     for one in free:
-        own = {request.ratios.get(name) for name in owned[one.name]}
+        own = {ratios.get(name) for name in owned[one.name]}
         pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
     gone: list[Removable] = []
     extra: list[Removable] = []  # for the limits alone
@@ -78,8 +80,8 @@ def _tell(kind: str, pools: Mapping[float | None, Sequence[Removable]], ratio: f
 
 def _order(graph: Graph, model: nn.Module, pool: list[Removable], request: Request) -> Iterator[Removable]:
     """All but the last one that may go, the first to go first."""
-    if request.criterion == "reconstruction":
-        return islice(greedy(model, pool, batches_of(request.batches, request.criterion)), len(pool) - 1)
-    scores = scores_of(graph, model, pool, request.criterion, request.batches, request.loss)
+    if request.score == "reconstruction":
+        return islice(greedy(model, pool, batches_of(request.batches, request.score)), len(pool) - 1)
+    scores = scores_of(graph, model, pool, request.score, request.batches, request.loss)
     order = sorted(range(len(pool)), key=lambda i: (scores[i], -i))
     return (pool[i] for i in order[:-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from ..cost import cost
 from ..coupling.groups import couple
 from ..cutting.parts import Part, pack
 from ..cutting.plan import Plan
-from ..errors import BadRatio, BadScore, NothingToPrune
+from ..errors import NothingToPrune
 from ..granularity.entries import ENTRYWISE, check_criterion, n_of_m, stays, views
 from ..granularity.evidence import scored
 from ..granularity.positions import best_box, realise
@@ -21,9 +20,7 @@ from ..granularity.ranking import below, ranked
 from ..granularity.spec import Spec
 from ..granularity.weights import Weight, weights
 from ..names import by_tensor
-from ..scores import SCORES, Score
 from ..tracing.trace import Graph
-from .depth import plan_depth
 from .limits import reached, smallest
 from .request import Request
 
@@ -31,27 +28,19 @@ WHOLE = "stays whole at this ratio"
 SLOW = "note: masked entries are stored and multiplied as zeros: stock hardware will not run the model faster for them"
 
 
-def finer(graph: Graph, model: nn.Module, request: Request) -> Plan:
-    """The plan for a granularity other than channels and heads."""
-    spec, criterion = request.spec, request.criterion
-    if isinstance(criterion, Score):
-        if criterion.options != SCORES[criterion.name].options:
-            raise BadScore(f"granularity {spec.text!r} takes no options of a score, {criterion.options} were given; give the name {criterion.name!r}")
-        criterion = criterion.name
-    if request.scope not in ("layer", "global", "isomorphic"):
-        raise BadRatio(f"scope is {request.scope!r}; with granularity {spec.text!r} it is 'layer', 'global' or 'isomorphic'")
-    request = replace(request, criterion=criterion, ratios=by_tensor(model, request.ratios))
-    if spec.name in ("layer", "block"):
-        return plan_depth(graph, model, request)
-    check_criterion(criterion, ENTRYWISE)
+def plan_entries(graph: Graph, model: nn.Module, request: Request) -> Plan:
+    """The plan for a granularity finer than whole axes."""
+    spec, score = request.spec, request.score
+    ratios = by_tensor(model, request.widths.ratios)
+    check_criterion(score, ENTRYWISE)
     says_itself = spec.name == "n:m" or spec.threshold is not None
     limits = request.limits(graph, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
     found, left = weights(graph, model)
     mine = [weight for weight in found if weight.leaf not in request.keep and weight.name not in request.keep]
     left |= {weight.name: "kept on request" for weight in found if weight not in mine}
     usable = _usable(mine, left, spec)
-    own = {weight.name: request.ratios[weight.leaf] for weight in usable if weight.leaf in request.ratios}
-    scores = scored(graph, model, usable, criterion, request.batches, request.loss)
+    own = {weight.name: ratios[weight.leaf] for weight in usable if weight.leaf in ratios}
+    scores = scored(graph, model, usable, score, request.batches, request.loss)
     keeps, notes = (_box_keeps if spec.option == "box" else _keeps)(scores, own, request, limits, graph)
     decided = {}
     for weight, keep in keeps.items():
@@ -109,7 +98,7 @@ def _keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, limi
 def _box_keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
     """Whole rows and columns of taps stay, the same for every filter and channel of a layer."""
     taps = {weight: found.reshape(weight.shape[2:]).cpu() for weight, found in scores.items()}
-    taps = {weight: found.square() if request.criterion == "l2" else found for weight, found in taps.items()}
+    taps = {weight: found.square() if request.score == "l2" else found for weight, found in taps.items()}
     ratio, notes = request.ratio, []
     if limits:
         full = cost(couple(graph))

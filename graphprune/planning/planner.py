@@ -7,10 +7,13 @@ from dataclasses import replace
 from torch import nn
 
 from ..cutting.plan import Plan
+from ..errors import BadRatio, BadScore
+from ..scores import SCORES, Score
 from ..scores.attempts import attempts, remembered
 from ..timing.latency import predicted, reach, steps
 from ..tracing.trace import Graph
-from .entries import finer
+from .depth import plan_depth
+from .entries import plan_entries
 from .request import Request
 from .trial import best
 from .widths import plan_widths
@@ -19,10 +22,23 @@ from .widths import plan_widths
 def decide(graph: Graph, model: nn.Module, request: Request) -> Plan:
     """The plan for what is asked of the model."""
     if not request.spec.coarse:
-        return finer(graph, model, request)
+        request = _by_name(request)
+        return (plan_depth if request.spec.name in ("block", "layer") else plan_entries)(graph, model, request)
     aims, scope = request.aims, request.scope
-    request = replace(request, multiple_of=steps(request.multiple_of, graph, aims), more=predicted(graph, aims, scope))
-    scored = remembered(attempts(model, request.criterion, request.batches, request.loss, draft=scope == "layer" and not aims.any))
+    request = replace(request, multiple_of=steps(request.widths.multiple_of, graph, aims), extra_costs=predicted(graph, aims, scope))
+    scored = remembered(attempts(model, request.score, request.batches, request.loss, draft=scope == "layer" and not aims.any))
     if aims.timed:
-        return reach(model, graph, aims, lambda more: plan_widths(graph, model, replace(request, more=more), scored), scope)
+        return reach(model, graph, aims, lambda costs: plan_widths(graph, model, replace(request, extra_costs=costs), scored), scope)
     return best(graph, model, request, scored)
+
+
+def _by_name(request: Request) -> Request:
+    """What is pruned without widths takes scores by their names alone, and no widths allocated by cost."""
+    score, text = request.score, request.spec.text
+    if request.scope not in ("layer", "global", "isomorphic"):
+        raise BadRatio(f"scope is {request.scope!r}; with granularity {text!r} it is 'layer', 'global' or 'isomorphic'")
+    if not isinstance(score, Score):
+        return request
+    if score.options != SCORES[score.name].options:
+        raise BadScore(f"granularity {text!r} takes no options of a score, {score.options} were given; give the name {score.name!r}")
+    return replace(request, score=score.name)

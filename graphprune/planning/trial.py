@@ -24,7 +24,7 @@ def best(graph: Graph, model: nn.Module, request: Request, scored: Scored) -> Pl
         plan = plan_widths(graph, model, request, scored, literals)[2]
     except (NothingToPrune, BadTarget) as error:
         nothing = error
-    if not request.rewrite or not literals or (request.inplace and "" in literals):
+    if not request.widths.rewrite or not literals or (request.inplace and "" in literals):
         if plan is None:
             raise nothing
         return plan

@@ -46,7 +46,7 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
     for _ in range(40):
         if not len(groups):
             raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
-        own = overrides(groups, model, request.ratios)
+        own = overrides(groups, model, request.widths.ratios)
         for scores in scored(groups):
             while True:
                 kept = _choose(groups, scores, request, own, ties)
@@ -76,14 +76,14 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
 def _choose(groups: Groups, scores: Scores, request: Request, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
     """The units that stay, by a ratio or under the limits that the request set."""
     step = request.multiple_of if isinstance(request.multiple_of, int) else request.multiple_of(groups)
-    rules = {"scope": request.scope, "multiple_of": step, "min_units": request.min_units, "ratios": ratios, "ties": ties}
-    if not request.more and not request.aims.any:
-        if request.scope == "optimal":
-            raise BadTarget("scope='optimal' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
+    rules = {"scope": request.scope, "multiple_of": step, "min_units": request.widths.at_least, "ratios": ratios, "ties": ties}
+    if not request.extra_costs and not request.aims.any:
+        if request.scope == "allocated":
+            raise BadTarget("scope='allocated' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
         if isinstance(step, int):
             return select(groups, scores, request.ratio, **rules)
-    known = priced(groups, {name: make for name, (_, make) in request.more.items()})
-    asked = request.aims.limits(known.full) | {name: limit for name, (limit, _) in request.more.items()}
+    known = priced(groups, {name: make for name, (_, make) in request.extra_costs.items()})
+    asked = request.aims.limits(known.full) | {name: limit for name, (limit, _) in request.extra_costs.items()}
     return fit(groups, scores, asked, known, request.ratio, **rules, time=request.aims.weight)
 
 

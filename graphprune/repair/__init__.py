@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..catalogue import register
+from ..catalogue import enter
 from ..cutting.plan import Plan
 from ..errors import BadCalibration, UnknownName
+from ..options import Repair
 from ..tracing.fused import gathered
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors
@@ -58,7 +59,7 @@ for _name, _line in {
     "distill": "after the others, minutes of gradient steps towards the original's class probabilities on calibration, without labels",
     "mimic": "as distill, towards all that the original returns (features, boxes, images)",
 }.items():
-    register("repair", _name, _line)
+    enter("repair", _name, _line)
 
 
 def repair(
@@ -124,27 +125,29 @@ def repair(
     return result
 
 
-def before_cut(model: nn.Module, calibration: Iterable | None, steps: str | Sequence[str] | None) -> list | None:
-    """What :func:`graphprune.shrink` does before anything costs time: calibration as a list, or the error that says what is wrong with it or the steps."""
-    names = _named(steps)
-    if calibration is None and not set(names) <= set(FREE) and steps != "auto":
-        raise BadCalibration(f"repair={steps!r} needs calibration=, any iterable of input batches")
-    if not names or calibration is None:
+def before_cut(model: nn.Module, asked: Repair | None) -> Repair | None:
+    """What :func:`graphprune.shrink` does before anything costs time: the batches as a list, or the error that says what is wrong with them or the steps."""
+    if asked is None:
         return None
-    batches = listed(calibration, model)
+    names = _named(asked.steps)
+    if asked.batches is None and not set(names) <= set(FREE):
+        raise BadCalibration(f"repair={asked.steps!r} needs calibration: Repair(batches, {asked.steps!r}), any iterable of input batches")
+    if not names:
+        return None
+    if asked.batches is None:
+        return asked
+    batches = listed(asked.batches, model)
     with _quiet(model):
         _tried(model, names, example(batches[0]))
-    return batches
+    return replace(asked, batches=batches)
 
 
-def after_cut(
-    small: nn.Module, original: nn.Module, plan: Plan, calibration: list | None, steps: str | Sequence[str] | None, graph: Graph
-) -> tuple[nn.Module, Plan]:
-    """What :func:`graphprune.shrink` does after the cut: the repaired model and its plan, or both as they were without calibration."""
-    names = _named(steps)
-    if not names or (calibration is None and steps == "auto"):
+def after_cut(small: nn.Module, original: nn.Module, plan: Plan, asked: Repair | None, graph: Graph) -> tuple[nn.Module, Plan]:
+    """What :func:`graphprune.shrink` does after the cut: the repaired model and its plan, or both as they were where nothing is to be repaired."""
+    if asked is None:
         return small, plan
-    better = repair(small, original, plan, calibration, steps, graph=graph)
+    facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": asked.progress}
+    better = repair(small, original, plan, asked.batches, asked.steps, graph=graph, **facts)
     return better, better.__dict__.get("graphprune_plan", plan)
 
 

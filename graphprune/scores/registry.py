@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..catalogue import register
+from ..catalogue import enter
 from ..coupling.groups import Groups
-from ..errors import BadScore, NeedsBatches, UnknownName
+from ..errors import BadLoss, BadOption, BadScore, NeedsBatches, UnknownName
 from .data import Data, undisturbed
 from .normalise import normalised
 from .task import Scores, Task
@@ -39,8 +39,8 @@ SCORES: dict[str, Score] = {}
 class Score:
     """One score of the catalogue. ``needs`` is "nothing", "inputs" (batches) or "loss" (batches and a loss).
 
-    Call it as ``score(groups, model, batches=…, loss=…, **options)``, give it to ``shrink(criterion=…)``, or fix options
-    with :meth:`with_`. Options of every score: ``normalise`` ("none", "mean", "max", "l2", "standardise") with ``within``
+    Call it as ``score(groups, model, batches=…, loss=…, **options)``, give it to ``shrink(score=…)``, with the data it reads
+    (:meth:`on`), or fix options with :meth:`with_`. Options of every score: ``normalise`` ("none", "mean", "max", "l2", "standardise") with ``within``
     ("group", "class"), ``seed``, ``progress``, and ``reduction`` ("mean" or "sum": how the loss joins the samples of a batch).
     """
 
@@ -61,6 +61,10 @@ class Score:
                 near = ", ".join(difflib.get_close_matches(name, known, 3) or known)
                 raise UnknownName(f"the score {self.name!r} has no option {name!r}; the nearest are {near}")
         return replace(self, options={**self.options, **options})
+
+    def on(self, batches: Iterable, loss: Callable | None = None) -> OnData:
+        """The same score with the data that it reads, for :func:`graphprune.shrink`."""
+        return on(self, batches, loss)
 
     def __call__(self, groups: Groups, model: nn.Module, batches: Iterable | None = None, loss: Callable | None = None, **options: Any) -> Scores:
         given = dict(self.with_(**options).options)
@@ -84,6 +88,42 @@ class Score:
         return asked({**self.options, **(options or {})}) if asked else self.needs
 
 
+@dataclass(frozen=True)
+class OnData:
+    """A score (a name, a :class:`Score`, a function) with the ``batches`` and the ``loss`` that it reads; :func:`on` makes it."""
+
+    score: Any
+    batches: Iterable
+    loss: Callable | None = None
+
+
+def on(score: Any, batches: Iterable, loss: Callable | None = None) -> OnData:
+    """A score with its data: ``shrink(..., score=graphprune.scores.on("influence", loader))``.
+
+    ``batches`` is any iterable (a list, a data loader), ``loss`` a function ``(output, labels)`` or ``(model, batch)``. Raises
+    :class:`~graphprune.errors.NeedsBatches` or :class:`~graphprune.errors.BadLoss` for anything else, and
+    :class:`~graphprune.errors.BadOption` for a score that reads no data.
+
+    >>> on("taylor", [torch.zeros(1)], torch.nn.functional.mse_loss).score
+    'taylor'
+    """
+    check_data(batches, loss)
+    known = SCORES.get(score) if isinstance(score, str) else score
+    if isinstance(known, Score) and known.needs_now() == "nothing":
+        raise BadOption(f"the score {known.name!r} reads the weights alone: batches and loss would have no effect; give score={known.name!r}")
+    if isinstance(known, Score) and known.needs_now() == "inputs" and loss is not None:
+        raise BadOption(f"the score {known.name!r} reads inputs alone: a loss would have no effect; leave it out")
+    return OnData(score, batches, loss)
+
+
+def check_data(batches: Any, loss: Any) -> None:
+    """Raise :class:`~graphprune.errors.NeedsBatches` or :class:`~graphprune.errors.BadLoss` for what no score could read."""
+    if not isinstance(batches, Iterable) or isinstance(batches, torch.Tensor | str | bytes | Mapping):
+        raise NeedsBatches(f"batches is a {type(batches).__name__}; give an iterable of batches, such as [x] or a DataLoader")
+    if loss is not None and not callable(loss):
+        raise BadLoss(f"loss is {loss!r}; give a function (output, labels) or (model, batch)")
+
+
 def _what(needs: str) -> str:
     return "input data" if needs == "inputs" else "data and a loss"
 
@@ -95,14 +135,14 @@ def _options(function: Callable) -> list[str]:
 def scorer(family: str, line: str, reference: str, *, needs: str = "nothing", cost: str, default: dict[str, Any] | None = None) -> Callable:
     """Enter a function ``(task, **options) -> Scores`` under its own name."""
 
-    def enter(function: Callable[..., Scores]) -> Score:
+    def entered(function: Callable[..., Scores]) -> Score:
         found = Score(function.__name__, family, line, reference, needs, cost, function, dict(default or {}))
         found.__dict__["__doc__"] = function.__doc__
         SCORES[found.name] = found
-        register("score", found.name, f"{line} ({reference})")
+        enter("score", found.name, f"{line} ({reference})", found)
         return found
 
-    return enter
+    return entered
 
 
 def named(name: str) -> Score:

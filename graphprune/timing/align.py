@@ -17,7 +17,7 @@ from ..coupling.lengths import Lengths
 from ..operations.notation import Value
 from ..tracing.trace import Node
 from ..tracing.trees import tensors
-from .operators import EAGER
+from .operators import PROFILERS
 from .table import Table
 
 BLOCK = 32
@@ -95,7 +95,7 @@ def _learn(node: Node, lengths: Lengths, table: Table) -> int:
             now = full | {form: width}
             return [tuple(factor * now[f] for factor, f in axis) for axis in axes]
 
-        if table.runtime not in EAGER:  # one session for all
+        if table.runtime in PROFILERS:  # one session for all
             table.fill([(node, shapes(start + more)) for more in range(BLOCK + 1)])
         best = max(best, staircase(lambda width, shapes=shapes: table.seconds(node, shapes(width)), start))
     return best

@@ -256,7 +256,7 @@ def predicted(graph: Graph, aims: Aims, scope: str) -> dict[str, tuple[float, Ca
     """The predicted time as a cost without a limit, where the aims are to be reached by fast widths; nothing otherwise."""
     if not aims.weight:
         return {}
-    if scope != "optimal":
+    if scope != "allocated":
         raise BadTarget(f"objective={aims.objective!r} chooses every width by its time, and scope={scope!r} by the scores; leave one of them out")
     table = shared(graph, aims.runtime, aims.threads)
 

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..catalogue import entry
 from ..cost import operation
 from ..tracing.trace import Node
 from .runtimes import openvino_request
 
 FUSED = frozenset("native_batch_norm relu relu_ hardtanh hardtanh_ add add_ mul mul_ silu silu_ sigmoid clamp clamp_ clone hardswish hardswish_".split())
-EAGER = ("eager", "compile")
 RUNS = 8
 AROUND = frozenset("Parameter Result Constant Const Reorder Input Output".split())
 
@@ -43,7 +43,7 @@ class Item(NamedTuple):
 
 def lone(node: Node, args: tuple, kwargs: dict, runtime: str) -> Callable[[], Any] | None:
     """A function that makes the call once; None where the runtime fuses it away."""
-    if runtime != "eager" and operation(node) in FUSED:
+    if entry("runtime", runtime).facts["fuses"] and operation(node) in FUSED:
         return None
     return lambda: node.func(*args, **kwargs)
 
@@ -64,11 +64,11 @@ def item(node: Node, args: tuple) -> Item | None:
 def together(items: Sequence[Item], runtime: str, threads: int) -> list[float]:
     """Seconds of each, by the runtime's own profiler: the smallest of several runs (what disturbs only adds)."""
     file, feed = _file(items)
-    runs = _onnxruntime(file, feed, threads) if runtime == "onnxruntime" else _openvino(file, feed, threads, len(items))
+    runs = PROFILERS[runtime](file, feed, threads, len(items))
     return [min(runs.get(index, [0.0])) for index in range(len(items))]
 
 
-def _onnxruntime(file: bytes, feed: dict[str, Any], threads: int) -> dict[int, list[float]]:
+def _onnxruntime(file: bytes, feed: dict[str, Any], threads: int, count: int) -> dict[int, list[float]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -95,14 +95,14 @@ def _openvino(file: bytes, feed: dict[str, Any], threads: int, count: int) -> di
     means: dict[int, list[float]] = {}
     for _ in range(RUNS):
         request.infer(feed)
-        nodes = [entry for entry in request.get_profiling_info() if entry.node_type not in AROUND]
+        nodes = [each for each in request.get_profiling_info() if each.node_type not in AROUND]
         # Nodes keep the name of their output, except where OpenVINO makes new ones of its own: those follow in order.
-        names = [re.match(r"y(\d+)(/|$)", entry.node_name) for entry in nodes]
+        names = [re.match(r"y(\d+)(/|$)", each.node_name) for each in nodes]
         left = iter(sorted(set(range(count)) - {int(name[1]) for name in names if name}))
-        for entry, name in zip(nodes, names, strict=True):
+        for each, name in zip(nodes, names, strict=True):
             index = int(name[1]) if name else next(left, None)
             if index is not None:
-                means.setdefault(index, []).append(entry.real_time.total_seconds())
+                means.setdefault(index, []).append(each.real_time.total_seconds())
     # What is reported is the mean over all runs so far.
     single = {index: [now * (i + 1) - (mean[i - 1] * i if i else 0) for i, now in enumerate(mean)] for index, mean in means.items()}
     return {index: [max(each, 5e-7) for each in values] for index, values in single.items()}
@@ -123,3 +123,7 @@ def _file(items: Sequence[Item]) -> tuple[bytes, dict[str, Any]]:
         outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, None))
     graph = helper.make_graph(nodes, "operations", inputs, outputs, held)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString(), feed
+
+
+# Runtimes whose own profiler says what each product of a file takes; any other is priced by eager calls.
+PROFILERS = {"onnxruntime": _onnxruntime, "openvino": _openvino}

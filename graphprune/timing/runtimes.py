@@ -1,6 +1,7 @@
-"""Where a model is run: eager PyTorch, torch.compile, ONNX Runtime or OpenVINO; :func:`prepare` returns one call of it.
+"""Where a model is run: eager PyTorch, torch.compile, ONNX Runtime, OpenVINO, or one of your own; :func:`prepare` returns one call of it.
 
-The last two are optional packages; asking for one that is not installed raises
+A runtime is a record of the catalogue: a name, a line, and a function ``(model, args, kwargs, threads)`` that returns a call without arguments.
+``graphprune.register("runtime", ...)`` adds one. ONNX Runtime and OpenVINO are optional packages; asking for one that is not installed raises
 :class:`~graphprune.errors.BadMeasure` and says what to install.
 """
 
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..catalogue import enter, entry, names, open_to_others
 from ..errors import BadMeasure
 from ..tracing.trees import replace, tensors
 
-RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 Call = Callable[[], Any]
 
 
@@ -55,26 +56,36 @@ def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager",
     >>> prepare(nn.Linear(2, 3).eval(), (torch.zeros(1, 2),), {})().shape
     torch.Size([1, 3])
     """
-    if runtime not in RUNTIMES:
-        raise BadMeasure(f"runtime is {runtime!r}; it is one of {', '.join(RUNTIMES)}")
-    if runtime == "eager":
-        return torch.inference_mode()(lambda: model(*args, **kwargs))
-    if runtime == "compile":
-        return _compiled(model, args, kwargs)
+    if runtime not in names("runtime"):
+        raise BadMeasure(f"runtime is {runtime!r}; it is one of {', '.join(names('runtime'))}")
+    record = entry("runtime", runtime)
+    assert record.function is not None
     try:
-        return {"onnxruntime": _onnxruntime, "openvino": _openvino}[runtime](model, args, kwargs, threads)
+        return record.function(model, args, kwargs, threads)
     except ImportError as error:
         raise missing(runtime) from error
     except Exception as error:
+        if record.facts["plain"]:
+            raise
         raise BadMeasure(f"{runtime} does not take this model: {type(error).__name__}: {str(error)[:500]}") from error
+
+
+@open_to_others("runtime")
+def _enter(name: str, line: str, function: Callable[..., Call], *, fuses: bool = True, install: str = "") -> None:
+    """``fuses``: pointwise operations cost nothing of their own there; ``install``: the packages it needs, for the error where one is missing."""
+    enter("runtime", name, line, function, fuses=fuses, install=install, plain=False)
+
+
+def _eager(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
+    return torch.inference_mode()(lambda: model(*args, **kwargs))
 
 
 def missing(runtime: str) -> BadMeasure:
     """The error for a runtime that is not installed."""
-    return BadMeasure(f"runtime {runtime!r} is not installed: pip install {runtime}{' onnx' if runtime == 'onnxruntime' else ''}")
+    return BadMeasure(f"runtime {runtime!r} is not installed: pip install {entry('runtime', runtime).facts['install'] or runtime}")
 
 
-def _compiled(model: nn.Module, args: tuple, kwargs: dict) -> Call:
+def _compiled(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
     import torch._dynamo.config as config
 
     compiled = torch.compile(model, dynamic=False)
@@ -135,3 +146,9 @@ def _openvino(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) 
     request = openvino_request(converted, threads)
     feed = [given[index].detach().cpu().contiguous().numpy() for index in order]
     return lambda: request.infer(feed)
+
+
+enter("runtime", "eager", "PyTorch as it is", _eager, fuses=False, install="torch", plain=True)
+enter("runtime", "compile", "torch.compile", _compiled, fuses=True, install="torch", plain=True)
+enter("runtime", "onnxruntime", "ONNX Runtime on the processor", _onnxruntime, fuses=True, install="onnxruntime onnx", plain=False)
+enter("runtime", "openvino", "OpenVINO on the processor", _openvino, fuses=True, install="openvino", plain=False)

@@ -31,7 +31,7 @@ from ..operations.notation import Value
 from ..tracing.trace import Graph, Node
 from ..tracing.trees import replace, tensors
 from .measure import clock_for
-from .operators import EAGER, Item, item, lone, together
+from .operators import PROFILERS, Item, item, lone, together
 from .runtimes import missing
 
 GRID = (1.0, 0.75, 0.5, 0.25, 0.1)
@@ -112,7 +112,7 @@ class Table:
         self.fresh += len(missing)
         batch: dict[str, Item] = {}
         for key, (node, shapes) in missing.items():
-            part = None if self.runtime in EAGER else self._item(node, shapes)
+            part = self._item(node, shapes) if self.runtime in PROFILERS else None
             if part is None:
                 self.known[key] = self._time(node, shapes)
                 continue

@@ -1,0 +1,137 @@
+"""The options of :func:`graphprune.shrink` that belong together: :class:`Widths`, :class:`Runtime` and :class:`Repair`, each checked when it is made.
+
+>>> Widths(multiple_of=8, ratios={"head": 0.25})
+Widths(multiple_of=8, ratios={'head': 0.25})
+>>> Runtime("onnxruntime", threads=1)
+Runtime('onnxruntime', threads=1)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .catalogue import names
+from .errors import BadCalibration, BadMeasure, BadRatio, BadTarget
+
+OBJECTIVES = {"score": 0.0, "time": 1.0}
+
+
+class _Brief:
+    """Shown with what differs from the defaults."""
+
+    def __repr__(self) -> str:
+        shown = []
+        for index, field in enumerate(dataclasses.fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if value is not default and not (isinstance(value, str | int | dict) and value == default):
+                shown.append(repr(value) if index == 0 and isinstance(value, str) else f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def whole(value: Any) -> bool:
+    """Whether a value is a whole number (True and False are none)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Widths(_Brief):
+    """What the widths of single groups have to be.
+
+    ``multiple_of``: a whole number (units of every group), ``"auto"`` (what the device likes: the default where a time is asked for), or a mapping from a
+    name, a pattern or a kind of unit (``{"mlp": 256}``) to one. ``at_least``: units that stay of every group. ``ratios``: a share of units to remove,
+    0 <= ratio < 1, by name, pattern, module type, module or predicate ``(name, module) -> bool`` of the modules or parameters that make the units.
+    ``to``: widths instead of shares, by the same keys: how many outputs the module keeps (``{"layers.*.mlp.gate_proj": 9216}``). ``uniform``: groups of one
+    kind and size keep equally many units in all layers, as configurations with one number for all of them need. ``rewrite``: modules whose code holds a size
+    as a literal come back as ``torch.fx.GraphModule`` where that frees an axis; False leaves them whole.
+    Raises :class:`~graphprune.errors.BadRatio` or :class:`~graphprune.errors.BadTarget`.
+    """
+
+    multiple_of: int | str | Mapping[Any, int] | None = None
+    at_least: int = 1
+    ratios: Mapping[Any, float] | Callable | None = None
+    to: Mapping[Any, int] = dataclasses.field(default_factory=dict)
+    uniform: bool = False
+    rewrite: bool = True
+
+    def __post_init__(self) -> None:
+        step = self.multiple_of
+        for key, value in step.items() if isinstance(step, Mapping) else ():
+            if not whole(value) or value < 1:
+                raise BadTarget(f"multiple_of of {key!r} is {value!r}; it is a whole number from 1 on")
+        if not isinstance(step, Mapping) and step not in (None, "auto") and not (whole(step) and int(step) >= 1):  # type: ignore[arg-type]
+            raise BadTarget(f'multiple_of is {step!r}; it is a whole number from 1 on, "auto", or a mapping of names to whole numbers')
+        if not whole(self.at_least) or self.at_least < 1:
+            raise BadRatio(f"at_least is {self.at_least!r}; it is how many units stay of every group, a whole number from 1 on")
+        if self.ratios is not None and not isinstance(self.ratios, Mapping) and not callable(self.ratios):
+            raise BadRatio(f'ratios is {self.ratios!r}; it maps names to shares of units to remove: {{"layer1.*": 0.25}}')
+        if not isinstance(self.to, Mapping):
+            raise BadRatio(f'to is {self.to!r}; it maps names to widths: {{"layers.*.mlp.gate_proj": 9216}}')
+        for key, value in self.to.items():
+            if not whole(value) or value < 1:
+                raise BadRatio(f"the width of {key!r} is {value!r}; it is how many outputs stay, a whole number from 1 on; shares go to ratios=")
+        for name in ("uniform", "rewrite"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadRatio(f"{name} is {getattr(self, name)!r}; it is True or False")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Runtime(_Brief):
+    """Where a time counts (``speedup=``, ``latency=``), and how it is taken.
+
+    ``name``: a name of ``graphprune.available()["runtime"]``. ``threads``: how many (default: as many as torch uses). ``measure``: your own clock, a function
+    ``(model) -> seconds``. ``objective``: what another budget is spent on: ``"score"``, ``"time"`` (the fastest widths that use ``macs=0.5`` up), or a
+    number between 0 (score) and 1 (time). Raises :class:`~graphprune.errors.BadMeasure` or :class:`~graphprune.errors.BadTarget`.
+    """
+
+    name: str = "eager"
+    threads: int | None = None
+    measure: Callable[[nn.Module], float] | None = None
+    objective: str | float = "score"
+
+    def __post_init__(self) -> None:
+        known = names("runtime")
+        if self.name not in known:
+            near = difflib.get_close_matches(str(self.name), known, 1)
+            raise BadMeasure(f"runtime is {self.name!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(known)}")
+        if self.threads is not None and (not whole(self.threads) or self.threads < 1):
+            raise BadMeasure(f"threads is {self.threads!r}; it is a whole number from 1 on")
+
+    @property
+    def weight(self) -> Any:
+        """How much time counts against the score, 0 to 1."""
+        return OBJECTIVES.get(self.objective, self.objective) if isinstance(self.objective, str) else self.objective
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Repair(_Brief):
+    """How the cut model is repaired: ``batches`` of inputs (no labels; a list or a data loader) and the ``steps`` of :func:`graphprune.repair`.
+
+    ``batches`` may be left out for steps that need no data: ``Repair(steps="data-free")``. ``target``, ``spare`` and ``rows`` are those of
+    :func:`graphprune.repair`. Raises :class:`~graphprune.errors.BadCalibration`.
+    """
+
+    batches: Iterable | None = None
+    steps: str | Sequence[str] = "auto"
+    target: str = "block"
+    spare: float = 0.25
+    rows: int = 16384
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batches is None and self.steps == "auto":
+            raise BadCalibration('a repair learns from inputs: Repair(batches), any iterable of input batches; Repair(steps="data-free") needs none')
+
+    @classmethod
+    def of(cls, asked: Any) -> Repair | None:
+        """The repair that ``repair=`` asks for: None, batches, names of steps that need no data, or a :class:`Repair`."""
+        if asked is None or isinstance(asked, cls):
+            return asked
+        if isinstance(asked, str) or (isinstance(asked, list | tuple) and asked and all(isinstance(step, str) for step in asked)):
+            return None if asked == "none" else cls(None, asked) if asked != "auto" else None
+        return cls(asked)
