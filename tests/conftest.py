@@ -7,3 +7,8 @@ import torch
 if not torch.cuda.is_available():
     with suppress(ImportError):  # a torch older than 2.10 cannot pretend
         import pretended  # noqa: F401
+
+
+def pytest_configure(config):
+    """Networks that are mostly whole are what many tests are about; that this is said has tests of its own."""
+    config.addinivalue_line("filterwarnings", "ignore::graphprune.errors.LessThanAsked")

@@ -63,7 +63,6 @@ def random(model):
     return model.double().eval()
 
 
-@pytest.mark.filterwarnings("ignore::graphprune.errors.LessThanAsked")
 @pytest.mark.parametrize("kind", [LeNet, Parts])
 def test_literals_are_rewritten_and_proven(kind):
     net = random(kind())
@@ -109,7 +108,6 @@ def test_only_the_module_with_the_literal_is_rewritten():
     assert gap(small(X), graphprune.zeroed(net, plan)(X)[0]) < 1e-9
 
 
-@pytest.mark.filterwarnings("ignore::graphprune.errors.LessThanAsked")
 def test_code_that_cannot_be_recorded_leaves_the_axis_whole():
     net = random(Branching())
     small, plan = graphprune.shrink(net, X, 0.5, return_plan=True)

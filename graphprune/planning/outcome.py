@@ -16,7 +16,7 @@ from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors
 from .request import Request
 
-SHORT = 0.25  # a ratio r that removes less than this times r of all parameters fell far short
+SHORT = 0.1  # a ratio r that removes less than this times r of all parameters fell far short
 
 
 def disappointments(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> None:
