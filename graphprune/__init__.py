@@ -18,7 +18,8 @@ from .loop.iterate import Result, iterate
 from .loop.optimizer import refresh_ema, refresh_optimizer
 from .loop.sparse import SparseTraining
 from .operations.laws import check_rule
-from .operations.rules import rule
+from .operations.notation import expr
+from .operations.record import rule
 from .options import Repair, Runtime, Widths
 from .repair import repair
 from .scores import Score, score
@@ -53,6 +54,7 @@ __all__ = [
     "cost",
     "couple",
     "expand",
+    "expr",
     "fuse",
     "iterate",
     "load",

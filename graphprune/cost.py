@@ -24,7 +24,8 @@ from .coupling.lengths import Lengths
 from .errors import BadTarget
 from .operations.labels import Array
 from .operations.notation import Value
-from .tracing.trace import Graph, Node, trace
+from .tracing.node import Node
+from .tracing.trace import Graph, trace
 from .tracing.trees import tensors
 
 FACTORS = 4
@@ -219,53 +220,17 @@ def _array(terms: Sequence[Term]) -> Sum:
     return Sum(np.array([factor for factor, _ in terms], dtype=float), table)
 
 
-# For each product: which axes of which arguments are multiplied (as in the operation's own arguments).
-Axes = list[tuple[int, tuple[int, ...]]]
-PRODUCTS: dict[str, Axes] = {
-    "mm": [(0, (0, 1)), (1, (1,))],
-    "addmm": [(1, (0, 1)), (2, (1,))],
-    "bmm": [(0, (0, 1, 2)), (1, (2,))],
-    "baddbmm": [(1, (0, 1, 2)), (2, (2,))],
-    "addbmm": [(1, (0, 1, 2)), (2, (2,))],
-    "mv": [(0, (0, 1))],
-    "addmv": [(1, (0, 1))],
-    "dot": [(0, (0,))],
-    "addr": [(1, (0,)), (2, (0,))],
-}
-
-
 def products(node: Node, lengths: Lengths) -> Iterator[Term]:
     """The multiply-accumulates of one call, as products of lengths."""
-    name = operation(node)
-    if name in PRODUCTS:
-        yield _product(lengths, [(node.args[at], dims) for at, dims in PRODUCTS[name]])
-    elif name == "linear":
-        x, weight = node.args[:2]
-        yield _product(lengths, [(x, tuple(range(len(x.shape)))), (weight, (0,))])
-    elif name == "convolution":
-        x, weight, transposed = node.args[0], node.args[1], node.args[6]
-        space = x.shape[2:] if transposed else node.outs[0].shape[2:]
-        factor, forms = _volume(lengths, weight.shape, weight)
-        batch, more = _volume(lengths, x.shape, x, (0,))
-        yield factor * batch * math.prod(space), forms + more
-    elif name.startswith("_scaled_dot_product") or name == "scaled_dot_product_attention":
-        query, key, value = node.args[:3]
-        yield _product(lengths, [(query, (0, 1, 2, 3)), (key, (2,))])
-        yield _product(lengths, [(query, (0, 1, 2)), (key, (2,)), (value, (3,))])
-
-
-def operation(node: Node) -> str:
-    """The ATen name without its overload: "addmm", "convolution", "relu_" …"""
-    return node.func._schema.name.rpartition("::")[2]
-
-
-def _product(lengths: Lengths, axes: Sequence[tuple[Value, tuple[int, ...]]]) -> Term:
-    factor, forms = 1.0, []
-    for value, dims in axes:
-        scale, more = _volume(lengths, value.shape, value, dims)
-        factor *= scale
-        forms += more
-    return factor, tuple(sorted(forms))
+    for product in node.products:
+        factor, axes = product.volume()
+        forms = []
+        for value, dim in axes:
+            scale, form = lengths.form(value, dim)
+            factor *= scale
+            if form:
+                forms.append(form)
+        yield float(factor), tuple(sorted(forms))
 
 
 def _live(graph: Graph, lengths: Lengths, weights: set[int]) -> Live:

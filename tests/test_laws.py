@@ -13,16 +13,17 @@ import torch
 
 from graphprune import check_rule
 from graphprune.errors import BadRule
-from graphprune.operations.assemble import ASSEMBLE
+from graphprune.operations import OPERATIONS
 from graphprune.operations.labels import Labels
-from graphprune.operations.moves import MOVES
 from graphprune.operations.notation import Value, parse
-from graphprune.operations.rules import RULES, pointwise
+from graphprune.operations.record import pointwise
 from graphprune.tracing.picks import pick
-from graphprune.tracing.record import UNTAGGED
 from graphprune.tracing.trees import replace, tensors
 
 aten = torch.ops.aten
+ATEN = {op.short: op for op in OPERATIONS.values() if op.name.startswith("aten::") and not op.strict}
+RULES, MOVES, ASSEMBLE = ({name: getattr(op, kind) for name, op in ATEN.items() if getattr(op, kind)} for kind in ("rule", "move", "assemble"))
+UNTAGGED = {name for name, op in ATEN.items() if op.pointwise}
 
 
 def real(*shape):
@@ -31,6 +32,7 @@ def real(*shape):
 
 
 A, B, X3, X4, X5 = real(3), real(4), real(3, 4, 5), real(2, 4, 6, 6), real(2, 4, 4, 6, 6)
+HEADS = (real(2, 3, 5, 4), real(2, 3, 6, 4), real(2, 3, 6, 4) * 2)
 STATS = (real(4), real(4), real(4), real(4))
 ROWS, ENDS = real(6, 8).float(), torch.tensor([2, 6], dtype=torch.int32)
 POOL = {"max_pool2d_with_indices": (X4, [2, 2]), "max_pool3d_with_indices": (X5, [2, 2, 2]), "avg_pool2d": (X4, [2, 2]), "avg_pool3d": (X5, [2, 2, 2]),
@@ -60,10 +62,14 @@ RULE_CALLS = {
     "_fft_c2r": (X3 + 1j * X3, [2], 0, 8), "view_as_complex": (real(3, 4, 2),), "view_as_real": (X3 + 1j * X3,),
     "reflection_pad1d": (X3, [1, 2]), "replication_pad1d": (X3, [1, 2]), "grid_sampler_2d": (X4, real(2, 3, 3, 2), 0, 0, False),
     "_weight_norm_interface": (real(4, 3, 2), real(4, 1, 1), 0), "gather": (X3, 2, torch.tensor([[[2, 0, 1]] * 4] * 3)),
+    "addbmm": (real(3, 5), real(2, 3, 4), real(2, 4, 5)), "addmv": (real(3), real(3, 4), B), "addr": (real(3, 4), A, B),
+    **{name: HEADS for name in ("scaled_dot_product_attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu")},
     "index_select": (X3, 1, torch.tensor([2, 0])), "index": (X3, [None, torch.tensor([2, 0]), None]), "topk": (X3, 2), "tril": (X3,), "triu": (X3,),
 }  # fmt: skip
 # No kernel for CPU tensors: described by the very function of another.
-SAME = {"cudnn_batch_norm": "native_batch_norm", "_scaled_grouped_mm": "_grouped_mm", "mkldnn_adaptive_avg_pool2d": "adaptive_avg_pool2d"}
+SAME = {"cudnn_batch_norm": "native_batch_norm", "_scaled_grouped_mm": "_grouped_mm", "mkldnn_adaptive_avg_pool2d": "adaptive_avg_pool2d",
+        **{f"_scaled_dot_product_{kind}": "_scaled_dot_product_flash_attention_for_cpu" for kind in
+           ("flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")}}  # fmt: skip
 OVERLOAD = {"std": "correction", "var": "correction", "var_mean": "correction", "std_mean": "correction", "norm": "ScalarOpt_dim", "view_as_complex": "default",
             "max": "dim", "min": "dim", "any": "dim", "all": "dim", "prod": "dim_int", "mean": "dim", "sum": "dim_IntList"}  # fmt: skip
 
@@ -276,7 +282,7 @@ PACKED = "_pack_padded_sequence"  # has a test of its own
 ASSEMBLE_CALLS = {
     "expand": ([(2, 1, 4)], ([3, 2, 5, 4],)), "repeat": ([(2, 1, 4)], ([3, 2, 5, 1],)), "select": ([(2, 6, 4)], (1, 2)), "unbind": ([(2, 3, 4)], (1,)),
     "stack": ([(2, 3), (2, 3)], (1,)), "cat": ([(2, 3), (2, 5)], (1,)), "concatenate": ([(2, 3), (2, 5)], (-1,)),
-    "constant_pad_nd": ([(1, 6, 1)], ([0, 0, 2, 1], -1)),
+    "constant_pad_nd": ([(1, 6, 1)], ([0, 0, 2, 1], -1)), "as_strided_": ([(1, 6)], ([1, 6], [6, 1])),
 }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from graphprune import check_rule
 from graphprune.errors import BadRule
+from graphprune.operations import operation
 from graphprune.operations.notation import Value, parse
-from graphprune.operations.rules import RULES
 
 size = st.integers(2, 4)
 
@@ -20,7 +20,7 @@ def real(*shape):
 
 def text(name, *args, **kwargs):
     swap = [Value(tuple(a.shape)) if isinstance(a, torch.Tensor) else a for a in args]
-    found = RULES[name](*swap, **kwargs)
+    found = operation(f"aten::{name}").rule(*swap, **kwargs)
     return found.text.split("->")[0] + "->" + found.text.split("->")[1].split(",")[0]
 
 

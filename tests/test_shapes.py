@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.operations.shapes import SHAPES, new, same
+from graphprune.operations import OPERATIONS
+from graphprune.operations.shapes import new, same
 
 META = torch.device("meta")
+SHAPES = {f"{name.replace('::', '.')}.{overload}": shape for name, op in OPERATIONS.items() for overload, shape in op.shapes.items()}
 
 
 def empty(*size, **kwargs):

@@ -19,10 +19,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..cost import Costs, operation
+from ..cost import Costs
 from ..coupling.groups import Groups
 from ..operations.labels import Array
-from ..operations.notation import Value
 from ..scores import Scores
 from .space import Space
 
@@ -65,12 +64,9 @@ def _readers(groups: Groups) -> Array:
     """How many products sum over the units of each group."""
     count = np.zeros(len(groups), dtype=np.int64)
     for node in groups.graph.nodes:
-        name = operation(node)
-        at = {"convolution": (0, 1), "mm": (0, 1), "addmm": (1, 1), "bmm": (0, 2), "baddbmm": (1, 2), "linear": (0, -1)}.get(name)
-        if at and isinstance(node.args[at[0]], Value):
-            value = node.args[at[0]]
-            for index in groups.along(value, at[1] % len(value.shape)):
-                count[index] += 1
+        for product in node.products:
+            summed = {index for dim in product.input.summed for index in groups.along(product.input.value, dim)}
+            count[list(summed)] += 1
     return count
 
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from ..operations.labels import Array
-from ..operations.moves import MOVES
 from ..operations.notation import Axes, Value, parse
-from ..tracing.features import axis_names, described, real_axes
-from ..tracing.trace import Graph, Node, trace
+from ..tracing.features import axis_names, real_axes
+from ..tracing.node import Node
+from ..tracing.trace import Graph, trace
 from ..tracing.trees import tensors
 from .groups import Groups, couple
 
@@ -76,7 +76,7 @@ class _Finder:
 
     def all(self) -> Iterator[Link]:
         for index, node in enumerate(self.graph.nodes):
-            rule = described(node)
+            rule = node.rule
             if rule is None:
                 continue
             lefts, rights = parse(rule.text)
@@ -106,8 +106,7 @@ class _Finder:
             for group in np.unique(owners[owners >= 0]):
                 units = np.where(owners == group, self.local[self.groups.root[whole]], -1)
                 value, at, along = self.activation(int(group), node, role, names, flowing, rights)
-                op = node.func._schema.name.rpartition("::")[2]
-                yield Link(int(group), role, leaf, axis, units, op, index, value, at, along, direct)
+                yield Link(int(group), role, leaf, axis, units, node.op.short, index, value, at, along, direct)
 
     def place(self, leaf: str, field: Array) -> tuple[int, Array] | None:
         """The axis of the leaf whose labels a field carries, and all labels of that axis."""
@@ -152,8 +151,7 @@ def _origins(graph: Graph) -> dict[int, tuple[str, bool]]:
         given = list(tensors((node.args, node.kwargs)))
         if not given or any(id(value) not in origin for value in given):
             continue
-        name = node.func._schema.name.rpartition("::")[2]
         first, direct = origin[id(given[0])]
         for value in node.outs:
-            origin[id(value)] = (first, direct and (name in MOVES or name in ("select", "expand")))
+            origin[id(value)] = (first, direct and (node.is_move or node.op.keeps_zero))
     return origin

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from ..operations.notation import Value
+from ..operations.notation import Expr, Value, parse
 from ..tracing.fused import gathered
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors, replace, tensors
@@ -161,14 +161,7 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
             tensor = tensor.index_select(dim, kept.to(tensor.device))
         return tensor
 
-    args = list(replace(node.args, take))
-    name = node.func._schema.name.rpartition("::")[2]
-    if name in ("native_layer_norm", "_fused_rms_norm"):
-        args[1] = list(args[0].shape[-len(args[1]) :])
-    if name == "native_group_norm":
-        args[4], args[6] = args[0].shape[1], _blocks(node.args[0], cuts, args[6])
-    if name == "convolution":
-        args[8] = _blocks(node.args[0], cuts, args[8])
+    args = node.refitted(replace(node.args, take), _survivors(node.rule, cuts))
     small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
     return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
 
@@ -183,11 +176,17 @@ def _filled(tensor: torch.Tensor, kept: dict[int, torch.Tensor]) -> torch.Tensor
     return tensor
 
 
-def _blocks(value: Value, cuts: dict, count: int) -> int:
-    """How many of ``count`` equal blocks of channels have survivors."""
-    stays = torch.zeros(value.shape[1], dtype=torch.bool)
-    stays[cuts[id(value)].get(1, slice(None))] = True
-    return int(stays.reshape(count, -1).any(dim=1).sum())
+def _survivors(rule: Expr | None, cuts: dict) -> dict[str, int]:
+    """How many of the equal blocks that a rule takes an axis apart into (groups of a convolution) have survivors."""
+    found: dict[str, int] = {}
+    for value, axes in zip(rule.operands, parse(rule.text)[0], strict=True) if rule is not None and rule.sizes else ():
+        for dim, group in enumerate(axes) if isinstance(value, Value) else ():
+            name = group[0] if group else ""
+            if name in rule.sizes and name not in found:
+                stays = torch.zeros(value.shape[dim], dtype=torch.bool)
+                stays[cuts[id(value)].get(dim, slice(None))] = True
+                found[name] = int(stays.reshape(rule.sizes[name], -1).any(dim=1).sum())
+    return found
 
 
 def _spread(tensor: torch.Tensor, value: Value, kept: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -21,14 +21,9 @@ import torch
 from torch import nn
 
 from ..cutting.parts import Part
-from ..operations.moves import MOVES
 from ..operations.notation import Value
-from ..tracing.trace import Graph, Node, is_pointwise
+from ..tracing.trace import Graph
 from ..tracing.trees import tensors
-
-NORMS = frozenset("native_batch_norm native_layer_norm native_group_norm _fused_rms_norm cudnn_batch_norm _native_batch_norm_legit_no_training".split())
-ADDS = frozenset(("add", "add_"))
-SCALES = frozenset(("mul", "mul_", "native_dropout"))
 
 
 @dataclass(frozen=True)
@@ -168,10 +163,9 @@ class Modules:
             seen.add((id(value), added))
             node = self.graph.nodes[value.node]
             given = [v for v in tensors((node.args, node.kwargs)) if id(v) not in self.fixed]
-            name_ = _name(node)
-            if name_ in ADDS:
+            if node.op.arithmetic == "add":
                 todo += [(v, True) for v in given]
-            elif given and (name_ in NORMS or name_ in MOVES or (len(given) == 1 and is_pointwise_node(node))):
+            elif given and (node.op.norm or node.op.move or (len(given) == 1 and node.is_pointwise)):
                 todo.append((given[0], added))
         return False
 
@@ -182,13 +176,13 @@ class Modules:
             if len(users) != 1 or id(value) in self.final:
                 return None
             index = users.pop()
-            node, name = self.graph.nodes[index], _name(self.graph.nodes[index])
+            node = self.graph.nodes[index]
             given = list(tensors((node.args, node.kwargs)))
-            if name in ADDS:
+            if node.op.arithmetic == "add":
                 other = [v for v in given if v is not value]
                 stream = len(other) == 1 and other[0].shape == value.shape == node.outs[0].shape and id(other[0]) not in self.fixed
                 return index if stream else None
-            if name in MOVES or (name in SCALES and all(v is value or id(v) in self.fixed for v in given)):
+            if node.op.move or (node.op.arithmetic == "mul" and all(v is value or id(v) in self.fixed for v in given)):
                 value = node.outs[0]
                 continue
             return None
@@ -253,14 +247,6 @@ def _fixed(graph: Graph) -> set[int]:
         if all(id(value) in found for value in tensors((node.args, node.kwargs))):
             found |= {id(value) for value in node.outs}
     return found
-
-
-def is_pointwise_node(node: Node) -> bool:
-    return torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, _name(node))
-
-
-def _name(node: Node) -> str:
-    return node.func._schema.name.rpartition("::")[2]
 
 
 def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:

@@ -18,13 +18,12 @@ from torch import nn
 
 from ..errors import NeedsBatches
 from ..operations.notation import Value
-from ..operations.rules import RULES
 from ..scores.data import Data, undisturbed
 from ..scores.data import gradients as data_gradients
-from ..tracing.trace import Graph, is_pointwise
+from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 from .entries import unit_scores
-from .weights import THROUGH, Weight
+from .weights import Weight
 
 
 def scored(
@@ -56,18 +55,18 @@ def gradients(model: nn.Module, wanted: Sequence[Weight], batches: Iterable | No
 
 def scale_of(graph: Graph, weight: Weight, data: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The batch-norm scale of each channel a weight reads, when one stands before it with only pointwise steps between."""
-    value = graph.nodes[weight.call].args[0]
+    product = graph.nodes[weight.call].product
+    value = product.input.value if product is not None else None
     while isinstance(value, Value) and value.node >= 0:
         node = graph.nodes[value.node]
-        name = node.func._schema.name.rpartition("::")[2]
-        if name in ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"):
-            gamma = data.get(node.args[1].leaf) if isinstance(node.args[1], Value) else None
+        norm = node.norm
+        if norm is not None and norm.kind == "batch":
+            gamma = data.get(norm.weight.leaf) if norm.weight is not None else None
             fits = gamma is not None and gamma.numel() == weight.shape[weight.inputs] and weight.groups == 1
             return gamma.detach() if fits else None
         given = list(tensors((node.args, node.kwargs)))
         one = len(given) == 1 and len(given[0].shape) == len(value.shape) and given[0].shape[1:2] == value.shape[1:2]
-        pooled = name in RULES and "pool" in name
-        if not one or not (name in THROUGH or pooled or torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, name)):
+        if not one or not (node.is_move or node.op.pools or node.is_pointwise):
             return None
         value = given[0]
     return None

@@ -10,14 +10,8 @@ import numpy as np
 
 from ..coupling.groups import Groups
 from ..errors import NothingToPrune
+from ..operations.contraction import Product
 from ..operations.labels import Array
-from ..operations.moves import MOVES
-from ..operations.notation import Value
-from ..tracing.trace import is_pointwise
-from ..tracing.trees import tensors
-
-SOFTMAX = frozenset(("_softmax", "_safe_softmax", "softmax"))
-PRODUCTS = {"bmm": (0, 1), "baddbmm": (1, 2)}
 
 
 def heads(groups: Groups) -> set[int]:
@@ -25,19 +19,21 @@ def heads(groups: Groups) -> set[int]:
     graph, weighted = groups.graph, set()
     found: set[int] = set()
     for node in graph.nodes:
-        name = node.func._schema.name.rpartition("::")[2]
-        given = list(tensors((node.args, node.kwargs)))
-        if name in SOFTMAX:
+        if node.op.softmax:
             weighted.add(id(node.outs[0]))
-        elif name in PRODUCTS and any(id(node.args[at]) in weighted for at in PRODUCTS[name]):
-            found |= _along(groups, node.args[PRODUCTS[name][0]]) | _along(groups, node.args[PRODUCTS[name][1]])
-        elif any(id(value) in weighted for value in given) and (name in MOVES or name in ("expand", "native_dropout") or is_pointwise(node.func, name)):
+        elif node.product is not None:
+            found |= _shared(groups, node.product, weighted)
+        elif any(id(value) in weighted for value in node.held) and (node.is_move or node.is_pointwise):
             weighted.add(id(node.outs[0]))
     return found
 
 
-def _along(groups: Groups, value: Value) -> set[int]:
-    return groups.along(value, 0)
+def _shared(groups: Groups, product: Product, weighted: set[int]) -> set[int]:
+    """The groups along the axes that both operands of a product with weights have, and its result."""
+    if not any(id(operand.value) in weighted for operand in product.operands):
+        return set()
+    every = [groups.along(operand.value, dim) for operand in product.operands for dim in product.along(operand, product.shared)]
+    return set().union(*every)
 
 
 def others(groups: Groups) -> tuple[tuple[Array, str], ...]:

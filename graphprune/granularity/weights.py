@@ -15,7 +15,6 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -23,22 +22,14 @@ from torch.nn.utils import parametrize
 from ..cost import macs_by_call
 from ..cutting.kernels import Thin
 from ..cutting.masks import mask_of, masked, parameter_name
-from ..operations.moves import MOVES
+from ..operations.contraction import Operand
 from ..operations.notation import Value
-from ..tracing.trace import Graph, Node
+from ..tracing.node import Node
+from ..tracing.origin import axis_of
+from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 
-# Where the weight stands among an operation's arguments, and which of its axes is summed: (position, axis from the end).
-CONTRACTIONS = {
-    "mm": ((0, -1), (1, -2)),
-    "addmm": ((1, -1), (2, -2)),
-    "bmm": ((0, -1), (1, -2)),
-    "baddbmm": ((1, -1), (2, -2)),
-    "linear": ((1, -1),),
-    "mv": ((0, -1),),
-}
 RECURRENT = "belongs to a recurrent layer, which reads its weights all at once"
-THROUGH = frozenset((*MOVES, "expand"))
 
 
 @dataclass(frozen=True)
@@ -71,7 +62,8 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
     found, left = {}, {}
     macs, spent = macs_by_call(graph), defaultdict(float)
     for index, node in enumerate(graph.nodes):
-        for value, axis in _operands(node):
+        for operand in _operands(node):
+            value, axis = operand.value, operand.summed[0]
             leaf, anchor = source(graph, value, masks)
             spent[leaf] += macs[index]
             if leaf is None or leaf in found or leaf in left:
@@ -81,7 +73,7 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
                 continue
             name = parameter_name(leaf)
             shared = [other for other in owners[id(tensor)] if other != leaf]
-            inputs = _along(anchor, value, axis)
+            inputs = axis_of(anchor, value, axis)
             if shared:
                 left[leaf] = f"is tied to {shared[0]}"
             elif isinstance(module, Thin):
@@ -91,9 +83,8 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
             elif inputs is None:
                 left[leaf] = "is summed over several of its axes at once"
             else:
-                conv = node.func._schema.name.endswith("::convolution")
-                groups = node.args[8] if conv else 1
-                found[leaf] = Weight(name, leaf, tuple(tensor.shape), inputs, tensor.ndim - 2 if conv else 0, groups, index, 0.0, masks.get(name))
+                kernel, groups = len(operand.taps), node.products[0].groups
+                found[leaf] = Weight(name, leaf, tuple(tensor.shape), inputs, kernel, groups, index, 0.0, masks.get(name))
     for prefix, module in model.named_modules():
         for own in module.parametrizations if parametrize.is_parametrized(module) else ():
             if mask_of(module, own) is None:
@@ -106,13 +97,12 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
     return [replace(weight, macs=spent[leaf] / math.prod(weight.shape)) for leaf, weight in found.items()], left
 
 
-def _operands(node: Node) -> list[tuple[Value, int]]:
-    """The tensors that may be weights of a product, each with the axis summed over."""
-    name = node.func._schema.name.rpartition("::")[2]
-    if name == "convolution":
-        return [(node.args[1], 0 if node.args[6] else 1)]
-    spots = CONTRACTIONS.get(name, ())
-    return [(node.args[at], len(node.args[at].shape) + axis) for at, axis in spots if len(node.args) > at and isinstance(node.args[at], Value)]
+def _operands(node: Node) -> tuple[Operand, ...]:
+    """The tensors that may be weights of a product: with a kernel only one of them is, else any that is summed over one of its axes."""
+    if node.product is None:
+        return ()
+    operands = (node.product.weight,) if node.product.weight.taps else node.product.operands
+    return tuple(operand for operand in operands if len(operand.summed) == 1)
 
 
 def source(graph: Graph, value: Value, masks: dict[str, torch.Tensor]) -> tuple[str | None, Value]:
@@ -123,10 +113,9 @@ def source(graph: Graph, value: Value, masks: dict[str, torch.Tensor]) -> tuple[
             return None, value
         node = graph.nodes[value.node]
         given = list(tensors((node.args, node.kwargs)))
-        name = node.func._schema.name.rpartition("::")[2]
-        if name == "where" and len(given) > 1 and _masks(given[0].leaf, masks):
+        if node.op.chooses and len(given) > 1 and _masks(given[0].leaf, masks):
             anchor, value = value, given[1]
-        elif name in THROUGH and len(given) == 1:
+        elif node.is_move and len(given) == 1:
             value = given[0]
         else:
             return None, value
@@ -136,14 +125,3 @@ def source(graph: Graph, value: Value, masks: dict[str, torch.Tensor]) -> tuple[
 def _masks(leaf: str, masks: dict[str, torch.Tensor]) -> bool:
     path, found, rest = leaf.rpartition("parametrizations.")
     return bool(found) and path + rest.partition(".")[0] in masks
-
-
-def _along(leaf: Value, value: Value, axis: int) -> int | None:
-    """The axis of the leaf whose labels stand along an axis of what was made of it."""
-    here = [f.ravel() for f in value.fields if f.shape[axis] > 1]
-    if not here:
-        return axis if value.shape == leaf.shape else None
-    if len(here) > 1:
-        return None
-    mine = [a for f in leaf.fields for a in [int(np.argmax(f.shape))] if np.isin(here[0], f).all()]
-    return mine[0] if len(mine) == 1 else None

@@ -30,7 +30,6 @@ from ..coupling.groups import Group, couple
 from ..cutting.verify import check_model
 from ..errors import BadModel, BadRatio, NothingToPrune, UnknownName
 from ..names import named
-from ..operations.notation import Value
 from ..scores import score
 from ..select import check_ratio, select
 from ..tracing.trace import trace
@@ -87,7 +86,8 @@ class SparseTraining:
         self.sizes = [group.size for group in groups]
         self.places = [_places(group, trained) for group in groups]
         if kind == "slimming":
-            scales = {node.args[1].leaf for node in graph.nodes if "batch_norm" in node.func._schema.name and isinstance(node.args[1], Value)}
+            norms = [norm for node in graph.nodes if (norm := node.norm) is not None and norm.kind == "batch"]
+            scales = {norm.weight.leaf for norm in norms if norm.weight is not None}
             self.places = [[place for place in places if place[0] in scales] for places in self.places]
         if not any(self.places):
             raise NothingToPrune(

@@ -31,6 +31,7 @@ class Reason(NamedTuple):
     """Why an axis is left whole: a sentence, the operation, the module that called it, and where in the source.
 
     ``kind`` names what only the user's word frees (``couple(free=…)``): "position" for what is no feature. Empty: nothing does.
+    ``cure``: what would free it, where that is known.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Reason(NamedTuple):
     module: str = ""
     where: tuple[str, int] | None = None
     kind: str = ""
+    cure: str = ""
 
     @property
     def line(self) -> str:
@@ -45,7 +47,8 @@ class Reason(NamedTuple):
 
     def __str__(self) -> str:
         told = ", ".join(part for part in (self.op, self.module, self.line) if part)
-        return f"{self.text} ({told})" if told else self.text
+        said = f"{self.text} ({told})" if told else self.text
+        return f"{said}; {self.cure}" if self.cure else said
 
 
 @dataclass

@@ -9,22 +9,12 @@ arguments, and returns the arrays of every result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from .labels import Array, compact
-
-MOVES: dict[str, Callable[..., list[Array]]] = {}
-
-
-def move(*names: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        for name in names:
-            MOVES[name] = function
-        return function
-
-    return register
+from .record import describe, move
 
 
 def reshape(array: Array, shape: Sequence[int], new: Sequence[int]) -> Array:
@@ -55,13 +45,9 @@ def _wrap(dim: int, rank: int) -> int:
     return dim % max(rank, 1)
 
 
-@move("view", "_unsafe_view", "_reshape_alias", "reshape", "view_copy")
+@move("_unsafe_view", unmade=True, regroups=True)
+@move("view", "_reshape_alias", "reshape", "view_copy", "squeeze", "unsqueeze", "flatten", "squeeze_", "unsqueeze_", regroups=True)
 def _view(array, shape, out, *args, **kwargs):
-    return [reshape(array, shape, out[0])]
-
-
-@move("squeeze", "unsqueeze", "flatten", "squeeze_", "unsqueeze_")
-def _squeeze(array, shape, out, *args, **kwargs):
     return [reshape(array, shape, out[0])]
 
 
@@ -80,9 +66,11 @@ def _t(array, shape, out):
     return [array.T]
 
 
-@move("alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "to", "positive",
-      "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "native_dropout",
-      "bernoulli", "fill_", "zero_", "uniform_", "normal_", "bernoulli_", "fill", "conj", "_conj", "resolve_conj")  # fmt: skip
+@move("alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "to", "positive", "conj", "_conj", "resolve_conj",
+      stays=True)  # fmt: skip
+@move("zeros_like", "zero_")
+@move("empty_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli", "fill_", "uniform_", "normal_", "bernoulli_", "fill", fills=True)
+@move("native_dropout", stays=True, drops=True)
 def _same(array, shape, out, *args, **kwargs):
     return [array for _ in out]
 
@@ -97,7 +85,7 @@ def _flip(array, shape, out, dims):
     return [np.flip(array, [_wrap(d, len(shape)) for d in dims])]
 
 
-@move("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "split_with_sizes_copy")
+@move("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "split_with_sizes_copy", part=True)
 def _split(array, shape, out, sizes, dim=0):
     dim = _wrap(dim, len(shape))
     if array.shape[dim] == 1:
@@ -106,7 +94,7 @@ def _split(array, shape, out, sizes, dim=0):
     return [compact(part) for part in np.split(array, ends[:-1], axis=dim)]
 
 
-@move("slice")
+@move("slice", part=True, any_size=lambda *args, **kwargs: True)
 def _slice(array, shape, out, dim=0, start=None, end=None, step=1):
     dim = _wrap(dim, len(shape))
     if array.shape[dim] == 1:
@@ -153,3 +141,8 @@ def _channel_shuffle(array, shape, out, groups):
     b, c, *space = shape
     parts = reshape(array, shape, (b, groups, c // groups, *space)).swapaxes(1, 2)
     return [reshape(parts, (b, c // groups, groups, *space), out[0])]
+
+
+describe("alias", regroups=True)
+describe("clone", fused=True)
+describe("empty_like", unmade=True)

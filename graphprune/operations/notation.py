@@ -2,7 +2,7 @@
 
 ``"b (g i) _, (g o) i _, (g o) -> b (g o) _"`` is a grouped convolution. ``(g i)`` is a row-major product, ``_`` an axis
 that stays, ``[c]`` an axis with a statistic over it (*mixed*). An axis on both sides is *kept*, one on the left only is
-*summed*. The engine is written once, here; an operation needs one line in ``rules.py``.
+*summed*. A name such as ``_t`` stays too, and is counted where products are counted (the taps of a kernel). The engine is written once, here.
 
 >>> parse("b (g i), g -> b [g]")[1]
 ((('b',), ('[g]',)),)
@@ -10,6 +10,7 @@ that stays, ``[c]`` an axis with a statistic over it (*mixed*). An axis on both 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,21 +54,133 @@ class Expr(NamedTuple):
 
 
 def expr(text: str, *operands: object, **sizes: int) -> Expr:
+    """A rule's answer for one call: the text, one tensor (or None, where the call has none) for each operand, and sizes that shapes do not tell.
+
+    Raises :class:`~graphprune.errors.BadRule`, which quotes the text and the place in it, where the text cannot be read or operands are missing.
+
+    >>> expr("n i, i o -> n o", Value((2, 3)), Value((3, 4))).text
+    'n i, i o -> n o'
+    """
+    lefts, _ = parse(text)
+    if len(lefts) != len(operands):
+        raise BadRule(at(text, len(text.partition("->")[0].rstrip()), f"{len(lefts)} operands are described here, {len(operands)} tensors are given"))
     return Expr(text, operands, sizes)
+
+
+def at(text: str, place: int, problem: str) -> str:
+    """A message that shows the place in a rule's text.
+
+    >>> print(at("n (i", 2, "this bracket is not closed"))
+    this bracket is not closed:
+      n (i
+        ^
+    """
+    return f"{problem}:\n  {text}\n  {' ' * place}^"
 
 
 @lru_cache(maxsize=4096)
 def parse(text: str) -> tuple[tuple[Axes, ...], tuple[Axes, ...]]:
-    """The axes of every operand and of every result."""
+    """The axes of every operand and of every result; raises :class:`~graphprune.errors.BadRule` with the place that cannot be read."""
+    sides = tuple([tuple([axes for axes, _ in side]) for side in _sides(text)])
+    return sides[0], sides[1]
+
+
+Placed = list[tuple[Axes, list[int]]]  # the axes of a tensor, and where in the text each of them stands
+
+
+def _sides(text: str) -> tuple[Placed, Placed]:
+    if not isinstance(text, str):
+        raise BadRule(f"a rule is a text such as 'n i, i o -> n o', not {text!r}")
     left, arrow, right = text.partition("->")
     if not arrow:
-        raise BadRule(f"{text!r} has no '->'")
-    return tuple(map(_axes, left.split(","))), tuple(map(_axes, right.split(",")))
+        raise BadRule(at(text, len(text), "a rule needs one '->' between operands and results"))
+    if "->" in right:
+        raise BadRule(at(text, text.rindex("->"), "a rule has one '->'"))
+    return _tensors(text, left, 0), _tensors(text, right, len(left) + 2)
 
 
-def _axes(text: str) -> Axes:
-    tokens = re.findall(r"\([^)]*\)|\S+", text)
-    return tuple(tuple(token.strip("()").split()) for token in tokens)
+def _tensors(text: str, side: str, start: int) -> Placed:
+    found: Placed = []
+    for part in side.split(","):
+        found.append(_axes(text, part, start))
+        start += len(part) + 1
+    return found
+
+
+TOKEN = re.compile(r"[()]|[^\s()]+")
+NAME = re.compile(r"_|1|_?[A-Za-z][A-Za-z0-9]*|\[[A-Za-z][A-Za-z0-9]*\]")
+
+
+def _axes(text: str, part: str, start: int) -> tuple[Axes, list[int]]:
+    dims: list[tuple[str, ...]] = []
+    places: list[int] = []
+    seen: set[str] = set()
+    opened, inner = -1, []
+    for token in TOKEN.finditer(part):
+        word, place = token[0], start + token.start()
+        if word == "(":
+            if opened >= 0:
+                raise BadRule(at(text, place, "a bracket inside a bracket"))
+            opened, inner = place, []
+        elif word == ")":
+            if opened < 0:
+                raise BadRule(at(text, place, "this bracket was not opened"))
+            dims.append(tuple(inner))
+            places.append(opened)
+            opened = -1
+        else:
+            _check_name(text, word, place, seen)
+            if opened >= 0:
+                inner.append(word)
+            else:
+                dims.append((word,))
+                places.append(place)
+    if opened >= 0:
+        raise BadRule(at(text, opened, "this bracket is not closed"))
+    return tuple(dims), places
+
+
+def _check_name(text: str, word: str, place: int, seen: set[str]) -> None:
+    if not NAME.fullmatch(word):
+        what = "a number says nothing about an axis" if word.isdigit() else f"{word!r} is no name of an axis"
+        raise BadRule(at(text, place, f"{what}; write a letter or a word, [name] for one with a statistic over it, _ for one that stays, 1 for length 1"))
+    name = word.strip("[]")
+    if name in seen:
+        raise BadRule(at(text, place, f"{name!r} names two axes of one tensor; write _ for axes that must keep their positions"))
+    if name not in "_1":
+        seen.add(name)
+
+
+def checked(rule: object, where: str) -> Expr:
+    """A rule's answer that fits the tensors it speaks of; raises :class:`~graphprune.errors.BadRule` with the text and the place that does not."""
+    if not isinstance(rule, Expr):
+        raise BadRule(f"the rule of {where} returned {rule!r}; return graphprune.expr(text, *tensors), as in graphprune.expr('n i, i o -> n o', x, weight)")
+    lefts, rights = _sides(rule.text)
+    if len(lefts) != len(rule.operands):
+        raise BadRule(at(rule.text, 0, f"the rule of {where} describes {len(lefts)} operands and names {len(rule.operands)} tensors"))
+    known = set(rule.sizes)
+    for number, ((axes, places), value) in enumerate(zip(lefts, rule.operands, strict=True)):
+        known |= {name.strip("[]") for group in axes for name in group}
+        if value is None:
+            continue
+        if not isinstance(value, Value):
+            raise BadRule(at(rule.text, (places or [0])[0], f"operand {number} in the rule of {where} is {value!r} and no tensor"))
+        if len(axes) != len(value.shape):
+            place = (places or [0])[0]
+            raise BadRule(at(rule.text, place, f"the rule of {where} names {len(axes)} axes here, the tensor has shape {tuple(value.shape)}"))
+        for group, size, place in zip(axes, value.shape, places, strict=True):
+            sizes = [rule.sizes.get(name.strip("[]")) for name in group]
+            if sizes.count(None) > 1:
+                raise BadRule(at(rule.text, place, f"the rule of {where} has to say all sizes but one in here: graphprune.expr(text, *tensors, {group[0]}=…)"))
+            rest = math.prod([n for n in sizes if n is not None])
+            if not rest or size % rest or (None not in sizes and size != rest):
+                raise BadRule(at(rule.text, place, f"the rule of {where} takes an axis of length {size} apart into factors of {rest}"))
+    for axes, places in rights:
+        for group, place in zip(axes, places, strict=True):
+            for name in group:
+                if name[0] not in "_1" and name.strip("[]") not in known:
+                    raise BadRule(at(rule.text, place, f"the rule of {where} makes an axis {name!r} that no operand has; write _ for one that stays"))
+    return rule
 
 
 @dataclass
@@ -84,13 +197,16 @@ def meet(labels: Labels, rule: Expr, results: Sequence[tuple[int, ...]], reason:
     form = _form(rule, results)
     if form is None:
         return _meet(labels, rule, results, reason)
-    if form not in _RECIPES:
-        _RECIPES[form] = _recipe(rule, results)
-    recipe = _RECIPES[form]
+    recipe = _RECIPES.get(form, _UNKNOWN)
+    if recipe is _UNKNOWN:
+        if len(_RECIPES) >= RECIPES:  # forms of earlier models; those that are needed are soon there again
+            _RECIPES.clear()
+        recipe = _RECIPES[form] = _recipe(rule, results)
     return recipe.replay(labels, rule, reason) if recipe else _meet(labels, rule, results, reason)
 
 
-_RECIPES: dict[tuple, Recipe | None] = {}
+_RECIPES: dict[tuple, Any] = {}  # by form, what a rule does; None where that depends on the labels
+_UNKNOWN, RECIPES = object(), 8192
 
 
 def _form(rule: Expr, results: Sequence[tuple[int, ...]]) -> tuple | None:
@@ -256,6 +372,25 @@ def factors(axes: Axes, shape: tuple[int, ...], sizes: dict) -> tuple[list[str],
             names.append(name)
             lengths[name] = rest if value is None else value
     return names, lengths
+
+
+def solved(rule: Expr, shapes: Sequence[Sequence[int] | None]) -> dict[str, int]:
+    """The sizes that a rule was given, as they are for operands of other shapes.
+
+    Where an axis is the factor times one that stands alone elsewhere, that says it; else it stays if it still divides its axes, and is 1 if not.
+
+    >>> solved(Expr("b (g i), (g o) i -> b (g o)", (None, None), {"g": 4}), [(1, 6), (8, 3)])
+    {'g': 2}
+    """
+    lefts = parse(rule.text)[0]
+    pairs = [(group, size) for axes, shape in zip(lefts, shapes, strict=True) if shape is not None for group, size in zip(axes, shape, strict=True)]
+    alone = {group[0].strip("[]"): size for group, size in pairs if len(group) == 1}
+    found = {}
+    for name, before in rule.sizes.items():
+        rests = [(size, [other.strip("[]") for other in group if other != name]) for group, size in pairs if name in group]
+        told = [size // alone[rest[0]] for size, rest in rests if len(rest) == 1 and alone.get(rest[0])]
+        found[name] = told[0] if told else before if all(size % before == 0 for size, _ in rests) else 1
+    return found
 
 
 def _drop_fixed(labels: Labels, array: Array, names: tuple[str, ...], reason: int) -> tuple[Array, tuple[str, ...]]:

@@ -5,33 +5,24 @@ answer only the plain case (floating tensors of one type) and return None for an
 left to torch. That both agree is a test.
 
 >>> x = torch.empty(1, 3, 8, 8, device="meta")
->>> SHAPES["aten.relu.default"](x).shape
+>>> operation("aten::relu").shapes["default"](x).shape
 torch.Size([1, 3, 8, 8])
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 
+from .record import operation, shape
+
 META = torch.device("meta")
-SHAPES: dict[str, Callable[..., Any]] = {}
 Tensor = torch.Tensor
 
-
-def shape(*names: str) -> Callable:
-    """Describe the shape of the overloads ``names``: a function of the call's own arguments."""
-
-    def register(function: Callable) -> Callable:
-        for name in names:
-            SHAPES[f"aten.{name}"] = function
-        return function
-
-    return register
+__all__ = ["new", "operation", "same"]
 
 
 def dense(x: Tensor) -> bool:

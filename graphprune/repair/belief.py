@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
+from ..operations.contraction import Product
 from ..operations.notation import Value
-from ..tracing.record import Node, is_pointwise
+from ..tracing.node import Node, Norm
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import replace as exchange
 from ..tracing.trees import tensors
@@ -93,15 +94,23 @@ class _Reader:
         given = list(tensors((node.args, node.kwargs)))
         if not given or not node.outs:
             return
-        out, name = node.outs[0], node.func._schema.name.rpartition("::")[2]
+        out = node.outs[0]
         if all(id(v) in self.known for v in given):
-            if len(node.outs) == 1 and not node.func._schema.is_mutable:
+            if len(node.outs) == 1 and not node.op.writes:
                 self.known[id(out)] = node.func(*exchange(node.args, self.tensor), **exchange(node.kwargs, self.tensor))
             return
-        rule = getattr(self, name.rstrip("_"), None) if name.rstrip("_") in RULES else None
-        found = rule(node, out) if rule else self.batch_norm(node, out) if "batch_norm" in name else self.other(node, out, given)
+        found = self.known_of(node, out, given)
         if found is not None and len(found.mean) * found.each == out.shape[found.axis]:
             self.found[id(out)] = found
+
+    def known_of(self, node: Node, out: Value, given: list[Value]) -> Belief | None:
+        if node.product is not None:
+            return self.product(node.product, out)
+        if node.norm is not None and node.norm.kind != "rms":
+            return self.normal(node.norm, node, out)
+        if node.op.arithmetic in ("add", "sub"):
+            return self.add(node, out)
+        return self.mul(node, out) if node.op.arithmetic == "mul" else self.other(node, out, given)
 
     def tensor(self, value: Value) -> Tensor:
         return self.known[id(value)].cpu()
@@ -113,54 +122,43 @@ class _Reader:
         found = self.found.get(id(x))
         return found if found is not None and len(found.mean) * found.each == count else unknown(count, axis)
 
-    def convolution(self, node: Node, out: Value) -> Belief | None:
-        x, weight, bias, *_, transposed, _, groups = node.args
-        if transposed or id(weight) not in self.known or x.shape[1] > WIDEST:
+    def product(self, product: Product, out: Value) -> Belief | None:
+        """What a weight makes of what it reads: one axis of the weight is summed, one is its own, others are taps of a kernel."""
+        weight, axis = product.weight, product.out
+        if id(weight.value) not in self.known or axis < 0 or len(weight.summed) != 1 or product.others or product.spreads:
             return None
-        depthwise = groups == x.shape[1] == out.shape[1] and groups > 1
-        if groups > 1 and not depthwise:
+        if not product.shared <= product.rule.sizes.keys() or max(*product.input.value.shape[1:2], *weight.value.shape) > WIDEST:
             return None
-        mean, cov = carried(self.tensor(weight).flatten(2), self.reads(x, x.shape[1], 1), depthwise)
-        return Belief(mean + self.vector(bias, len(mean), 0.0), cov, 1)
-
-    def addmm(self, node: Node, out: Value) -> Belief | None:
-        bias, x, weight = node.args[:3]
-        return self.product(x, weight, bias, out)
-
-    def mm(self, node: Node, out: Value) -> Belief | None:
-        return self.product(node.args[0], node.args[1], None, out)
-
-    def product(self, x: Value, weight: Value, bias: Value | None, out: Value) -> Belief | None:
-        if id(weight) not in self.known or max(weight.shape) > WIDEST:
+        outs, inputs = weight.value.shape[weight.made[0]], weight.value.shape[weight.summed[0]]
+        depthwise = product.groups == outs > 1 and inputs == 1
+        if product.groups > 1 and not depthwise:
             return None
-        last = len(out.shape) - 1
-        before = self.reads(x, weight.shape[0], last)
-        mean, cov = carried(self.tensor(weight).T.reshape(weight.shape[1], -1, before.each), before)
-        return Belief(mean + self.vector(bias, len(mean), 0.0), cov, last)
+        before = self.reads(product.input.value, outs if depthwise else inputs, axis)
+        kernel = self.tensor(weight.value).movedim((weight.made[0], weight.summed[0]), (0, 1))
+        kernel = kernel.reshape(outs, -1, before.each) if before.each > 1 else kernel.reshape(outs, inputs, -1)
+        mean, cov = carried(kernel, before, depthwise)
+        return Belief(mean + self.vector(product.bias, len(mean), 0.0), cov, axis)
 
-    def batch_norm(self, node: Node, out: Value) -> Belief:
-        return self.normal(node.args[0], node.args[1], node.args[2], out, 1)
-
-    def native_layer_norm(self, node: Node, out: Value) -> Belief | None:
-        return self.normal(node.args[0], node.args[2], node.args[3], out, len(out.shape) - 1) if len(node.args[1]) == 1 else None
-
-    def native_group_norm(self, node: Node, out: Value) -> Belief:
-        return self.normal(node.args[0], node.args[1], node.args[2], out, 1)
-
-    def normal(self, x: Value, weight: Value | None, bias: Value | None, out: Value, axis: int) -> Belief | None:
+    def normal(self, norm: Norm, node: Node, out: Value) -> Belief | None:
+        axis = 1
+        if norm.kind == "layer":
+            axis = len(out.shape) - 1
+            if len(node.argument("normalized_shape")) != 1:
+                return None
         count = out.shape[axis]
         if count > WIDEST:
             return None
-        before = self.reads(x, count, axis)
+        before = self.reads(norm.x, count, axis)
         before = unknown(count, axis) if before.each > 1 else before
-        scale = self.vector(weight, count, 1.0)
+        scale = self.vector(norm.weight, count, 1.0)
         centred = before.mean - before.mean.mean()
-        return Belief(self.vector(bias, count, 0.0), before.correlation * scale[:, None] * scale, axis, before.cov.diagonal() + centred.square())
+        cov = before.correlation * scale[:, None] * scale
+        return Belief(self.vector(norm.bias, count, 0.0), cov, axis, before.cov.diagonal() + centred.square())
 
     def add(self, node: Node, out: Value) -> Belief | None:
         one, two = node.args[:2]
         mine, other = self.found.get(id(one)), self.found.get(id(two)) if isinstance(two, Value) else None
-        sign = -1.0 if "sub" in node.func._schema.name else 1.0
+        sign = -1.0 if node.op.arithmetic == "sub" else 1.0
         factor = sign * float(node.kwargs.get("alpha", 1))
         if any(b is not None and b.each > 1 for b in (mine, other)):
             return None
@@ -174,8 +172,6 @@ class _Reader:
         shift = self.tensor(rest).double()
         shift = shift.reshape((1,) * (len(out.shape) - shift.ndim) + tuple(shift.shape)).movedim(held.axis, -1)
         return replace(held, mean=held.mean + shift.flatten(0, -2).mean(0), energy=None)
-
-    sub = add
 
     def mul(self, node: Node, out: Value) -> Belief | None:
         one, two = node.args[:2]
@@ -209,8 +205,7 @@ class _Reader:
         held = [self.found[id(v)] for v in given if id(v) in self.found]
         if len(given) != 1 or len(held) != 1:
             return None
-        pointwise = torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, node.func._schema.name.rpartition("::")[2])
-        if not pointwise:
+        if not node.is_pointwise:
             return self.along(held[0], out, given[0])
         if out.shape != given[0].shape:
             return None
@@ -227,9 +222,6 @@ class _Reader:
                 if field.size % labels.size == 0 and held.each == 1 and (flat.reshape(labels.size, -1) == labels[:, None]).all():
                     return replace(held, axis=next(a for a, n in enumerate(field.shape) if n > 1), each=field.size // labels.size)
         return None
-
-
-RULES = frozenset("convolution addmm mm native_layer_norm native_group_norm add sub mul".split())
 
 
 def _through(held: Belief, function: Any) -> Belief | None:

@@ -191,8 +191,8 @@ def _scaled_by(graph: Graph, known: Mapping[int, Belief], leaf: Any) -> list[Bel
     """What is known of the results of norms that take this scale."""
     found = []
     for node in graph.nodes:
-        name = node.func._schema.name.rpartition("::")[2]
-        takes = {"native_layer_norm": node.args[2:3], "mul": node.args[:2]}.get(name, ())
-        if any(value is leaf for value in takes) and id(node.outs[0]) in known:
+        norm = node.norm
+        scales = [norm.weight] if norm is not None and norm.kind == "layer" else node.held if node.op.arithmetic == "mul" else []
+        if any(value is leaf for value in scales) and id(node.outs[0]) in known:
             found.append(known[id(node.outs[0])])
     return found

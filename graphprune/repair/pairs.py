@@ -15,14 +15,12 @@ import torch
 from torch import nn
 
 from ..cutting.plan import Plan
-from ..operations.moves import MOVES
 from ..operations.notation import Value
 from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
 from .sites import Site
 
 Tensor = torch.Tensor
-PASSING = frozenset("select unbind expand clone contiguous _unsafe_view mul div".split())
 RIDGE = 1e-6
 
 
@@ -61,12 +59,16 @@ def pairs(graph: Graph, places: Sequence[Site]) -> list[tuple[Site, Site, Tensor
     found = []
     sources = _Sources(graph, places)
     for node in graph.nodes:
-        if node.func._schema.name != "aten::bmm":
+        product = node.product
+        if product is None or product.others or any(len(axes) != 1 for axes in (product.input.summed, product.weight.summed)):
             continue
-        left, right = (sources.of(value) for value in node.args[:2])
-        if left is None or right is None:
+        left, right = (sources.of(operand.value) for operand in product.operands)
+        if left is None or right is None or len(product.shared) != 1:
             continue
         (query, q), (key, k) = left, right
+        # (heads, queries, channels) and (heads, channels, keys)
+        q = q.movedim(product.input.summed[0], -1)
+        k = k.movedim(product.weight.summed[0], 1)
         if (q == q[:, :1]).all() and (k == k[:, :, :1]).all():  # the channels of both stand along the axis that is summed
             rows, one = torch.cat([q[:, 0], k[:, :, 0]], 1).unique(dim=0), q.shape[2]
             found.append((query, key, rows[:, :one], rows[:, one:]))
@@ -86,9 +88,9 @@ class _Sources:
             if value.node < 0:
                 return None
             node = self.graph.nodes[value.node]
-            name = node.func._schema.name.rpartition("::")[2]
             given = [arg for arg in node.args if isinstance(arg, Value)]
-            if (name not in MOVES and name not in PASSING) or len(given) != 1 or given[0] is not node.args[0]:
+            passes = node.is_move or node.op.part or node.op.arithmetic in ("mul", "div")
+            if not passes or len(given) != 1 or given[0] is not node.args[0]:
                 return None
             path.append((node, next(i for i, out in enumerate(node.outs) if out is value)))
             value = given[0]
@@ -96,10 +98,9 @@ class _Sources:
         axis = 1 if site.shape is not None else len(value.shape) - 1
         index = torch.arange(value.shape[axis]).reshape([-1 if d == axis else 1 for d in range(len(value.shape))]).expand(value.shape)
         for node, at in reversed(path):
-            name = node.func._schema.name.rpartition("::")[2]
-            if name in ("mul", "div"):
+            if node.op.arithmetic:
                 continue  # by a number: a factor of both sides
-            index = index.contiguous() if "view" in name else index
+            index = index.contiguous() if node.op.regroups else index
             index = node.func(index, *node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "memory_format"})
             index = index[at] if isinstance(index, tuple | list) else index
         return site, index

@@ -7,50 +7,20 @@ that is flat in parts.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..operations.contraction import Product
 from ..operations.notation import Value
-from ..tracing.trace import Graph, Node
+from ..tracing.node import Node
+from ..tracing.origin import axis_of
+from ..tracing.trace import Graph
 from ..tracing.trees import tensors
 
-# Calls of the Python code and the places of input, weight and bias among their tensors; whether the weight is (in, out).
-CALLS = {
-    "conv1d": (0, 1, 2, False),
-    "conv2d": (0, 1, 2, False),
-    "conv3d": (0, 1, 2, False),
-    "conv_transpose1d": (0, 1, 2, False),
-    "conv_transpose2d": (0, 1, 2, False),
-    "conv_transpose3d": (0, 1, 2, False),
-    "linear": (0, 1, 2, False),
-    "addmm": (1, 2, 0, True),
-    "matmul": (0, 1, None, True),
-    "__matmul__": (0, 1, None, True),
-    "mm": (0, 1, None, True),
-}
-PASSING = ("dropout", "dropout_", "feature_dropout", "contiguous")
-ADDITIONS = ("add", "__add__", "add_", "__iadd__")
-
-
-def _bounds(low: float | None = None, high: float | None = None) -> tuple[float, float]:
-    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
-
-
-# Between what an activation is not flat, from the arguments of its kernel behind the input.
-ENDS: dict[str, Callable[..., tuple[float, float]]] = {
-    "relu": lambda: (0.0, math.inf),
-    "relu6": lambda: (0.0, 6.0),
-    "hardswish": lambda: (-3.0, math.inf),
-    "hardsigmoid": lambda: (-3.0, 3.0),
-    "hardtanh": lambda low=-1.0, high=1.0: _bounds(low, high),
-    "clamp": _bounds,
-    "clamp_min": _bounds,
-    "clamp_max": lambda high: _bounds(None, high),
-}
+# Calls of the Python code that torch may take apart into several operations.
+NORMS = ("layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -106,31 +76,19 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
     """The sites in the order of the run, and why a weight that looks like one is none."""
     reader = _Reader(graph)
     found: list[Site] = []
-    left: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for at, step in enumerate(graph.steps):
-        places = CALLS.get(step.name)
-        if places is None or len(step.args) <= places[1]:
-            if step.name.startswith(("lstm", "gru", "rnn_")):
-                weights = [value for value in step.args if value is not None and value.leaf in graph.leaves and len(value.shape) == 2]
-                left |= {weight.leaf: "inside a recurrent layer" for weight in weights}
-            continue
-        x, weight = step.args[places[0]], step.args[places[1]]
-        if x is None or weight is None or x.leaf in graph.leaves or not step.results or step.results[0] is None:
-            continue
-        reason = reader.unfit(weight)
-        if reason and id(weight) not in reader.fixed:
-            continue  # a product of two activations has no weight
-        if reason:
-            left[weight.leaf or f"call {at} ({step.name})"] = reason
-            continue
-        bias = step.args[places[2]] if places[2] is not None and len(step.args) > places[2] else None
-        shape, more, reason = reader.geometry(at, x)
-        if reason or (bias is not None and reader.unfit(bias)):
-            left[weight.leaf] = reason or "its bias is shared or computed"
-            continue
-        behind = reader.behind(step.results[0], at)
-        found.append(Site(at, weight.leaf, bias.leaf if bias is not None else None, x, step.results[0], places[3], shape, *behind, more))
-    return found, left
+        calls = [node for node in reader.nodes.get(at, []) if node.products]
+        if len(calls) > 1 or (calls and calls[0].product is None):
+            weights = [value for value in step.args if value is not None and value.leaf in graph.leaves and len(value.shape) > 1]
+            refused |= {weight.leaf: "inside a recurrent layer, or another call of several products" for weight in weights}
+        elif calls and step.results and step.results[0] is not None:
+            site, weight, reason = reader.site(at, calls[0], calls[0].product)
+            if site is not None:
+                found.append(site)
+            elif reason:
+                refused[weight.leaf or f"call {at} ({step.name})"] = reason
+    return found, refused
 
 
 @dataclass(frozen=True)
@@ -152,16 +110,16 @@ def scales(graph: Graph) -> list[Scale]:
     found = []
     for at, step in enumerate(graph.steps):
         result = step.results[0] if step.results else None
-        if result is None or step.name not in ("layer_norm", "rms_norm", "mul", "__mul__", "__rmul__"):
+        norm = step.name if step.name in NORMS else ""
+        if result is None or not (norm or reader.multiplies(at)):
             continue
         args = [value for value in step.args if value is not None]
         leaves = [value for value in args if id(value) in reader.leaf and not reader.unfit(value) and len(value.shape) == 1]
         inputs = [value for value in args if id(value) not in reader.fixed]
-        if len(inputs) != 1 or not leaves or len(leaves) + 1 != len(args) or len(leaves) > 1 + (step.name == "layer_norm"):
+        if len(inputs) != 1 or not leaves or len(leaves) + 1 != len(args) or len(leaves) > (2 if norm == "layer_norm" else 1):
             continue
         if inputs[0].shape != result.shape or leaves[0].shape[0] != result.shape[-1]:
             continue
-        norm = step.name if "norm" in step.name else ""
         floats = [arg for node in reader.nodes.get(at, []) for arg in node.args if isinstance(arg, float) and 0 < arg < 0.1]
         bias = leaves[1].leaf if len(leaves) > 1 else None
         found.append(Scale(at, leaves[0].leaf, bias, inputs[0], result, norm, floats[-1] if norm and floats else 0.0))
@@ -177,7 +135,7 @@ class _Reader:
         self.first: dict[int, int] = {}
         self.readers: dict[int, list[int]] = {}
         for at, step in enumerate(graph.steps):
-            passed = step.results[0] if step.results and step.name in PASSING else None  # a dropout at rest gives back what it got
+            passed = step.results[0] if step.results else None  # a dropout at rest gives back what it got, and reads nothing
             for value in step.args:
                 if value is not None:
                     self.first.setdefault(id(value), at)
@@ -204,42 +162,92 @@ class _Reader:
             return "a constant"
         return "used more than once" if self.uses[id(value)] > 1 else None
 
-    def geometry(self, at: int, x: Value) -> tuple[tuple[list, list, list] | None, list[int] | None, str | None]:
-        """Stride, padding and dilation of a convolution; what is added to the outputs of a transposed one; or why it is none that can be fitted."""
-        name = self.graph.steps[at].name
-        if not name.startswith("conv"):
-            return None, None, None
-        nodes = [n for n in self.nodes.get(at, []) if n.func._schema.name == "aten::convolution"]
-        if len(nodes) != 1:
-            return None, None, "a convolution in several parts"
-        _, _, _, stride, padding, dilation, transposed, more, groups = nodes[0].args
-        rank = len(x.shape) - 2
-        wide = [list(v) * (rank if len(v) == 1 else 1) for v in (stride, padding, dilation, more)]
-        if tuple(nodes[0].args[0].shape) != tuple(x.shape):
-            return None, None, "padded in a way of its own"
-        if transposed and groups > 1:
-            return None, None, "a transposed convolution in groups"
-        return (wide[0], wide[1], wide[2]), wide[3] if transposed else None, None
+    def site(self, at: int, node: Node, product: Product) -> tuple[Site | None, Value, str]:
+        """The site of a call that is one product, or its weight and why it is none (no reason: it has no weight at all)."""
+        step = self.graph.steps[at]
+        weight, x = (self.given(at, operand.value) for operand in (product.weight, product.input))
+        weight = weight if weight is not None else product.weight.value
+        if id(weight) not in self.fixed or (x is not None and x.leaf in self.graph.leaves):
+            return None, weight, ""  # a product of two activations, or of two weights
+        bias = self.given(at, product.bias) if product.bias is not None else None
+        axis = axis_of(weight, product.weight.value, product.weight.made[0]) if len(product.weight.made) == 1 else None
+        channels = 1 if product.weight.taps else len(node.outs[0].shape) - 1
+        reason = self.unfit(weight)
+        if product.spreads and product.groups > 1:
+            reason = reason or "a transposed convolution in groups"
+        elif product.others or not product.shared <= product.rule.sizes.keys() or axis is None or len(product.weight.summed) != 1:
+            reason = reason or "a product of more than one weight"
+        elif product.out != channels or product.input.summed != (channels if product.weight.taps else len(product.input.value.shape) - 1,):
+            reason = reason or "its channels stand along another axis"
+        elif x is None or (product.weight.taps and tuple(product.input.value.shape) != tuple(x.shape)):
+            reason = reason or "padded in a way of its own"
+        elif product.bias is not None and (bias is None or self.unfit(bias)):
+            reason = reason or "its bias is shared or computed"
+        shape = self.geometry(node, len(x.shape) - 2) if x is not None and product.weight.taps else None
+        more = self.numbers(node, "output_padding", len(x.shape) - 2) if x is not None and product.spreads else None
+        if product.weight.taps and (shape is None or (product.spreads and more is None)):
+            reason = reason or "a kernel whose steps are not known"
+        if reason or x is None:
+            return None, weight, reason or "padded in a way of its own"
+        behind = self.behind(step.results[0], at, shape is not None)
+        bias_name = bias.leaf if bias is not None else None
+        turned = axis == 1 and not product.spreads
+        return Site(at, weight.leaf, bias_name, x, step.results[0], turned, shape, *behind, more), weight, ""
 
-    def behind(self, y: Value, at: int) -> tuple[Norm | None, Value | None, Flat | None]:
+    def given(self, at: int, value: Value) -> Value | None:
+        """The argument of a call that an operand of its kernel is, but for movement inside of the call."""
+        args = {id(arg) for arg in self.graph.steps[at].args if arg is not None}
+        while id(value) not in args:
+            node = self.graph.nodes[value.node] if value.node >= 0 else None
+            if node is None or node.step != at or not node.is_move or len(node.held) != 1:
+                return None
+            value = node.held[0]
+        return value
+
+    def geometry(self, node: Node, rank: int) -> tuple[list, list, list] | None:
+        """Stride, padding and dilation of a convolution along each axis of space."""
+        every = [self.numbers(node, name, rank) for name in ("stride", "padding", "dilation")]
+        return (every[0], every[1], every[2]) if all(every) else None
+
+    @staticmethod
+    def numbers(node: Node, name: str, rank: int) -> list[int] | None:
+        """A number for each axis of space, by the name of the argument."""
+        given = node.argument(name)
+        return list(given) * (rank if len(given) == 1 else 1) if isinstance(given, list | tuple) else None
+
+    def behind(self, y: Value, at: int, convolution: bool) -> tuple[Norm | None, Value | None, Flat | None]:
         """A batch norm that alone reads y, what is then added to its result, if that is known before the call, and the activation that alone reads that."""
         norm, path = None, [y]
         reader = self.only(y)
-        if reader is not None and self.graph.steps[reader].name == "batch_norm":
-            norm = self.norm(reader) if self.graph.steps[at].name.startswith("conv") or len(y.shape) == 2 else None  # over the axis that y is written along
+        if reader is not None and self.batch_norms(reader):
+            norm = self.norm(reader) if convolution or len(y.shape) == 2 else None  # over the axis that y is written along
             if norm is None:
                 return None, None, None
             path.append(self.graph.steps[reader].results[0])
             reader = self.only(path[-1])
-        while reader is not None and self.graph.steps[reader].name in PASSING and self.graph.steps[reader].results:
+        while reader is not None and self.passes(reader):
             path.append(self.graph.steps[reader].results[0])
             reader = self.only(path[-1])
-        if reader is None or self.graph.steps[reader].name not in ADDITIONS:
+        if reader is None or not self.adds(reader):
             return norm, None, self.flat(path)
         others = [v for v in self.graph.steps[reader].args if v is not None and v is not path[-1]]
         if len(others) != 1 or others[0].shape != y.shape or others[0].leaf or self.first.get(id(others[0]), at) > at or not self.plain(reader):
             return norm, None, None
         return norm, others[0], self.flat([*path, self.graph.steps[reader].results[0]])
+
+    def passes(self, at: int) -> bool:
+        """Whether a call gives back what it got (a dropout at rest, a copy)."""
+        nodes = self.nodes.get(at, [])
+        return bool(self.graph.steps[at].results) and all(node.op.stays for node in nodes)
+
+    def adds(self, at: int) -> bool:
+        return [node.op.arithmetic for node in self.nodes.get(at, [])] == ["add"]
+
+    def multiplies(self, at: int) -> bool:
+        return [node.op.arithmetic for node in self.nodes.get(at, [])] == ["mul"]
+
+    def batch_norms(self, at: int) -> list[Node]:
+        return [node for node in self.nodes.get(at, []) if node.op.norm == "batch"]
 
     def only(self, value: Value | None) -> int | None:
         """The one call that reads a value."""
@@ -256,23 +264,23 @@ class _Reader:
         nodes = self.nodes.get(self.only(z), []) if z is not None and z.shape == path[0].shape else []
         if len(nodes) != 1 or any(value.storage in self.shown for value in path):
             return None
-        name, (_, *numbers) = nodes[0].func._schema.name.removeprefix("aten::").rstrip("_"), nodes[0].args
-        known = name in ENDS and all(number is None or isinstance(number, int | float) for number in numbers)
-        return Flat(z, ENDS[name](*numbers)) if known else None
+        ends, (_, *numbers) = nodes[0].op.flat, nodes[0].args
+        known = ends is not None and all(number is None or isinstance(number, int | float) for number in numbers)
+        return Flat(z, ends(*numbers)) if known else None
 
     def norm(self, at: int) -> Norm | None:
-        nodes = [n for n in self.nodes.get(at, []) if "batch_norm" in n.func._schema.name]
-        if len(nodes) != 1:
+        calls = self.batch_norms(at)
+        norm = calls[0].norm if len(calls) == 1 else None
+        if norm is None:
             return None
-        x, weight, bias, mean, var, *_ = nodes[0].args
-        held = [self.leaf.get(id(v)) if isinstance(v, Value) else None for v in (weight, bias, mean, var)]
-        if held[2] is None or held[3] is None or any(self.uses[id(v)] > 1 for v in (mean, var)):
+        names = [self.leaf.get(id(value)) for value in (norm.weight, norm.bias, norm.mean, norm.var)]
+        if names[2] is None or names[3] is None or any(self.uses[id(value)] > 1 for value in (norm.mean, norm.var)):
             return None
-        return Norm(held[0], held[1], held[2], held[3], float(nodes[0].args[-1 if "no_training" in nodes[0].func._schema.name else 7]), x)
+        return Norm(names[0], names[1], names[2], names[3], norm.eps, norm.x)
 
 
 def norms(graph: Graph) -> list[tuple[int, Norm]]:
     """Every batch norm with statistics of its own, with its call."""
     reader = _Reader(graph)
-    found = [(at, reader.norm(at)) for at, step in enumerate(graph.steps) if step.name == "batch_norm"]
+    found = [(at, reader.norm(at)) for at in range(len(graph.steps)) if reader.batch_norms(at)]
     return [(at, norm) for at, norm in found if norm is not None]

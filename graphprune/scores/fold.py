@@ -12,29 +12,22 @@ import torch
 from ..coupling.groups import Group
 from ..errors import BadScore
 from ..operations.notation import Value
-from ..tracing.trace import Graph, Node
+from ..tracing.node import Norm
+from ..tracing.origin import axis_of, source
+from ..tracing.trace import Graph
 from .registry import scorer
 from .task import Scores, Task
 
 Tensor = torch.Tensor
-PRODUCERS = {"convolution": 1, "addmm": 2, "mm": 1, "linear": 1}
 
 
-def operation(node: Node) -> str:
-    return node.func._schema.name.rpartition("::")[2]
+def batch_norms(graph: Graph) -> list[Norm]:
+    """The recorded batch norms, in the order of the run."""
+    return [norm for node in graph.nodes if (norm := node.norm) is not None and norm.kind == "batch"]
 
 
-def batch_norms(graph: Graph) -> list[Node]:
-    """The recorded batch norms with fixed statistics."""
-    return [n for n in graph.nodes if "batch_norm" in operation(n) and len([v for v in n.args[1:5] if isinstance(v, Value)]) >= 2]
-
-
-def _leaf(graph: Graph, value: Value) -> str:
-    """The parameter that a value is, or whose transpose it is."""
-    if value.leaf or value.node < 0:
-        return value.leaf
-    node = graph.nodes[value.node]
-    return node.args[0].leaf if operation(node) in ("t", "transpose", "detach", "alias") else ""
+def _name(value: Value | None) -> str:
+    return value.leaf if value is not None else ""
 
 
 def folded(task: Task) -> dict[str, Tensor]:
@@ -52,20 +45,19 @@ def _fold(task: Task) -> tuple[dict[str, Tensor], set[str]]:
     done: set[str] = set()
     found: dict[str, Tensor] = {name: tensor.detach() for name, tensor in task.parameters.items()}
     for norm in batch_norms(graph):
-        made = norm.args[0]
-        maker = graph.nodes[made.node] if isinstance(made, Value) and made.node >= 0 else None
-        if maker is None or operation(maker) not in PRODUCERS:
+        maker = graph.nodes[norm.x.node] if norm.x.node >= 0 else None
+        product = maker.product if maker is not None else None
+        leaf = source(graph.nodes, product.weight.value) if product is not None else None
+        if product is None or leaf is None or product.out != 1:
             continue
-        weight = _leaf(graph, maker.args[PRODUCERS[operation(maker)]])
-        gamma, beta, mean, var = (v.leaf if isinstance(v, Value) else "" for v in norm.args[1:5])
+        weight, bias = leaf.leaf, _name(product.bias)
+        gamma, beta, mean, var = (_name(value) for value in (norm.weight, norm.bias, norm.mean, norm.var))
         if weight not in held or mean not in held or held[weight].is_meta or weight in done:
             continue
-        bias = {"convolution": 2, "addmm": 0, "linear": 2}.get(operation(maker))
-        bias = maker.args[bias].leaf if bias is not None and isinstance(maker.args[bias], Value) else ""
-        scale = (held[var].detach().double() + norm.args[-1]).rsqrt() * (held[gamma].detach().double() if gamma else 1.0)
+        scale = (held[var].detach().double() + norm.eps).rsqrt() * (held[gamma].detach().double() if gamma else 1.0)
         shift = (held[bias].detach().double() if bias else 0.0) - held[mean].detach().double()
-        axis = 1 if operation(maker) == "convolution" and maker.args[6] else 0
-        if held[weight].shape[axis] != len(scale):
+        axis = axis_of(leaf, product.weight.value, product.weight.made[0])
+        if axis is None or held[weight].shape[axis] != len(scale):
             continue
         done.add(weight)
         shifts.add(beta or mean)
@@ -90,7 +82,7 @@ def product_norm(task: Task) -> Scores:
 
 def _scales(task: Task, group: Group) -> list[Tensor]:
     """``|γ|`` of every batch norm that passes a group's units, as (units,) tensors."""
-    gammas = {v.leaf for node in batch_norms(task.groups.graph) if isinstance(v := node.args[1], Value)}
+    gammas = {norm.weight.leaf for norm in batch_norms(task.groups.graph) if norm.weight is not None}
     parts = []
     for name, _, units in task.places(group, "passes"):
         if name in gammas:

@@ -11,8 +11,6 @@ import torch
 
 from ..cost import costs
 from ..errors import BadScore, UnknownName
-from ..operations.moves import MOVES
-from .fold import operation
 from .registry import scorer
 from .seen import gate_gradients, places
 from .task import Scores, Task
@@ -72,7 +70,7 @@ def freed_entries(task: Task) -> list[Tensor]:
     groups = task.groups
     found = torch.zeros(len(groups), dtype=torch.float64)
     for node in groups.graph.nodes:
-        if operation(node) in MOVES:
+        if node.op.move:
             continue  # a view holds nothing of its own
         for value in node.outs:
             share = torch.zeros(len(groups), dtype=torch.float64)

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from .activations import _filled
-from .fold import operation
 from .registry import scorer
 from .seen import Place, observe_samples, places
 from .task import Scores, Task
@@ -93,7 +92,7 @@ def unflattened(task: Task, place: Place) -> Place:
     shown = {id(v) for step in graph.steps for v in (*step.args, *step.results) if v is not None}
     local = torch.full((len(owner.root),), -1)
     local[torch.from_numpy(owner.groups[place.group].units)] = torch.arange(owner.groups[place.group].size)
-    while len(value.shape) < 4 and value.node >= 0 and operation(graph.nodes[value.node]) in ("view", "_unsafe_view", "reshape", "flatten", "alias"):
+    while len(value.shape) < 4 and value.node >= 0 and graph.nodes[value.node].op.regroups:
         value = graph.nodes[value.node].args[0]
         field = next((f for f in value.fields if f.shape[1:2] == value.shape[1:2] and f.size == value.shape[1]), None)
         if len(value.shape) == 4 and id(value) in shown and field is not None:

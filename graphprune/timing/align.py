@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from ..cost import operation, products
+from ..cost import products
 from ..coupling.groups import Groups
 from ..coupling.lengths import Lengths
-from ..operations.notation import Value
 from ..tracing.trace import Node
 from ..tracing.trees import tensors
 from .operators import PROFILERS
@@ -68,11 +67,11 @@ def alignments(groups: Groups, table: Table) -> Mapping[int, int]:
 
 
 def _kind(node: Node) -> tuple:
-    values = [value for value in node.args if isinstance(value, Value)]
-    if operation(node) != "convolution":
-        return (operation(node),)
-    kernel = values[1].shape[2:]
-    return "convolution", max(kernel, default=1) > 1, values[1].shape[1] == 1
+    """Products with a kernel of one entry run as plain ones; where each channel has its own, as something else again."""
+    weight = node.product.weight if node.product is not None else None
+    if weight is None or not weight.taps:
+        return (node.name,)
+    return node.name, max(weight.value.shape[dim] for dim in weight.taps) > 1, all(weight.value.shape[dim] == 1 for dim in weight.summed)
 
 
 def _full(lengths: Lengths, form: int) -> int:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..cost import operation
 from ..errors import NotEqual
 from ..operations.notation import Value
 from ..tracing.copies import duplicate
-from ..tracing.trace import Graph, Node, evaluating, trace
+from ..tracing.node import Node
+from ..tracing.origin import axis_of, source
+from ..tracing.trace import Graph, evaluating, trace
 from ..tracing.trees import leaf_tensors, tensors
-
-NORMS = frozenset(("native_batch_norm", "_native_batch_norm_legit_no_training"))
 
 
 @dataclass(frozen=True)
@@ -65,42 +64,41 @@ def pairs(graph: Graph, model: nn.Module) -> list[Pair]:
     reads.update(value.storage for value in graph.outputs)
     found = []
     for node in graph.nodes:
-        pair = _pair(graph, node, reads, model) if operation(node) in NORMS else None
+        pair = _pair(graph, node, reads, model) if node.op.norm == "batch" else None
         if pair and _without(model.get_submodule(pair.norm)) is not None:
             found.append(pair)
     return found
 
 
-def _pair(graph: Graph, norm: Node, reads: Counter, model: nn.Module) -> Pair | None:
-    x, *held = norm.args[:5]
-    before = graph.nodes[x.node] if x.node >= 0 else None
-    name = operation(before) if before else ""
-    if name not in ("convolution", "addmm", "mm") or reads[x.storage] != 1 or not any(out is x for out in before.outs):
+def _pair(graph: Graph, call: Node, reads: Counter, model: nn.Module) -> Pair | None:
+    norm = call.norm
+    before = graph.nodes[norm.x.node] if norm is not None and norm.x.node >= 0 else None
+    product = before.product if before is not None else None
+    if norm is None or before is None or product is None or reads[norm.x.storage] != 1 or not any(out is norm.x for out in before.outs):
         return None
-    if name == "convolution":
-        weight, bias, transposed = before.args[1], before.args[2], before.args[6]
-        axis, groups = (1, before.args[8]) if transposed else (0, 1)
-    else:
-        bias, weight = (before.args[0] if name == "addmm" else None), _transposed(graph, before.args[-1])
-        axis, groups = 0, 1
-    own = [value for value in (weight, bias, *held) if value is not None]
-    # A linear weight is read by its transposition and by the product.
-    most = 2 if name != "convolution" else 1
-    if not all(isinstance(v, Value) and v.leaf and v.leaf[0] != "<" and reads[v.storage] <= (most if v is weight else 1) for v in own):
+    weight = source(graph.nodes, product.weight.value)
+    if weight is None or product.out != 1 or norm.mean is None or norm.var is None or norm.training or not call.module:
+        return None
+    axis = axis_of(weight, product.weight.value, product.weight.made[0])
+    if axis is None or not _once(graph, reads, weight, product.weight.value, [product.bias, norm.weight, norm.bias, norm.mean, norm.var]):
         return None
     path = weight.leaf.rpartition(".")[0]
-    empty = bias is None and model.get_submodule(path)._parameters.get("bias", 0) is not None
-    if not norm.module or held[2] is None or held[3] is None or norm.args[5] is True or empty:
-        return None
-    scale, shift, mean, variance = (value and value.leaf for value in held)
-    eps = norm.args[-1]
-    return Pair(weight.leaf, bias.leaf if bias else f"{path}.bias".lstrip("."), axis, groups, norm.module, scale, shift, mean, variance, eps)
+    if product.bias is None and model.get_submodule(path)._parameters.get("bias", 0) is not None:
+        return None  # nowhere to put the shift
+    # Where the outputs of a group stand alone (transposed), the groups lie along the other axis.
+    groups = product.groups if len(product.weight.axes[product.weight.made[0]]) == 1 else 1
+    names = [value.leaf if value is not None else None for value in (norm.weight, norm.bias)]
+    bias = product.bias.leaf if product.bias is not None else f"{path}.bias".lstrip(".")
+    return Pair(weight.leaf, bias, axis, groups, call.module, *names, norm.mean.leaf, norm.var.leaf, norm.eps)
 
 
-def _transposed(graph: Graph, value: Value) -> Value | None:
-    """The leaf whose transposition the value is."""
-    node = graph.nodes[value.node] if value.node >= 0 else None
-    return node.args[0] if node and operation(node) in ("t", "transpose") and isinstance(node.args[0], Value) else None
+def _once(graph: Graph, reads: Counter, weight: Value, operand: Value, others: list[Value | None]) -> bool:
+    """Whether all tensors of a pair are the model's own and used nowhere else; a weight is read by each movement up to its product too."""
+    moves, value = 0, operand
+    while value is not weight:
+        moves, value = moves + 1, graph.nodes[value.node].held[0]
+    every = [(weight, 1 + moves), *((value, 1) for value in others if value is not None)]
+    return all(value.leaf and value.leaf[0] != "<" and reads[value.storage] <= most for value, most in every)
 
 
 def _without(module: nn.Module) -> nn.Module | None:

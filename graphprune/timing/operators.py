@@ -19,11 +19,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..catalogue import entry
-from ..cost import operation
-from ..tracing.trace import Node
+from ..tracing.node import Node
 from .runtimes import openvino_request
 
-FUSED = frozenset("native_batch_norm relu relu_ hardtanh hardtanh_ add add_ mul mul_ silu silu_ sigmoid clamp clamp_ clone hardswish hardswish_".split())
 RUNS = 8
 AROUND = frozenset("Parameter Result Constant Const Reorder Input Output".split())
 
@@ -43,22 +41,15 @@ class Item(NamedTuple):
 
 def lone(node: Node, args: tuple, kwargs: dict, runtime: str) -> Callable[[], Any] | None:
     """A function that makes the call once; None where the runtime fuses it away."""
-    if entry("runtime", runtime).facts["fuses"] and operation(node) in FUSED:
+    if entry("runtime", runtime).facts["fuses"] and node.op.fused:
         return None
     return lambda: node.func(*args, **kwargs)
 
 
 def item(node: Node, args: tuple) -> Item | None:
     """The call as a node of an ONNX file, if it is a product."""
-    name = operation(node)
-    if name == "convolution":
-        x, weight, bias, stride, padding, dilation, transposed, extra, groups = args
-        facts = {"strides": stride, "pads": [*padding, *padding], "dilations": dilation, "group": groups, "kernel_shape": list(weight.shape[2:])}
-        facts |= {"output_padding": extra} if transposed else {}
-        return Item("ConvTranspose" if transposed else "Conv", (x,), [weight] if bias is None else [weight, bias], facts)
-    if name in ("mm", "addmm"):
-        return Item("MatMul", (args[-2],), [args[-1]], {})
-    return Item("MatMul", args[-2:], [], {}) if name in ("bmm", "baddbmm") else None
+    found = node.op.onnx(*args) if node.op.onnx is not None else None
+    return Item(*found) if found is not None else None
 
 
 def together(items: Sequence[Item], runtime: str, threads: int) -> list[float]:

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cost import PRODUCTS, operation
 from ..coupling.lengths import Lengths
 from ..operations.labels import Array
-from ..operations.notation import Value
-from ..tracing.trace import Graph, Node
+from ..operations.notation import Value, solved
+from ..tracing.node import Node
+from ..tracing.trace import Graph
 from ..tracing.trees import replace, tensors
 from .measure import clock_for
 from .operators import PROFILERS, Item, item, lone, together
@@ -37,10 +37,6 @@ from .runtimes import missing
 GRID = (1.0, 0.75, 0.5, 0.25, 0.1)
 BATCH, BYTES = 64, 2**28  # operations, and bytes of their tensors, in one session
 SWEEP = 2**21  # numbers that are written to empty the caches of a core
-READS = {"convolution": 0, "mm": 0, "addmm": 1, "linear": 0}  # the argument that another call has just made; the others are weights
-VIEWS = frozenset(
-    "view _unsafe_view expand permute transpose t select slice split unbind detach alias unsqueeze squeeze as_strided empty empty_like new_empty".split()
-)
 
 
 def folder() -> Path:
@@ -144,17 +140,25 @@ class Table:
         return fitted(node, args), kwargs
 
     def _item(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> Item | None:
-        return item(node, self._arguments(node, shapes)[0]) if operation(node) in (*PRODUCTS, "convolution") else None
+        return item(node, self._arguments(node, shapes)[0]) if node.products else None
 
     def _time(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> float:
         try:
             args, kwargs = self._arguments(node, shapes)
             call = lone(node, args, kwargs, self.runtime)
-            made = list(tensors(args[READS[name]] if (name := operation(node)) in READS else (args, kwargs), torch.Tensor))
+            made = _just_made(node, list(tensors((args, kwargs), torch.Tensor)))
             between = (lambda: _sweep(made)) if self.device.type == "cpu" else None
             return 0.0 if call is None else fastest(call, clock_for(self.device, self.threads)[1], between)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return 0.0
+
+
+def _just_made(node: Node, given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What another call has just made: the input of a product with a weight, else every operand."""
+    product = node.product
+    if product is None or not product.weight.value.zero:
+        return given
+    return [tensor for value, tensor in zip(node.held, given, strict=True) if value is product.input.value]
 
 
 def shared(graph: Graph, runtime: str, threads: int | None) -> Table:
@@ -170,11 +174,12 @@ def shared(graph: Graph, runtime: str, threads: int | None) -> Table:
 
 def described(node: Node) -> tuple[str, list[str]]:
     """The operation with the arguments that are no tensors (sizes that follow the widths are left out), and the kinds of its tensors."""
-    name, plain = operation(node), ""
-    if name not in ("native_layer_norm", "native_group_norm"):
-        skip = {8} if name == "convolution" else set()
+    plain = ""
+    if node.op.follows is None:
+        skip = node.op.size_arguments(node.args, node.kwargs)
         plain = str([replace(a, lambda _: "T") if i not in skip else "" for i, a in enumerate(node.args)])
     kinds = [f"{value.order or ''}{value.dtype}".replace("torch.", "") for value in tensors((node.args, node.kwargs))]
+    name = node.op.short if node.name.startswith("aten::") else node.name
     return f"{name}|{plain}|".replace("torch.", "").replace(" ", ""), kinds
 
 
@@ -188,15 +193,12 @@ def _tensor(shape: tuple[int, ...], value: Value, device: torch.device) -> torch
 
 def fitted(node: Node, args: tuple) -> tuple:
     """The arguments with the sizes that have to follow the shapes of the tensors."""
-    name, args = operation(node), list(args)
-    if name == "native_layer_norm":
-        args[1] = list(args[0].shape[-len(args[1]) :])
-    elif name == "native_group_norm":
-        args[2], args[3], args[4] = args[0].shape[0], args[0].shape[1], args[0][0, 0].numel()
-        args[6] = args[6] if args[3] % args[6] == 0 else 1
-    elif name == "convolution":
-        args[8] = args[0].shape[1] // args[1].shape[1] if not args[6] else args[8]
-    return tuple(args)
+    rule = node.rule
+    sizes = {}
+    if rule is not None and rule.sizes:
+        shapes = {id(value): tensor.shape for value, tensor in zip(node.held, tensors((args, ()), torch.Tensor), strict=False)}
+        sizes = solved(rule, [shapes.get(id(operand)) for operand in rule.operands])
+    return node.refitted(args, sizes)
 
 
 @cache
@@ -228,7 +230,7 @@ def fastest(call: Callable[[], Any], clock: Callable[[Callable, int], float], be
 
 def computes(node: Node) -> bool:
     """Whether a call makes or changes memory; views cost next to nothing."""
-    return operation(node) not in VIEWS and bool(node.outs) and any(v.shape for v in node.outs)
+    return not (node.op.views or node.op.unmade) and bool(node.outs) and any(v.shape for v in node.outs)
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,7 @@ def times(graph: Graph, table: Table, align: int = 16) -> Callable[[Lengths], Ti
 
 def _sampled(node: Node, axes: list, forms: list[int], lengths: Lengths, align: int) -> tuple[list[int], list[list[float]], list]:
     """The two lengths that a call depends on most, the grid of each, and the shapes of its tensors at every point of both."""
-    product = operation(node) in PRODUCTS or operation(node) == "convolution"
+    product = bool(node.products)
     # What only moves or meets entries takes as long as its result is large (a concatenation: the sum of its parts).
     made = [] if product else [form for _, form in (lengths.form(node.outs[0], dim) for dim in range(len(node.outs[0].shape))) if form]
     lead = forms[:2] if product else (made or forms)[:1]

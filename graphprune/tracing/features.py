@@ -18,20 +18,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from ..operations.labels import Array
-from ..operations.moves import MOVES
 from ..operations.notation import Axes, Expr, Value, factors, parse
-from ..operations.rules import RULES, pointwise
-from .record import Node, is_pointwise
-from .trees import tensors
+from .node import Node
 
 WEIGHT, TABLE = "weight", "table"  # what depends on parameters alone; what depends on no input and on no parameter
 # Calls that put a layer's weight (their second operand) to work on what they are given, even if that is a weight, too: the result is an activation.
 LAYERS = frozenset(("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
-# Entries of a table picked by whole numbers: its other axes are made.
-PICKED = frozenset(("embedding", "index", "index_select"))
 
 
 @dataclass
@@ -53,18 +47,6 @@ def _among(root: Array, arrays: Sequence[Array]) -> Array:
     if arrays:
         found[root[np.concatenate([array.ravel() for array in arrays])]] = True
     return found
-
-
-def described(node: Node) -> Expr | None:
-    """The rule of a recorded call, or None for calls that only move or assemble entries."""
-    name = node.func._schema.name.rpartition("::")[2]
-    plain = name[:-1] if name.endswith("_") and name[:-1] in RULES else name
-    if plain in RULES:
-        return RULES[plain](*node.args, **node.kwargs)
-    if name in MOVES or not (torch.Tag.pointwise in node.func.tags or is_pointwise(node.func, name)):
-        return None
-    ranked = [value for value in tensors((node.args, node.kwargs)) if value.shape]
-    return pointwise(ranked, [len(value.shape) for value in node.outs]) if ranked else None
 
 
 def real_axes(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Axes:
@@ -105,29 +87,28 @@ class _Reader:
         self.broadcast: set[int] = set()  # the first label of every field that was spread
 
     def see(self, node: Node) -> None:
-        name = node.func._schema.name.rpartition("::")[2]
-        layer = name == "convolution" or (node.step >= 0 and self.steps[node.step].name in LAYERS)
+        layer = node.op.layer or (node.step >= 0 and self.steps[node.step].name in LAYERS)
         kinds = {self.kinds.get(id(value)) for value in node.held}
         result = WEIGHT if kinds and None not in kinds and WEIGHT in kinds else TABLE if None not in kinds else None
-        rule = described(node) if WEIGHT in kinds or (layer and kinds) else None
+        rule = node.rule if WEIGHT in kinds or (layer and kinds) else None
         if rule is not None:
-            result = self.used(node, name, rule, layer, result)
+            result = self.used(node, rule, layer, result)
         if result:
             for value in node.outs:
                 self.kinds[id(value)] = result
 
-    def used(self, node: Node, name: str, rule: Expr, layer: bool, result: str | None) -> str | None:
+    def used(self, node: Node, rule: Expr, layer: bool, result: str | None) -> str | None:
         """Note what a call does to the axes of its weights; returns what kind its result is."""
         lefts, rights = parse(rule.text)
         out = frozenset(name for axes in rights for dim in axes for name in axis_names(dim))
         operands = [self.operand(value, axes, rule) for value, axes in zip(rule.operands, lefts, strict=True) if isinstance(value, Value)]
-        if name in PICKED:
+        if node.op.table or node.op.picks:
             if operands[0].kind == WEIGHT:
                 self.note(self.marks.made, operands[0], out)
-            return None if name == "embedding" else result
+            return None if node.op.table else result
         summed = frozenset(n for one in operands for n in one.names - out if sum(n in other.names for other in operands) > 1)
-        if summed or name == "convolution":
-            factors = operands[:2] if name == "convolution" else [one for one in operands if one.names & summed]
+        if summed or node.op.layer:
+            factors = operands[:2] if node.op.layer else [one for one in operands if one.names & summed]
             self.product(factors, self.operand(node.outs[0], rights[0], rule), summed, layer)
             return None if layer else result
         if result is None:

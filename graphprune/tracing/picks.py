@@ -15,9 +15,9 @@ from ..operations.notation import Value
 INTEGERS = frozenset((torch.int64, torch.int32))
 
 
-def picked(name: str, args: tuple, numbers: dict[str, torch.Tensor]) -> tuple[Value, int, Value] | None:
+def picked(args: tuple, numbers: dict[str, torch.Tensor]) -> tuple[Value, int, Value] | None:
     """The tensor, the axis and the buffer of a call that picks by a whole buffer, or None."""
-    if name == "index_select":
+    if len(args) == 3:  # an axis and one tensor
         x, dim, index = args
     else:
         x, indices = args
@@ -56,7 +56,7 @@ def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: lis
     """What each buffer counts, (tensor, axis). Where it is used otherwise, or counts axes of several lengths, these axes stay whole."""
     if not picks:
         return {}
-    other = {v.leaf for node in nodes if _name(node) not in ("index", "index_select") for v in node.held}
+    other = {v.leaf for node in nodes if not node.op.picks for v in node.held}
     found = {}
     for name, places in picks.items():
         (value, dim), *rest = places
@@ -71,10 +71,6 @@ def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: lis
             labels.join(counted[0][0].ravel(), fields[0].ravel())
         found[name] = (value, dim)
     return found
-
-
-def _name(node: object) -> str:
-    return node.func._schema.name.rpartition("::")[2]
 
 
 def renumber(mask: np.ndarray) -> list[int]:

@@ -9,98 +9,38 @@ import contextlib
 import os
 import sys
 import weakref
-from dataclasses import dataclass
-from os.path import basename
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import GraphpruneError
-from ..operations.assemble import ASSEMBLE, free, merged
+from ..errors import BadRule, GraphpruneError
+from ..operations import Operation, resolve
+from ..operations.assembly import free, merged
 from ..operations.labels import Array, Fields, Labels, Reason, varying
-from ..operations.moves import MOVES
-from ..operations.notation import Value, meet
-from ..operations.rules import RULES, pointwise
-from ..operations.shapes import SHAPES
+from ..operations.notation import Value, at, meet, parse
+from ..operations.record import pointwise, template
+from .node import Node, line
 from .picks import INTEGERS, pick, picked
 from .sizes import Uses
 from .trees import PLAIN, replace, tensors
 
-# Pointwise operations whose overloads lack torch's tag.
-UNTAGGED = frozenset(
-    "copy where masked_fill lerp addcmul addcdiv clamp hardswish hardsigmoid hardtanh relu6 silu gelu leaky_relu elu "
-    "selu celu softplus mish prelu _prelu_kernel glu_none rsub nan_to_num bitwise_not logical_not erf log_sigmoid_forward".split()
-)
-FACTORIES = frozenset(("zeros", "ones", "full", "empty", "rand", "randn"))
-# Moves that take parts of an axis.
-PARTS = frozenset("slice split split_with_sizes unsafe_split unsafe_split_with_sizes split_with_sizes_copy narrow".split())
-FILLED = frozenset(("ones_like", "full_like", "empty_like", "fill_"))
 HERE, TORCH = (str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 META, CPU = torch.device("meta"), torch.device("cpu")
 Tensor = torch.Tensor
-_INSIDE: dict[str, bool] = {}
 
 
-def place() -> tuple[str, int] | None:
-    """File and line of the innermost frame that belongs neither to torch nor to this package (a sibling such as torchvision is neither), nor to a decorator."""
-    frame, inside = sys._getframe(2), _INSIDE
-    while frame:
-        file = frame.f_code.co_filename
-        if file not in inside:
-            inside[file] = file.startswith((HERE, TORCH)) or file[:1] in ("", "<") or file == contextlib.__file__
-        if not inside[file]:
-            return file, frame.f_lineno
-        frame = frame.f_back
-    return None
+class Known(NamedTuple):
+    """What the recorder asks of one overload, call after call."""
 
-
-def line(where: tuple[str, int] | None) -> str:
-    return f"{basename(where[0])}:{where[1]}" if where else ""
-
-
-@dataclass(eq=False, slots=True)
-class Node:
-    """One ATen call: what it is, its arguments (tensors as Value), its results, and where it was made."""
-
-    func: Any
-    args: tuple
-    kwargs: dict
-    outs: list[Value]
-    module: str
-    where: tuple[str, int] | None
-    held: list[Value]  # all values among the arguments
-    reduces: bool = False
-    step: int = -1
-
-    @property
-    def line(self) -> str:
-        return line(self.where)
-
-
-class Known:
-    """What is known of one overload."""
-
-    def __init__(self, func: Any) -> None:
-        self.name = name = func._schema.name.rpartition("::")[2]
-        self.plain = name[:-1] if name.endswith("_") and name[:-1] in RULES else name
-        self.writes = func._schema.is_mutable
-        self.inplace = func._schema.name.endswith("_")
-        self.shape = SHAPES.get(str(func))
-        self.pointwise = torch.Tag.pointwise in func.tags or is_pointwise(func, name)
-        self.zero = (name in MOVES or name in ("select", "unbind", "expand")) and name not in FILLED
-        self.makes = name.startswith("new_") or name in ("expand", "repeat")
-        # Under inference_mode, which a model may ask for itself, calls come before they are taken apart.
-        self.whole = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-
-
-def is_pointwise(func: Any, name: str) -> bool:
-    """In-place overloads and a few others lack the tag of their functional twin."""
-    if name.rstrip("_") in UNTAGGED:
-        return True
-    twin = getattr(torch.ops.aten, name.rstrip("_"), None) if name.endswith("_") else None
-    return twin is not None and any(torch.Tag.pointwise in getattr(twin, o).tags for o in twin.overloads())
+    op: Operation
+    name: str
+    carry: Callable[..., tuple[list[Fields], bool]]
+    shape: Callable[..., Any] | None
+    zero: bool
+    whole: bool
 
 
 class Recorder(TorchDispatchMode):
@@ -131,6 +71,7 @@ class Recorder(TorchDispatchMode):
         self.constants: dict[str, Tensor] = {}
         self.copied: dict[int, Array] = {}  # by id, held so that the id stays theirs: fields that number the copies of an expanded axis
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
+        self.inside: dict[str, bool] = {}  # files that no line of the model's own code is in
         self.step = -1
 
     def leaf(self, tensor: Tensor, name: str, axes: int | None = None) -> Value:
@@ -192,11 +133,29 @@ class Recorder(TorchDispatchMode):
             self.keep(tensor, found)
         return found
 
+    def place(self) -> tuple[str, int] | None:
+        """File and line of the innermost frame that belongs neither to torch nor to this package (a sibling such as torchvision does not)."""
+        frame, inside = sys._getframe(2), self.inside
+        while frame:
+            file = frame.f_code.co_filename
+            if file not in inside:
+                inside[file] = file.startswith((HERE, TORCH)) or file[:1] in ("", "<") or file == contextlib.__file__
+            if not inside[file]:
+                return file, frame.f_lineno
+            frame = frame.f_back
+        return None
+
     def line(self) -> str:
-        return line(place())
+        return line(self.place())
+
+    def resolved(self, func: Any) -> Known:
+        op = resolve(func)
+        ways = ((op.factory, self.made), (op.picks, self.picked), (op.assemble, self.assembled), (op.move, self.moved), (op.rule, self.ruled))
+        carry = next((way for is_so, way in ways if is_so), self.met if op.pointwise else self.unknown)
+        return Known(op, op.short, carry, op.shape, op.keeps_zero, op.whole and not op.strict)
 
     def here(self) -> tuple[str, int] | None:
-        return place()
+        return self.place()
 
     def run(self, func: Any, known: Known, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
         """Execute: on the meta device as soon as one operand lies there."""
@@ -206,7 +165,7 @@ class Recorder(TorchDispatchMode):
         if self.stale:
             meta = [empty or t.untyped_storage()._cdata in self.stale for empty, t in zip(meta, given, strict=True)]
         if True in meta:
-            if known.inplace and not given[0].is_meta:
+            if known.op.inplace and not given[0].is_meta:
                 self.stale.add(given[0].untyped_storage()._cdata)
                 return given[0]
             if self.stale or False in meta:
@@ -252,7 +211,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         known = self.known.get(id(func))
         if known is None:
-            known = self.known[id(func)] = Known(func)
+            known = self.known[id(func)] = self.resolved(func)
         if known.whole:
             with self:
                 parts = func.decompose(*args, **kwargs)
@@ -270,85 +229,98 @@ class Recorder(TorchDispatchMode):
             return result
         first_lock = len(self.labels.locks)
         shapes = [tuple(t.shape) for t in results]
-        module, where = (self.stack[-1] if self.stack else ""), place()
+        module, where = (self.stack[-1] if self.stack else ""), self.place()
         try:
             outs, reduces = self.carry(known, seen, named, held, shapes, module, where)
         except (GraphpruneError, ValueError, IndexError, KeyError, TypeError) as error:
-            outs, reduces = self.refuse(known, held, len(shapes), module, where, f"not understood: {error}")
+            if known.op.strict:
+                raise error if isinstance(error, BadRule) else BadRule(f"the rule of {known.op.name} does not fit: {error}") from error
+            outs, reduces = self.refuse(known.name, held, len(shapes), module, where, f"not understood: {error}")
         if not _fits(shapes, outs):
+            if known.op.strict:
+                raise BadRule(f"the rule of {known.op.name} gives its results other shapes than {shapes}")
             whole = [Value(s, f) for s, f in zip(shapes, outs, strict=True)]
-            outs, reduces = self.refuse(known, held + whole, len(shapes), module, where, "its rule does not fit")
+            outs, reduces = self.refuse(known.name, held + whole, len(shapes), module, where, "its rule does not fit")
         number = len(self.nodes)
         zero = known.zero and bool(held) and held[0].zero
         values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
         for tensor, value in zip(results, values, strict=True):
-            if tensor is first and known.writes:
+            if tensor is first and known.op.writes:
                 value.zero = False
             self.keep(tensor, value)
-            if known.name == "empty" and not tensor.is_floating_point() and not tensor.is_meta:
+            if known.op.factory and known.op.unmade and not tensor.is_floating_point() and not tensor.is_meta:
                 self.filled[id(value)] = tensor
-        self.nodes.append(Node(func, seen, named, values, module, where, held, reduces, self.step))
+        self.nodes.append(Node(known.op, seen, named, values, module, where, held, reduces, self.step))
         self.spans.append((first_lock, len(self.labels.locks)))
         return result
 
     def carry(self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
-        name = known.name
-        if name in FACTORIES and not given:
-            return ASSEMBLE[name](self.labels, self.reason(name, module, where), shapes, *args, **kwargs), False
-        if not known.makes:
+        """The fields of the results of a call, and whether an axis is reduced."""
+        if not known.op.makes and not (known.op.factory and not given):
             for value in given:
                 if value.fields:
                     break
             else:
                 return [()] * len(shapes), False
-        reason = self.reason(name, module, where)
-        if name in ("index_select", "index"):
-            found = picked(name, args, self.numbers)
-            if found:
-                x, dim, index = found
-                self.picks.setdefault(index.leaf, []).append((x, dim))
-                outs = pick(self.labels, x, dim, index, self.numbers[index.leaf], reason)
-                self.box(outs)
-                return outs, False
-        if name in ASSEMBLE:
-            outs = ASSEMBLE[name](self.labels, reason, shapes, *args, **kwargs)
-            if name == "expand":
-                self.copied |= {id(field): field for field in outs[0][len(args[0].fields) :]}
-            return outs, False
-        if name in MOVES:
-            source, rest = args[0], args[1:]
-            moved = [MOVES[name](f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
-            moved = self.copies(source.fields, moved, reason)
-            outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
-            if len(outs) == 1:
-                outs = [merged(self.labels, outs[0], reason)]
-            self.box(outs)
-            if name in PARTS:
-                self.singled(source, outs, shapes, reason)
-            return outs, False
-        if known.plain == "_grouped_mm":
+        reason = self.labels.reason(Reason("meets an axis that keeps its size", known.name, module, where))
+        return known.carry(known.op, args, kwargs, given, shapes, reason)
+
+    def made(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        return op.assemble(self.labels, reason, shapes, *args, **kwargs), False
+
+    def picked(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        found = picked(args, self.numbers)
+        if not found:
+            return self.ruled(op, args, kwargs, given, shapes, reason)
+        x, dim, index = found
+        self.picks.setdefault(index.leaf, []).append((x, dim))
+        outs = pick(self.labels, x, dim, index, self.numbers[index.leaf], reason)
+        self.box(outs)
+        return outs, False
+
+    def assembled(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        outs = op.assemble(self.labels, reason, shapes, *args, **kwargs)
+        if op.copies:
+            self.copied |= {id(field): field for field in outs[0][len(args[0].fields) :]}
+        return outs, False
+
+    def moved(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        source, rest = args[0], args[1:]
+        moved = [op.move(f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
+        moved = self.copies(source.fields, moved, reason)
+        outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
+        if len(outs) == 1:
+            outs = [merged(self.labels, outs[0], reason)]
+        self.box(outs)
+        if op.part:
+            self.singled(source, outs, shapes, reason)
+        return outs, False
+
+    def ruled(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        if op.aligned:
             aligned(args[:2], self.uses)
-        if known.plain in RULES:
-            described = RULES[known.plain](*args, **kwargs)
-            outs, reduces = meet(self.labels, described, shapes, reason)
-            weight = next((v for v in described.operands[1:] if isinstance(v, Value)), None)
-            linear = weight is not None and (weight.zero or described.operands[0].zero) and "[" not in described.text
-            return outs + [()] * (len(shapes) - len(outs)), reduces and not linear
-        if known.pointwise:
-            ranked = [v for v in given if v.shape] or given
-            if len(ranked) == 1 and len(ranked[0].shape) == len(shapes[0]):
-                return [ranked[0].fields for _ in shapes], False
-            return meet(self.labels, pointwise(ranked, [len(s) for s in shapes]), shapes, reason)
-        if name == "as_strided_" and shapes[0] == args[0].shape and sum(n > 1 for n in shapes[0]) < 2:
-            return [args[0].fields], False
-        return self.refuse(known, given, len(shapes), module, where, "no rule for this operation")
+        described = op.describes(args, kwargs)
+        if op.strict:
+            check_results(op, described.text, shapes)
+        outs, reduces = meet(self.labels, described, shapes, reason)
+        weight = next((v for v in described.operands[1:] if isinstance(v, Value)), None)
+        linear = weight is not None and (weight.zero or described.operands[0].zero) and "[" not in described.text
+        return outs + [()] * (len(shapes) - len(outs)), reduces and not linear
 
-    def reason(self, name: str, module: str, where: Any) -> int:
-        return self.labels.reason(Reason("meets an axis that keeps its size", name, module, where))
+    def met(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        ranked = [v for v in given if v.shape] or given
+        if len(ranked) == 1 and len(ranked[0].shape) == len(shapes[0]):
+            return [ranked[0].fields for _ in shapes], False
+        return meet(self.labels, pointwise(ranked, [len(s) for s in shapes]), shapes, reason)
 
-    def refuse(self, known: Known, given: list[Value], count: int, module: str, where: Any, text: str) -> tuple[list[Fields], bool]:
+    def unknown(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        before = self.labels.reasons[reason]
+        text, cure = (op.why, "") if op.why else ("no rule for this operation", f"describe it:\n{template(op)}")
+        return self.refuse(op.short, given, len(shapes), before.module, before.where, text, cure)
+
+    def refuse(self, name: str, given: list[Value], count: int, module: str, where: Any, text: str, cure: str = "") -> tuple[list[Fields], bool]:
         """Lock what an operation touches, and only that."""
-        unknown = self.labels.reason(Reason(text, known.name, module, where))
+        unknown = self.labels.reason(Reason(text, name, module, where, cure=cure))
         for value in given:
             for held in value.fields:
                 self.labels.lock(held, unknown)
@@ -384,6 +356,16 @@ class Recorder(TorchDispatchMode):
             for array in held:
                 if max(array.shape) != array.size:  # more than one axis varies
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
+
+
+def check_results(op: Operation, text: str, shapes: list) -> None:
+    """A rule from outside has to describe every result with all its axes."""
+    results = parse(text)[1]
+    if len(results) != len(shapes):
+        raise BadRule(at(text, text.index("->"), f"the rule of {op.name} describes {len(results)} results, the call returns {len(shapes)} tensors"))
+    for axes, size in zip(results, shapes, strict=True):
+        if len(axes) != len(size):
+            raise BadRule(at(text, text.index("->") + 2, f"the rule of {op.name} names {len(axes)} axes of a result of shape {tuple(size)}"))
 
 
 def aligned(operands: tuple, uses: Uses) -> None:

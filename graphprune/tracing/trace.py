@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import BadInput
+from ..errors import BadInput, BadRule
 from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
 from .bodies import Bodies
@@ -27,15 +28,16 @@ from .copies import duplicate
 from .features import Marks, marks
 from .fused import attention, unfused
 from .needs import Call, calls_of, sized, sizes_in
+from .node import Node
 from .paths import following
 from .picks import settle
-from .record import META, Node, Recorder, is_pointwise, place
+from .record import META, Recorder
 from .sizes import Doubt, Expr, Size
 from .symbols import channels_of_bare_norms, plant
 from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, same_dice, train_run, unread
 
-__all__ = ["Graph", "Node", "Step", "is_pointwise", "trace"]
+__all__ = ["Graph", "Node", "Step", "trace"]
 
 NOT_RUN = (
     "the model does not run on the example input: {}: {}\nCall model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
@@ -143,9 +145,9 @@ PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, DATA, CALL = range(10)
 # Calls by their name: those that give out sizes, those that give plain numbers made of them, those by which values leave torch.
 KINDS = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR, "__len__": PLAIN, "stride": PLAIN, "numpy": LEAVES, "tolist": LEAVES, "__array__": LEAVES}
 PROPERTIES = {("__get__", torch.Tensor.shape): SHAPE, ("__get__", torch.Tensor.nbytes): PLAIN, ("__set__", torch.Tensor.data): DATA}
-_KINDS: dict[Any, tuple[int, str, bool]] = {}
 
 
+@lru_cache(maxsize=4096)
 def _kind(func: Any) -> tuple[int, str, bool]:
     """What to do about a function (nothing for most), its name, and whether it is a step of the model."""
     name = getattr(func, "__name__", "")
@@ -182,10 +184,7 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        found = _KINDS.get(func)
-        if found is None:
-            found = _KINDS[func] = _kind(func)
-        kind, name, step = found
+        kind, name, step = _kind(func)
         body = self.bodies[func]
         if body is not None:
             with self:
@@ -230,7 +229,7 @@ class Functions(TorchFunctionMode):
         value = self.recorder.value(tensor)
         self.recorder.read.add(id(value))
         module = self.recorder.stack[-1] if self.recorder.stack else ""
-        reason = self.recorder.labels.reason(Reason("its values leave torch", name, module, place()))
+        reason = self.recorder.labels.reason(Reason("its values leave torch", name, module, self.recorder.place()))
         for array in value.fields:
             self.recorder.labels.lock(array, reason)
 
@@ -295,6 +294,8 @@ def _traced(model: nn.Module, example: tuple[tuple, dict]) -> Graph:
         found = _run(model, example, real=False)
         stale = any("[" in name for name in found.unread)  # a cache that the run looked for under another device
         return _run(model, example, real=True) if stale else found
+    except BadRule:
+        raise
     except Exception as first:
         try:
             return _run(model, example, real=True)

@@ -16,7 +16,8 @@ import torch
 
 from ..operations.labels import Reason
 from ..operations.notation import Value
-from .record import Node, Recorder
+from .node import Node
+from .record import Recorder
 from .trees import tensors
 
 
@@ -25,17 +26,12 @@ def forget(recorder: Recorder, outputs: list[Value]) -> None:
     wanted = {id(value) for value in outputs} | recorder.read
     held: list[tuple[int, int]] = []
     for node, (start, end) in zip(reversed(recorder.nodes), reversed(recorder.spans), strict=True):
-        if node.func._schema.is_mutable or any(id(value) in wanted for value in node.outs):
+        if node.op.writes or any(id(value) in wanted for value in node.outs):
             wanted.update(map(id, node.held))
-        elif end > start and _runs_anyway(node):
+        elif end > start and node.op.any_size is not None and node.op.any_size(*node.args, **node.kwargs):
             held.append((start, end))
     for start, end in held:  # from the last to the first
         del recorder.labels.locks[start:end]
-
-
-def _runs_anyway(node: Node) -> bool:
-    name = node.func._schema.name.rpartition("::")[2]
-    return name == "slice" or (name == "select" and node.args[2] in (0, -1))
 
 
 def unread(recorder: Recorder, nodes: list[Node]) -> list[str]:

@@ -5,24 +5,12 @@ They read and make labels, so they are neither pure movement nor a line of text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
+from ..errors import BadRule
 from .labels import Array, Fields, Labels, compact, varying
 from .notation import Value, meet
-from .rules import pointwise
-
-ASSEMBLE: dict[str, Callable[..., list[Fields]]] = {}
-
-
-def assemble(*names: str) -> Callable:
-    def register(function: Callable) -> Callable:
-        for name in names:
-            ASSEMBLE[name] = function
-        return function
-
-    return register
+from .record import assemble, pointwise
 
 
 def free(labels: Labels, shape: tuple[int, ...], axes: range | list[int]) -> Fields:
@@ -38,12 +26,6 @@ def free(labels: Labels, shape: tuple[int, ...], axes: range | list[int]) -> Fie
                 made = made.reshape(view)
             fields.append(made)
     return tuple(fields)
-
-
-@assemble("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn",
-          "empty_permuted", "new_empty_strided", "empty_strided")  # fmt: skip
-def factory(labels: Labels, reason: int, outs: list, *args, **kwargs) -> list[Fields]:
-    return [free(labels, outs[0], range(len(outs[0])))]
 
 
 def copies(labels: Labels, shape: tuple[int, ...], axes: list[int]) -> Fields:
@@ -73,7 +55,7 @@ def merged(labels: Labels, fields: Fields, reason: int) -> Fields:
     return tuple(left)
 
 
-@assemble("expand")
+@assemble("expand", copies=True, makes=True)
 def expand(labels: Labels, reason: int, outs: list, x: Value, sizes, **kwargs) -> list[Fields]:
     new = len(outs[0]) - len(x.shape)
     grown = [a for a in range(len(outs[0])) if a < new or x.shape[a - new] != outs[0][a]]
@@ -81,7 +63,7 @@ def expand(labels: Labels, reason: int, outs: list, x: Value, sizes, **kwargs) -
     return [held + copies(labels, outs[0], grown)]
 
 
-@assemble("repeat")
+@assemble("repeat", makes=True)
 def repeat(labels: Labels, reason: int, outs: list, x: Value, times) -> list[Fields]:
     new = len(times) - len(x.shape)
     held = []
@@ -108,26 +90,14 @@ def _without(x: Value, axis: int, labels: Labels, reason: int) -> Fields:
     return tuple(held)
 
 
-@assemble("_pack_padded_sequence")
-def pack(labels: Labels, reason: int, outs: list, x: Value, lengths: Value, batch_first: bool = False) -> list[Fields]:
-    """Sequences of several lengths one behind the other: time and batch become one axis, features stay what they are."""
-    held = []
-    for field in x.fields:
-        if max(field.shape[:2]) > 1:
-            labels.lock(field, reason)
-        else:
-            held.append(field.reshape(1, *field.shape[2:]))
-    return [tuple(held), ()]
-
-
-@assemble("select")
+@assemble("select", part=True, any_size=lambda x, dim, index: index in (0, -1))
 def select(labels: Labels, reason: int, outs: list, x: Value, dim: int, index: int) -> list[Fields]:
     dim %= len(x.shape)
     held = _without(x, dim, labels, reason)
     return [tuple(compact(f.take(index if f.shape[dim] > 1 else 0, axis=dim)) for f in held)]
 
 
-@assemble("unbind")
+@assemble("unbind", part=True)
 def unbind(labels: Labels, reason: int, outs: list, x: Value, dim: int = 0) -> list[Fields]:
     dim %= len(x.shape)
     held = _without(x, dim, labels, reason)
@@ -190,3 +160,11 @@ def pad(labels: Labels, reason: int, outs: list, x: Value, padding: list, value:
             fields[number] = np.concatenate([ends[0], field, ends[1]], axis=axis)
         fields = [f for f in fields if f is not None]
     return [tuple(fields)]
+
+
+@assemble("as_strided_")
+def as_strided(labels: Labels, reason: int, outs: list, x: Value, *args, **kwargs) -> list[Fields]:
+    """The same tensor again, where it has one axis or is none in another layout."""
+    if outs[0] != x.shape or sum(n > 1 for n in outs[0]) > 1:
+        raise BadRule("the same memory in another layout")
+    return [x.fields]

@@ -1,0 +1,17 @@
+"""Tensors made out of nothing but sizes: uniform along every axis, so that they can be cut wherever they meet what is cut."""
+
+from __future__ import annotations
+
+from .assembly import free
+from .labels import Fields, Labels
+from .record import assemble, describe
+
+
+@assemble("zeros", "ones", "full", "empty", "rand", "randn", factory=True)
+@assemble("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", makes=True)
+@assemble("empty_permuted", "empty_strided")
+def factory(labels: Labels, reason: int, outs: list, *args, **kwargs) -> list[Fields]:
+    return [free(labels, outs[0], range(len(outs[0])))]
+
+
+describe("empty", "new_empty", unmade=True)

@@ -1,0 +1,66 @@
+"""Sums, statistics and orders along axes: what is summed goes, what is weighed against the rest of an axis is mixed, what is ordered stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .notation import Expr, Value, expr
+from .record import LETTERS, computes, pointwise
+
+
+def dims(dim: Any, rank: int) -> set[int]:
+    """The axes that an argument names; all of them where it names none."""
+    if dim is None or (isinstance(dim, list | tuple) and not dim):
+        return set(range(rank))
+    return {d % max(rank, 1) for d in ([dim] if isinstance(dim, int) else dim)}
+
+
+def _reduced(x: Value, dim: Any, keepdim: bool, outs: int = 1) -> Expr:
+    over = dims(dim, len(x.shape))
+    left = [f"[{LETTERS[i]}]" if i in over else LETTERS[i] for i in range(len(x.shape))]
+    right = [("1" if i in over else LETTERS[i]) for i in range(len(x.shape)) if keepdim or i not in over]
+    return expr(" ".join(left) + "->" + ",".join([" ".join(right)] * outs), x)
+
+
+@computes("mean", "sum", "amax", "amin", "prod", "any", "all", "logsumexp", "std", "var", "nansum", "max", "min")
+def reduction(x, dim=None, keepdim=False, **kwargs):
+    if isinstance(dim, Value):
+        return pointwise([x, dim], [max(len(x.shape), len(dim.shape))])
+    return _reduced(x, dim, bool(keepdim), outs=2)
+
+
+@computes("var_mean", "std_mean")
+def var_mean(x, dim=None, *, correction=None, keepdim=False):
+    return _reduced(x, dim, keepdim, outs=2)
+
+
+@computes("linalg_vector_norm", "norm")
+def vector_norm(x, ord=2, dim=None, keepdim=False, **kwargs):
+    return _reduced(x, dim, keepdim)
+
+
+@computes("_softmax", "_safe_softmax", "softmax", softmax=True)
+@computes("_log_softmax", "log_softmax")
+def softmax(x, dim, *args, **kwargs):
+    axes = [LETTERS[i] for i in range(len(x.shape))]
+    axes[dim] = f"[{axes[dim]}]"
+    return expr(" ".join(axes) + "->" + " ".join(axes), x)
+
+
+@computes("cumsum", "cumprod", "sort", "argsort", "cummax")
+def along(x, dim=-1, *args, **kwargs):
+    dim = args[0] if args and isinstance(args[0], int) and not isinstance(args[0], bool) else dim
+    dim = kwargs.get("dim", dim) if isinstance(kwargs.get("dim", dim), int) else -1
+    axes = " ".join("_" if i == dim % len(x.shape) else LETTERS[i] for i in range(len(x.shape)))
+    return expr(f"{axes} -> {axes}, {axes}", x)
+
+
+@computes("topk")
+def topk(x, k, dim=-1, *args, **kwargs):
+    return along(x, dim=dim)
+
+
+@computes("tril", "triu")
+def triangle(x, *args):
+    lead = " ".join(LETTERS[: len(x.shape) - 2])
+    return expr(f"{lead} _ _ -> {lead} _ _", x)
