@@ -48,7 +48,7 @@ class Widths(_Brief):
     0 <= ratio < 1, by name, pattern, module type, module or predicate ``(name, module) -> bool`` of the modules or parameters that make the units.
     ``to``: widths instead of shares, by the same keys: how many outputs the module keeps (``{"layers.*.mlp.gate_proj": 9216}``). ``uniform``: groups of one
     kind and size keep equally many units in all layers, as configurations with one number for all of them need. ``rewrite``: modules whose code holds a size
-    as a literal come back as ``torch.fx.GraphModule`` where that frees an axis; False leaves them whole.
+    as a literal come back in a subclass that reads it from an attribute where that frees an axis; False leaves them whole.
     Raises :class:`~graphprune.errors.BadRatio` or :class:`~graphprune.errors.BadTarget`.
     """
 

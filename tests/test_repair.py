@@ -444,9 +444,9 @@ def test_a_rewritten_module_is_repaired():
     torch.manual_seed(0)
     net, data, fresh = Literal().double().eval(), batches(6, 64), batches(2, 64, seed=5)
     small, plan = graphprune.shrink(net, data[0][:1], 0.4, return_plan=True)
-    assert isinstance(small, torch.fx.GraphModule) and "conv.weight" in plan.cuts
+    assert isinstance(small, Literal) and "conv.weight" in plan.cuts
     better = graphprune.repair(small, net, plan, data)
-    assert isinstance(better, torch.fx.GraphModule)
+    assert isinstance(better, Literal)
     assert distance(better, net, fresh) < 0.5 * distance(small, net, fresh)
 
 

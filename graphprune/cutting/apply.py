@@ -85,8 +85,6 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     else:
         small = duplicate(model, {**memo, **cut})
     if plan.rewrites:
-        if inplace and "" in plan.rewrites:
-            raise BadPlan("the model's own code is rewritten, which gives a new object; use inplace=False")
         small = spell(small, plan.rewrites)
     for _, module in modules_of(small):
         if module._forward_pre_hooks:

@@ -29,7 +29,7 @@ class Plan:
     """``cuts[name][axis]``: kept positions; ``shapes[name]``: the original shape; ``edits``: (module, attribute …, new).
 
     ``numbers``: for buffers that number positions of a cut axis, the new number of every old one (-1: gone).
-    ``rewrites``: the modules whose code holds sizes as literals; they come back as ``torch.fx.GraphModule``.
+    ``rewrites``: the modules whose code holds sizes as literals; they come back as subclasses that read them from attributes.
     ``parts``: changes beyond cutting axes (masks, smaller kernels, skipped modules).
     """
 

@@ -24,7 +24,7 @@ def best(graph: Graph, model: nn.Module, request: Request, scored: Scored) -> Pl
         plan = plan_widths(graph, model, request, scored, literals)[2]
     except (NothingToPrune, BadTarget) as error:
         nothing = error
-    if not request.widths.rewrite or not literals or (request.inplace and "" in literals):
+    if not request.widths.rewrite or not literals:
         if plan is None:
             raise nothing
         return plan
@@ -32,7 +32,8 @@ def best(graph: Graph, model: nn.Module, request: Request, scored: Scored) -> Pl
     try:
         other = spelled(model, paths)
         found = plan_widths(trace(other, *graph.example), other, request, scored)[2]
-        note = f"note: sizes are literals in the code of {', '.join(name or 'the model' for name in paths)}; it is rewritten as torch.fx.GraphModule"
+        names = ", ".join(name or "the model" for name in paths)
+        note = f"note: sizes are literals in the code of {names}; it is rewritten to read them from attributes, in a subclass of the same name"
         found = replace(found, rewrites=paths, notes=(*found.notes, note))
         check(graph, model, apply(model, found), found)
     except GraphpruneError as error:

@@ -22,11 +22,13 @@ from torch import nn
 PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
                    types.BuiltinFunctionType, type(...), type(NotImplemented), range, property})  # fmt: skip
 OWN = frozenset(key for key, value in nn.Module().__dict__.items() if type(value) in (dict, OrderedDict, set))
+ORIGIN = "rewritten_from"  # a class made by graphprune.cutting.rewrite has it: the user's class, like which it copies
 _ORDINARY: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # a rewritten module is of a class of its own
 
 
 def ordinary(kind: type) -> bool:
     """Whether modules of this class copy by their ``__dict__`` alone."""
+    kind = kind.__dict__.get(ORIGIN, kind)
     if kind not in _ORDINARY:
         base = nn.Module
         same = getattr(kind, "__getstate__", None) is getattr(base, "__getstate__", None) and kind.__reduce_ex__ is base.__reduce_ex__

@@ -63,4 +63,8 @@ def _push(stack: list[str], path: str) -> Callable[..., None]:
 
 
 def _pop(stack: list[str]) -> Callable[..., None]:
-    return lambda *_: stack and stack.pop() and None
+    def pop(*_: Any) -> None:  # what a hook returns would take the place of the result
+        if stack:
+            stack.pop()
+
+    return pop
