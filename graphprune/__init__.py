@@ -8,7 +8,7 @@ from .cutting.apply import apply
 from .cutting.compose import compose
 from .cutting.expand import expand
 from .cutting.masks import bake, masked, semi_structured
-from .cutting.plan import Plan
+from .cutting.plan import Plan, plan_of
 from .cutting.zeroed import zeroed
 from .errors import GraphpruneError
 from .formats.folder import load, save
@@ -63,6 +63,7 @@ __all__ = [
     "refresh_optimizer",
     "measure",
     "plan",
+    "plan_of",
     "profile",
     "register",
     "repair",

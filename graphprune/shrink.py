@@ -9,7 +9,7 @@ from torch import nn
 
 from .cutting.apply import apply
 from .cutting.compose import so_far
-from .cutting.plan import Plan
+from .cutting.plan import Plan, note_plan
 from .cutting.undo import undone
 from .cutting.verify import check, check_model
 from .options import Repair, Runtime, Widths
@@ -96,7 +96,7 @@ def shrink(
     if inplace:
         with undone(model, chosen.edits):
             small = refill(apply(model, chosen, inplace=True), small)
-    small.__dict__["graphprune_plan"] = so_far(model, chosen)
+    note_plan(small, so_far(model, chosen))
     disappointments(graph, model, chosen, request)
     return (small, chosen) if return_plan else small
 

@@ -169,3 +169,8 @@ def test_the_collector_stays_on_in_the_users_functions():
     graphprune.shrink(Block(), X, criterion="taylor", batches=[X], loss=loss)
     graphprune.shrink(Block(), X, criterion=lambda groups, model, batches: [seen.append(gc.isenabled()) or torch.rand(g.size) for g in groups])
     assert len(seen) >= 2 and all(seen)
+
+
+def test_a_cut_model_says_its_plan():
+    small, plan = graphprune.shrink(Block(), X, return_plan=True)
+    assert graphprune.plan_of(small).cuts == plan.cuts and graphprune.plan_of(Block()) is None

@@ -17,7 +17,7 @@ import torch
 from ..errors import BadPlan
 from .masks import parameter_name
 from .parts import Part, narrowed, pack, unpack, widened
-from .plan import Plan
+from .plan import Plan, plan_of
 
 
 def compose(first: Plan, second: Plan) -> Plan:
@@ -48,7 +48,7 @@ def compose(first: Plan, second: Plan) -> Plan:
 
 def so_far(model: torch.nn.Module, plan: Plan) -> Plan:
     """``plan`` relative to the model that was there before the first cut: the model's own plan, if it has one, and then this."""
-    earlier = model.__dict__.get("graphprune_plan")
+    earlier = plan_of(model)
     return compose(earlier, plan) if earlier is not None else plan
 
 

@@ -11,7 +11,7 @@ from ..errors import BadPlan
 from ..tracing.trees import leaf_tensors
 from .masks import masks_of, parameter_name
 from .parts import narrowed, unpack
-from .plan import Plan
+from .plan import Plan, plan_of
 
 
 def expand(small: nn.Module, plan: Plan | None = None, *, partial: bool = False) -> dict[str, torch.Tensor]:
@@ -25,7 +25,7 @@ def expand(small: nn.Module, plan: Plan | None = None, *, partial: bool = False)
     >>> {name: tuple(tensor.shape) for name, tensor in expand(graphprune.shrink(net, torch.zeros(1, 4))).items() if "weight" in name}
     {'0.weight': (8, 4), '2.weight': (2, 8)}
     """
-    plan = plan_of(small, plan)
+    plan = known_plan(small, plan)
     gone = [part.name for part in plan.parts if part.kind == "skip"]
     if gone and not partial:
         text = f"the plan removed {', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}, and no weights stand for a module that is gone"
@@ -62,9 +62,9 @@ def _spread(data: torch.Tensor, columns: torch.Tensor, cuts: Mapping[int, Sequen
     return full
 
 
-def plan_of(small: nn.Module, plan: Plan | None) -> Plan:
+def known_plan(small: nn.Module, plan: Plan | None) -> Plan:
     """The plan that is given, or the one that the model carries."""
-    known = plan or small.__dict__.get("graphprune_plan")
+    known = plan or plan_of(small)
     if known is None:
         raise BadPlan("the model carries no plan; pass the one that shrink(..., return_plan=True) returned")
     return known

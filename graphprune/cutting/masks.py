@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from ..errors import BadModel, BadPlan
 from ..tracing.fused import gathered
 from .parts import Part, narrowed, unpack
-from .plan import Plan
+from .plan import Plan, note_plan, plan_of
 
 
 class Mask(nn.Module):
@@ -159,9 +159,9 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
         parametrize.remove_parametrizations(module, own, leave_parametrized=True)
         if set(order) == set(module._parameters):
             module._parameters = {key: module._parameters[key] for key in order}
-    plan = baked.__dict__.get("graphprune_plan")
+    plan = plan_of(baked)
     if plan is not None:
-        baked.__dict__["graphprune_plan"] = replace(plan, parts=tuple(p for p in plan.parts if p.kind != "mask"))
+        note_plan(baked, replace(plan, parts=tuple(p for p in plan.parts if p.kind != "mask")))
     return gathered(baked)
 
 

@@ -80,6 +80,22 @@ class Plan:
         return cls(**read(text)[0])
 
 
+def plan_of(model: torch.nn.Module) -> Plan | None:
+    """The plan that made a model what it is, relative to the original that was first cut; None for a model that was not.
+
+    It is an attribute of the model (``graphprune_plan``), so that it is copied and pickled with it.
+
+    >>> plan_of(torch.nn.Linear(2, 3)) is None
+    True
+    """
+    return model.__dict__.get("graphprune_plan")
+
+
+def note_plan(model: torch.nn.Module, plan: Plan) -> None:
+    """Keep the plan with the model that it made, for :func:`plan_of`."""
+    model.__dict__["graphprune_plan"] = plan
+
+
 class Survivors:
     """Which labels survive, and what that leaves of any axis of any tensor of the run."""
 

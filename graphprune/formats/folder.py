@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from ..cutting.apply import apply
-from ..cutting.expand import plan_of
+from ..cutting.expand import known_plan
 from ..cutting.masks import masks_of, parameter_name
 from ..cutting.parts import Part, pack, widened
-from ..cutting.plan import Plan
+from ..cutting.plan import Plan, note_plan
 from ..cutting.schema import CHECKSUM, checksum
 from ..cutting.schema import read as read_plan
 from ..errors import BadFile, BadPlan, GraphpruneError
@@ -51,7 +51,7 @@ def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    plan = plan_of(small, plan)
+    plan = known_plan(small, plan)
     masks = masks_of(small, plan)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in _stored(small, masks):
@@ -160,7 +160,7 @@ def _filled(file: Any, folder: Path, base: nn.Module, plan: Plan, rest: dict[str
                 tensors[name].masked_scatter_(keep, saved.to(tensors[name]))
     if rest.get("weights", digest.text) != digest.text:
         raise BadFile(f"the weights in {folder} are not those that were saved with its plan: damaged, or of another model")
-    small.__dict__["graphprune_plan"] = plan
+    note_plan(small, plan)
     return small
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..coupling.groups import couple
 from ..coupling.links import links
-from ..cutting.plan import Plan
+from ..cutting.plan import Plan, plan_of
 from ..cutting.zeroed import Masks
 from ..errors import BadInput, BadPlan
 from ..operations.notation import Value
@@ -65,7 +65,7 @@ class Distillation:
         self.active: ExitStack | None = None
         if not features:
             return
-        found = plan or student.__dict__.get("graphprune_plan")
+        found = plan or plan_of(student)
         if found is None or example_input is None:
             raise BadPlan("features need the plan of the cut, relative to the teacher, and the example input")
         args, kwargs = normal_inputs(example_input, example_kwargs)

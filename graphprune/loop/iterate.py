@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..cutting.apply import apply
 from ..cutting.compose import compose
-from ..cutting.plan import Plan
+from ..cutting.plan import Plan, note_plan, plan_of
 from ..errors import BadLoop, BadTarget, LessThanAsked, NothingToPrune
 from ..shrink import shrink
 from ..spelling import OLD, modern
@@ -190,8 +190,8 @@ def _kept(job: _Job, name: str) -> tuple[nn.Module, Plan]:
 
 
 def _with_plan(model: nn.Module, original: nn.Module, plan: Plan) -> nn.Module:
-    earlier = original.__dict__.get("graphprune_plan")
-    model.__dict__["graphprune_plan"] = compose(earlier, plan) if earlier is not None else plan
+    earlier = plan_of(original)
+    note_plan(model, compose(earlier, plan) if earlier is not None else plan)
     return model
 
 

@@ -26,7 +26,7 @@ from ..cutting.compose import so_far
 from ..cutting.kernels import columns_of
 from ..cutting.masks import parameter_name
 from ..cutting.parts import narrowed, unpack
-from ..cutting.plan import Plan
+from ..cutting.plan import Plan, note_plan
 from ..errors import BadOptimizer, BadPlan
 from ..tracing.trees import leaf_tensors
 
@@ -144,5 +144,5 @@ def refresh_ema(averaged: Any, plan: Plan) -> Any:
         inner = inner.module
     whole = so_far(inner, plan)
     apply(inner, plan, inplace=True)
-    inner.__dict__["graphprune_plan"] = whole
+    note_plan(inner, whole)
     return averaged

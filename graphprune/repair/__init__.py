@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..catalogue import enter
-from ..cutting.plan import Plan
+from ..cutting.plan import Plan, plan_of
 from ..errors import BadCalibration, UnknownName
 from ..options import Repair
 from ..tracing.fused import gathered
@@ -96,7 +96,7 @@ def repair(
     True
     """
     names = _named(steps)
-    plan = plan or small.__dict__.get("graphprune_plan")
+    plan = plan or plan_of(small)
     if plan is None:
         raise BadCalibration("the cut model carries no plan; pass the one that shrink(..., return_plan=True) returned")
     names = _possible(names, steps, plan)
@@ -148,7 +148,7 @@ def after_cut(small: nn.Module, original: nn.Module, plan: Plan, asked: Repair |
         return small, plan
     facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": asked.progress}
     better = repair(small, original, plan, asked.batches, asked.steps, graph=graph, **facts)
-    return better, better.__dict__.get("graphprune_plan", plan)
+    return better, plan_of(better) or plan
 
 
 def refill(model: nn.Module, repaired: nn.Module) -> nn.Module:
