@@ -124,11 +124,47 @@ def test_the_history_counts_what_profile_counts(kind):
 
 def test_advice_of_a_refused_score_can_be_followed():
     net, batches = Stacked(nn.GRU).double().eval(), [X]
-    with pytest.raises(BadScore, match=r"graphprune\.scores\.effect\.with_\(otherwise='l2'\)"):
-        graphprune.shrink(net, X[:1], 0.5, criterion="effect", batches=batches)
+    with pytest.raises(BadScore, match=r"graphprune\.scores\.bn_scale\.with_\(otherwise='l2'\)"):
+        graphprune.shrink(net, X[:1], 0.5, criterion="bn_scale", batches=batches)
     assert graphprune.shrink(net, X[:1], 0.5, criterion=graphprune.scores.effect.with_(otherwise="l2"), batches=batches).a.hidden_size == 6
     with pytest.raises(AttributeError, match="no attribute 'affect'"):
         _ = graphprune.scores.affect
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_effect_counts_what_recurrent_gates_read(kind):
+    """A unit whose columns in every gate and reader are zero is the cheapest; one that only gates read is not."""
+    net = Stacked(kind).double().eval()
+    groups = graphprune.couple(graphprune.trace(net, X[:1]))
+    with torch.no_grad():
+        for group in groups:
+            for name, axis in group.places:
+                if axis == 1 and name.partition(".")[2]:  # columns
+                    tensor = dict(net.named_parameters())[name]
+                    tensor[:, torch.from_numpy(group.places[name, axis]) == 2] = 0
+    scores = graphprune.score(groups, net, "effect", [X, X.flip(0)], progress=False)
+    for group, found in zip(groups, scores, strict=True):
+        assert found.argmin() == 2 and (found[torch.arange(group.size) != 2] > 0).all()
+        assert found[2] < 1e-6 * found.median()
+
+
+def test_a_group_without_readers_is_scored_by_its_weights_and_said_so():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.dead = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(4, 6)
+
+        def forward(self, x):
+            self.dead(x)
+            return self.b(self.a(x).relu())
+
+    torch.manual_seed(0)
+    net, x = Dead().double(), torch.randn(32, 4, dtype=torch.float64)
+    groups = graphprune.couple(graphprune.trace(net, x[:1]))
+    if len(groups) > 1:
+        with pytest.warns(UserWarning, match="norms of their weights"):
+            scores = graphprune.score(groups, net, "effect", [x], progress=False)
+        assert all((found >= 0).all() and found.sum() > 0 for found in scores)
 
 
 def test_weights_inside_recurrent_layers_are_said_to_be_left():

@@ -333,6 +333,21 @@ def test_of_two_equal_channels_one_costs_nothing_at_the_output():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_effect_in_several_passes_is_effect_in_one(monkeypatch):
+    module = importlib.import_module("graphprune.repair.effect")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    data = [torch.randn(64, 6, dtype=F64) for _ in range(4)]
+    groups = graphprune.couple(graphprune.trace(net, data[0][:1]))
+    whole = graphprune.score(groups, net, "effect", data, progress=False)
+    passes, observe = [], module._observe
+    monkeypatch.setattr(module, "MEMORY", 1)
+    monkeypatch.setattr(module, "_observe", lambda *args: passes.append(1) or observe(*args))
+    parts = graphprune.score(groups, net, "effect", data, progress=False)
+    assert len(passes) == len(groups) == 2
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
 def test_effect_equals_refits_of_every_candidate():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -340,7 +355,7 @@ def test_effect_equals_refits_of_every_candidate():
     groups = graphprune.couple(graphprune.trace(net, x[:1]))
     (found,) = graphprune.score(groups, net, "effect", [x], progress=False, per="unit")
     torch.manual_seed(0)
-    project = torch.randn(64, 3, dtype=F64)
+    project = torch.randn(64, 3, dtype=F64, generator=torch.Generator().manual_seed(int(torch.randint(2**31, ()))))
     project -= project.mean(1, keepdim=True)
     with torch.no_grad():
         weight, hidden = net[2].weight.detach(), net[1](net[0](x))

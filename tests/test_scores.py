@@ -319,11 +319,12 @@ def wanda_sp():
 
 def flap():
     def raw(g, u):
-        if g == 1:
-            return sum(act(1, u)[:, p].var(correction=0) * readers(1, u)[:, p].square().sum() for p in range(4))
-        return act(g, u).var(correction=0) * readers(g, u).square().sum()
+        if g == 1:  # four channels of the linear layer belong to each unit: standardised one by one, then averaged
+            return [float(act(1, u)[:, p].var(correction=0) * readers(1, u)[:, p].square().sum()) for p in range(4)]
+        return [float(act(g, u).var(correction=0) * readers(g, u).square().sum())]
 
-    return [(r - r.mean()) / r.std(correction=0) for r in each(raw)]
+    every = [torch.tensor([raw(g, u) for u in range(group.size)], dtype=torch.float64) for g, group in enumerate(GROUPS)]
+    return [((r - r.mean()) / r.std(correction=0)).mean(1) for r in every]
 
 
 def entropy():

@@ -15,7 +15,7 @@ Hermite coefficients. Where nothing is known (the input, an attention's result) 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,11 +64,24 @@ def unknown(count: int, axis: int) -> Belief:
     return Belief(torch.zeros(count, dtype=torch.float64), torch.eye(count, dtype=torch.float64), axis)
 
 
-def beliefs(graph: Graph, held: Mapping[str, Tensor]) -> dict[int, Belief]:
-    """By the id of each value of the run, what is known of its channels; ``held`` are the model's tensors by name."""
+def beliefs(graph: Graph, held: Mapping[str, Tensor], wanted: Collection[int] | None = None) -> dict[int, Belief]:
+    """By the id of each value of the run, what is known of its channels; ``held`` are the model's tensors by name.
+
+    With ``wanted`` (ids of values) what is known of any other is let go once it was read last, but for the energy that a norm divided by: the covariances
+    of a long run (a recurrent layer, step by step) would not fit into memory.
+    """
     reader = _Reader(graph, held)
-    for node in graph.nodes:
+    last = {id(value): index for index, node in enumerate(graph.nodes) for value in (*node.outs, *tensors((node.args, node.kwargs)))}
+    for index, node in enumerate(graph.nodes):
         reader.read(node)
+        for value in (*node.outs, *tensors((node.args, node.kwargs))) if wanted is not None else ():
+            belief = reader.found.get(id(value))
+            if belief is None or last[id(value)] != index or id(value) in wanted:
+                continue
+            if belief.energy is None:
+                del reader.found[id(value)]
+            else:
+                reader.found[id(value)] = replace(belief, cov=torch.empty(0, 0, dtype=torch.float64))
     return reader.found
 
 

@@ -16,11 +16,14 @@ Of many positions a random part is read, the same share of every batch: what is 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 
 import torch
 
-from ..errors import BadScore
+from ..coupling.links import Link
+from ..errors import BadScore, warn
+from ..scores.activations import by_reader
 from ..scores.data import samples
 from ..scores.fold import lacking
 from ..scores.greedy import surgeon_in_blocks
@@ -40,6 +43,7 @@ ROWS = 16384
 ENTRIES = 2**16  # numbers of each sample that are taken in any case
 WORK = 0.15  # how much of the time of the passes the products of either kind may take
 EVERY = 4  # of so many batches one is kept out of the fits and tells what they are worth
+MEMORY = 2**29  # bytes of matrices that are added up in one pass over the data
 ENOUGH = 0.25  # columns per row up to which a Gram matrix is taken at its word
 
 
@@ -77,34 +81,102 @@ class _Seen:
     cost="a forward and a backward pass with Gram matrices of kernel taps, then O(C³) a group",
 )
 def effect(task: Task, per: str = "macs", damping: float = 1e-4, otherwise: str | None = None) -> Scores:
-    """``Σ_q tr(B_q W_S ((H_q⁻¹)_SS)⁻¹ W_Sᵀ)`` at the moment of removal, summed over the consumers q of a group; ``per``: "macs" or "unit"."""
-    graph = task.groups.graph
-    every = {site.weight: site for site in sites(graph)[0]}
-    seen = _observe(task, every)
-    found: list[Tensor | None] = []
-    for group, mine in zip(task.groups, task.links, strict=True):
-        parts = []
-        for link in mine:
-            site = every.get(link.leaf)
-            if link.role == "consumes" and site is not None and seen[link.leaf].data is not None:
-                parts.append(_form(task, site, seen[link.leaf], torch.from_numpy(link.units), group.size, damping))
-        parts = [part for part in parts if part is not None]
-        if not parts:
-            found.append(None)
-            continue
-        halves = [p[1] for p in parts]
-        losses = surgeon_in_blocks([p[0] for p in parts], [h.writes.T @ h.writes for h in halves], [h.blocks for h in halves])
-        measurable = all(h.check is not None and len(h.fit) <= LARGEST for h in halves)
-        if measurable and any(p[2] > 0 for p in parts):
-            losses = unseen(losses, halves)
-        found.append(losses / _cost(task, every, mine) if per == "macs" else losses)
-    return lacking(task, found, otherwise, "effect", "a weight that sums over the units of an activation")
+    """``Σ_q tr(B_q W_S ((H_q⁻¹)_SS)⁻¹ W_Sᵀ)`` at the moment of removal, summed over the consumers q of a group; ``per``: "macs" or "unit".
+
+    Consumers that are no single product (the gates of a recurrent layer, a weight used twice) count by what they read times their weights, on the scale
+    that measured consumers have; a group without any reader by the norm of its weights, on the same scale. ``otherwise`` names a score for groups
+    without a measured consumer.
+    """
+    every = {site.weight: site for site in sites(task.groups.graph)[0]}
+    consumers = [[link for link in links if link.role == "consumes" and link.leaf in every] for links in task.links]
+    projection = int(torch.randint(2**31, ()))
+    measured: list[Tensor | None] = []
+    measuring: list[set[str]] = []  # the weights whose loss counts
+    for block in _blocks(task, every, consumers):
+        seen = _observe(task, every, {link.leaf for index in block for link in consumers[index]}, projection)
+        for index in block:
+            losses, leaves = _losses(task, every, consumers[index], task.groups.groups[index].size, seen, damping)
+            measured.append(losses)
+            measuring.append(leaves)
+    if otherwise is None:
+        losses_of = _with_others(task, measured, measuring)
+    else:
+        losses_of = lacking(task, measured, otherwise, "effect", "a weight that sums over the units of an activation")
+    return [losses / _cost(task, every, group_links) if per == "macs" else losses for losses, group_links in zip(losses_of, task.links, strict=True)]
 
 
-def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
-    """One forward pass for every batch, and one backward pass through the activations alone."""
-    wanted = {link.leaf for mine in task.links for link in mine if link.role == "consumes"}
-    seen = {name: _Seen() for name in every}
+def _losses(task: Task, every: dict[str, Site], links: list[Link], size: int, seen: dict[str, _Seen], damping: float) -> tuple[Tensor | None, set[str]]:
+    """What the removal of each unit costs its consumers, and which those are; None where none could be measured."""
+    forms = {
+        link.leaf: _form(task, every[link.leaf], seen[link.leaf], torch.from_numpy(link.units), size, damping)
+        for link in links
+        if seen[link.leaf].data is not None
+    }
+    parts = {leaf: form for leaf, form in forms.items() if form is not None}
+    if not parts:
+        return None, set()
+    halves = [half for _, half, _ in parts.values()]
+    losses = surgeon_in_blocks(
+        [inverse for inverse, _, _ in parts.values()], [half.writes.T @ half.writes for half in halves], [half.blocks for half in halves]
+    )
+    measurable = all(half.check is not None and len(half.fit) <= LARGEST for half in halves)
+    if measurable and any(beyond > 0 for _, _, beyond in parts.values()):
+        losses = unseen(losses, halves)
+    return losses, set(parts)
+
+
+def _with_others(task: Task, measured: list[Tensor | None], measuring: list[set[str]]) -> Scores:
+    """The losses with what unmeasured consumers add: what they read times their weights, squared, as much as that is worth where both are known."""
+    consumers = [{link.leaf for link in links if link.role == "consumes" and link.leaf in task.parameters} for links in task.links]
+    if all(losses is not None and not leaves - known for losses, leaves, known in zip(measured, consumers, measuring, strict=True)):
+        return [losses for losses in measured if losses is not None]
+    readers = by_reader(task, "second")
+    worth = _ratio(measured, [sum((parts[leaf] for leaf in known if leaf in parts), torch.zeros(1)) for parts, known in zip(readers, measuring, strict=True)])
+    norms = [norm.square() for norm in task.by("l2")]
+    total: list[Tensor | None] = []
+    for losses, parts, known in zip(measured, readers, measuring, strict=True):
+        others = [worth * part for leaf, part in parts.items() if leaf not in known]
+        known_losses = [] if losses is None else [losses]
+        total.append(torch.stack([*known_losses, *others]).sum(0) if known_losses or others else None)
+    scale = _ratio(total, norms)
+    unread = [group.name for group, losses in zip(task.groups, total, strict=True) if losses is None]
+    if unread:
+        names = ", ".join(unread[:3]) + (", …" if len(unread) > 3 else "")
+        warn(f"the score 'effect' measures no consumer of {len(unread)} of {len(total)} groups ({names}); they are scored by the norms of their weights")
+    return [scale * norm if losses is None else losses for losses, norm in zip(total, norms, strict=True)]
+
+
+def _ratio(losses: Sequence[Tensor | None], others: Sequence[Tensor]) -> float:
+    """How much of one measure the other is worth: the median over the groups that have both, 1 where none has."""
+    pairs = [(float(mine.sum()), float(other.sum())) for mine, other in zip(losses, others, strict=True) if mine is not None]
+    ratios = sorted(mine / other for mine, other in pairs if mine > 0 and other > 0)
+    return ratios[len(ratios) // 2] if ratios else 1.0
+
+
+def _blocks(task: Task, every: dict[str, Site], consumers: list[list[Link]]) -> Iterator[list[int]]:
+    """Successive groups whose consumers' matrices fit into MEMORY together (one group at least): a pass over the data for each block."""
+    block: list[int] = []
+    leaves: set[str] = set()
+    for index, links in enumerate(consumers):
+        wider = leaves | {link.leaf for link in links}
+        if block and wider > leaves and sum(_bytes(every[leaf], task.tensors[leaf]) for leaf in wider) > MEMORY:
+            yield block
+            block, wider = [], {link.leaf for link in links}
+        block.append(index)
+        leaves = wider
+    yield block
+
+
+def _bytes(site: Site, weight: Tensor) -> int:
+    """What the moments of a consumer's inputs, on two parts of the samples, and of its gradients take, in float64."""
+    columns = weight.numel() // weight.shape[site.axis]
+    columns = columns if columns <= LARGEST else weight.shape[1 - site.axis]
+    return 8 * (2 * columns**2 + min(weight.shape[site.axis], columns if _told(site, weight) else weight.shape[site.axis]) ** 2)
+
+
+def _observe(task: Task, every: dict[str, Site], wanted: set[str], projection: int) -> dict[str, _Seen]:
+    """One forward pass for every batch, and one backward pass through the activations alone; ``projection`` seeds the random projections of outputs."""
+    seen = {name: _Seen() for name in sorted(wanted)}
     held = {name: task.tensors[name] for name in every}
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
@@ -123,11 +195,12 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
 
         def see(value: object, tensor: Tensor, count: int = count, first: list[Tensor] = first, at: int = index) -> None:
             for site in readers[id(value)]:
-                weight, mine = held[site.weight], seen[site.weight]
+                weight = held[site.weight]
                 if site.x is value and not tensor.requires_grad:  # every gradient passes on its way to a weight of this kind
                     first.append(weight)
                 if site.weight not in wanted:
                     continue
+                mine = seen[site.weight]
                 rows = _rows(site, tensor.detach(), weight, count) if site.x is value else None
                 if rows is not None:
                     (mine.others if at % EVERY == 1 else mine.rows).add(rows)
@@ -140,7 +213,8 @@ def _observe(task: Task, every: dict[str, Site]) -> dict[str, _Seen]:
         with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, values.values(), see):
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
             centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
-            loss = sum((o * torch.randn_like(o)).sum() for o in centred)
+            generator = torch.Generator().manual_seed(projection + index)  # the same for every block of groups
+            loss = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device)).sum() for o in centred)
         if not bool(torch.isfinite(torch.as_tensor(loss))):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
         if outs and first:
@@ -254,10 +328,14 @@ def _cost(task: Task, every: dict[str, Site], mine: list) -> float:
     total = 0.0
     for link in mine:
         site = every.get(link.leaf)
-        if site is None:
-            continue
         weight = task.tensors[link.leaf]
         length = weight.shape[link.axis]
+        if site is None:
+            shape = () if link.value is None or weight.ndim < 2 else link.value.shape
+            if shape:  # once for each position of what it reads or makes
+                positions = math.prod(shape) / shape[link.dim]
+                total += weight.numel() * positions * (link.units >= 0).sum() / length / max(int(link.units.max()) + 1, 1)
+            continue
         outs = weight.shape[site.axis]
         there = math.prod(site.y.shape) / outs if site.more is None else math.prod(site.x.shape) / site.x.shape[1]
         total += weight.numel() * there * (link.units >= 0).sum() / length / max(int(link.units.max()) + 1, 1)

@@ -54,14 +54,13 @@ def repair_free(original: nn.Module, small: nn.Module, graph: Graph, plan: Plan,
     Errors are believed ones; with ``checks`` (batches) they are measured, and what does worse there is not done.
     """
     wide, tight = ({name: t.detach() for name, _, _, t in leaf_tensors(model)} for model in (original, small))
-    known = beliefs(graph, wide)
+    places = [site for site in sites(graph)[0] if plan.cuts.get(site.weight, {}).get(1 - site.axis) is not None and site.weight in tight]
+    known = beliefs(graph, wide, {id(site.x) for site in places})
     name = "data-free" if set(steps) == set(STEPS) else " and ".join(steps)
     done: list[Repaired] = []
     offers: list[_Offer] = []
-    for site in sites(graph)[0]:
-        kept = plan.cuts.get(site.weight, {}).get(1 - site.axis)
-        if kept is None or site.weight not in tight:
-            continue
+    for site in places:
+        kept = plan.cuts[site.weight][1 - site.axis]
         if site.more is not None:  # how many taps reach an output depends on where it stands
             done.append(idle("left", f"{site.weight}: a transposed convolution needs data"))
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from itertools import islice
 from operator import add
 from typing import Any
 
@@ -54,9 +55,9 @@ def repair_weights(
             if isinstance(place, Scale):
                 done += fit_scale(work.weights, place, [work.scaled(place, a, b) for a, b in zip(wide, tight, strict=True)], len(batches))
                 continue
-            parts = [work.seen(place, a, b) for a, b in zip(wide, tight, strict=True)]
-            data = reduce(add, parts[: len(batches)])
-            check = reduce(add, parts[len(batches) :]) if spare else data
+            parts = (work.seen(place, a, b) for a, b in zip(wide, tight, strict=True))  # added up one by one: each is as large as the sum
+            data = reduce(add, islice(parts, len(batches)))
+            check = reduce(add, parts) if spare else data
             done += fit(work.weights, place, data, check, setting)
     return done + [idle("left", f"{name}: {reason}") for name, reason in left.items() if name in plan.cuts]
 

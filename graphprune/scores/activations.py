@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..coupling.links import Link
 from ..errors import UnknownName
 from .fold import lacking
 from .registry import scorer
@@ -100,30 +101,55 @@ def _sample_norms(task: Task, otherwise: str | None) -> Scores:
 
 def _weighted(task: Task, statistic: str, otherwise: str | None, name: str) -> Scores:
     """``Σ_consumers Σ_positions statistic(X_p) ‖W_p‖²`` for every unit."""
+    parts = [list(readers.values()) for readers in by_reader(task, statistic)]
+    sums = [torch.stack(each).sum(0) if each else None for each in parts]
+    return lacking(task, sums, otherwise, name, "a weight that reads the units")
+
+
+def by_reader(task: Task, statistic: str) -> list[dict[str, Tensor]]:
+    """For every group and each weight that reads it, ``Σ_positions statistic(X_p) ‖W_p‖²`` of every unit, (units,).
+
+    What reads the units where the run does not show them (the state inside a recurrent layer) meets what they are on average elsewhere.
+    """
     every = places(task)
-    moments = {id(place): Moments() for mine in every for place in mine}
+    moments = {id(place): Moments() for group_places in every for place in group_places}
     observe(task, every, lambda place, tensor: moments[id(place)].add(by_position(tensor, place.dim)))
-    found: list[Tensor | None] = []
-    for group, mine in zip(task.groups, every, strict=True):
-        total, weighed = torch.zeros(group.size, dtype=torch.float64), False
-        for place in mine:
-            seen = getattr(moments[id(place)], statistic).cpu()
+    sums: list[dict[str, Tensor]] = []
+    for group, group_places in zip(task.groups, every, strict=True):
+        readers: dict[str, Tensor] = {}
+        means = []
+        for place in group_places:
+            values = getattr(moments[id(place)], statistic).cpu()
+            means.append(_by_unit(place, values, group.size))
             for link in place.readers:
-                if link.leaf not in task.parameters:
-                    continue
-                weight = task.parameters[link.leaf].detach().movedim(link.axis, 0)
-                sizes = weight.double().flatten(1).square().sum(1).cpu() if weight.ndim > 1 else weight.double().square().cpu()
-                total, weighed = total + _pair(place, seen, torch.from_numpy(link.units), sizes, group.size), True
-        found.append(total if weighed else None)
-    return lacking(task, found, otherwise, name, "a weight that reads the units")
+                if link.leaf in task.parameters:
+                    units = torch.from_numpy(link.units)
+                    readers[link.leaf] = readers.get(link.leaf, 0.0) + _pair(place, values, units, _columns(task, link), group.size)
+        hidden = [link for link in task.links[group.index] if link.role == "consumes" and link.leaf in task.parameters and link.leaf not in readers]
+        for link in hidden if means else ():
+            units = torch.from_numpy(link.units)
+            columns = torch.zeros(group.size, dtype=torch.float64).index_add_(0, units[units >= 0], _columns(task, link)[units >= 0])
+            readers[link.leaf] = torch.stack(means).mean(0) * columns
+        sums.append(readers)
+    return sums
+
+
+def _columns(task: Task, link: Link) -> Tensor:
+    """The squared norms of a weight's slices along the axis that a link names."""
+    weight = task.parameters[link.leaf].detach().movedim(link.axis, 0).double()
+    return (weight.flatten(1).square().sum(1) if weight.ndim > 1 else weight.square()).cpu()
+
+
+def _by_unit(place: Place, values: Tensor, size: int) -> Tensor:
+    """The mean of the positions of each unit."""
+    return place.by_unit(values, size) / place.by_unit(torch.ones(len(values)), size).clamp(min=1)
 
 
 def _pair(place: Place, seen: Tensor, units: Tensor, sizes: Tensor, size: int) -> Tensor:
     """Position by position where weight and activation have the same ones; else mean activation by unit times all weights of the unit."""
     if torch.equal(units, place.along):
         return place.by_unit(seen * sizes, size)
-    mean = place.by_unit(seen, size) / place.by_unit(torch.ones(len(seen)), size).clamp(min=1)
-    return mean * torch.zeros(size, dtype=torch.float64).index_add_(0, units[units >= 0], sizes[units >= 0])
+    return _by_unit(place, seen, size) * torch.zeros(size, dtype=torch.float64).index_add_(0, units[units >= 0], sizes[units >= 0])
 
 
 @scorer(
@@ -140,14 +166,50 @@ def wanda_sp(task: Task, otherwise: str | None = None) -> Scores:
     "An et al. 2024 (FLAP)",
     needs="inputs",
     cost="one forward pass",
-    default={"normalise": "standardise"},
 )
-def flap(task: Task, otherwise: str | None = None) -> Scores:
+def flap(task: Task, standardise: bool = True, otherwise: str | None = None) -> Scores:
     """``Var(X_c) · ‖W_c‖²``: the error that stays when a bias takes over the mean of a removed channel (WIFV).
 
-    Standardised within each group, as the paper does before it ranks all layers together (``normalise="none"`` leaves it out).
+    As in the paper, the *channels* of each group are standardised before all are ranked together, and a unit of several channels (a head) has their mean:
+    three heads of 64 channels are three means near 0, not three numbers of variance 1. ``standardise=False`` adds the channels up as they are.
     """
-    return _weighted(task, "variance", otherwise, "flap")
+    if not standardise:
+        return _weighted(task, "variance", otherwise, "flap")
+    every = places(task)
+    moments = {id(place): Moments() for group_places in every for place in group_places}
+    observe(task, every, lambda place, tensor: moments[id(place)].add(by_position(tensor, place.dim)))
+    scores: list[Tensor | None] = []
+    for group, group_places in zip(task.groups, every, strict=True):
+        channels: dict[bytes, tuple[Tensor, Tensor]] = {}  # by the unit of each channel: those units, and the sum over the weights that read them so
+        for place in group_places:
+            for link in place.readers:
+                if link.leaf in task.parameters:
+                    units, values = _channels(task, place, link, moments[id(place)].variance.cpu(), group.size)
+                    known = channels.get(units.numpy().tobytes())
+                    channels[units.numpy().tobytes()] = units, values if known is None else known[1] + values
+        scores.append(_standard_means(list(channels.values()), group.size) if channels else None)
+    return lacking(task, scores, otherwise, "flap", "a weight that reads the units")
+
+
+def _channels(task: Task, place: Place, link: Link, variance: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The unit of each channel, and its fluctuation times the squared weights that read it."""
+    units, columns = torch.from_numpy(link.units), _columns(task, link)
+    if torch.equal(units, place.along):
+        return units[units >= 0], (variance * columns)[units >= 0]
+    return torch.arange(size), _pair(place, variance, units, columns, size)
+
+
+def _standard_means(channels: list[tuple[Tensor, Tensor]], size: int) -> Tensor:
+    """The mean over each unit's channels once all channels are standardised.
+
+    >>> _standard_means([(torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 3.0, 1.0, 3.0]))], 2).tolist()
+    [0.0, 0.0]
+    """
+    units, values = torch.cat([each for each, _ in channels]), torch.cat([each for _, each in channels]).double()
+    spread = values.std(correction=0)
+    values = (values - values.mean()) / spread if spread > 0 else values - values.mean()
+    zeros = torch.zeros(size, dtype=torch.float64)
+    return zeros.index_add(0, units, values) / zeros.index_add(0, units, torch.ones_like(values)).clamp(min=1)
 
 
 @scorer("activation", "entropy of the pooled activation over the data", "Luo and Wu 2017", needs="inputs", cost="two forward passes")
