@@ -52,15 +52,15 @@ def test_nothing_in_the_package_knows_a_model():
 
 
 ORDER = {
-    "": """errors catalogue options quantities operations tracing coupling cost scores select names cutting budget
+    "": """errors catalogue options quantities wording tables operations tracing coupling cost scores select names cutting budget
         timing repair granularity planning formats spelling shrink loop __main__""",
     "operations": """labels notation contraction record assembly attention factories indexing moves norms pointwise pooling products recurrent
         reductions spectral shapes laws""",
-    "tracing": "sizes trees picks needs symbols bodies paths fused copies node origin record unused features trace probe",
+    "tracing": "sizes trees picks needs symbols bodies paths fused copies node origin record unused features summary trace probe",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
-    "cutting": "parts schema plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
+    "cutting": "parts outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
     "formats": "atomic folder",
     "budget": "targets space optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",

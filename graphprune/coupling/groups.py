@@ -7,6 +7,7 @@ that leaves a choice.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,11 @@ import numpy as np
 from ..operations.labels import Array, Joint, Partition, Reason
 from ..operations.labels import rows as rows_of
 from ..operations.notation import Value
+from ..tables import Table
 from ..tracing.trace import Graph
+from ..wording import brief, counted, folded
+
+ROWS = 40  # what fits a screen
 
 NO_FEATURE = Reason("positions, not features: no product with a learnt weight makes them", kind="position")
 
@@ -35,6 +40,16 @@ class Group:
     def size(self) -> int:
         return len(self.units)
 
+    def __str__(self) -> str:
+        lines: dict[int, list[str]] = {}
+        for (name, axis), units in self.places.items():
+            lines.setdefault(axis, []).append(name if len(units) == self.size else f"{name} (part of {len(units)})")
+        places = "\n".join(f"  axis {axis}: {folded(names, 12)}" for axis, names in sorted(lines.items()))
+        return f"group {self.index} ({self.name}): {counted(self.size, 'unit')} in {counted(len(self.places), 'place')}\n{places}"
+
+    def __repr__(self) -> str:
+        return f"Group({self.index}, {self.name!r}, units={brief(self.units)}, places={len(self.places)})"
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -49,6 +64,36 @@ class Groups:
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
+
+    def __getitem__(self, index: int) -> Group:
+        return self.groups[index]
+
+    def table(self) -> Table:
+        """One row for every group; ``parameters`` counts the entries of all weights along its units (a weight between two groups counts for both)."""
+        volumes = {name: math.prod(leaf.shape) for name, leaf in self.graph.leaves.items() if name in self.graph.parameters}
+        rows = []
+        for group in self:
+            along = sum(volumes[n] * np.count_nonzero(units >= 0) / len(units) for (n, _), units in group.places.items() if n in volumes)
+            rows.append((group.index, group.name, group.size, len(group.places), round(float(along)), along / max(1, sum(volumes.values()))))
+        return Table(("group", "name", "units", "places", "parameters", "share"), tuple(rows), {"share": lambda value: f"{100 * value:.1f} %"})
+
+    def __str__(self) -> str:
+        table = self.table()
+        shown = Table(table.columns, table.rows if len(table) <= ROWS else tuple(sorted(table.rows, key=lambda row: -row[5])[:ROWS]), table.formats)
+        hidden = [f"… and {counted(len(table) - ROWS, 'smaller group')}: groups.table()"] if len(table) > ROWS else []
+        reasons: dict[str, list[str]] = {}
+        for (name, axis), reason in self.locked.items():
+            if not (axis > 1 and "conv" in reason.op):  # heights and widths of kernels, which nobody expects to be cut
+                reasons.setdefault(f"{reason.text} ({reason.op})" if reason.op else reason.text, []).append(f"{name} axis {axis}")
+        whole = [f"whole: {text}: {counted(len(axes), 'axis', 'axes')}: {folded(axes)}" for text, axes in reasons.items()]
+        more = [f"… and {counted(len(whole) - 10, 'more reason')}: groups.locked"] if len(whole) > 10 else []
+        return "\n".join([f"{counted(len(self), 'group')} in {counted(len(self.graph.leaves), 'tensor')}", str(shown), *hidden, *whole[:10], *more])
+
+    def __repr__(self) -> str:
+        return f"<Groups: {len(self)} groups of {sum(group.size for group in self)} units, {len(self.locked)} axes whole>"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     @cached_property
     def key(self) -> tuple:

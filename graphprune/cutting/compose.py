@@ -16,6 +16,7 @@ import torch
 
 from ..errors import BadPlan
 from .masks import parameter_name
+from .outline import Outline
 from .parts import Part, narrowed, pack, unpack, widened
 from .plan import Plan, plan_of
 
@@ -43,7 +44,8 @@ def compose(first: Plan, second: Plan) -> Plan:
     for name, new in first.numbers.items():
         then = second.numbers.get(name)
         numbers[name] = [-1 if n < 0 else then[n] for n in new] if then else new
-    return Plan(cuts, shapes, edited, _notes(first, second), _lines(cuts, shapes, first, second), rewrites=rewrites, numbers=numbers, parts=parts)
+    texts, summary = (_notes(first, second), _lines(first, second)), _outline(first, second, cuts)
+    return Plan(cuts, shapes, edited, *texts, rewrites=rewrites, numbers=numbers, parts=parts, outline=summary)
 
 
 def so_far(model: torch.nn.Module, plan: Plan) -> Plan:
@@ -112,7 +114,11 @@ def _notes(first: Plan, second: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*first.notes, *second.notes)))
 
 
-def _lines(cuts: dict, shapes: dict, first: Plan, second: Plan) -> tuple[str, ...]:
-    lines = [f"{name} axis {axis}: {shapes[name][axis]} -> {len(kept)}" for name, axes in cuts.items() for axis, kept in sorted(axes.items())]
-    done = [line for plan in (first, second) if plan.parts for line in plan.lines]
-    return tuple(dict.fromkeys((*lines, *done, *(line for line in second.lines if line.startswith("whole: ")))))
+def _lines(first: Plan, second: Plan) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*first.lines, *second.lines)))
+
+
+def _outline(first: Plan, second: Plan, cuts: dict) -> Outline | None:
+    if first.outline is None or second.outline is None:
+        return first.outline or second.outline
+    return first.outline.then(second.outline, cuts)

@@ -6,7 +6,6 @@ It holds, for every tensor axis that is cut, the surviving positions, and the at
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,8 +17,11 @@ from ..coupling.groups import Groups
 from ..operations.labels import Array
 from ..operations.notation import Value
 from ..select import Kept
+from ..tables import Table
 from ..tracing.needs import Need
 from ..tracing.picks import renumber
+from .describe import brief_text, compared, explain_text, headline, html_text, kept_positions, table_of
+from .outline import Outline, outline
 from .parts import Part, survivors
 from .schema import VERSION, read
 
@@ -31,6 +33,7 @@ class Plan:
     ``numbers``: for buffers that number positions of a cut axis, the new number of every old one (-1: gone).
     ``rewrites``: the modules whose code holds sizes as literals; they come back as subclasses that read them from attributes.
     ``parts``: changes beyond cutting axes (masks, smaller kernels, skipped modules).
+    ``outline``: totals, widths and reasons as numbers (:mod:`graphprune.cutting.outline`); ``print(plan)``, :meth:`explain` and :meth:`table` read it.
     """
 
     cuts: dict[str, dict[int, list[int]]]
@@ -41,6 +44,7 @@ class Plan:
     rewrites: tuple[str, ...] = ()
     numbers: dict[str, list[int]] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
+    outline: Outline | None = field(default=None, compare=False)
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
@@ -59,9 +63,41 @@ class Plan:
                 mask &= survivors(part, shape)
         return mask
 
-    def explain(self) -> str:
-        """Group by group what goes and what it takes along; for every axis left whole, why."""
-        return "\n".join((*self.lines, *self.notes))
+    def explain(self, verbose: bool = False) -> str:
+        """Totals first, then a line for each group, and the axes that stay whole by their reason and what it costs.
+
+        ``verbose`` lists every tensor of every group, and every axis that stays whole (also heights and widths of kernels).
+        """
+        return explain_text(self, verbose)
+
+    def table(self, by: str = "groups") -> Table:
+        """Rows for ``"groups"``, ``"tensors"`` (all of the model, with why an axis is whole) or ``"changes"`` (masks, smaller kernels, removed modules).
+
+        A :class:`~graphprune.tables.Table` prints, iterates over dictionaries, and has ``to_csv``, ``to_pandas`` and ``markdown``. ``params`` and
+        ``macs`` are the shares of the model's that lie along the units of a group. Raises :class:`~graphprune.errors.UnknownName`.
+        """
+        return table_of(self, by)
+
+    def kept(self, name: str, axis: int = 0) -> list[int]:
+        """Which positions of the original stay: of a tensor, or of a module's weight (axis 0: its output channels).
+
+        >>> Plan({"conv.weight": {0: [1, 3]}}, {"conv.weight": (4, 3, 1, 1)}).kept("conv")
+        [1, 3]
+        """
+        return kept_positions(self, name, axis)
+
+    def compare(self, other: Plan) -> Table:
+        """Where ``other``, a plan of the same model, differs: widths, positions, totals. Empty when the two do the same."""
+        return compared(self, other)
+
+    def __str__(self) -> str:
+        return brief_text(self)
+
+    def __repr__(self) -> str:
+        return f"<Plan: {headline(self)}; {len(self.cuts)} tensors cut, {len(self.edits)} attributes changed>"
+
+    def _repr_html_(self) -> str:
+        return html_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested lists, texts and numbers, for JSON."""
@@ -69,6 +105,7 @@ class Plan:
         data: dict[str, Any] = {"version": VERSION, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
         data |= {"rewrites": self.rewrites} if self.rewrites else {}
         data |= {"numbers": self.numbers} if self.numbers else {}
+        data |= {"outline": self.outline.to_dict()} if self.outline else {}
         return data | ({"parts": [part.to_json() for part in self.parts]} if self.parts else {})
 
     def to_json(self) -> str:
@@ -158,20 +195,12 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
             cuts.setdefault(name, {})[axis] = listed[id(mask)]
     cuts = {name: cuts[name] for name in leaves if name in cuts}
     shapes = {name: leaves[name].shape for name in cuts}
-    lines = []
-    for group, stay in zip(groups, kept, strict=True):
-        lines.append(f"group {group.index} ({group.name}): {len(stay)} of {group.size} units stay")
-        for name, axis in group.places:
-            size = leaves[name].shape[axis]
-            left = cuts[name].get(axis) if name in cuts else None
-            lines.append(f"  {name} axis {axis}: {size} -> {size if left is None else len(left)}")
-    for (name, axis), reason in groups.locked.items():
-        lines.append(f"whole: {name} axis {axis} ({math.prod(leaves[name].shape)} entries): {reason}")
+    lines, stays = [], Survivors(groups, kept)
     numbers, picks = {}, groups.graph.picks
-    stays = Survivors(groups, kept) if picks else None
     for name, (value, dim) in picks.items():
         mask = stays.axis(value, dim)
         if not mask.all():
             numbers[name] = renumber(mask)
-            lines.append(f"  {name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
-    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines), numbers=numbers)
+            lines.append(f"{name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
+    summary = outline(groups, cuts, [len(stay) for stay in kept], lambda value, dim: int(np.count_nonzero(stays.axis(value, dim))))
+    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines), numbers=numbers, outline=summary)

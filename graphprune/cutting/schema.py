@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import BadPlan
+from .outline import Outline
 from .parts import Part
 
 VERSION = 1
@@ -76,6 +77,7 @@ def _fields(data: dict[str, Any]) -> dict[str, Any]:
         "rewrites": tuple(_text(item, "rewrites") for item in _list(data.get("rewrites", []), "rewrites")),
         "numbers": numbers,
         "parts": _parts(_list(data.get("parts", []), "parts"), shapes),
+        "outline": Outline.from_dict(_table(data["outline"], "outline")) if "outline" in data else None,
     }
 
 

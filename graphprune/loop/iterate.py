@@ -46,6 +46,12 @@ class Result:
     history: History
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.reason}\n\n{self.history}\n\n{self.plan}"
+
+    def __repr__(self) -> str:
+        return f"<Result: {self.reason}; {len(self.history)} rows; {self.plan!r}>"
+
 
 def iterate(
     model: nn.Module,

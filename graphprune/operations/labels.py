@@ -124,6 +124,9 @@ class Labels:
     _alive: list[tuple[Array, Array]] = field(default_factory=list)
     _blocks: dict[int, tuple[int, Array]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<Labels: {self.count} labels, {len(self.pairs) + len(self.wholes)} joins, {len(self.locks)} locks, {len(self.joints)} joints>"
+
     def fresh(self, size: int) -> Array:
         made = np.arange(self.count, self.count + size, dtype=np.int32)
         if size:

@@ -44,6 +44,10 @@ class Value:
     storage: int = -1
     order: tuple[int, ...] | None = None
 
+    def __repr__(self) -> str:
+        origin = self.leaf or (f"call {self.node}" if self.node >= 0 else "")
+        return f"Value({'x'.join(map(str, self.shape)) or 'scalar'}{f', {origin}' if origin else ''})"
+
 
 class Expr(NamedTuple):
     """A rule's answer for one call: the text, the tensors it speaks of, and sizes that shapes do not tell."""

@@ -7,6 +7,7 @@ from itertools import islice
 
 from torch import nn
 
+from ..cutting.outline import Outline, Totals
 from ..cutting.plan import Plan
 from ..errors import NothingToPrune, UnknownName, warn
 from ..granularity.blocks import Modules, Removable
@@ -63,7 +64,9 @@ def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
     lines = reached(left.costs(gone), limits) if limits else []
     lines += [f"{one.name}: {'removed' if one in gone else 'stays'} ({size_of(model, one)} weights)" for one in free]
     lines += [f"{one.name}: stays, kept on request" for one in found if one not in free]
-    return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()))
+    before, after = (Totals(round(costs["params"]), round(costs["macs"])) for costs in (left.costs([]), left.costs(gone)))
+    shapes = {name: tuple(leaf.shape) for name, leaf in graph.leaves.items() if name in graph.parameters}
+    return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()), outline=Outline(before, after, shapes=shapes))
 
 
 def _tell(kind: str, pools: Mapping[float | None, Sequence[Removable]], ratio: float) -> None:

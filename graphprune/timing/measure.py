@@ -58,8 +58,11 @@ class Measurement:
     def __str__(self) -> str:
         text = f"{self.seconds * 1e3:.2f} ms ({self.low * 1e3:.2f} to {self.high * 1e3:.2f})"
         if self.speedup and self.band and self.control:
-            text += f", {self.speedup:.2f}x faster ({self.band[0]:.2f} to {self.band[1]:.2f}; reference against itself {self.control:.3f})"
-        return f"{text}; {self.runtime}, {self.threads} threads, {self.memory_format}, {self.clock} time, {self.rounds} rounds"
+            ratio, low, high, word = self.speedup, *self.band, "faster"
+            if ratio < 1:
+                ratio, low, high, word = 1 / ratio, 1 / high, 1 / low, "slower"
+            text += f", {ratio:.2f}x {word} ({low:.2f} to {high:.2f}; reference against itself {self.control:.3f})"
+        return f"{text}; {self.runtime}, {self.threads} thread{'s' if self.threads > 1 else ''}, {self.memory_format}, {self.clock} time, {self.rounds} rounds"
 
 
 def measure(

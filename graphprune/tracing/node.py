@@ -19,6 +19,7 @@ from ..operations import Operation
 from ..operations.contraction import Product
 from ..operations.notation import Expr, Value
 from ..operations.record import pointwise
+from ..wording import brief
 
 __all__ = ["Node", "Norm", "line", "torch"]
 
@@ -55,6 +56,12 @@ class Node:
     step: int = -1
     _rule: Any = field(default=None, repr=False)
     _products: tuple[Product, ...] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join([brief(value) for value in self.args] + [f"{name}={brief(value)}" for name, value in self.kwargs.items()])
+        results = ", ".join("x".join(map(str, out.shape)) or "scalar" for out in self.outs)
+        place = ", ".join(part for part in (self.module, self.line) if part)
+        return f"{self.name}({arguments}) -> {results}{f'  # {place}' if place else ''}"
 
     @property
     def line(self) -> str:

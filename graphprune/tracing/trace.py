@@ -33,6 +33,7 @@ from .paths import following
 from .picks import settle
 from .record import META, Recorder
 from .sizes import Doubt, Expr, Size
+from .summary import summary
 from .symbols import channels_of_bare_norms, plant
 from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, same_dice, train_run, unread
@@ -91,6 +92,12 @@ class Graph:
     unread: list[str] = field(default_factory=list)  # the leaves that no run reads
     picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
     marks: Marks = field(default_factory=Marks)  # which labels learnt weights make and read
+
+    def __str__(self) -> str:
+        return summary(self)
+
+    def __repr__(self) -> str:
+        return f"<Graph: {len(self.nodes)} calls, {len(self.leaves)} tensors, {self.labels.count} labels>"
 
     def to_networkx(self) -> Any:
         """The dependency graph: one node per call (with its operation, module and line), one edge per tensor."""
