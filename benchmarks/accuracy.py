@@ -120,13 +120,13 @@ def scored(model: nn.Module, x: torch.Tensor) -> tuple[Callable, float]:
             known.append(graphprune.score(groups, model, "effect", x.split(128), progress=False))
         return known[0]
 
-    graphprune.shrink(model, x[:1], 0.5, criterion=criterion, scope="global", keep=KEEP, verify=False)
+    graphprune.shrink(model, x[:1], 0.5, score=criterion, scope="global", keep=KEEP, verify=False)
     return criterion, time.perf_counter() - start
 
 
 def cut(model: nn.Module, criterion: Callable, budget: float, x: torch.Tensor) -> nn.Module:
     """Ours before the repair, at most at so many MACs."""
-    options = {"criterion": criterion, "scope": "global", "keep": KEEP, "verify": False}
+    options = {"score": criterion, "scope": "global", "keep": KEEP, "verify": False}
     return narrowed(lambda ratio: graphprune.shrink(model, x[:1], ratio, **options), x[:1], budget, above=False, rounds=14)
 
 

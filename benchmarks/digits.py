@@ -109,7 +109,7 @@ def main() -> None:
     rows = [row("before", model, test)]
     batches = train_x[:256].split(64)  # inputs alone: a repair needs no labels
     say(f"shrinking to {options.macs:.0%} of the MACs, scored on 256 training images")
-    cut, plan = graphprune.shrink(model, train_x[:2], macs=options.macs, scope="global", criterion="effect", batches=batches, return_plan=True)
+    cut, plan = graphprune.shrink(model, train_x[:2], macs=options.macs, scope="global", score=graphprune.scores.effect.on(batches), return_plan=True)
     rows.append(row("after the cut", cut, test))
     say("repairing in closed form, from the same images and no labels")
     small = graphprune.repair(cut, model, plan, batches)

@@ -43,8 +43,8 @@ def piece(number: int, draws: int) -> dict:
         row["blocks"].update(blocks)
         options = {"scope": scope, "return_plan": True, "verify": False}
         try:
-            small, plan = graphprune.shrink(net, X, ratio, criterion=graphprune.scores.random.with_(seed=dice), **options)
-            _, other = graphprune.shrink(net, X, ratio, criterion=graphprune.scores.random.with_(seed=dice + 1000), **options)
+            small, plan = graphprune.shrink(net, X, ratio, score=graphprune.scores.random.with_(seed=dice), **options)
+            _, other = graphprune.shrink(net, X, ratio, score=graphprune.scores.random.with_(seed=dice + 1000), **options)
         except NothingToPrune:
             row["whole"] += 1
             return

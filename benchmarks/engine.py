@@ -180,7 +180,7 @@ def seven_billion() -> list[str]:
         model = transformers.LlamaForCausalLM(config).eval()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    _, plan = graphprune.shrink(model, {"input_ids": torch.tensor([[1, 2, 3, 4]])}, 0.5, criterion="random", verify=False, return_plan=True)
+    _, plan = graphprune.shrink(model, {"input_ids": torch.tensor([[1, 2, 3, 4]])}, 0.5, score="random", verify=False, return_plan=True)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     count = sum(p.numel() for p in model.parameters())

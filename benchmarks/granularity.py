@@ -62,8 +62,8 @@ def rows(
 ) -> list[str]:
     lines = []
     for granularity in names:
-        more = {"criterion": "influence", "batches": data} if granularity in ("block", "layer") else {}
-        small, plan = graphprune.shrink(model, x[:1], granularity=granularity, return_plan=True, **more, **goal(granularity))
+        more = {"score": graphprune.scores.on("influence", data)} if granularity in ("block", "layer") else {}
+        small, plan = graphprune.shrink(model, x[:1], what=granularity, return_plan=True, **more, **goal(granularity))
         gap, change = exactness(model, plan, x[:2])
         found = graphprune.measure(small, x, model, threads=threads, seconds=seconds)
         low, high = found.band
@@ -122,7 +122,7 @@ def main() -> None:
         *rows(vit, photos, TRANSFORMER, [photos], lambda *_: "", options.seconds, options.threads),
         "",
         "A wide 3x3 convolution (256 -> 256, 28 x 28, batch 1): the product of fewer (channel, tap) columns against the stock convolution, measured in turn.",
-        '`granularity="group"` takes the product only in layers where such a measurement on the user\'s machine says that it is faster.',
+        '`what="group"` takes the product only in layers where such a measurement on the user\'s machine says that it is faster.',
         "",
         "| columns left | product, ms | convolution, ms |",
         "|---|---|---|",

@@ -100,7 +100,7 @@ def search(job: dict) -> Iterator[dict]:
     for target in job["targets"]:
         row, start = {"target": target}, time.perf_counter()
         try:
-            options = {"runtime": job["runtime"], "threads": 1, "return_plan": True}
+            options = {"on": graphprune.Runtime(job["runtime"], threads=1), "return_plan": True}
             small, plan = graphprune.shrink(model, x, speedup=target, **options)
             found = re.search(
                 r"predicted ([\d.]+)x, measured ([\d.]+)x \(([\d.]+) to ([\d.]+); ([\d.]+) ms; the original against itself ([\d.]+)", plan.notes[-1]
@@ -195,11 +195,17 @@ def peer(job: dict) -> Iterator[dict]:
         yield {"target": target, **theirs}
 
 
+def spent(objective: str | float) -> dict:
+    """A budget of MACs spent for score, for time, or between, on one thread."""
+    return {"on": graphprune.Runtime(threads=1, objective=objective)}
+
+
 def at_least(model: nn.Module, x: torch.Tensor, macs: float, objective: str | float) -> tuple[nn.Module, float]:
     """Ours with at least so many MACs, as few more as the widths allow, and how many it has."""
     full = graphprune.profile(model, x).macs
     for more in (0.0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05, 0.08, 0.12):
-        small = graphprune.shrink(model, x, macs=min(1.0, macs / full * (1 + more)), objective=objective, scope="optimal", multiple_of="auto", threads=1)
+        share, steps = min(1.0, macs / full * (1 + more)), graphprune.Widths(multiple_of="auto")
+        small = graphprune.shrink(model, x, macs=share, **spent(objective), scope="allocated", widths=steps)
         found = graphprune.profile(small, x).macs
         if found >= macs:
             break
@@ -247,7 +253,7 @@ def trained(job: dict) -> tuple:
         return known[1]
 
     def cut(*ratio: float, **wish: Any) -> nn.Module:
-        return graphprune.shrink(model, x, *ratio, criterion=criterion, verify=False, multiple_of=job["multiple_of"], **wish)
+        return graphprune.shrink(model, x, *ratio, score=criterion, verify=False, widths=graphprune.Widths(multiple_of=job["multiple_of"]), **wish)
 
     def judged(small: nn.Module) -> dict[str, float]:
         after = top1(graphprune.repair(small, model, None, images.split(128), progress=False), test, truth)
@@ -261,8 +267,8 @@ def accuracy(job: dict) -> Iterator[dict]:
     model, x, cut, judged, base = trained(job)
     for target in job["targets"]:
         made = {
-            "latency-aware": cut(speedup=target, threads=1),
-            "MAC-aware": met(model, x, target, lambda ratio: cut(macs=1 - ratio, scope="optimal")),
+            "latency-aware": cut(speedup=target, on=graphprune.Runtime(threads=1)),
+            "MAC-aware": met(model, x, target, lambda ratio: cut(macs=1 - ratio, scope="allocated")),
             "uniform": met(model, x, target, cut),
         }
         rows = timed(model, list(made.values()), x, {**job, "runtime": "eager"})
@@ -274,7 +280,7 @@ def objectives(job: dict) -> Iterator[dict]:
     """One budget of MACs spent for score, for score per time, and for time: what the clock says, and what the test images say."""
     model, x, cut, judged, base = trained(job)
     for target in job["targets"]:
-        made = {objective: cut(macs=1 / target, objective=objective, scope="optimal", threads=1) for objective in OBJECTIVES}
+        made = {objective: cut(macs=1 / target, **spent(objective), scope="allocated") for objective in OBJECTIVES}
         rows = timed(model, list(made.values()), x, {**job, "runtime": "eager"})
         for (way, small), row in zip(made.items(), rows, strict=True):
             yield {"target": target, "way": str(way), "base": base, **judged(small), **row}

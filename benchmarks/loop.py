@@ -286,10 +286,10 @@ def slim(make: Callable[[], nn.Module], data: Images, step: int) -> dict[str, tu
     few = [(realdata.normalise(data[0][i : i + 32]), data[1][i : i + 32]) for i in range(0, 128, 32)]
     found = {"whole": ("", whole, 0.0)}
     for criterion in SCORES:
-        more = {} if criterion == "synflow" else {"batches": few, "loss": nn.functional.cross_entropy}
+        score = criterion if criterion == "synflow" else getattr(graphprune.scores, criterion).on(few, nn.functional.cross_entropy)
         for fewer in (2, 4):
             begin = time.perf_counter()
-            small = graphprune.shrink(whole, X, macs=1 / fewer, criterion=criterion, multiple_of=step, verify=False, **more)
+            small = graphprune.shrink(whole, X, macs=1 / fewer, score=score, widths=graphprune.Widths(multiple_of=step), verify=False)
             found[f"{criterion} {fewer}x"] = ("before training", small, time.perf_counter() - begin)
     rounds: list[nn.Module] = []
     options = {"evaluate": lambda model: 0.0, "evaluate_cuts": False, "steps": 3, "progress": False, "multiple_of": step, "verify": False}

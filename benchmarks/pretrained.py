@@ -287,7 +287,7 @@ def ours(case: Case, criterion: Callable, budget: float, full: int) -> tuple[dic
     args = ((), case.example) if isinstance(case.example, dict) else (case.example, None)
     share, low, high, small = budget / full, 0.0, 1.0, None
     for _ in range(10):  # the two ways of counting differ, for what stays (attention) as for what goes
-        options = {"macs": share, "example_kwargs": args[1], "criterion": criterion, "scope": "global", "keep": case.keep}
+        options = {"macs": share, "example_kwargs": args[1], "score": criterion, "scope": "global", "keep": case.keep}
         found = graphprune.shrink(case.model, args[0], **options, verify=False)
         spent = counted(found, case.example)
         if spent <= budget:

@@ -90,7 +90,7 @@ def tuned(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> nn.M
 def cut(model: nn.Module, found: list[torch.Tensor], share: float) -> tuple[nn.Module, str, float]:
     """The model with the best channels under these scores, a name for the choice, and the share of the MACs that is left."""
     example = torch.zeros(1, 3, 32, 32)
-    small, plan = graphprune.shrink(model, example, macs=share, criterion=lambda *_: found, keep=KEEP, verify=False, return_plan=True)
+    small, plan = graphprune.shrink(model, example, macs=share, score=lambda *_: found, keep=KEEP, verify=False, return_plan=True)
     name = hashlib.sha1(json.dumps({leaf: sorted(axes.items()) for leaf, axes in plan.cuts.items()}, sort_keys=True).encode()).hexdigest()[:12]
     left = graphprune.profile(small, example).macs / graphprune.profile(model, example).macs
     return small.to(memory_format=LAST), name, left
@@ -104,7 +104,7 @@ def kept_groups(model: nn.Module) -> graphprune.Groups:
         groups.append(found)
         return [torch.zeros(group.size, dtype=torch.float64) for group in found]
 
-    graphprune.shrink(model, torch.zeros(1, 3, 32, 32), 0.5, criterion=look, keep=KEEP, verify=False)
+    graphprune.shrink(model, torch.zeros(1, 3, 32, 32), 0.5, score=look, keep=KEEP, verify=False)
     return groups[-1]
 
 
@@ -154,15 +154,19 @@ def measure_blocks(options: argparse.Namespace, rows: list[dict], done: Callable
         finished = {(row["score"], row["share"]) for row in rows if row["kind"] == "blocks" and row["seed"] == seed}
         known: dict[tuple, dict] = {(row["choice"], row["share"]): row for row in rows if row["kind"] == "blocks" and row["seed"] == seed}
         x, y = drawn(train, labels, CALIBRATION, seed)
-        given = {"batches": list(zip(x.split(BATCH), y.split(BATCH), strict=True)), "loss": F.cross_entropy, "verify": False, "return_plan": True}
+        data = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
         for name in options.names or BLOCKS:
             for share in SHARES:
                 if (name, share) in finished:
                     continue
                 noise = torch.Generator().manual_seed(seed)
-                criterion = (lambda _, module, noise=noise: float(torch.rand((), generator=noise))) if name == "random" else name
+                criterion = (
+                    (lambda _, module, noise=noise: float(torch.rand((), generator=noise)))
+                    if name == "random"
+                    else getattr(graphprune.scores, name).on(data, F.cross_entropy)
+                )
                 try:
-                    small, plan = graphprune.shrink(model, example, macs=share, granularity="block", criterion=criterion, **given)
+                    small, plan = graphprune.shrink(model, example, macs=share, what="block", score=criterion, verify=False, return_plan=True)
                 except graphprune.errors.BadTarget as error:
                     print(f"{name} at {share}: {error}", flush=True)
                     continue
@@ -445,7 +449,7 @@ def page(rows: list[dict]) -> str:
         "",
         made_by("python benchmarks/scores.py"),
         "",
-        "`graphprune.score(groups, model, name, batches, loss)` or `shrink(..., criterion=name)`; larger means more important.",
+        "`graphprune.score(groups, model, name, batches, loss)` or `shrink(..., score=name)`; larger means more important.",
         'Formulas stand in the docstrings (`help(graphprune.scores.l2)`), options are fixed by `graphprune.scores.l2.with_(reduce="mean")`.',
         "",
         "## Catalogue",

@@ -32,11 +32,11 @@ def networks(train: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, 
     whole = CifarResNet(20, channels=1)
     few = [(normalise(train[i : i + 32]), labels[i : i + 32]) for i in range(0, 128, 32)]
     made: dict[str, tuple[nn.Module, float]] = {"whole": (whole, 0.0)}
-    snip = {"criterion": "snip", "batches": few, "loss": nn.functional.cross_entropy, "scope": "global"}
-    ways = {"the same share of every layer": {"criterion": "random"}, "snip": snip, "synflow": {"criterion": "synflow", "scope": "global"}}
+    snip = {"score": graphprune.scores.snip.on(few, nn.functional.cross_entropy), "scope": "global"}
+    ways = {"the same share of every layer": {"score": "random"}, "snip": snip, "synflow": {"score": "synflow", "scope": "global"}}
     for name, fewer in (("the same share of every layer", 2), ("snip", 2), ("synflow", 2), ("snip", 4)):
         begin = time.perf_counter()
-        small = graphprune.shrink(whole, X, macs=1 / fewer, multiple_of=4, verify=False, **ways[name])
+        small = graphprune.shrink(whole, X, macs=1 / fewer, widths=graphprune.Widths(multiple_of=4), verify=False, **ways[name])
         made[f"{name}, {fewer}x"] = small, time.perf_counter() - begin
     return made
 

@@ -57,7 +57,7 @@ def request(dice: random.Random) -> dict[str, Any]:
     """What is asked of the network."""
     wanted: dict[str, Any] = dice.choice(({"ratio": 0.25}, {"ratio": 0.5}, {"ratio": 0.75}, {"macs": 0.5}, {"params": 0.4}))
     wanted = {**wanted, "scope": dice.choice(("layer", "global", "isomorphic"))}
-    return {**wanted, "multiple_of": 2} if dice.random() < 0.1 else wanted
+    return {**wanted, "widths": graphprune.Widths(multiple_of=2)} if dice.random() < 0.1 else wanted
 
 
 def outcome(net: nn.Module, wanted: dict[str, Any], seed: int, verify: bool) -> tuple[str, str]:
@@ -66,7 +66,7 @@ def outcome(net: nn.Module, wanted: dict[str, Any], seed: int, verify: bool) -> 
     x, other = (torch.randn(count, 2, 4, 4, dtype=torch.float64, generator=generator) for count in (2, 3))
     score = graphprune.scores.random.with_(seed=seed)
     try:
-        small, plan = graphprune.shrink(net, x.clone(), criterion=score, verify=verify, return_plan=True, **wanted)
+        small, plan = graphprune.shrink(net, x.clone(), score=score, verify=verify, return_plan=True, **wanted)
     except NothingToPrune as error:
         return "whole", str(error).splitlines()[0][:120]
     except GraphpruneError as error:
