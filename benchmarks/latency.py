@@ -155,7 +155,7 @@ def timed(model: nn.Module, others: list[nn.Module], x: torch.Tensor, job: dict)
 def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
     """Where the original's time goes, operation by operation: shares of dense products, depthwise products, and all else (bound
     by memory), and the milliseconds of all by themselves."""
-    from graphprune.cost import operation, products
+    from graphprune.cost import products
     from graphprune.coupling.groups import couple
     from graphprune.coupling.lengths import Lengths
     from graphprune.timing.table import Table, computes
@@ -166,7 +166,7 @@ def parts(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
     found = {"products": 0.0, "depthwise": 0.0, "rest": 0.0}
     for node in graph.nodes:
         if computes(node):
-            single = operation(node) == "convolution" and node.args[1].shape[1] == 1
+            single = node.product is not None and bool(node.product.weight.taps) and all(node.weight.shape[dim] == 1 for dim in node.product.weight.summed)
             kind = "depthwise" if single else "products" if list(products(node, lengths)) else "rest"
             found[kind] += table.seconds(node, [value.shape for value in tensors((node.args, node.kwargs))])
     total = sum(found.values())

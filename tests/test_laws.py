@@ -161,7 +161,7 @@ def test_a_wrong_rule_is_caught(name):
 
 
 def test_the_checker_wants_every_axis_named():
-    with pytest.raises(BadRule, match="axes named"):
+    with pytest.raises(BadRule, match="names 1 axes here"):
         check_rule(torch.mm, "n i, i -> n", real(2, 3), real(3, 4))
 
 

@@ -13,18 +13,25 @@ from collections.abc import Callable
 import torch
 
 from ..errors import BadRule
-from .notation import Axes, parse
+from .notation import Axes, Expr, Value, at, checked, parse, result_place
 
 
 def check_rule(function: Callable, text: str, *given: torch.Tensor, seed: int = 0, cut: Callable | None = None, **sizes: int) -> None:
-    """Check every axis of a rule on the given tensors (float64 is best); raises BadRule with the axis that breaks its law.
+    """Check every axis of a rule on the given tensors (float64 is best); raises BadRule with the place that does not fit, or the axis that breaks its law.
 
     ``sizes`` are factors that shapes do not tell (``g=2``); ``cut(axis, count)`` returns the function to call when the
     axis is cut to ``count`` (for operations that are told their sizes).
     """
+    checked(Expr(text, tuple([Value(tuple(tensor.shape)) for tensor in given]), sizes), "the rule")
     lefts, rights = parse(text)
     lengths = _lengths(lefts, given, sizes)
     kept = {name for axes in rights for dim in axes for name in dim}
+    try:
+        whole = function(*given)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise BadRule(f"{text!r}: the operation does not run on the given tensors: {error}") from error
+    if len(rights[0]) != whole.ndim:
+        raise BadRule(at(text, result_place(text, 0), f"the rule names {len(rights[0])} axes of a result of shape {tuple(whole.shape)}"))
     generator = torch.Generator().manual_seed(seed)
     for name, size in lengths.items():
         if size < 2 or name.startswith("_"):
@@ -38,7 +45,7 @@ def check_rule(function: Callable, text: str, *given: torch.Tensor, seed: int = 
             raise BadRule(f"{text!r}: cutting {name!r} does not run: {error}") from error
         mixed = any(f"[{name}]" in dim for axes in (*lefts, *rights) for dim in axes)
         if name in kept or f"[{name}]" in kept:
-            wide = function(*given)
+            wide = whole
         else:
             wide = function(*(_zero(t, axes, name, stay, lengths) for t, axes in zip(given, lefts, strict=True)))
         try:
@@ -54,8 +61,6 @@ def check_rule(function: Callable, text: str, *given: torch.Tensor, seed: int = 
 def _lengths(lefts: tuple[Axes, ...], given: tuple[torch.Tensor, ...], sizes: dict[str, int]) -> dict[str, int]:
     lengths = dict(sizes)
     for axes, tensor in zip(lefts, given, strict=True):
-        if len(axes) != tensor.ndim:
-            raise BadRule(f"{len(axes)} axes named, the tensor has shape {tuple(tensor.shape)}")
         for dim, group in enumerate(axes):
             names = [name.strip("[]") for name in group]
             unknown = [name for name in names if name not in lengths and name != "_"]

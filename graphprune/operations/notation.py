@@ -67,7 +67,7 @@ def expr(text: str, *operands: object, **sizes: int) -> Expr:
     """
     lefts, _ = parse(text)
     if len(lefts) != len(operands):
-        raise BadRule(at(text, len(text.partition("->")[0].rstrip()), f"{len(lefts)} operands are described here, {len(operands)} tensors are given"))
+        raise BadRule(unmatched(text, len(operands), "the rule"))
     return Expr(text, operands, sizes)
 
 
@@ -155,35 +155,49 @@ def _check_name(text: str, word: str, place: int, seen: set[str]) -> None:
         seen.add(name)
 
 
+def unmatched(text: str, count: int, where: str) -> str:
+    """That a rule describes more operands, or fewer, than tensors are given."""
+    lefts, _ = _sides(text)
+    missing = lefts[count][1] if count < len(lefts) else []
+    return at(text, missing[0] if missing else text.index("->"), f"{where} describes {len(lefts)} operands, and tensors are given for {count}")
+
+
+def result_place(text: str, number: int) -> int:
+    """Where the axes of a result begin in a rule's text."""
+    _, rights = _sides(text)
+    places = rights[number][1] if number < len(rights) else []
+    return places[0] if places else text.index("->")
+
+
 def checked(rule: object, where: str) -> Expr:
     """A rule's answer that fits the tensors it speaks of; raises :class:`~graphprune.errors.BadRule` with the text and the place that does not."""
     if not isinstance(rule, Expr):
-        raise BadRule(f"the rule of {where} returned {rule!r}; return graphprune.expr(text, *tensors), as in graphprune.expr('n i, i o -> n o', x, weight)")
+        raise BadRule(f"{where} returned {rule!r}; return graphprune.expr(text, *tensors), as in graphprune.expr('n i, i o -> n o', x, weight)")
     lefts, rights = _sides(rule.text)
     if len(lefts) != len(rule.operands):
-        raise BadRule(at(rule.text, 0, f"the rule of {where} describes {len(lefts)} operands and names {len(rule.operands)} tensors"))
+        raise BadRule(unmatched(rule.text, len(rule.operands), where))
     known = set(rule.sizes)
     for number, ((axes, places), value) in enumerate(zip(lefts, rule.operands, strict=True)):
         known |= {name.strip("[]") for group in axes for name in group}
         if value is None:
             continue
         if not isinstance(value, Value):
-            raise BadRule(at(rule.text, (places or [0])[0], f"operand {number} in the rule of {where} is {value!r} and no tensor"))
+            raise BadRule(at(rule.text, (places or [0])[0], f"operand {number} of {where} is {value!r} and no tensor"))
         if len(axes) != len(value.shape):
             place = (places or [0])[0]
-            raise BadRule(at(rule.text, place, f"the rule of {where} names {len(axes)} axes here, the tensor has shape {tuple(value.shape)}"))
+            raise BadRule(at(rule.text, place, f"{where} names {len(axes)} axes here, the tensor has shape {tuple(value.shape)}"))
         for group, size, place in zip(axes, value.shape, places, strict=True):
             sizes = [rule.sizes.get(name.strip("[]")) for name in group]
             if sizes.count(None) > 1:
-                raise BadRule(at(rule.text, place, f"the rule of {where} has to say all sizes but one in here: graphprune.expr(text, *tensors, {group[0]}=…)"))
+                raise BadRule(at(rule.text, place, f"{where} has to say all sizes but one in here: graphprune.expr(text, *tensors, {group[0]}=…)"))
             rest = math.prod([n for n in sizes if n is not None])
             if not rest or size % rest or (None not in sizes and size != rest):
-                raise BadRule(at(rule.text, place, f"the rule of {where} takes an axis of length {size} apart into factors of {rest}"))
+                raise BadRule(at(rule.text, place, f"{where} takes an axis of length {size} apart into factors of {rest}"))
     for axes, places in rights:
         for group, place in zip(axes, places, strict=True):
             for name in group:
                 if name[0] not in "_1" and name.strip("[]") not in known:
-                    raise BadRule(at(rule.text, place, f"the rule of {where} makes an axis {name!r} that no operand has; write _ for one that stays"))
+                    raise BadRule(at(rule.text, place, f"{where} makes an axis {name!r} that no operand has; write _ for one that stays"))
     return rule
 
 

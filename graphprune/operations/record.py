@@ -10,6 +10,7 @@ wants to know something of a call asks its node, which asks here. :func:`rule` i
 from __future__ import annotations
 
 import keyword
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -113,12 +114,12 @@ class Operation:
         if not self.strict:
             return self.rule(*args, **kwargs)
         try:
-            answer = self.rule(*args, **kwargs)
+            answer = self.rule(*_marked(args), **kwargs)
         except BadRule:
             raise
         except Exception as error:
             raise BadRule(f"the rule of {self.name} fails for a call with {len(args)} arguments: {type(error).__name__}: {error}") from error
-        return checked(answer, self.name)
+        return fixed(checked(answer, f"the rule of {self.name}"))
 
     def multiplies(self, described: Expr, args: Sequence[Any], kwargs: Mapping[str, Any], result: Value | None) -> tuple[Product, ...]:
         """The products of a call."""
@@ -144,19 +145,36 @@ class Operation:
         """The arguments (by position) that are factors of the rule, such as a number of groups, with the names they have there."""
         if self.rule is None:
             return {}
-        marked = [Marked(arg) if type(arg) is int else arg for arg in args]
+        marked = _marked(args)
         sizes = self.rule(*marked, **kwargs).sizes
         return {at: name for at, arg in enumerate(marked) for name, size in sizes.items() if size is arg and name[0] != "_"}
 
 
 class Marked(int):
-    """An argument that can be told from others of the same size."""
+    """A number among the arguments of a call, which can be told from others of the same size."""
+
+
+def _marked(args: Sequence[Any]) -> list[Any]:
+    return [Marked(arg) if type(arg) is int else arg for arg in args]
+
+
+def fixed(rule: Expr) -> Expr:
+    """A rule in which factors that the call itself was told (a number of groups) stay: nobody would tell it another number.
+
+    >>> fixed(Expr("n (g i), (g o) i -> n (g o)", (None, None), {"g": Marked(4)})).text
+    'n (_g i), (_g o) i -> n (_g o)'
+    """
+    names = {name for name, size in rule.sizes.items() if type(size) is Marked and name[0] != "_"}
+    if not names:
+        return rule
+    text = re.sub(r"[A-Za-z0-9_]+", lambda word: f"_{word[0]}" if word[0] in names else word[0], rule.text)
+    return Expr(text, rule.operands, {f"_{name}" if name in names else name: int(size) for name, size in rule.sizes.items()})
 
 
 OPERATIONS: dict[str, Operation] = {}
 FACTS = frozenset(f.name for f in fields(Operation)) - {"name", "rule", "func", "arguments", "strict"}
 # What a user may say of an operation beside its rule.
-PUBLIC = frozenset("weight products follows norm arithmetic flat pools softmax onnx".split())
+PUBLIC = frozenset("weight products norm arithmetic flat pools softmax onnx".split())
 
 
 def operation(name: str) -> Operation:
@@ -213,8 +231,7 @@ def rule(*operations: Any, **facts: Any) -> Callable[[Callable[..., Expr]], Call
     ``operations``: ``torch.ops.mylib.name`` (or one overload of it), what ``torch.library.custom_op`` returns, or a text "mylib::name"
     (without a namespace: "aten::"). Tensors come as objects with a ``shape``. Coupling, exact cuts, multiply-accumulates, times, scores
     and repairs follow from the text. Where the text cannot say it: ``weight`` (the argument that is the weight of a product; else a
-    parameter, or the second factor), ``follows`` (a function of the call's arguments that returns {position: value} for arguments that
-    repeat a shape), ``norm``, ``arithmetic``, ``flat``, ``pools``, ``softmax``, ``products``, ``onnx`` as in :class:`Operation`.
+    parameter, or the second factor), ``norm``, ``arithmetic``, ``flat``, ``pools``, ``softmax``, ``products``, ``onnx`` as in :class:`Operation`.
 
     Raises :class:`~graphprune.errors.BadRule` for anything else; a rule that does not fit its operation raises it when the operation is met.
 
@@ -309,8 +326,8 @@ def template(op: Operation) -> str:
     """The rule that an operation lacks, as it would be written.
 
     >>> print(template(resolve(torch.ops.aten.renorm.default)))
-    @graphprune.rule(torch.ops.aten.renorm)
-    def renorm(self, p, dim, maxnorm): return graphprune.expr("… -> …", self)
+        @graphprune.rule(torch.ops.aten.renorm)
+        def renorm(self, p, dim, maxnorm): return graphprune.expr("… -> …", self)
     """
     namespace, _, name = op.name.partition("::")
     written, tensors, star = [], [], False
@@ -324,6 +341,6 @@ def template(op: Operation) -> str:
             tensors.append(own)
     text = ", ".join("…" for _ in tensors)
     return (
-        f"@graphprune.rule(torch.ops.{namespace}.{name})\n"
-        f"def {name.strip('_') or name}({', '.join(written)}): return graphprune.expr(\"{text or '…'} -> …\", {', '.join(tensors)})"
+        f"    @graphprune.rule(torch.ops.{namespace}.{name})\n"
+        f'    def {name.strip("_") or name}({", ".join(written)}): return graphprune.expr("{text or "…"} -> …", {", ".join(tensors)})'
     )

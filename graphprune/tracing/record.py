@@ -20,7 +20,7 @@ from ..errors import BadRule, GraphpruneError
 from ..operations import Operation, resolve
 from ..operations.assembly import free, merged
 from ..operations.labels import Array, Fields, Labels, Reason, varying
-from ..operations.notation import Value, at, meet, parse
+from ..operations.notation import Value, at, meet, parse, result_place
 from ..operations.record import pointwise, template
 from .node import Node, line
 from .picks import INTEGERS, pick, picked
@@ -362,10 +362,12 @@ def check_results(op: Operation, text: str, shapes: list) -> None:
     """A rule from outside has to describe every result with all its axes."""
     results = parse(text)[1]
     if len(results) != len(shapes):
-        raise BadRule(at(text, text.index("->"), f"the rule of {op.name} describes {len(results)} results, the call returns {len(shapes)} tensors"))
-    for axes, size in zip(results, shapes, strict=True):
+        raise BadRule(
+            at(text, result_place(text, len(shapes)), f"the rule of {op.name} describes {len(results)} results, the call returns {len(shapes)} tensors")
+        )
+    for number, (axes, size) in enumerate(zip(results, shapes, strict=True)):
         if len(axes) != len(size):
-            raise BadRule(at(text, text.index("->") + 2, f"the rule of {op.name} names {len(axes)} axes of a result of shape {tuple(size)}"))
+            raise BadRule(at(text, result_place(text, number), f"the rule of {op.name} names {len(axes)} axes of a result of shape {tuple(size)}"))
 
 
 def aligned(operands: tuple, uses: Uses) -> None:

@@ -1,0 +1,44 @@
+"""The code of the pages that show how to add to graphprune runs, block after block, with public names only."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import graphprune
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("own-*.md"))
+LONGEST = 15  # lines of the block that adds something
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # a page may write files
+    names: dict = {"__name__": page.stem.replace("-", "_")}
+    parts = blocks(page)
+    assert parts, f"{page.name} shows no code"
+    assert len(parts[0].strip().splitlines()) <= LONGEST, "what is added takes at most 15 lines"
+    for number, code in enumerate(parts):
+        exec(compile(code, f"{page.name}:{number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_uses_public_names_only(page):
+    for code in blocks(page):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                deep = [name for name in names if name.startswith("graphprune.") and name.count(".") > 1]
+                assert not deep, f"{page.name} imports {deep}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "graphprune":
+                assert not node.attr.startswith("_") and hasattr(graphprune, node.attr)
+
+
+def test_there_is_a_page():
+    assert "own-operation" in {page.stem for page in PAGES}
