@@ -28,9 +28,11 @@ def cut(net, ratio, seed):
     return graphprune.shrink(net, X, ratio, criterion=scored(seed), verify=False, return_plan=True)
 
 
-def equal(left, right):
-    mine, theirs = left.state_dict(), right.state_dict()
-    return list(mine) == list(theirs) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(mine.values(), theirs.values(), strict=True))
+def equal(left, right, gains=()):
+    """Bit for bit; but for what takes up the change of a norm, which is multiplied once or twice."""
+    mine, theirs, names = left.state_dict(), right.state_dict(), {gain.name for gain in gains}
+    same = lambda name, a, b: torch.allclose(a, b, rtol=1e-12) if name in names else torch.equal(a, b)  # noqa: E731
+    return list(mine) == list(theirs) and all(a.shape == b.shape and same(n, a, b) for (n, a), b in zip(mine.items(), theirs.values(), strict=True))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -40,11 +42,12 @@ def test_apply_twice_equals_apply_the_composition(net, first, second, seed):
     twice, two = cut(once, second, seed + 1)
     both = graphprune.compose(one, two)
     straight = graphprune.apply(net, Plan.from_json(both.to_json()))
-    assert equal(straight, twice) and torch.equal(straight(X), twice(X))
+    assert equal(straight, twice, both.gains) and torch.allclose(straight(X), twice(X), rtol=1e-10, atol=1e-12)
+    assert both.gains or torch.equal(straight(X), twice(X))
     assert twice.graphprune_plan == both
     wide = graphprune.expand(twice)
-    masks = both.masks(net)
-    assert all(torch.equal(wide[name], tensor * masks[name]) for name, tensor in net.state_dict().items())
+    masks, gained = both.masks(net), {gain.name for gain in both.gains}
+    assert all(name in gained or torch.equal(wide[name], tensor * masks[name]) for name, tensor in net.state_dict().items())
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))

@@ -60,7 +60,7 @@ ORDER = {
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
-    "cutting": "parts outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
+    "cutting": "parts gains outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
     "formats": "atomic folder",
     "budget": "targets space optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",

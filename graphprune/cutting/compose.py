@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import BadPlan
+from .gains import Gain
 from .masks import parameter_name
 from .outline import Outline
 from .parts import Part, narrowed, pack, unpack, widened
@@ -45,7 +46,8 @@ def compose(first: Plan, second: Plan) -> Plan:
         then = second.numbers.get(name)
         numbers[name] = [-1 if n < 0 else then[n] for n in new] if then else new
     texts, summary = (_notes(first, second), _lines(first, second)), _outline(first, second, cuts)
-    return Plan(cuts, shapes, edited, *texts, rewrites=rewrites, numbers=numbers, parts=parts, outline=summary)
+    gains = _gains(first, second)
+    return Plan(cuts, shapes, edited, *texts, rewrites=rewrites, numbers=numbers, parts=parts, outline=summary, gains=gains)
 
 
 def so_far(model: torch.nn.Module, plan: Plan) -> Plan:
@@ -67,6 +69,11 @@ def _unmasked(plan: Plan, masked: set[str]) -> Plan:
 def _split(name: str) -> tuple[str, str]:
     path, dot, own = name.rpartition(".")
     return path + dot, own
+
+
+def _gains(first: Plan, second: Plan) -> tuple[Gain, ...]:
+    """Those of both; the calls of the first are those of the original shapes."""
+    return tuple({gain.name: gain for gain in (*second.gains, *first.gains)}.values())
 
 
 def _parts(first: Plan, second: Plan) -> tuple[Part, ...]:

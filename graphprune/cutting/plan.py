@@ -21,6 +21,7 @@ from ..tables import Table
 from ..tracing.needs import Need
 from ..tracing.picks import renumber
 from .describe import brief_text, compared, explain_text, headline, html_text, kept_positions, table_of
+from .gains import Gain, gains_of
 from .outline import Outline, outline
 from .parts import Part, survivors
 from .schema import VERSION, read
@@ -32,7 +33,8 @@ class Plan:
 
     ``numbers``: for buffers that number positions of a cut axis, the new number of every old one (-1: gone).
     ``rewrites``: the modules whose code holds sizes as literals; they come back as subclasses that read them from attributes.
-    ``parts``: changes beyond cutting axes (masks, smaller kernels, skipped modules).
+    ``parts``: changes beyond cutting axes (masks, smaller kernels, skipped modules). ``gains``: tensors that take up what a cut does to the
+    weights that a norm makes (weight norm, spectral norm), so that these stay what they were.
     ``outline``: totals, widths and reasons as numbers (:mod:`graphprune.cutting.outline`); ``print(plan)``, :meth:`explain` and :meth:`table` read it.
     """
 
@@ -44,6 +46,7 @@ class Plan:
     rewrites: tuple[str, ...] = ()
     numbers: dict[str, list[int]] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
+    gains: tuple[Gain, ...] = ()
     outline: Outline | None = field(default=None, compare=False)
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -106,6 +109,7 @@ class Plan:
         data |= {"rewrites": self.rewrites} if self.rewrites else {}
         data |= {"numbers": self.numbers} if self.numbers else {}
         data |= {"outline": self.outline.to_dict()} if self.outline else {}
+        data |= {"gains": [[gain.name, gain.power, gain.calls, gain.result, gain.axes] for gain in self.gains]} if self.gains else {}
         return data | ({"parts": [part.to_json() for part in self.parts]} if self.parts else {})
 
     def to_json(self) -> str:
@@ -202,5 +206,8 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
         if not mask.all():
             numbers[name] = renumber(mask)
             lines.append(f"{name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
+    gains = gains_of(groups.graph, groups.root, cuts)
+    lines += [f"{gain.name}: takes up what the cut does to the weight it makes" for gain in gains]
     summary = outline(groups, cuts, [len(stay) for stay in kept], lambda value, dim: int(np.count_nonzero(stays.axis(value, dim))))
-    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), notes, tuple(lines), numbers=numbers, outline=summary)
+    texts = notes, tuple(lines)
+    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), *texts, numbers=numbers, outline=summary, gains=gains)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import BadPlan
+from .gains import CALLS, MOST, Gain
 from .outline import Outline
 from .parts import Part
 
@@ -78,6 +79,7 @@ def _fields(data: dict[str, Any]) -> dict[str, Any]:
         "numbers": numbers,
         "parts": _parts(_list(data.get("parts", []), "parts"), shapes),
         "outline": Outline.from_dict(_table(data["outline"], "outline")) if "outline" in data else None,
+        "gains": tuple(map(_gain, _list(data.get("gains", []), "gains"))),
     }
 
 
@@ -112,6 +114,48 @@ def _numbers(name: str, new: Any) -> list[int]:
     if stay != list(range(len(stay))):
         raise ValueError(f"the numbers of {name} do not count the positions that stay")
     return new
+
+
+def _gain(items: Any) -> Gain:
+    if len(_list(items, "a gain")) != 5:
+        raise ValueError(f"the gain {_short(items)} is not [tensor, power, calls, result, axes]")
+    name, power, calls, result, axes = items
+    if type(name) is not str or type(power) is not float or not 0.05 < abs(power) < 20 or type(result) is not int or not 0 <= result < AXES:
+        raise ValueError(f"the gain of {_short(name)} is no factor")
+    made: list[tuple[str, tuple]] = []
+    for operation, arguments in map(lambda call: _pair(call, "a call"), _list(calls, "calls")[: MOST + 1]):
+        if _text(operation, "an operation").partition(".")[0] not in CALLS or operation.count(".") != 1 or not operation.rpartition(".")[2].isidentifier():
+            raise ValueError(f"{_short(operation)} is not among the operations that make a weight")
+        made.append((operation, tuple(_argument(item, len(made), AXES) for item in _list(arguments, "arguments"))))
+    if not 0 < len(made) <= MOST:
+        raise ValueError(f"the gain of {name} has {len(made)} calls, not 1 to {MOST}")
+    places = []
+    for axis, place in (_pair(item, "an axis") for item in _list(axes, "axes")):
+        leaf, own = _pair(place, "an axis")
+        if not type(axis) is type(own) is int or not 0 <= min(axis, own) <= max(axis, own) < AXES:
+            raise ValueError(f"the gain of {name} follows {_short(place)}")
+        places.append((axis, (_text(leaf, "a tensor"), own)))
+    return Gain(name, power, tuple(made), result, tuple(places))
+
+
+def _pair(items: Any, what: str) -> list:
+    if len(_list(items, what)) != 2:
+        raise ValueError(f"{what}: two entries are expected, not {_short(items)}")
+    return items
+
+
+def _argument(item: Any, before: int, deep: int) -> Any:
+    """An argument of a call: a number, a list of numbers, a tensor by name or the result of a call before."""
+    if item is None or type(item) in (bool, int, float):
+        return item
+    items = _list(item, "an argument")
+    if items and items[0] == "leaf" and len(items) == 2:
+        return ("leaf", _text(items[1], "a tensor"))
+    if items and items[0] == "call" and len(items) == 3 and type(items[1]) is type(items[2]) is int and 0 <= items[1] < before and 0 <= items[2] < AXES:
+        return tuple(items)
+    if not deep or len(items) > AXES:
+        raise ValueError(f"{_short(item)} is no argument")
+    return tuple(_argument(inner, before, 0) for inner in items)
 
 
 def _parts(parts: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> tuple[Part, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
 
 def _settled(model: nn.Module, plan: Plan, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """What changes no shape on the way is done to a twin: zeroed weights, and hooks that skip modules; cut axes are then as ever."""
-    twin = _masked(model, plan).eval()
+    made_of = {name for gain in plan.gains for name in gain.leaves()}  # these are read whole, and what they make is cut
+    twin = _masked(model, replace_fields(plan, cuts={name: axes for name, axes in plan.cuts.items() if name not in made_of})).eval()
     for part in plan.parts:
         if part.kind == "skip":
             hook = lambda _, a, k, out, part=part: passed(part, a, k, out)  # noqa: E731
@@ -51,7 +53,7 @@ def _settled(model: nn.Module, plan: Plan, args: tuple, kwargs: dict) -> list[to
     left = {name: {axis: kept for axis, kept in axes.items() if axis < 2 or name not in taps} for name, axes in plan.cuts.items()}
     left = {name: axes for name, axes in left.items() if axes}
     if left:
-        return zeroed(twin, Plan(left, plan.shapes))(*args, **kwargs)
+        return zeroed(twin, Plan(left, plan.shapes, gains=plan.gains))(*args, **kwargs)
     with torch.no_grad():
         return [t.clone() for t in tensors(twin(*args, **kwargs), torch.Tensor)]
 
@@ -125,12 +127,15 @@ def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor
     last = {id(v): i for i, node in enumerate(graph.nodes) for v in tensors((node.args, node.kwargs))}
     wanted = {id(value) for value in graph.outputs}
     filled = graph.filled
+    made = _Made(graph, model, plan)
     with torch.no_grad():
         for index, node in enumerate(graph.nodes):
             results = _call(node, held, masks, device)
             for value, tensor in zip(node.outs, results, strict=True):
                 tensor = filled[id(value)].clone() if id(value) in filled else tensor
                 held[id(value)] = _filled(tensor, masks.kept(value)) if tensor.is_floating_point() and not tensor.isfinite().all() else tensor
+            for value, tensor in made.after(node):
+                held[id(value)] = _filled(tensor, masks.kept(value), everything=True)
             for value in list(tensors((node.args, node.kwargs))):
                 if last[id(value)] == index and id(value) not in wanted:
                     held.pop(id(value), None)
@@ -140,6 +145,32 @@ def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor
     return [held[id(value)] for value in graph.outputs]
 
 
+class _Made:
+    """Weights whose norm the plan keeps: they are made from whole leaves, and only then are entries removed."""
+
+    def __init__(self, graph: Graph, model: nn.Module, plan: Plan) -> None:
+        self.held: dict[int, torch.Tensor] = {}
+        self.touched: set[int] = set()
+        if plan.gains:
+            names = {gain.name for gain in plan.gains}
+            for name, _, _, tensor in leaf_tensors(model):
+                if name in graph.leaves:
+                    self.held[id(graph.leaves[name])] = tensor.detach()
+                    self.touched |= {id(graph.leaves[name])} if name in names else set()
+
+    def after(self, node: Any) -> list[tuple[Value, torch.Tensor]]:
+        """The results of a call on whole leaves alone, where one of them is such a weight's."""
+        if not self.touched or not node.held or any(id(value) not in self.held for value in node.held):
+            return []
+        swap = lambda value: self.held[id(value)]  # noqa: E731
+        results = list(zip(node.outs, _executed(node, replace(node.args, swap), replace(node.kwargs, swap)), strict=True))
+        self.held.update((id(value), tensor) for value, tensor in results)
+        if not any(id(value) in self.touched for value in node.held):
+            return []
+        self.touched.update(id(value) for value, _ in results)
+        return results
+
+
 def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[torch.Tensor]:
     kwargs = dict(node.kwargs)
     if "device" in kwargs:
@@ -147,13 +178,7 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
     cuts = {id(v): masks.kept(v) for v in tensors((node.args, kwargs))} if node.reduces else {}
     if not any(cuts.values()):
         swap = lambda v: held[id(v)]  # noqa: E731
-        args = replace(node.args, swap)
-        try:
-            return list(tensors(node.func(*args, **replace(kwargs, swap)), torch.Tensor))
-        except RuntimeError:
-            if node.func is not torch.ops.aten.view.default:
-                raise
-            return [args[0].reshape(args[1])]  # real tensors may lie in memory in another order than the recorded ones
+        return _executed(node, replace(node.args, swap), replace(kwargs, swap))
 
     def take(value: Value) -> torch.Tensor:
         tensor = held[id(value)]
@@ -166,13 +191,23 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
     return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
 
 
-def _filled(tensor: torch.Tensor, kept: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Removed entries stay zero where the call makes 0 / 0 of them."""
+def _executed(node: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The results of a recorded call on real tensors, which may lie in memory in another order than the recorded ones."""
+    try:
+        return list(tensors(node.func(*args, **kwargs), torch.Tensor))
+    except RuntimeError:
+        if node.func is not torch.ops.aten.view.default:
+            raise
+        return [args[0].reshape(args[1])]
+
+
+def _filled(tensor: torch.Tensor, kept: dict[int, torch.Tensor], everything: bool = False) -> torch.Tensor:
+    """Removed entries stay zero where the call makes 0 / 0 of them (``everything``: whatever it makes of them)."""
     for dim, positions in kept.items():
         gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
         gone[positions] = False
         gone = gone.reshape([-1 if axis == dim else 1 for axis in range(tensor.ndim)]).to(tensor.device)
-        tensor = tensor.masked_fill(gone & ~tensor.isfinite(), 0)
+        tensor = tensor.masked_fill(gone if everything else gone & ~tensor.isfinite(), 0)
     return tensor
 
 

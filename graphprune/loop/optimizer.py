@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cutting.apply import apply, cut_tensor
+from ..cutting.apply import apply, cut_tensor, scaled
 from ..cutting.compose import so_far
+from ..cutting.gains import factors_of
 from ..cutting.kernels import columns_of
 from ..cutting.masks import parameter_name
 from ..cutting.parts import narrowed, unpack
@@ -134,7 +135,9 @@ def refresh_ema(averaged: Any, plan: Plan) -> Any:
         wrong = [n for n, shape in plan.shapes.items() if n in averaged and tuple(averaged[n].shape) != tuple(shape)]
         if wrong or not set(plan.cuts) & set(averaged):
             raise BadPlan(f"the averaged tensors are not of the model that the plan cuts: {wrong[:1] or 'no name in common'}")
+        factors = factors_of(plan.gains, averaged, plan.cuts)
         averaged.update({name: cut_tensor(averaged[name], axes) for name, axes in plan.cuts.items() if name in averaged})
+        averaged.update({name: scaled(averaged[name], factor) for name, factor in factors.items()})
         return averaged
     inner = averaged
     known = {*plan.cuts, *(f"{part.name}." for part in plan.parts)}

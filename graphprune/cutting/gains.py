@@ -1,0 +1,254 @@
+"""Weights that a norm makes keep what they are: a gain or a vector beside the norm takes up what the removed entries leave behind.
+
+``g * v / |v|`` (weight norm) grows for those that stay when inputs of ``v`` go, ``w / (u' w v)`` (spectral norm) likewise. Multiplying ``g`` by the norm of
+what stays over the norm of all, or dividing ``u`` by it, puts the made weight back to what it was. Which tensor takes it up, and whether one can, is
+found by trying: the calls that make the weight are run on random tensors, whole and with the removed entries set to zero (:func:`gains_of`). A plan
+holds these calls, so that the numbers are computed from whichever weights it is applied to (:func:`factors_of`).
+
+>>> calls = (("_weight_norm_interface.default", (("leaf", "v"), ("leaf", "g"), 0)),)
+>>> gain = Gain("g", 1.0, calls, 0, ((1, ("v", 1)),))
+>>> v, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0]])
+>>> float(factor(gain, {"v": v, "g": g}, {"v": {1: [0]}}))
+0.6
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..operations.labels import Array
+from ..operations.notation import Value
+from ..tracing.node import Node
+from ..tracing.trace import Graph
+
+Cuts = Mapping[str, Mapping[int, Sequence[int]]]
+# What the calls that make a weight may be: functions of tensors and numbers that count nothing (a mean would be another over fewer entries).
+CALLS = frozenset(
+    """t transpose permute view reshape _unsafe_view flatten unsqueeze squeeze expand alias detach clone contiguous select mul div add sub neg pow square sqrt
+    rsqrt reciprocal abs clamp_min clamp exp sum linalg_vector_norm norm dot vdot mv mm bmm _weight_norm_interface _weight_norm""".split()
+)
+STATISTICS = frozenset("sum linalg_vector_norm norm dot vdot mv _weight_norm_interface _weight_norm".split())
+MOST = 64  # calls that make one weight
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The tensor ``name`` takes up what cutting does to the weight that ``calls`` make: times what the weight lacks, to a ``power`` (-1 for a divisor).
+
+    ``calls`` are (operation, arguments), where ("leaf", name) and ("call", number) stand for tensors; ``result`` says which of the last call's results
+    the weight is. ``axes``: the (tensor, axis) whose cut an axis of the weight follows.
+    """
+
+    name: str
+    power: float
+    calls: tuple[tuple[str, tuple], ...]
+    result: int
+    axes: tuple[tuple[int, tuple[str, int]], ...]
+
+    def leaves(self) -> list[str]:
+        """The tensors that the weight is made of."""
+        return list(dict.fromkeys(_leaves([arguments for _, arguments in self.calls])))
+
+
+def _leaves(items: Any) -> Iterator[str]:
+    if isinstance(items, tuple) and len(items) == 2 and items[0] == "leaf":
+        yield items[1]
+    elif isinstance(items, list | tuple):
+        for item in items:
+            yield from _leaves(item)
+
+
+def factors_of(gains: Sequence[Gain], tensors: Mapping[str, torch.Tensor], cuts: Cuts) -> dict[str, torch.Tensor]:
+    """What every tensor that takes something up is multiplied by, already cut like it: float64, by name."""
+    found = {}
+    for gain in gains:
+        if all(name in tensors and not tensors[name].is_meta for name in gain.leaves()):
+            scale = factor(gain, tensors, cuts)
+            axes = {axis: kept for axis, kept in cuts.get(gain.name, {}).items() if scale.ndim and scale.shape[axis] > 1}
+            for axis, kept in axes.items():
+                scale = scale.index_select(axis, torch.tensor(kept, device=scale.device))
+            found[gain.name] = scale
+    return found
+
+
+def factor(gain: Gain, tensors: Mapping[str, torch.Tensor], cuts: Cuts) -> torch.Tensor:
+    """What ``gain.name`` is multiplied by, of its original shape or a single number; 1 where nothing is known (a weight of zeros)."""
+    whole = {name: tensors[name].detach().double() for name in gain.leaves()}
+    scale = _wanted(gain, whole, cuts, whole[gain.name])
+    return torch.ones((), dtype=torch.float64) if scale is None else scale**gain.power
+
+
+def _wanted(gain: Gain, whole: dict[str, torch.Tensor], cuts: Cuts, target: torch.Tensor) -> torch.Tensor | None:
+    """The made weight over what it would be after the cut, in the shape of the target or as one number; None if it has neither."""
+    before, after = _run(gain, whole), _run(gain, _zeroed(whole, cuts))
+    known = _kept(gain, before, cuts) & (after.abs() > 1e-30) & before.isfinite() & after.isfinite()
+    ratio = torch.where(known, before / torch.where(known, after, 1.0), torch.nan)
+    middle = ratio.nanmedian()
+    if not middle.isfinite():
+        return None
+    if bool(((ratio - middle).abs() <= 1e-6 * middle.abs())[known].all()):
+        return middle
+    if target.ndim != ratio.ndim or any(n not in (1, m) for n, m in zip(target.shape, ratio.shape, strict=True)):
+        return None
+    over = [axis for axis, n in enumerate(target.shape) if n == 1]
+    scale = ratio.nanmean(over, keepdim=True) if over else ratio
+    return torch.where(scale.isnan(), 1.0, scale)
+
+
+def _zeroed(whole: dict[str, torch.Tensor], cuts: Cuts) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in whole.items():
+        for axis, kept in cuts.get(name, {}).items():
+            tensor = tensor * _along(kept, axis, tensor)
+        found[name] = tensor
+    return found
+
+
+def _along(kept: Sequence[int], axis: int, like: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(like.shape[axis], dtype=like.dtype, device=like.device)
+    mask[list(kept)] = 1
+    return mask.reshape([-1 if a == axis else 1 for a in range(like.ndim)])
+
+
+def _kept(gain: Gain, weight: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    for axis, (name, own) in gain.axes:
+        if own in cuts.get(name, {}):
+            mask &= _along(cuts[name][own], axis, weight).bool()
+    return mask
+
+
+def _run(gain: Gain, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    results: list[Any] = []
+
+    def read(item: Any) -> Any:
+        if isinstance(item, tuple) and item and item[0] == "leaf":
+            return leaves[item[1]]
+        if isinstance(item, tuple) and item and item[0] == "call":
+            return results[item[1]] if isinstance(results[item[1]], torch.Tensor) else results[item[1]][item[2]]
+        return [read(inner) for inner in item] if isinstance(item, tuple) else item
+
+    with torch.no_grad():
+        for name, arguments in gain.calls:
+            operation, _, overload = name.partition(".")
+            operation = (
+                "reshape" if operation in ("view", "_unsafe_view") else operation
+            )  # the tensors may lie in memory in another order than when they were recorded
+            results.append(getattr(getattr(torch.ops.aten, operation), overload)(*[read(item) for item in arguments]))
+    return results[-1] if isinstance(results[-1], torch.Tensor) else results[-1][gain.result]
+
+
+# -- finding them ------------------------------------------------------------------------------------------------------------------
+
+
+def gains_of(graph: Graph, root: Array, cuts: Cuts) -> tuple[Gain, ...]:
+    """What takes up the change of every made weight that a norm stands in, where something can; each tensor once. ``root``: the set of every label."""
+    found: dict[str, Gain] = {}
+    for weight, nodes in _made(graph):
+        gain = _written(graph, root, weight, nodes)
+        if gain is None or not any(name in cuts for name in gain.leaves()):
+            continue
+        gain = _tried(gain, graph, cuts)
+        if gain is not None:
+            found.setdefault(gain.name, gain)
+    return tuple(found.values())
+
+
+def _made(graph: Graph) -> Iterator[tuple[Value, list[Node]]]:
+    """Each weight that a product with an activation uses and that calls make from leaves alone, with these calls in order."""
+    maker: dict[int, tuple[int, Node] | None] = {id(leaf): None for leaf in graph.leaves.values()}
+    seen: set[int] = set()
+    for index, node in enumerate(graph.nodes):
+        if node.held and all(id(value) in maker for value in node.held):
+            maker.update((id(value), (index, node)) for value in node.outs)
+            continue
+        computed = [value for value in node.held if maker.get(id(value)) and id(value) not in seen]
+        if not computed or node.rule is None:
+            continue
+        for value in computed:
+            seen.add(id(value))
+            value = _unmoved(value, maker)
+            calls: dict[int, Node] = {}
+            waiting = [value]
+            while waiting and len(calls) <= MOST:
+                made = maker[id(waiting.pop())]
+                if made and made[0] not in calls:
+                    calls[made[0]] = made[1]
+                    waiting += made[1].held
+            if len(calls) <= MOST:
+                yield value, [calls[at] for at in sorted(calls)]
+
+
+def _unmoved(value: Value, maker: Mapping[int, tuple[int, Node] | None]) -> Value:
+    """The value before what only moves its entries."""
+    made = maker[id(value)]
+    while made and len(made[1].held) == 1 and made[1].op.move is not None:
+        value = made[1].held[0]
+        made = maker[id(value)]
+    return value
+
+
+def _written(graph: Graph, root: Array, weight: Value, nodes: list[Node]) -> Gain | None:
+    """The calls as data, or None where one of them is not of those that a plan may hold."""
+    names = {id(leaf): name for name, leaf in graph.leaves.items()}
+    made = {id(value): (at, out) for at, node in enumerate(nodes) for out, value in enumerate(node.outs)}
+    operations = [node.op.short for node in nodes]
+    if not STATISTICS.intersection(operations) or not CALLS.issuperset(operations):
+        return None
+
+    def write(item: Any) -> Any:
+        if isinstance(item, Value):
+            return ("leaf", names[id(item)]) if id(item) in names else ("call", *made[id(item)])
+        if isinstance(item, list | tuple):
+            return tuple(write(inner) for inner in item)
+        if item is None or type(item) in (bool, int, float):
+            return item
+        raise TypeError
+
+    try:
+        calls = tuple((f"{name}.{node.func._overloadname}", tuple(map(write, node.args))) for name, node in zip(operations, nodes, strict=True))
+    except TypeError:
+        return None
+    if any(node.kwargs.get(key) is not None for node in nodes for key in node.kwargs if key != "memory_format"):
+        return None
+    return Gain("", 1.0, calls, made[id(weight)][1], tuple(_follows(graph, root, weight, _leaves([c for _, c in calls]))))
+
+
+def _follows(graph: Graph, root: Array, weight: Value, leaves: Iterator[str]) -> Iterator[tuple[int, tuple[str, int]]]:
+    """For each axis of the weight, the axis of a leaf that carries the same labels."""
+    places = [(name, axis, field.ravel()) for name in dict.fromkeys(leaves) for field in graph.leaves[name].fields for axis in [int(np.argmax(field.shape))]]
+    for field in weight.fields:
+        if field.size != max(field.shape):
+            continue
+        mine = root[field.ravel()]
+        found = next(((name, axis) for name, axis, labels in places if len(labels) == len(mine) and np.array_equal(root[labels], mine)), None)
+        if found:
+            yield int(np.argmax(field.shape)), found
+
+
+def _tried(gain: Gain, graph: Graph, cuts: Cuts) -> Gain | None:
+    """The gain with the tensor that takes the change up, on random tensors; None where there is no change, or nothing takes it up."""
+    generator = torch.Generator().manual_seed(0)
+    whole = {name: torch.randn(graph.leaves[name].shape, generator=generator, dtype=torch.float64) for name in gain.leaves()}
+    wanted = _run(gain, whole)
+    kept = _kept(gain, wanted, cuts)
+    if _same(_run(gain, _zeroed(whole, cuts)), wanted, kept):
+        return None
+    for name in sorted(whole, key=lambda name: whole[name].numel()):
+        degree = (_run(gain, whole | {name: whole[name] * 2}) / wanted)[kept].abs().log2().nanmedian()
+        if not degree.isfinite() or abs(float(degree)) < 0.1:
+            continue
+        trial = Gain(name, 1 / round(float(degree), 6), gain.calls, gain.result, gain.axes)
+        scale = factor(trial, whole, cuts)
+        if _same(_run(gain, _zeroed(whole | {name: whole[name] * scale}, cuts)), wanted, kept):
+            return trial
+    return None
+
+
+def _same(left: torch.Tensor, right: torch.Tensor, where: torch.Tensor) -> bool:
+    return bool(torch.allclose(left[where], right[where], rtol=1e-6, atol=1e-9))
