@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from .tracing.trace import Graph, trace
 from .tracing.trees import tensors
 
 FACTORS = 4
+NUMBERS = 2**21  # how many numbers a table of lengths or items may have before it is computed a few rows at a time
 NAMES = ("params", "macs", "size", "memory")
 
 
@@ -61,6 +62,29 @@ def _unit(number: float) -> str:
     return f"{number:.0f} "
 
 
+class Part(Protocol):
+    """A cost as a function of lengths, made of items: each is a function of a few forms, ``forms`` (items, at most 4; form 0 is 1).
+
+    :meth:`each` gives some items at the lengths of their forms, so that a step that changes few lengths is priced by the few
+    items that hold them (:mod:`graphprune.budget.ledger`).
+    """
+
+    @property
+    def forms(self) -> Array: ...
+
+    def __call__(self, lengths: Array) -> Array:
+        """The cost, (rows,), for lengths (rows, forms)."""
+        ...
+
+    def each(self, items: Array, lengths: Array) -> Array:
+        """The items, (n,), by number, each at the lengths of its forms (n, columns of ``forms``)."""
+        ...
+
+    def total(self, values: Array) -> float:
+        """The cost, from the values of all items (items,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sum:
     """A sum of products of lengths: ``factors`` (terms,), ``forms`` (terms, 4), padded by form 0, which is 1."""
@@ -70,33 +94,49 @@ class Sum:
 
     def terms(self, lengths: Array) -> Array:
         """(rows, terms) for lengths (rows, forms)."""
-        found = lengths[:, self.forms[:, 0]] * self.factors
+        products = lengths[:, self.forms[:, 0]] * self.factors
         for column in range(1, FACTORS):
             if self.forms[:, column].any():
-                found = found * lengths[:, self.forms[:, column]]
-        return found
+                products = products * lengths[:, self.forms[:, column]]
+        return products
 
     def __call__(self, lengths: Array) -> Array:
         return self.terms(lengths).sum(axis=1)
 
+    def each(self, items: Array, lengths: Array) -> Array:
+        return self.factors[items] * lengths[:, 0] * lengths[:, 1] * lengths[:, 2] * lengths[:, 3]
+
+    def total(self, values: Array) -> float:
+        return float(values.sum())
+
 
 @dataclass(frozen=True)
 class Live:
-    """The peak of what is alive: bytes of every storage, and when it is made and used last."""
+    """The peak of what is alive: bytes of every storage, which is there from the call ``start`` to the call ``stop`` of ``moments`` calls."""
 
     size: Sum
-    born: Array
-    dies: Array
-    births: Array
-    deaths: Array
+    start: Array
+    stop: Array
+    moments: int
+
+    @property
+    def forms(self) -> Array:
+        return self.size.forms
 
     def __call__(self, lengths: Array) -> Array:
-        bytes_ = self.size.terms(lengths)
-        if not bytes_.shape[1]:
-            return np.zeros(len(lengths))
-        made = np.cumsum(bytes_[:, self.born], axis=1)[:, self.births - 1]
-        gone = np.concatenate([np.zeros((len(lengths), 1)), np.cumsum(bytes_[:, self.dies], axis=1)], axis=1)[:, self.deaths]
-        return (made - gone).max(axis=1)
+        return np.array([self.total(row) for row in self.size.terms(lengths)])
+
+    def each(self, items: Array, lengths: Array) -> Array:
+        return self.size.each(items, lengths)
+
+    def total(self, values: Array) -> float:
+        return float(self.profile(values).max())
+
+    def profile(self, values: Array, items: Array | slice = slice(None)) -> Array:
+        """What is alive at every moment, (moments,), of storages with these bytes."""
+        size = self.moments + 1
+        changes = np.bincount(self.start[items], values, size) - np.bincount(np.minimum(self.stop[items] + 1, self.moments), values, size)
+        return np.cumsum(changes)[:-1]
 
 
 @dataclass(frozen=True)
@@ -104,9 +144,7 @@ class Costs:
     """The costs of a graph under any choice of units. Made by :func:`costs`."""
 
     lengths: Lengths
-    constant: Array
-    slopes: Array
-    parts: Mapping[str, Callable[[Array], Array]]
+    parts: Mapping[str, Part]
 
     def at(self, widths: Array, names: Sequence[str] = NAMES) -> dict[str, Array]:
         """The named costs, (rows,) each, for numbers of kept units (rows, groups).
@@ -114,15 +152,25 @@ class Costs:
         Exact when all units of a group have equally many positions wherever they stand (``lengths.even``), the usual
         case; otherwise the mean over the units.
         """
-        found = self.constant + widths @ self.slopes.T
-        for number, values in self.lengths.expected(widths).items():
-            found[:, number] = values
-        return {name: self.parts[name](found) for name in names}
+
+        def mean(rows: Array) -> Array:
+            lengths = self.lengths.linear(rows)
+            for number, values in self.lengths.expected(rows).items():
+                lengths[:, number] = values
+            return lengths
+
+        return self.rowwise(mean, widths, names)
+
+    def rowwise(self, lengths_of: Callable[[Array], Array], widths: Array, names: Sequence[str]) -> dict[str, Array]:
+        """The named costs, (rows,) each, where ``lengths_of`` makes lengths (rows, forms) of widths (rows, groups); a few rows at a time."""
+        step = max(1, NUMBERS // max([len(self.lengths.constant), *(len(self.parts[name].forms) for name in names)]))
+        blocks = [lengths_of(widths[at : at + step]) for at in range(0, len(widths), step)]
+        return {name: np.concatenate([self.parts[name](block) for block in blocks]) for name in names}
 
     def of(self, kept: Sequence[torch.Tensor]) -> Cost:
         """The exact costs when these units stay."""
-        found = self.lengths.of(kept)[None]
-        return Cost(*(round(float(self.parts[name](found)[0])) for name in NAMES))
+        lengths = self.lengths.of(kept)[None]
+        return Cost(*(round(float(self.parts[name](lengths)[0])) for name in NAMES))
 
     @property
     def full(self) -> Cost:
@@ -168,7 +216,7 @@ def macs_by_call(graph: Graph) -> list[float]:
     return [float(sum(factor * math.prod(full[form] for form in forms) for factor, forms in mine)) for mine in terms]
 
 
-def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]] | None = None) -> Costs:
+def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Part]] | None = None) -> Costs:
     """The cost functions of a coupled graph; ``more`` makes further ones, functions of lengths (rows, forms)."""
     graph, lengths = groups.graph, Lengths(groups)
     own = {name: leaf for name, leaf in graph.leaves.items() if not name.startswith("<")}
@@ -179,11 +227,10 @@ def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array
     macs = _sum([term for node in graph.nodes for term in products(node, lengths)])
     live = _live(graph, lengths, {leaf.storage for leaf in own.values()})
     others = {name: make(lengths) for name, make in (more or {}).items()}
-    constant, slopes = lengths.matrix()
-    return Costs(lengths, constant, slopes, {"params": params, "macs": macs, "size": size, "memory": live, **others})
+    return Costs(lengths, {"params": params, "macs": macs, "size": size, "memory": live, **others})
 
 
-def priced(groups: Groups, more: Mapping[str, Callable[[Lengths], Callable[[Array], Array]]]) -> Costs:
+def priced(groups: Groups, more: Mapping[str, Callable[[Lengths], Part]]) -> Costs:
     """:func:`costs`, made once for equal groups of one graph, however often it is coupled and asked."""
     known = groups.graph.__dict__.setdefault("priced", {})
     key = (groups.key, *more.items())
@@ -255,8 +302,4 @@ def _live(graph: Graph, lengths: Lengths, weights: set[int]) -> Live:
     terms = [_volume(lengths, value.shape, value) for value in owner.values()]
     size = _array([(value.dtype.itemsize * factor, forms) for value, (factor, forms) in zip(owner.values(), terms, strict=True)])
     start, stop = (np.array([times[key] for key in owner], dtype=np.int64) for times in (made, last))
-    moments = np.arange(max(end, 1))
-    born, dies = np.argsort(start, kind="stable"), np.argsort(stop, kind="stable")
-    births = np.searchsorted(start[born], moments, side="right")
-    deaths = np.searchsorted(stop[dies], moments, side="left")
-    return Live(size, born, dies, births, deaths)
+    return Live(size, start, stop, max(end, 1))

@@ -16,6 +16,7 @@ import torch
 
 from .coupling.groups import Group, Groups
 from .errors import BadRatio
+from .operations.labels import Array
 from .scores import Scores, kind
 
 Kept = list[torch.Tensor]
@@ -54,38 +55,78 @@ def select(
     The groups of a tie keep exactly the same share, because the model's code derives one size from the other.
     """
     check_ratio(ratio)
-    own = dict(ratios or {})
-    if scope not in ("layer", "global", "isomorphic"):
-        raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic'; shrink also knows 'allocated'")
-    pools: dict[object, list[Group]] = defaultdict(list)
-    for group in groups:
-        alone = scope == "layer" or group.index in own
-        pools[group.index if alone else None if scope == "global" else kind(groups, group)].append(group)
-    counts = {}
-    for pool in pools.values():
-        shares = _shares(pool, scores, [own.get(group.index, ratio) for group in pool])
-        for group, count in zip(pool, shares, strict=True):
-            count = -(-count // multiple_of) * multiple_of
-            counts[group.index] = min(group.size, max(count, min_units, 1))
-    for tie in ties:
-        sizes = {index: groups.groups[index].size for index in tie}
-        step = math.gcd(*sizes.values())
-        share = max(counts[index] / size for index, size in sizes.items()) if min_units > 1 else None
-        means = sum(counts[index] / size for index, size in sizes.items()) / len(sizes)
-        steps = max(1, min(step, math.ceil(step * (share or means) - 0.5)))
-        counts.update({index: size * steps // step for index, size in sizes.items()})
-    kept = []
-    for group in groups:
-        order = np.argsort(-scores[group.index].numpy(), kind="stable")[: counts[group.index]]
-        order.sort()
-        kept.append(torch.from_numpy(order))
-    return kept
+    ranking = Ranking(groups, scores, scope=scope, multiple_of=multiple_of, min_units=min_units, ratios=ratios, ties=ties)
+    return ranking.keep(ranking.counts(ratio))
 
 
-def _shares(pool: Sequence[Group], scores: Scores, ratios: Sequence[float]) -> list[int]:
-    if len(pool) == 1:
-        return [width(pool[0].size, ratios[0])]
+class Ranking:
+    """The order in which the units of every group go, and how many stay at any ratio: sorted once, asked often.
+
+    ``orders``: the units of each group, the best first; ties go to the lower position.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        scores: Scores,
+        *,
+        scope: str = "layer",
+        multiple_of: int = 1,
+        min_units: int = 1,
+        ratios: Mapping[int, float] | None = None,
+        ties: Sequence[frozenset[int]] = (),
+    ) -> None:
+        if scope not in ("layer", "global", "isomorphic"):
+            raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic'; shrink also knows 'allocated'")
+        self.multiple_of, self.min_units = multiple_of, min_units
+        self.sizes = np.array([group.size for group in groups], dtype=np.int64)
+        self.orders = orders_of(scores)
+        self.ratios = np.full(len(groups), np.nan)  # where a group has none of its own
+        for group in groups:
+            self.ratios[group.index] = (ratios or {}).get(group.index, np.nan)
+        pools: dict[object, list[Group]] = defaultdict(list)
+        for group in groups:
+            if scope != "layer" and math.isnan(self.ratios[group.index]):
+                pools[None if scope == "global" else kind(groups, group)].append(group)
+        self.pools = [_ranked(pool, scores) for pool in pools.values() if len(pool) > 1]
+        self.ties = [np.array(sorted(tie), dtype=np.int64) for tie in ties]
+
+    def counts(self, ratio: float) -> Array:
+        """How many units of every group stay, (groups,)."""
+        share = np.where(np.isnan(self.ratios), ratio, self.ratios)
+        counts = np.maximum(self.sizes - np.ceil(share * self.sizes - 0.5).astype(np.int64), 1)
+        for members, owner in self.pools:
+            counts[members] = np.bincount(owner[: width(len(owner), ratio)], minlength=len(members))
+        counts = -(-counts // self.multiple_of) * self.multiple_of
+        counts = np.minimum(self.sizes, np.maximum(counts, max(self.min_units, 1)))
+        for tie in self.ties:
+            sizes, shares = self.sizes[tie], counts[tie] / self.sizes[tie]
+            step = math.gcd(*sizes.tolist())
+            share = shares.max() if self.min_units > 1 else shares.sum() / len(shares)
+            counts[tie] = sizes * max(1, min(step, math.ceil(step * share - 0.5))) // step
+        return counts
+
+    def keep(self, counts: Array) -> Kept:
+        """The best units of every group, as sorted indices."""
+        return best(self.orders, counts)
+
+
+def best(orders: Sequence[Array], counts: Sequence[int] | Array) -> Kept:
+    """The first units of every order, as many as counted, as sorted indices."""
+    return [torch.from_numpy(np.sort(order[: int(count)])) for order, count in zip(orders, counts, strict=True)]
+
+
+def orders_of(scores: Scores) -> list[Array]:
+    """The units of every group, the best first; ties go to the lower position.
+
+    >>> orders_of([torch.tensor([1.0, 3.0, 2.0, 3.0])])[0].tolist()
+    [1, 3, 2, 0]
+    """
+    return [np.argsort(-each.numpy(), kind="stable") for each in scores]
+
+
+def _ranked(pool: Sequence[Group], scores: Scores) -> tuple[Array, Array]:
+    """Groups that are ranked together, and the member of every unit of theirs, the best unit first."""
     every = torch.cat([scores[group.index] for group in pool])
-    owner = torch.cat([torch.full((group.size,), i) for i, group in enumerate(pool)])
-    order = torch.sort(every, descending=True, stable=True).indices[: width(len(every), ratios[0])]
-    return torch.bincount(owner[order], minlength=len(pool)).tolist()
+    owner = np.repeat(np.arange(len(pool)), [group.size for group in pool])
+    return np.array([group.index for group in pool]), owner[torch.sort(every, descending=True, stable=True).indices.numpy()]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,17 @@ from test_exact import X
 from torch import nn
 
 import graphprune
-from graphprune.budget.choose import fit, holds, keep
-from graphprune.budget.optimal import losses_of
+from graphprune.budget import descent
+from graphprune.budget.choose import fit, holds
+from graphprune.budget.descent import Search, descend
+from graphprune.budget.optimal import complete, losses_of
+from graphprune.budget.problem import Problem
 from graphprune.budget.space import space
 from graphprune.budget.targets import limits
 from graphprune.cost import NAMES, costs
+from graphprune.coupling.lengths import Prefixes
 from graphprune.errors import BadRatio, BadTarget
+from graphprune.select import best, orders_of
 
 SCOPES = ["layer", "global", "isomorphic", "optimal"]
 SHARES = st.sampled_from([0.9, 0.75, 0.5, 0.35])
@@ -134,22 +140,29 @@ def test_small_instances_equal_brute_force(widths, name, share, seed):
     assert loss_of(groups, scores, fit(groups, scores, asked, known, scope="layer")) >= best * (1 - 1e-6)
 
 
-def test_step_by_step_is_the_best_of_all_that_cost_no_more(monkeypatch):
-    import graphprune.budget.optimal as optimal
+class Eager(Search):
+    """All prices fresh at every step."""
 
+    def top(self):
+        self.fill()
+        return super().top()
+
+
+def test_step_by_step_is_the_best_of_all_that_cost_no_more(monkeypatch):
     for widths in ((10, 12, 12, 14), (8, 9, 10, 11), (16, 20, 24)):
         groups, scores, known = coupled(*chain(*widths))
         allowed = space(groups)
         losses = losses_of(groups, scores, allowed)
         for share in (0.3, 0.5, 0.7, 0.9):
             asked = limits(known.full, {"macs": share})
-            steps = optimal._descend(losses, asked, known, allowed)
-            reached = {"macs": asked["macs"] * float(optimal._shares(asked, known, allowed, steps[None])[0, 0])}
-            whole = optimal._complete(losses, reached, known, allowed)
+            problem = Problem(losses, asked, known, allowed, Prefixes(known.lengths, orders_of(scores)))
+            steps = descend(problem)
+            reached = {"macs": asked["macs"] * float(problem.shares(steps[None])[0, 0])}
+            whole = complete(replace(problem, limits=reached))
             best, near = (sum(float(each[level]) for each, level in zip(losses, at, strict=True)) for at in (whole, steps))
             assert best <= near <= 1.02 * best
-            monkeypatch.setattr(optimal, "BATCH", 10**6)  # all prices fresh at every step: the same path
-            assert (optimal._descend(losses, asked, known, allowed) == steps).all()
+            monkeypatch.setattr(descent, "Search", Eager)
+            assert (descend(problem) == steps).all()
             monkeypatch.undo()
 
 
@@ -185,7 +198,8 @@ def test_unreachable_targets_say_what_is_reachable_and_what_blocks_it():
 
 def test_kept_units_are_the_best():
     scores = [torch.tensor([1.0, 3.0, 2.0, 3.0])]
-    assert keep(scores, [2])[0].tolist() == [1, 3] and keep(scores, [3])[0].tolist() == [1, 2, 3]
+    orders = orders_of(scores)
+    assert best(orders, [2])[0].tolist() == [1, 3] and best(orders, [3])[0].tolist() == [1, 2, 3]
 
 
 class Boxes(nn.Module):

@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune
-from graphprune.budget.choose import fit, keep
+from graphprune.budget.choose import fit
+from graphprune.budget.descent import Fresh, descend
+from graphprune.budget.optimal import complete, losses_of
+from graphprune.budget.problem import Problem
+from graphprune.budget.space import space
 from graphprune.cost import costs
+from graphprune.coupling.lengths import Prefixes
 from graphprune.errors import BadMeasure, BadTarget
+from graphprune.select import best as first
+from graphprune.select import orders_of
 from graphprune.timing import latency
 from graphprune.timing.align import SLACK, alignments, staircase
 from graphprune.timing.operators import item, together
@@ -231,7 +238,7 @@ def test_small_instances_equal_brute_force(widths, step, share, seed):
     limit = share * float(known.parts["time"](known.lengths.of(whole)[None])[0])
     best = math.inf
     for counts in itertools.product(*(range(1, g.size + 1) for g in groups)):
-        kept = keep(scores, counts)
+        kept = first(orders_of(scores), counts)
         if float(known.parts["time"](known.lengths.of(kept)[None])[0]) <= limit:
             best = min(best, lost(scores, kept))
     if best == math.inf:
@@ -309,7 +316,7 @@ def spent(scores, known, limit, weight, kept):
 def test_fast_widths_equal_brute_force(widths, step, share, weight, seed):
     groups, scores, known = timed(*widths, step=step, seed=seed)
     limit = share * known.full.macs
-    every = [spent(scores, known, limit, weight, keep(scores, counts)) for counts in itertools.product(*(range(1, g.size + 1) for g in groups))]
+    every = [spent(scores, known, limit, weight, first(orders_of(scores), counts)) for counts in itertools.product(*(range(1, g.size + 1) for g in groups))]
     most = max((used for used, _ in every if used <= 1), default=None)
     if most is None:
         return
@@ -319,21 +326,40 @@ def test_fast_widths_equal_brute_force(widths, step, share, weight, seed):
 
 
 def test_step_by_step_is_nearly_as_fast_as_the_best_that_use_as_much():
-    import graphprune.budget.optimal as optimal
-    from graphprune.budget.space import space
-
     slower = []
     for seed in range(12):
         groups, scores, known = timed(10, 12, 14, step=1, seed=seed)
         allowed, limits = space(groups), {"macs": 0.5 * known.full.macs, "time": math.inf}
-        losses = optimal.losses_of(groups, scores, allowed)
-        steps = optimal._descend(losses, limits, known, allowed, 1.0)
-        used = float(optimal._shares(limits, known, allowed, steps[None])[0].max())
-        best = optimal._complete(losses, limits, known, allowed, 1.0)
-        fast, fastest = optimal._seconds(known, allowed, np.stack([steps, best]))
+        problem = Problem(losses_of(groups, scores, allowed), limits, known, allowed, Prefixes(known.lengths, orders_of(scores)), 1.0)
+        steps = descend(problem)
+        used = float(problem.shares(steps[None])[0].max())
+        fast, fastest = problem.seconds(np.stack([steps, complete(problem)]))
         assert used <= 1
         slower.append(fast / fastest)
     assert np.median(slower) < 1.05 and max(slower) < 1.25
+
+
+class Every(Fresh):
+    """All prices anew after every step."""
+
+    def take(self, choice):
+        super().take(choice)
+        self.fill()
+
+
+def test_prices_of_speed_are_looked_up_again_where_they_can_have_changed():
+    for weight, seed in ((0.5, 0), (1.0, 1), (0.3, 2)):
+        groups, scores, known = timed(10, 12, 14, 9, 11, step=2, seed=seed)
+        allowed, limits = space(groups), {"macs": 0.4 * known.full.macs, "time": math.inf}
+        problem = Problem(losses_of(groups, scores, allowed), limits, known, allowed, Prefixes(known.lengths, orders_of(scores)), weight)
+        paths = []
+        for kind in (Fresh, Every):
+            search, steps = kind(problem), []
+            while not search.done():
+                steps.append(search.next())
+                search.take(steps[-1])
+            paths.append(steps)
+        assert paths[0] == paths[1] and len(paths[0]) > 5
 
 
 def test_more_weight_on_time_is_faster_at_the_same_macs(monkeypatch):

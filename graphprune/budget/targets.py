@@ -18,6 +18,7 @@ from torch import nn
 
 from ..catalogue import enter
 from ..cost import NAMES, Cost, Costs
+from ..coupling.lengths import Prefixes
 from ..errors import BadTarget
 from ..operations.labels import Array
 from ..options import OBJECTIVES
@@ -29,6 +30,8 @@ enter("target", "size", "bytes of parameters and buffers that may stay: a share 
 enter("target", "memory", "peak bytes of activations: a share of the original, or a number")
 enter("target", "latency", 'measured time that may stay: a share of the original, or a time ("12 ms")')
 enter("target", "speedup", "how many times faster, measured")
+
+UNITS = {"params": "parameters", "macs": "MACs", "size": "bytes", "memory": "bytes of activations"}
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,12 @@ def show(name: str, value: float) -> str:
     """
     if name == "time":
         return f"{value * 1e3:.2f} ms"
-    return f"{value:,.0f} {dict(zip(NAMES, ('parameters', 'MACs', 'bytes', 'bytes of activations'), strict=True))[name]}"
+    return f"{value:,.0f} {UNITS[name]}"
 
 
-def unreachable(costs: Costs, least: Array, asked: Mapping[str, float], rules: str) -> BadTarget | None:
+def unreachable(costs: Costs, lengths: Prefixes, least: Array, asked: Mapping[str, float], rules: str) -> BadTarget | None:
     """The error for limits below what the narrowest allowed widths (groups,) cost; None when all can be met."""
-    reached = {name: float(values[0]) for name, values in costs.at(least[None], list(asked)).items()}
+    reached = {name: float(values[0]) for name, values in costs.rowwise(lengths, least[None], list(asked)).items()}
     missed = [name for name, limit in asked.items() if reached[name] > limit * (1 + 1e-9)]
     if not missed:
         return None
@@ -163,12 +166,12 @@ def unreachable(costs: Costs, least: Array, asked: Mapping[str, float], rules: s
 def stays(costs: Costs, least: Array, count: int = 5) -> list[str]:
     """The largest weights that are left at the narrowest widths, and what holds their axes."""
     groups = costs.lengths.groups
-    found = (costs.constant + costs.slopes @ least)[None]
+    lengths = costs.lengths.linear(least[None])[0]
     rows = []
     for name, leaf in groups.graph.leaves.items():
         if name.startswith("<") or name not in groups.graph.parameters:
             continue
-        sizes = [scale * float(found[0, form]) for scale, form in (costs.lengths.form(leaf, dim) for dim in range(len(leaf.shape)))]
+        sizes = [scale * float(lengths[form]) for scale, form in (costs.lengths.form(leaf, dim) for dim in range(len(leaf.shape)))]
         why = [f"axis {axis}: {groups.locked[name, axis]}" for axis in range(min(len(leaf.shape), 2)) if (name, axis) in groups.locked]
         rows.append((math.prod(sizes), f"  {name} ({' x '.join(f'{size:.0f}' for size in sizes)}): {'; '.join(why) or 'one unit per group has to stay'}"))
     return [text for _, text in sorted(rows, key=lambda row: -row[0])[:count]]

@@ -247,21 +247,26 @@ class Times:
     seconds: Array
 
     def __call__(self, lengths: Array) -> Array:
-        if not len(self.forms):
-            return np.full(len(lengths), self.fixed)
-        at, part = [], []
+        items = np.tile(np.arange(len(self.forms)), len(lengths))
+        each = self.each(items, lengths[:, self.forms].reshape(len(items), 2))
+        return self.fixed + each.reshape(len(lengths), len(self.forms)).sum(axis=1)
+
+    def each(self, items: Array, lengths: Array) -> Array:
+        """The seconds of some calls, (n,), each at its two lengths (n, 2)."""
+        corners, shares = [], []
         for knob in range(2):
-            x, grid = lengths[:, self.forms[:, knob]], self.grid[:, knob]
-            low = ((x[:, :, None] >= grid[None]).sum(axis=2) - 1).clip(0, grid.shape[1] - 2)
-            left = np.take_along_axis(grid, low.T, axis=1).T
-            right = np.take_along_axis(grid, low.T + 1, axis=1).T
-            at.append(low)
-            part.append(((x - left) / (right - left)).clip(0, 1))
-        row = np.arange(len(self.forms))[None]
-        corner = lambda i, j: self.seconds[row, at[0] + i, at[1] + j]  # noqa: E731
-        low = corner(0, 0) * (1 - part[1]) + corner(0, 1) * part[1]
-        high = corner(1, 0) * (1 - part[1]) + corner(1, 1) * part[1]
-        return self.fixed + (low * (1 - part[0]) + high * part[0]).sum(axis=1)
+            length, grid = lengths[:, knob], self.grid[items, knob]
+            row, corner = np.arange(len(items)), ((length[:, None] >= grid).sum(axis=1) - 1).clip(0, grid.shape[1] - 2)
+            low, high = grid[row, corner], grid[row, corner + 1]
+            corners.append(corner)
+            shares.append(((length - low) / (high - low)).clip(0, 1))
+        at = lambda i, j: self.seconds[items, corners[0] + i, corners[1] + j]  # noqa: E731
+        low = at(0, 0) * (1 - shares[1]) + at(0, 1) * shares[1]
+        high = at(1, 0) * (1 - shares[1]) + at(1, 1) * shares[1]
+        return low * (1 - shares[0]) + high * shares[0]
+
+    def total(self, values: Array) -> float:
+        return self.fixed + float(values.sum())
 
 
 def times(graph: Graph, table: Table, align: int = 16) -> Callable[[Lengths], Times]:
