@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +27,49 @@ ROWS = 40  # what fits a screen
 NO_FEATURE = Reason("positions, not features: no product with a learnt weight makes them", kind="position")
 
 
+Slot = tuple[str, int]  # a tensor's name and one of its axes
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where the units of a group stand along an axis of some length: ``units[i]`` at ``positions[i]``, or at every position where that is None."""
+
+    units: Array
+    positions: Array | None
+    length: int
+
+    def dense(self) -> Array:
+        """The unit at every position, -1 where none of the group is.
+
+        >>> Stand(np.array([0, 1]), np.array([1, 3]), 4).dense()
+        array([-1,  0, -1,  1])
+        """
+        if self.positions is None:
+            return self.units
+        along = np.full(self.length, -1, dtype=self.units.dtype)
+        along[self.positions] = self.units
+        return along
+
+
+class Places(Mapping[Slot, Array]):
+    """The unit of each position (or -1) by (tensor, axis), made when it is asked for: an axis that many groups share is long for each of them.
+
+    ``stands`` holds the positions of the group alone; axes along which it stands alike share one.
+    """
+
+    def __init__(self, stands: dict[Slot, Stand]) -> None:
+        self.stands = stands
+
+    def __getitem__(self, slot: Slot) -> Array:
+        return self.stands[slot].dense()
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self.stands)
+
+    def __len__(self) -> int:
+        return len(self.stands)
+
+
 @dataclass(frozen=True)
 class Group:
     """Units that stand in the same places; ``places`` maps a (tensor, axis) to the unit of each position (or -1)."""
@@ -34,7 +77,7 @@ class Group:
     index: int
     name: str
     units: Array
-    places: dict[tuple[str, int], Array]
+    places: Places
 
     @property
     def size(self) -> int:
@@ -316,18 +359,18 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
     renumber = np.full(len(members) + 1, -1, dtype=np.int64)
     renumber[several] = np.arange(len(several))
     mine, inner = owner[units], local[units]
-    held = [_held(mine[a:b], inner[a:b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-    places: list[dict] = [{} for _ in members]
+    stands = [_stands(mine[a:b], inner[a:b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+    places: list[dict[Slot, Stand]] = [{} for _ in members]
     locked: dict[tuple[str, int], Reason] = {}
     for slot, kind in zip(slots, kinds, strict=True):
-        for group, positions in held[kind]:
-            places[group][slot] = positions
+        for group, stand in stands[kind]:
+            places[group][slot] = stand
         if kind in barred:
             locked[slot] = barred[kind]
     for slot, kind in zip(slots, kinds, strict=True):
-        if all([renumber[group] < 0 for group, _ in held[kind]]):
+        if all([renumber[group] < 0 for group, _ in stands[kind]]):
             locked.setdefault(slot, Reason("all its positions stay or go together, so that nothing would be left"))
-    groups = tuple(Group(n, next(iter(places[i]))[0], members[i], places[i]) for n, i in enumerate(several))
+    groups = tuple(Group(n, next(iter(places[i]))[0], members[i], Places(places[i])) for n, i in enumerate(several))
     return Groups(graph, root, groups, locked, renumber[owner])
 
 
@@ -349,12 +392,16 @@ def _slots(graph: Graph, root: Array) -> tuple[list[tuple[str, int]], list[Array
     return slots, every, kinds
 
 
-def _held(owner: Array, local: Array) -> list[tuple[int, Array]]:
-    """The groups along an axis, each with its unit at every position (-1: none of it)."""
+def _stands(owner: Array, local: Array) -> list[tuple[int, Stand]]:
+    """The groups along an axis, each with where its units stand."""
     least, most = int(owner.min()), int(owner.max())
     if least == most:
-        return [(least, local)] if least >= 0 else []
-    return [(int(group), np.where(owner == group, local, -1)) for group in np.unique(owner[owner >= 0])]
+        return [(least, Stand(local, None, len(local)))] if least >= 0 else []
+    order = np.argsort(owner, kind="stable")
+    order = order[np.searchsorted(owner[order], 0) :]
+    firsts = np.flatnonzero(np.diff(owner[order], prepend=-1))
+    spans = zip(owner[order[firsts]].tolist(), np.split(order, firsts[1:]), strict=True)
+    return [(group, Stand(local[positions], positions, len(owner))) for group, positions in spans]
 
 
 def _same_places(signature: Array, free: Array) -> tuple[Array, Array, list[Array]]:

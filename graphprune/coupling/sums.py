@@ -37,10 +37,11 @@ def unit_sums(groups: Groups, tensors: Mapping[str, torch.Tensor], power: int) -
     # Many axes of a group hold its units in the same order: these are added up before the units are looked for.
     along: dict[tuple[int, int], tuple[Array, Array]] = {}
     for group, start in zip(groups, starts.tolist(), strict=False):
-        for (name, axis), units in group.places.items():
+        for (name, axis), stand in group.places.stands.items():
             if name in sums:
-                key = start, id(units)
-                along[key] = units, along[key][1] + sums[name][axis] if key in along else sums[name][axis].astype(np.float64)
+                key = start, id(stand)
+                values = sums[name][axis] if stand.positions is None else sums[name][axis][stand.positions]
+                along[key] = stand.units, along[key][1] + values if key in along else values.astype(np.float64)
     if not along:
         return [torch.zeros(group.size, dtype=torch.float64) for group in groups]
     units, values = (np.concatenate(column) for column in zip(*along.values(), strict=True))

@@ -179,15 +179,22 @@ class Survivors:
 def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[str, ...]) -> Plan:
     """Turn kept units into cuts of tensors."""
     masks: dict[tuple[str, int], Array] = {}
+    shared: set[tuple[str, int]] = set()  # the axes on which several groups stand
     for group, stay in zip(groups, kept, strict=True):
         stays = np.zeros(group.size + 1, dtype=bool)
-        stays[stay.numpy()] = stays[-1] = True  # position -1: of no unit of this group
+        stays[stay.numpy()] = stays[-1] = True  # unit -1: of no unit of this group
         along: dict[int, Array] = {}  # many axes of a group hold its units in the same order
-        for slot, units in group.places.items():
-            if id(units) not in along:
-                along[id(units)] = stays[units]
-            mask = along[id(units)]
-            masks[slot] = masks[slot] & mask if slot in masks else mask
+        for slot, stand in group.places.stands.items():
+            if id(stand) not in along:
+                along[id(stand)] = stays[stand.units]
+            mask = along[id(stand)]
+            if stand.positions is None:
+                masks[slot] = masks[slot] & mask if slot in masks else mask
+                continue
+            if slot not in shared:  # axes of one group may share their mask, those of several groups are written into
+                masks[slot] = masks[slot].copy() if slot in masks else np.ones(stand.length, dtype=bool)
+                shared.add(slot)
+            masks[slot][stand.positions] &= mask
     lists: dict[bytes, list[int]] = {}  # equal cuts share one list
     listed: dict[int, list[int]] = {}  # the same by mask, which many axes share
     cuts: dict[str, dict[int, list[int]]] = {}
