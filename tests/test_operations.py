@@ -28,7 +28,9 @@ from graphprune.tracing.trees import tensors
 PACKAGE = Path(graphprune.__file__).parent
 
 # Words that are also names of operations: ways to add scores up, options, names of the package's own functions. They may stand anywhere but beside a node.
-WORDS = frozenset("sum mean max min all any abs amax prod norm to select expand zeros ones linear index rand std var fill full dot sort where copy repeat fold".split())
+WORDS = frozenset(
+    "sum mean max min all any abs amax prod norm to select expand zeros ones linear index rand std var fill full dot sort where copy repeat fold".split()
+)
 # Names that stand for something else; each with what that is.
 ARGUED = {
     "tracing/trace.py": ({"scaled_dot_product_attention"}, "calls of the Python code, not operations"),
