@@ -145,6 +145,13 @@ def measure_accuracy(options: argparse.Namespace, rows: list[dict], done: Callab
 # ------------------------------------------------------------------ whole blocks
 
 
+def scored_by(name: str, data: list) -> object:
+    """The score of whole blocks of that name, with the data that it reads."""
+    if name in ("l1", "l2"):
+        return name
+    return graphprune.scores.on(name, data, F.cross_entropy if name == "taylor" else None)
+
+
 def measure_blocks(options: argparse.Namespace, rows: list[dict], done: Callable[[dict], None]) -> None:
     """The scores of whole blocks on the same network, images and fine-tuning; shares of the MACs that blocks cannot reach have no row."""
     train, labels, test, truth = load_cifar(options.data)
@@ -160,11 +167,7 @@ def measure_blocks(options: argparse.Namespace, rows: list[dict], done: Callable
                 if (name, share) in finished:
                     continue
                 noise = torch.Generator().manual_seed(seed)
-                criterion = (
-                    (lambda _, module, noise=noise: float(torch.rand((), generator=noise)))
-                    if name == "random"
-                    else getattr(graphprune.scores, name).on(data, F.cross_entropy)
-                )
+                criterion = (lambda _, module, noise=noise: float(torch.rand((), generator=noise))) if name == "random" else scored_by(name, data)
                 try:
                     small, plan = graphprune.shrink(model, example, macs=share, what="block", score=criterion, verify=False, return_plan=True)
                 except graphprune.errors.BadTarget as error:
