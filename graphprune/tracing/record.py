@@ -127,11 +127,29 @@ class Recorder(TorchDispatchMode):
             name = self.names.get(id(tensor))
             if name:
                 return self.leaf(tensor, name)
+            twin = self.twin(tensor)
+            if twin is not None:  # a Parameter made of a result: the same memory, which no call shows
+                found = self.values[id(tensor)] = self.values[id(self.__torch_dispatch__(torch.ops.aten.alias.default, (), (twin,)))]
+                self.alive.append(tensor)
+                return found
             found = Value(tuple(tensor.shape), leaf=f"<constant {len(self.leaves)}>")
             self.leaves[found.leaf] = found
             self.constants[found.leaf] = tensor
             self.keep(tensor, found)
         return found
+
+    def twin(self, tensor: Tensor) -> Tensor | None:
+        """The last tensor of the run that is the same memory, seen the same way."""
+        if tensor.layout != torch.strided:
+            return None
+        address, offset = tensor.untyped_storage()._cdata, tensor.storage_offset()
+        if address not in self.storages:
+            return None
+        for other in reversed(self.alive):
+            if other.shape == tensor.shape and other.layout == torch.strided and other.untyped_storage()._cdata == address:
+                if other.stride() == tensor.stride() and other.storage_offset() == offset and id(other) in self.values:
+                    return other
+        return None
 
     def place(self) -> tuple[str, int] | None:
         """File and line of the innermost frame that belongs neither to torch nor to this package (a sibling such as torchvision does not)."""
