@@ -21,18 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..operations import operation
 from ..operations.labels import Array
 from ..operations.notation import Value
 from ..tracing.node import Node
 from ..tracing.trace import Graph
 
 Cuts = Mapping[str, Mapping[int, Sequence[int]]]
-# What the calls that make a weight may be: functions of tensors and numbers that count nothing (a mean would be another over fewer entries).
-CALLS = frozenset(
-    """t transpose permute view reshape _unsafe_view flatten unsqueeze squeeze expand alias detach clone contiguous select mul div add sub neg pow square sqrt
-    rsqrt reciprocal abs clamp_min clamp exp sum linalg_vector_norm norm dot vdot mv mm bmm _weight_norm_interface _weight_norm""".split()
-)
-STATISTICS = frozenset("sum linalg_vector_norm norm dot vdot mv _weight_norm_interface _weight_norm".split())
 MOST = 64  # calls that make one weight
 
 
@@ -135,11 +130,12 @@ def _run(gain: Gain, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     with torch.no_grad():
         for name, arguments in gain.calls:
-            operation, _, overload = name.partition(".")
-            operation = (
-                "reshape" if operation in ("view", "_unsafe_view") else operation
-            )  # the tensors may lie in memory in another order than when they were recorded
-            results.append(getattr(getattr(torch.ops.aten, operation), overload)(*[read(item) for item in arguments]))
+            short, _, overload = name.partition(".")
+            given = [read(item) for item in arguments]
+            if operation(f"aten::{short}").regroups and type(given[-1]) is list:  # in memory, these tensors may lie in another order than the recorded ones
+                results.append(given[0].reshape(given[-1]))
+            else:
+                results.append(getattr(getattr(torch.ops.aten, short), overload)(*given))
     return results[-1] if isinstance(results[-1], torch.Tensor) else results[-1][gain.result]
 
 
@@ -197,8 +193,7 @@ def _written(graph: Graph, root: Array, weight: Value, nodes: list[Node]) -> Gai
     """The calls as data, or None where one of them is not of those that a plan may hold."""
     names = {id(leaf): name for name, leaf in graph.leaves.items()}
     made = {id(value): (at, out) for at, node in enumerate(nodes) for out, value in enumerate(node.outs)}
-    operations = [node.op.short for node in nodes]
-    if not STATISTICS.intersection(operations) or not CALLS.issuperset(operations):
+    if not any(node.op.statistic or node.products for node in nodes) or not all(node.op.planned for node in nodes):
         return None
 
     def write(item: Any) -> Any:
@@ -211,7 +206,7 @@ def _written(graph: Graph, root: Array, weight: Value, nodes: list[Node]) -> Gai
         raise TypeError
 
     try:
-        calls = tuple((f"{name}.{node.func._overloadname}", tuple(map(write, node.args))) for name, node in zip(operations, nodes, strict=True))
+        calls = tuple((f"{node.op.short}.{node.func._overloadname}", tuple(map(write, node.args))) for node in nodes)
     except TypeError:
         return None
     if any(node.kwargs.get(key) is not None for node in nodes for key in node.kwargs if key != "memory_format"):

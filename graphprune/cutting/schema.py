@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import BadPlan
-from .gains import CALLS, MOST, Gain
+from ..operations import operation as known
+from .gains import MOST, Gain
 from .outline import Outline
 from .parts import Part
 
@@ -124,7 +125,11 @@ def _gain(items: Any) -> Gain:
         raise ValueError(f"the gain of {_short(name)} is no factor")
     made: list[tuple[str, tuple]] = []
     for operation, arguments in map(lambda call: _pair(call, "a call"), _list(calls, "calls")[: MOST + 1]):
-        if _text(operation, "an operation").partition(".")[0] not in CALLS or operation.count(".") != 1 or not operation.rpartition(".")[2].isidentifier():
+        if (
+            not known(f"aten::{_text(operation, 'an operation').partition('.')[0]}").planned
+            or operation.count(".") != 1
+            or not operation.rpartition(".")[2].isidentifier()
+        ):
             raise ValueError(f"{_short(operation)} is not among the operations that make a weight")
         made.append((operation, tuple(_argument(item, len(made), AXES) for item in _list(arguments, "arguments"))))
     if not 0 < len(made) <= MOST:

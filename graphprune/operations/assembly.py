@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import BadRule
 from .labels import Array, Fields, Labels, compact, varying
 from .notation import Value, meet
-from .record import assemble, pointwise
+from .record import assemble, describe, pointwise
 
 
 def free(labels: Labels, shape: tuple[int, ...], axes: range | list[int]) -> Fields:
@@ -168,3 +168,5 @@ def as_strided(labels: Labels, reason: int, outs: list, x: Value, *args, **kwarg
     if outs[0] != x.shape or sum(n > 1 for n in outs[0]) > 1:
         raise BadRule("the same memory in another layout")
     return [x.fields]
+
+describe("expand", "select", planned=True)

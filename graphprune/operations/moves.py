@@ -146,3 +146,5 @@ def _channel_shuffle(array, shape, out, groups):
 describe("alias", regroups=True)
 describe("clone", fused=True)
 describe("empty_like", unmade=True)
+
+describe(*"t transpose permute view reshape _unsafe_view flatten unsqueeze squeeze alias detach clone contiguous".split(), planned=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from .notation import Expr, Value, expr
-from .record import LETTERS, computes
+from .record import LETTERS, computes, describe
 
 
 @computes("native_batch_norm", fused=True, norm="batch")
@@ -57,3 +57,5 @@ def weight_norm(v, g, dim=0):
     axes = [LETTERS[i] if i == dim else f"[{LETTERS[i]}]" for i in range(len(v.shape))]
     scale = " ".join(LETTERS[i] if i == dim else "1" for i in range(len(g.shape)))
     return expr(f"{' '.join(axes)}, {scale} -> {' '.join(axes)}, {scale}", v, g)
+
+describe("_weight_norm_interface", planned=True, statistic="sum")

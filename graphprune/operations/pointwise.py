@@ -35,3 +35,5 @@ describe("hardtanh", flat=lambda low=-1.0, high=1.0: _bounds(low, high))
 describe("clamp", flat=_bounds)
 describe("clamp_min", flat=_bounds)
 describe("clamp_max", flat=lambda high: _bounds(None, high))
+
+describe(*"mul div add sub neg pow sqrt rsqrt reciprocal abs clamp clamp_min exp".split(), planned=True)

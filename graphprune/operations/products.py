@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from .notation import Expr, Value, expr
-from .record import LETTERS, Onnx, computes
+from .record import LETTERS, Onnx, computes, describe
 
 
 def _matmul(bias, x, weight, **kwargs) -> Onnx:
@@ -104,3 +104,5 @@ def _convolution(rank: int, transposed: bool) -> str:
     if transposed:
         return f"b (g i){places}, (g i) o{taps}, (g o) -> b (g o){free}"
     return f"b (g i){free}, (g o) i{taps}, (g o) -> b (g o){places}"
+
+describe("dot", "vdot", "mv", "mm", "bmm", planned=True)

@@ -78,6 +78,9 @@ class Operation:
     chooses: bool = False  # each entry of one of two tensors, as a mask says
     stays: bool = False  # a move that leaves every entry where it is
     regroups: bool = False  # the same entries in another shape
+    planned: bool = False  # a plan may hold it, among the calls that make a weight: it counts nothing and writes nothing
+    statistic: str = ""  # over the axes it takes away: "sum" (zeros add nothing), "mean" (their number counts), or "other"
+    zero: str = ""  # what the result is where operands are zero: "one" (zero if any is), "all" (zero if all are), "first" (zero if the first is)
     any_size: Callable[..., bool] | None = None  # whether the call runs at any size, so that nobody minds if its result is not used
     unmade: bool = False  # costs no time though the result has memory of its own
     shapes: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # shape functions by overload

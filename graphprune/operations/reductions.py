@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .notation import Expr, Value, expr
-from .record import LETTERS, computes, pointwise
+from .record import LETTERS, computes, describe, pointwise
 
 
 def dims(dim: Any, rank: int) -> set[int]:
@@ -22,19 +22,21 @@ def _reduced(x: Value, dim: Any, keepdim: bool, outs: int = 1) -> Expr:
     return expr(" ".join(left) + "->" + ",".join([" ".join(right)] * outs), x)
 
 
-@computes("mean", "sum", "amax", "amin", "prod", "any", "all", "logsumexp", "std", "var", "nansum", "max", "min")
+@computes("sum", "nansum", statistic="sum")
+@computes("mean", "std", "var", statistic="mean")
+@computes("amax", "amin", "prod", "any", "all", "logsumexp", "max", "min", statistic="other")
 def reduction(x, dim=None, keepdim=False, **kwargs):
     if isinstance(dim, Value):
         return pointwise([x, dim], [max(len(x.shape), len(dim.shape))])
     return _reduced(x, dim, bool(keepdim), outs=2)
 
 
-@computes("var_mean", "std_mean")
+@computes("var_mean", "std_mean", statistic="mean")
 def var_mean(x, dim=None, *, correction=None, keepdim=False):
     return _reduced(x, dim, keepdim, outs=2)
 
 
-@computes("linalg_vector_norm", "norm")
+@computes("linalg_vector_norm", "norm", statistic="sum")
 def vector_norm(x, ord=2, dim=None, keepdim=False, **kwargs):
     return _reduced(x, dim, keepdim)
 
@@ -64,3 +66,6 @@ def topk(x, k, dim=-1, *args, **kwargs):
 def triangle(x, *args):
     lead = " ".join(LETTERS[: len(x.shape) - 2])
     return expr(f"{lead} _ _ -> {lead} _ _", x)
+
+
+describe("sum", "linalg_vector_norm", "norm", planned=True)
