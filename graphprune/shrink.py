@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
 from torch import nn
@@ -11,10 +12,10 @@ from .cutting.apply import apply
 from .cutting.compose import so_far
 from .cutting.plan import Plan, note_plan
 from .cutting.undo import undone
-from .cutting.verify import check, check_model
+from .cutting.verify import check_model
 from .options import Repair, Runtime, Widths
 from .planning.outcome import disappointments
-from .planning.planner import decide
+from .planning.planner import decide, proved
 from .planning.request import ask, flag
 from .repair import after_cut, before_cut, refill
 from .scores import Criterion
@@ -86,12 +87,11 @@ def shrink(
     flags = {"inplace": inplace, "return_plan": return_plan, "verify": verify}
     inplace, return_plan, verify = (flag(name, value) for name, value in flags.items())
     request = ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths, inplace=inplace)
+    request = request if verify else replace(request, proof="calls")
     repairs = before_cut(model, Repair.of(repair))
     graph = trace(model, example_input, example_kwargs)
     chosen = decide(graph, model, request)
-    small = apply(model, chosen)
-    if verify:
-        check(graph, model, small, chosen)
+    chosen, small = proved(graph, model, request, chosen) if verify else (chosen, apply(model, chosen))
     small, chosen = after_cut(small, model, chosen, repairs, graph)
     if inplace:
         with undone(model, chosen.edits):
@@ -133,7 +133,7 @@ def plan(
     """
     check_model(model)
     targets = {"params": params, "macs": macs, "size": size, "memory": memory, "latency": latency, "speedup": speedup}
-    request = ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths)
+    request = replace(ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths), proof="calls")
     graph = trace(model, example_input, example_kwargs)
     chosen = decide(graph, model, request)
     disappointments(graph, model, chosen, request)

@@ -56,7 +56,7 @@ ORDER = {
         timing repair granularity planning formats spelling shrink loop __main__""",
     "operations": """labels notation contraction record assembly attention factories indexing moves norms pointwise pooling products recurrent
         reductions spectral shapes laws""",
-    "tracing": "sizes trees picks needs symbols bodies paths fused copies node origin record unused features summary trace probe",
+    "tracing": "sizes trees picks needs symbols bodies paths fused copies node origin record unused features summary trace rehearsal probe",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
@@ -66,7 +66,7 @@ ORDER = {
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions blocks depth",
-    "planning": "request limits widths trial depth entries planner outcome",
+    "planning": "shares proof request limits widths trial depth entries planner outcome",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }
 

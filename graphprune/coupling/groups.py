@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -157,14 +157,20 @@ def couple(
     keep: tuple[tuple[str, int | None], ...] = (),
     locks: tuple[tuple[Array, str], ...] = (),
     free: Collection[str] = (),
+    joins: Sequence[tuple[Array, Array]] = (),
 ) -> Groups:
     """Join what the run joined, settle fields over several axes, and collect units into groups.
 
-    ``keep`` names (tensor, axis) pairs that stay whole, ``locks`` further labels with a reason. ``free`` names kinds of reasons that do not hold:
-    with "position", what is no feature (a token, a coordinate, an entry of a table) may go like any other unit.
+    ``keep`` names (tensor, axis) pairs that stay whole, ``locks`` further labels with a reason, ``joins`` further ones that go together.
+    ``free`` names kinds of reasons that do not hold: with "position", what is no feature (a token, a coordinate, an entry of a table) may go like
+    any other unit.
     """
     labels = graph.labels
     parts = labels.partition()
+    for left, right in joins:
+        parts.union(left.ravel(), right.ravel())
+    if joins:
+        parts.flatten()
     reasons = list(labels.reasons)
     held = list(labels.locks)
     for name, axis in keep:

@@ -7,7 +7,7 @@ real tensors and never looks at the cut model, so the two can be compared.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace as replace_fields
 from typing import Any
 
@@ -34,11 +34,14 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
         given = list(tensors((args, kwargs), torch.Tensor))
         fits = graph is not None and [tuple(t.shape) for t in given] == [v.shape for v in graph.inputs]
         found = graph if fits and graph else trace(model, args, kwargs)
-        if found.real:  # control flow depends on values: record the path that the zeroed weights take
-            found = trace(_masked(model, plan), args, kwargs)
-        return replay(found, model, plan, given)
+        return replay(recorded(found, model, plan), model, plan, given)
 
     return run
+
+
+def recorded(graph: Graph, model: nn.Module, plan: Plan) -> Graph:
+    """The calls that the zeroed weights make: where control flow depends on values, they may take another path."""
+    return trace(_masked(model, plan), *graph.example) if graph.real else graph
 
 
 def _settled(model: nn.Module, plan: Plan, args: tuple, kwargs: dict) -> list[torch.Tensor]:
@@ -92,6 +95,14 @@ class Masks:
                 gone[rows[gone[names]]] = True
         self.stays = ~gone[root]
 
+    def axis(self, value: Value, dim: int) -> np.ndarray:
+        """Which positions along one axis survive."""
+        mask = np.ones(value.shape[dim], dtype=bool)
+        if dim in (kept := self.kept(value)):
+            mask[:] = False
+            mask[kept[dim].numpy()] = True
+        return mask
+
     def kept(self, value: Value) -> dict[int, torch.Tensor]:
         found = {}
         for dim, size in enumerate(value.shape):
@@ -107,6 +118,17 @@ class Masks:
 
 def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Run the recorded calls on the zeroed leaves."""
+    calls = replayed(graph, model, plan, inputs)
+    with torch.no_grad():
+        while True:
+            try:
+                next(calls)
+            except StopIteration as end:
+                return end.value
+
+
+def replayed(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> Generator[list[torch.Tensor], None, list[torch.Tensor]]:
+    """The results of the recorded calls on the zeroed leaves, call by call, and in the end the outputs; to be run without gradients."""
     masks = Masks(graph, plan)
     held: dict[int, torch.Tensor] = {}
     shared: dict[int, torch.Tensor] = {}
@@ -128,17 +150,17 @@ def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor
     wanted = {id(value) for value in graph.outputs}
     filled = graph.filled
     made = _Made(graph, model, plan)
-    with torch.no_grad():
-        for index, node in enumerate(graph.nodes):
-            results = _call(node, held, masks, device)
-            for value, tensor in zip(node.outs, results, strict=True):
-                tensor = filled[id(value)].clone() if id(value) in filled else tensor
-                held[id(value)] = _filled(tensor, masks.kept(value)) if tensor.is_floating_point() and not tensor.isfinite().all() else tensor
-            for value, tensor in made.after(node):
-                held[id(value)] = _filled(tensor, masks.kept(value), everything=True)
-            for value in list(tensors((node.args, node.kwargs))):
-                if last[id(value)] == index and id(value) not in wanted:
-                    held.pop(id(value), None)
+    for index, node in enumerate(graph.nodes):
+        results = _call(node, held, masks, device)
+        for value, tensor in zip(node.outs, results, strict=True):
+            tensor = filled[id(value)].clone() if id(value) in filled else tensor
+            held[id(value)] = _filled(tensor, masks.kept(value)) if tensor.is_floating_point() and not tensor.isfinite().all() else tensor
+        for value, tensor in made.after(node):
+            held[id(value)] = _filled(tensor, masks.kept(value), everything=True)
+        yield [held[id(value)] for value in node.outs]
+        for value in list(tensors((node.args, node.kwargs))):
+            if last[id(value)] == index and id(value) not in wanted:
+                held.pop(id(value), None)
     missing = [value for value in graph.outputs if id(value) not in held]
     if missing:
         raise BadInput("an output of the model does not come from the recorded run")

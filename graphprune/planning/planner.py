@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..cutting.apply import apply
 from ..cutting.plan import Plan
-from ..errors import BadRatio, BadScore
+from ..cutting.verify import check
+from ..errors import BadRatio, BadScore, NotEqual
 from ..scores import SCORES, Score
 from ..scores.attempts import attempts, remembered
 from ..timing.latency import predicted, reach, steps
@@ -42,3 +44,20 @@ def _by_name(request: Request) -> Request:
     if score.options != SCORES[score.name].options:
         raise BadScore(f"granularity {text!r} takes no options of a score, {score.options} were given; give the name {score.name!r}")
     return replace(request, score=score.name)
+
+
+def proved(graph: Graph, model: nn.Module, request: Request, plan: Plan) -> tuple[Plan, nn.Module]:
+    """The plan and the cut model, once it computes what the zeroed original computes; what it differs by is looked for, left whole, and planned again.
+
+    Raises :class:`~graphprune.errors.NotEqual` where nothing that is left whole makes them equal.
+    """
+    small = apply(model, plan)
+    try:
+        check(graph, model, small, plan)
+    except NotEqual:
+        if not request.spec.coarse:
+            raise
+        plan = decide(graph, model, replace(request, proof="values"))
+        small = apply(model, plan)
+        check(graph, model, small, plan)
+    return plan, small

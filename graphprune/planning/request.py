@@ -19,6 +19,7 @@ from ..quantities import Seconds, amount
 from ..scores import OnData
 from ..select import check_ratio
 from ..tracing.trace import Graph
+from .proof import Fault
 
 REASONS = {
     "size": "masked entries are stored as zeros: ask for params= or macs=",
@@ -46,6 +47,8 @@ class Request:
     inplace: bool = False
     multiple_of: Any = None
     extra_costs: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
+    proof: str = ""  # "calls": every plan is rehearsed without values; "values": compared with the zeroed original, result by result
+    faults: list[tuple[Graph, Fault]] = field(default_factory=list)  # what proved wrong so far
 
     def __post_init__(self) -> None:
         if self.spec.coarse:

@@ -1,14 +1,16 @@
 """From groups to widths that the model's own code allows: choose, solve for the attributes, tie or lock, and choose again.
 
 Where a size in the code cannot follow its axis, groups that the code derives from each other keep the same share; where that
-does not help, the axis is left whole with the reason.
+does not help, and the cut code proves to compute something else, the axis is left whole with the reason.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,13 +21,17 @@ from ..cutting.plan import Plan, Survivors, make_plan
 from ..errors import BadTarget, NothingToPrune
 from ..granularity.heads import others
 from ..names import overrides
+from ..operations.labels import Array, varying
 from ..scores import Scores
 from ..select import Kept, select
 from ..tracing.sizes import leaves
-from ..tracing.symbols import solve
+from ..tracing.symbols import Wrong, solve
 from ..tracing.trace import Graph
+from .proof import Proof
 from .request import Request
+from .shares import shares
 
+ROUNDS = 40  # how often groups are coupled anew because something proved wrong
 TRIES = 16  # how many widths are tried before an axis is left whole
 Scored = Callable[[Groups], Iterator[Scores]]
 
@@ -35,42 +41,77 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
 
     ``literals`` collects the modules whose code holds such a size as a literal.
     """
-    locks: list = []
-    notes: list[str] = []
+    proof = Proof(graph, model, request.proof == "values", bool(request.proof))
+    locks: list = [(fault.labels, fault.text) for where, fault in request.faults if where is graph]
+    notes: list[str] = [f"note: {text}" for _, text in locks]
     ties: list[frozenset[int]] = []
+    joins: list[tuple[Array, Array]] = []
+    tied: set[tuple] = set()
     whole = tuple((name, None) for name in request.keep if name in graph.leaves)
-    groups = couple(graph, whole)
+    groups = couple(graph, whole, tuple(locks))
     if request.spec.name == "head":
         locks += others(groups)
         groups = couple(graph, whole, tuple(locks))
-    for _ in range(40):
+    for _ in range(ROUNDS):
         if not len(groups):
             raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
         own = overrides(groups, model, request.widths.ratios)
+        wrong, faults = [], []
         for scores in scored(groups):
             while True:
                 kept = _choose(groups, scores, request, own, ties)
-                edits, wrong = solve(graph, Survivors(groups, kept).length)
-                tied = _tie(graph, groups, wrong, ties)
-                if tied == ties:
+                edits, unsolved = solve(graph, Survivors(groups, kept).length)
+                closer = _tie(graph, groups, unsolved, ties)
+                if closer == ties:
                     break
-                ties = tied
-            if literals is not None:
-                literals.update(call.module for _, _, call in wrong if call and isinstance(call.expr, int))
+                ties = closer
+            wrong, faults = proof.judge(groups, kept, edits, unsolved)
             if wrong and request.plain:
-                kept, edits, wrong = _widened(graph, groups, request, scores, own, ties, (kept, edits, wrong))
-            if wrong:
+                kept, edits, unsolved = _widened(graph, groups, request, scores, own, ties, (kept, edits, unsolved), wrong)
+                wrong, faults = proof.judge(groups, kept, edits, unsolved)
+            if literals is not None:
+                literals.update(each.call.module for each in wrong if each.call and isinstance(each.expr, int))
+            if wrong or faults:
                 break
         else:
-            return groups, kept, make_plan(groups, kept, edits, tuple(notes))
-        for need, expr, call in wrong:
-            where = ", ".join(part for part in (call.module, call.line) if part) if call else ""
-            text = f"no attribute behind the size given to {call.op} ({where})" if call else "a factor or a branch depends on this size"
-            for value, dim in _places(graph, need, expr):
-                locks += [(field, text) for field in value.fields if field.shape[dim] > 1]
-            notes.append(f"note: {text}")
-        groups, ties = couple(graph, whole, tuple(locks)), []
+            return groups, kept, make_plan(groups, kept, edits, tuple(dict.fromkeys(notes)))
+        for each in wrong:
+            pairs = shares(each.call, graph.symbols) if each.call and _key(each) not in tied else []
+            tied.add(_key(each))
+            joins += pairs
+            if not pairs:
+                locks += _locks(graph, each)
+                notes.append(f"note: {_why(each)}")
+        for fault in faults:
+            locks.append((fault.labels, fault.text))
+            notes.append(f"note: {fault.text}")
+            request.faults.append((graph, fault))
+        groups, ties = couple(graph, whole, tuple(locks), joins), []
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
+
+
+def _locks(graph: Graph, wrong: Wrong) -> list[tuple[Array, str]]:
+    """What has to stay because of a size that is wrong, with the reason."""
+    need, text, locks = wrong.need, _why(wrong), []
+    if need and isinstance(wrong.expr, int) and need.kind in ("before", "after"):  # a literal position: what lies beyond it may go
+        end = slice(need.at) if need.kind == "before" else slice(need.value.shape[need.dim] - need.at, None)
+        return [(np.moveaxis(field, need.dim, 0)[end], text) for field in need.value.fields if field.shape[need.dim] > 1]
+    for value, dim in _places(graph, need, wrong.expr):
+        for field in value.fields:
+            over = varying(field)
+            if dim in over and len(over) > 1:  # so many slices have to be there, whatever is left of each
+                field = graph.labels.marginal(field.reshape([field.shape[axis] for axis in over]), (over.index(dim),))
+            if dim in over:
+                locks.append((field, text))
+    return locks
+
+
+def _why(wrong: Wrong) -> str:
+    if wrong.call:
+        where = ", ".join(part for part in (wrong.call.module, wrong.call.line) if part)
+        return f"no attribute behind the size given to {wrong.call.op} ({where})"
+    where = f" ({os.path.basename(wrong.where[0])}:{wrong.where[1]})" if wrong.where else ""
+    return f"a factor or a branch depends on this size{where}"
 
 
 def _choose(groups: Groups, scores: Scores, request: Request, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
@@ -87,33 +128,42 @@ def _choose(groups: Groups, scores: Scores, request: Request, ratios: Mapping[in
     return fit(groups, scores, asked, known, request.ratio, **rules, time=request.aims.weight)
 
 
-def _widened(graph: Graph, groups: Groups, request: Request, scores: Scores, own: dict, ties: list, found: tuple) -> tuple:
-    """Where sizes cannot follow a width, the next larger one with which they can (so that a larger ratio never leaves more)."""
-    kept, edits, wrong = found
+def _widened(
+    graph: Graph, groups: Groups, request: Request, scores: Scores, own: dict, ties: list, plan: tuple[Kept, dict, list[Wrong]], wrong: list[Wrong]
+) -> tuple[Kept, dict, list[Wrong]]:
+    """Where the sizes ``wrong`` cannot follow a width, the next larger one with which they can (so that a larger ratio never leaves more)."""
+    kept, edits, unsolved = plan
+    right = {_key(each) for each in unsolved} - {_key(each) for each in wrong}  # what the code itself gets right
     own = dict(own)
     for _ in range(2 * len(wrong)):
         if not wrong:
             break
-        need, expr, _ = wrong[0]
-        mine = sorted({index for value, dim in _places(graph, need, expr) for index in groups.along(value, dim)})
-        if not mine:
-            return found
-        size, width = max((groups.groups[index].size, len(kept[index])) for index in mine)
+        along = sorted({index for value, dim in _places(graph, wrong[0].need, wrong[0].expr) for index in groups.along(value, dim)})
+        if not along:
+            return plan
+        size, width = max((groups.groups[index].size, len(kept[index])) for index in along)
         for wider in range(width + 1, size, max(1, (size - width) // TRIES)):
-            trial = own | {index: 1 - wider / size for index in mine}
+            trial = own | {index: 1 - wider / size for index in along}
             wide = _choose(groups, scores, request, trial, ties)
-            changed, left = solve(graph, Survivors(groups, wide).length)
-            if len(left) < len(wrong):
-                own, kept, edits, wrong = trial, wide, changed, left
+            changed, remaining = solve(graph, Survivors(groups, wide).length)
+            still = [each for each in remaining if _key(each) not in right]
+            if len(still) < len(wrong):
+                own, kept, edits, unsolved, wrong = trial, wide, changed, remaining, still
                 break
         else:
-            return found
-    return kept, edits, wrong
+            return plan
+    return kept, edits, unsolved
+
+
+def _key(wrong: Wrong) -> tuple:
+    """The same for the same use of a size, whatever the widths."""
+    call = wrong.call
+    return (call.op, call.since, call.until, call.need.kind, call.need.dim, call.need.at) if call else (wrong.at, wrong.where or id(wrong.expr))
 
 
 def _tie(graph: Graph, groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
     """Groups whose widths the code derives from each other have to keep the same share."""
-    for need, expr, _ in wrong:
+    for need, expr, *_ in wrong:
         if need is None:
             continue
         dims = [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]

@@ -95,6 +95,10 @@ class Asked:
         """A count of copies: the new length where one entry is copied; else it may not change."""
         if length == 1:
             self.needs(given, self.out, "size", dim)
+            leaf = given.expr if isinstance(given, Size) and self.out else ("",)
+            if leaf[0] == "dim" and leaf[1].shape[leaf[2]] == self.out.shape[dim]:  # as many as an axis has entries: they go with those
+                for field, axis in ((f, a) for f in self.out.fields for a in leaf[1].fields if f.shape[dim] == f.size and a.shape[leaf[2]] == a.size):
+                    self.recorder.labels.join(field.ravel(), axis.ravel())
         elif isinstance(given, Size):
             self.needs(given, self.out, "count", dim, number(given))
 
@@ -297,7 +301,9 @@ def _end(asked: Asked, value: Value | None, dim: int, end: Any) -> None:
     if value is None or not isinstance(end, int):
         return
     size, at = value.shape[dim], number(end)
-    if 0 < at < size:
+    if at == 1 and all(asked.recorder.labels.is_repeated(field) for field in value.fields if field.shape[dim] > 1):
+        asked.understood.add(id(end))  # one copy is like any other
+    elif 0 < at < size:
         asked.needs(end, value, "before", dim, at)
     elif at == size and isinstance(end, Size):
         asked.needs(end, value, "size", dim)

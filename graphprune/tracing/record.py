@@ -24,7 +24,7 @@ from ..operations.notation import Value, at, meet, parse, result_place
 from ..operations.record import pointwise, template
 from .node import Node, line
 from .picks import INTEGERS, pick, picked
-from .sizes import Uses
+from .sizes import Branch, Uses
 from .trees import PLAIN, replace, tensors
 
 HERE, TORCH = (str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
@@ -366,7 +366,7 @@ class Recorder(TorchDispatchMode):
         for held, shape in zip(outs, shapes, strict=True):
             for before, after in zip(source.fields, held, strict=True):
                 lost = [a for a, n in enumerate(shape) if n == 1 and before.shape[a] > 1 and after.shape[a] == 1]
-                if lost:
+                if lost and not self.labels.is_repeated(before):
                     self.labels.lock(after.ravel(), reason)
 
     def box(self, outs: list[Fields]) -> None:
@@ -394,7 +394,7 @@ def aligned(operands: tuple, uses: Uses) -> None:
         step = 16 // value.dtype.itemsize
         for dim in range(len(value.shape) - 2, len(value.shape)):
             if value.shape[dim] % step == 0 and any(field.shape[dim] > 1 for field in value.fields):
-                uses.outcomes.append(("==", ("%", ("dim", value, dim), step), 0, True))
+                uses.outcomes.append(Branch("==", ("%", ("dim", value, dim), step), 0, True))
 
 
 def _cross(one: Array, two: Array) -> bool:

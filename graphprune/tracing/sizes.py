@@ -14,16 +14,20 @@ to change when an axis becomes shorter. What becomes a plain number on the way (
 
 from __future__ import annotations
 
+import dis
+import functools
 import operator
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Number
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 Expr = Any
+CACHE = type(functools.cache(lambda: None))
 OPERATORS: dict[str, Callable] = {
     "+": operator.add,
     "-": operator.sub,
@@ -31,6 +35,17 @@ OPERATORS: dict[str, Callable] = {
     "//": operator.floordiv,
     "%": operator.mod,
 }
+
+
+class Branch(NamedTuple):
+    """A comparison of sizes and its outcome; ``at`` as for a doubt (-1: a kernel of torch's branches on it, whatever the code does)."""
+
+    symbol: str
+    left: Expr
+    right: Expr
+    outcome: bool
+    at: int = -1
+    where: tuple[str, int] | None = None
 
 
 class Doubt(NamedTuple):
@@ -43,20 +58,49 @@ class Doubt(NamedTuple):
 
 @dataclass(frozen=True)
 class Uses:
-    """What one run did with its sizes: factors, sizes found equal, branches taken (symbol, left, right, outcome), and those that became plain numbers.
+    """What one run did with its sizes: factors, sizes found equal, branches taken, and those that became plain numbers.
 
-    ``nodes`` are the calls recorded so far.
+    ``nodes`` are the calls recorded so far, ``caches`` those of functions that may have been called with sizes.
     """
 
     floats: list[Expr] = field(default_factory=list)
     equals: list[tuple[Expr, Expr]] = field(default_factory=list)
-    outcomes: list[tuple[str, Expr, Expr, bool]] = field(default_factory=list)
+    outcomes: list[Branch] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
     nodes: list = field(default_factory=list)
+    caches: dict[int, Any] = field(default_factory=dict)
+
+    def forgotten(self) -> None:
+        """Empty the caches that sizes were keys of: they hold results for this run alone."""
+        for cache in self.caches.values():
+            cache.cache_clear()
+        self.caches.clear()
 
     def doubt(self, expr: Expr, back: int = 2) -> None:
         frame = sys._getframe(back)
         self.doubts.append(Doubt(expr, len(self.nodes), (frame.f_code.co_filename, frame.f_lineno)))
+
+    def branch(self, symbol: str, left: Expr, right: Expr, outcome: bool, back: int = 2) -> None:
+        frame = sys._getframe(back)
+        self.outcomes.append(Branch(symbol, left, right, outcome, len(self.nodes), (frame.f_code.co_filename, frame.f_lineno)))
+
+
+def _caches(frame: FrameType) -> list[Any]:
+    """Functions that remember their results (``functools.cache``) among those that the running code names.
+
+    To such a function equal numbers are equal arguments: it would give a size the result of another.
+    """
+    code = frame.f_code
+    if frame.f_lasti < 0 or "CALL" not in dis.opname[code.co_code[frame.f_lasti]]:
+        return []  # it is a key of a dictionary
+    inside = frame.f_locals
+    named = [inside[name] for name in (*code.co_varnames, *code.co_freevars) if name in inside]
+    named += [frame.f_globals[name] for name in code.co_names if name in frame.f_globals]
+    caches = [each for each in named if type(each) is CACHE]
+    for each in named:
+        spaces = [vars(each)] if isinstance(each, ModuleType) else [vars(kind) for kind in (each if isinstance(each, type) else type(each)).__mro__]
+        caches += [space[name] for space in spaces for name in code.co_names if type(space.get(name)) is CACHE]
+    return caches
 
 
 COMPARISONS: dict[str, Callable] = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -74,7 +118,7 @@ def _compared(symbol: str) -> Callable:
             self.uses.doubt(self.expr)
             return compute(number(self), other)
         outcome = compute(number(self), number(other))
-        self.uses.outcomes.append((symbol, self.expr, expression(other), outcome))
+        self.uses.branch(symbol, self.expr, expression(other), outcome)
         return outcome
 
     return method
@@ -93,6 +137,10 @@ class Size(int):
         return size
 
     def __hash__(self) -> int:
+        caches = _caches(sys._getframe(1))
+        if caches:
+            self.uses.caches.update((id(cache), cache) for cache in caches)
+            return id(self)
         return int.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
@@ -106,7 +154,7 @@ class Size(int):
         return same if same is NotImplemented else not same
 
     def __bool__(self) -> bool:
-        self.uses.outcomes.append(("==", self.expr, 0, number(self) == 0))
+        self.uses.branch("==", self.expr, 0, number(self) == 0)
         return number(self) != 0
 
     def __float__(self) -> float:

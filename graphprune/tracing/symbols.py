@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -146,10 +146,28 @@ def channels_of_bare_norms(nodes: list, symbols: Mapping[tuple, int]) -> Iterato
                 yield Call(("attr", path), Need("size", value, dim), path[1], node.module, node.line)
 
 
-def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list]:
-    """New values of attributes, and the (need, expression, call) of what they cannot satisfy.
+class Wrong(NamedTuple):
+    """A size that no attribute makes right: what it has to be, its expression, and the call that it is given to.
 
-    Sizes given to calls must be the cut lengths, factors must keep their value, and comparisons their outcome.
+    Of a factor or a branch there is neither need nor call. ``at`` (how many calls had been recorded by then) is there where the code may come to
+    the right thing all the same: it has to be tried (:mod:`graphprune.tracing.rehearsal`).
+    """
+
+    need: Need | None
+    expr: Expr
+    call: Call | None
+    at: int = -1
+    where: tuple[str, int] | None = None
+
+    @property
+    def certain(self) -> bool:
+        return self.call is None and self.at < 0
+
+
+def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list[Wrong]]:
+    """New values of attributes, and what they cannot satisfy.
+
+    Sizes given to calls must be the cut lengths; factors must keep their value, comparisons their outcome.
     """
     symbols: dict[tuple, int] = graph.symbols
     new: dict[tuple, int] = {}
@@ -179,13 +197,14 @@ def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list]:
                 break
         else:
             del new[path]
-    wrong = [(call.need, expr, call) for expr, value, call in wanted if evaluate(expr, dims) != value]
-    frozen = [expr for expr in graph.floats if evaluate(expr, dims) != evaluate(expr, _old(symbols))]
-    frozen += [doubt.expr for doubt in graph.doubts if evaluate(doubt.expr, dims) != evaluate(doubt.expr, _old(symbols))]
-    for symbol, left, right, outcome in graph.outcomes:
+    old = _old(symbols)
+    wrong = [Wrong(call.need, expr, call) for expr, value, call in wanted if evaluate(expr, dims) != value]
+    wrong += [Wrong(None, expr, None) for expr in graph.floats if evaluate(expr, dims) != evaluate(expr, old)]
+    wrong += [Wrong(None, expr, None, at, where) for expr, at, where in graph.doubts if evaluate(expr, dims) != evaluate(expr, old)]
+    for symbol, left, right, outcome, at, where in graph.outcomes:
         if COMPARISONS[symbol](evaluate(left, dims), evaluate(right, dims)) != outcome:
-            frozen.append(("-", left, right))
-    return {path: value for path, value in new.items() if value != symbols[path]}, wrong + [(None, e, None) for e in frozen]
+            wrong.append(Wrong(None, ("-", left, right), None, at, where))
+    return {path: value for path, value in new.items() if value != symbols[path]}, wrong
 
 
 def _attrs(expr: Expr) -> list:

@@ -32,7 +32,7 @@ from .node import Node
 from .paths import following
 from .picks import settle
 from .record import META, Recorder
-from .sizes import Doubt, Expr, Size
+from .sizes import Branch, Doubt, Expr, Size
 from .summary import summary
 from .symbols import channels_of_bare_norms, plant
 from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
@@ -81,13 +81,14 @@ class Graph:
     calls: list[Call]
     floats: list[Expr]
     equals: list[tuple[Expr, Expr]]
-    outcomes: list[tuple[str, Expr, Expr, bool]]
+    outcomes: list[Branch]
     doubts: list[Doubt]
     symbols: dict[tuple, int]
     example: tuple[tuple, dict]
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # by the name of the leaf
     filled: dict[int, torch.Tensor] = field(default_factory=dict)  # whole numbers that no call shows being written, by the id of their value
     real: bool = False  # whether the run had values: control flow depends on them
+    handed: bool = False  # whether the code saw a size that a cut changes
     parameters: frozenset[str] = frozenset()  # the leaves that are parameters
     unread: list[str] = field(default_factory=list)  # the leaves that no run reads
     picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
@@ -155,7 +156,7 @@ PROPERTIES = {("__get__", torch.Tensor.shape): SHAPE, ("__get__", torch.Tensor.n
 
 
 @lru_cache(maxsize=4096)
-def _kind(func: Any) -> tuple[int, str, bool]:
+def kind_of(func: Any) -> tuple[int, str, bool]:
     """What to do about a function (nothing for most), its name, and whether it is a step of the model."""
     name = getattr(func, "__name__", "")
     if name == "__get__" or name == "__set__":
@@ -188,10 +189,11 @@ class Functions(TorchFunctionMode):
         self.recorder, self.calls = recorder, calls
         self.bodies = Bodies()
         self.steps: list[Step] = []
+        self.handed = False  # a size that may change
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        kind, name, step = _kind(func)
+        kind, name, step = kind_of(func)
         body = self.bodies[func]
         if body is not None:
             with self:
@@ -279,6 +281,7 @@ class Functions(TorchFunctionMode):
         value = self.recorder.values.get(id(tensor))
         if value is None or not value.fields:
             return shape
+        self.handed = True
         moving = {axis for held in value.fields for axis, n in enumerate(held.shape) if n > 1}
         return torch.Size([Size(n, ("dim", value, i), self.recorder.uses) if i in moving else n for i, n in enumerate(shape)])
 
@@ -339,6 +342,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         inputs.append(value)
     with ExitStack() as scopes:
         scopes.callback(recorder.release)
+        scopes.callback(recorder.uses.forgotten)
         functions = Functions(recorder, calls, any(tensor.device.type != "cpu" for *_, tensor in leaf_tensors(model)))
         for scope in (torch.no_grad(), following(modules, stack), recorder, functions):
             scopes.enter_context(scope)
@@ -375,6 +379,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         constants=recorder.constants,
         filled=recorder.filled,
         real=real,
+        handed=functions.handed,
         parameters=parameters,
         unread=idle,
         picks=numbered,

@@ -1,0 +1,171 @@
+"""Whether the code of the cut model does what a plan promises, and what is to blame where it does not: :class:`Proof`.
+
+Sizes that no attribute makes right mostly are right all the same, for the code reads shapes again whenever it runs. So the cut model is run without
+values and compared call by call (:mod:`graphprune.tracing.rehearsal`); only what proves wrong is left whole. With ``values`` the real cut model is
+compared with the zeroed original, result by result: that finds the axis where the two part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..coupling.groups import Groups
+from ..cutting.apply import apply
+from ..cutting.plan import Plan, Survivors, make_plan
+from ..cutting.zeroed import Masks, recorded, replayed
+from ..operations.labels import Array
+from ..select import Kept
+from ..tracing.rehearsal import Difference, rehearse
+from ..tracing.sizes import leaves
+from ..tracing.symbols import Wrong, solve
+from ..tracing.trace import Graph, evaluating, shadow
+from ..tracing.trees import tensors
+
+LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative, of one result; 5e-2 for shorter numbers
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Labels to leave whole, and why."""
+
+    labels: Array
+    text: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Runs cut models beside the recorded calls of ``graph``; ``always``: also where every size is solved for."""
+
+    graph: Graph
+    model: nn.Module
+    values: bool = False
+    always: bool = False
+
+    @property
+    def possible(self) -> bool:
+        """Without values a model can only be run if its control flow asks for none."""
+        return self.values or not self.graph.real
+
+    @cached_property
+    def hollow(self) -> nn.Module:
+        return shadow(self.model, real=False)[0]
+
+    def difference(self, groups: Groups, kept: Kept, edits: dict) -> Difference | None:
+        """Where the model cut like this parts from what was promised."""
+        plan = make_plan(groups, kept, edits, ())
+        if self.values:
+            return self._beside(plan)
+        return rehearse(self.graph, apply(self.hollow, plan), Survivors(groups, kept).axis)
+
+    def _beside(self, plan: Plan) -> Difference | None:
+        small = evaluating(apply(self.model, plan))
+        inputs = list(tensors(self.graph.example, torch.Tensor))
+        graph = recorded(self.graph, self.model, plan)
+        masks, calls = Masks(graph, plan), replayed(graph, self.model, plan, inputs)
+        dice = [torch.get_rng_state()]
+
+        def watch(node: Any, results: list[torch.Tensor]) -> str:
+            with _disable_current_modes(), torch.no_grad():
+                mine, seeded = torch.get_rng_state(), torch.Tag.nondeterministic_seeded in node.func.tags
+                if seeded:
+                    torch.set_rng_state(dice[0])
+                wanted = next(calls)
+                if seeded:
+                    dice[0] = torch.get_rng_state()
+                    torch.set_rng_state(mine)
+                if "empty" in node.op.short:
+                    return ""
+                return next((text for text in map(_apart, results, wanted, [masks.kept(v) for v in node.outs]) if text), "")
+
+        return rehearse(graph, small, masks.axis, real=True, watch=watch)
+
+    def judge(self, groups: Groups, kept: Kept, edits: dict, wrong: list[Wrong]) -> tuple[list[Wrong], list[Fault]]:
+        """What of ``wrong`` is wrong indeed: what is certain, or what the first difference comes from; else other axes that are to blame for it."""
+        certain = [each for each in wrong if each.certain]
+        if certain or not self.possible:
+            return certain or wrong, []
+        if not wrong and not (self.always and (self.graph.handed or edits)) and not self.values:
+            return [], []
+        difference = self.difference(groups, kept, edits)
+        if difference is None:
+            return [], []
+        covering = [each for each in wrong if each.call and each.call.since <= difference.index < each.call.until]
+        if covering:
+            return covering, []
+        touched = self._touched(groups, difference)
+        doubts = [each for each in wrong if 0 <= each.at <= difference.index and touched & set(self._along(groups, each))]
+        if doubts:
+            last = max(doubts, key=lambda each: each.at)
+            return [each for each in doubts if each.where == last.where], []
+        faults = self._searched(groups, kept, difference)
+        return (wrong, []) if not faults else ([], faults)
+
+    def _along(self, groups: Groups, wrong: Wrong) -> Iterator[int]:
+        for leaf in leaves(wrong.expr):
+            if leaf[0] == "dim":
+                yield from groups.along(leaf[1], leaf[2])
+            else:
+                for call in self.graph.calls:
+                    if any(other == leaf for other in leaves(call.expr) if other[0] == "attr"):
+                        yield from groups.along(call.need.value, call.need.dim)
+
+    def _touched(self, groups: Groups, difference: Difference) -> set[int]:
+        """The groups along the tensors of the call at which the two part."""
+        if difference.index >= len(self.graph.nodes) or (self.values and self.graph.real):
+            return set()
+        node = self.graph.nodes[difference.index]
+        return {index for value in (*node.held, *node.outs) for dim in range(len(value.shape)) for index in groups.along(value, dim)}
+
+    def _searched(self, groups: Groups, kept: Kept, difference: Difference) -> list[Fault]:
+        """The one group without whose cut the difference is not there (nor any before it), those along the call first; by halves."""
+        short = [index for index, (group, stay) in enumerate(zip(groups, kept, strict=True)) if len(stay) < group.size]
+        touched = self._touched(groups, difference)
+        order = sorted(short, key=lambda index: index not in touched)
+        low, high = 0, 1
+        while not self._gone(groups, kept, order[:high], difference):
+            if high >= len(order):
+                return []
+            low, high = high, min(2 * high, len(order))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._gone(groups, kept, order[:middle], difference) else (middle, high)
+        return [Fault(groups.groups[order[high - 1]].units, self.explain(difference))]
+
+    def _gone(self, groups: Groups, kept: Kept, whole: list[int], difference: Difference) -> bool:
+        trial = list(kept)
+        for index in whole:
+            trial[index] = torch.arange(groups.groups[index].size)
+        edits, _ = solve(self.graph, Survivors(groups, trial).length)
+        now = self.difference(groups, trial, edits)
+        return now is None or now.index > difference.index
+
+    def explain(self, difference: Difference) -> str:
+        if difference.index >= len(self.graph.nodes):
+            return f"with a shorter one the code goes on otherwise: {difference.text}"
+        node = self.graph.nodes[difference.index]
+        name = node.op.short
+        where = ", ".join(part for part in (name, node.module, node.line) if part)
+        return f"with a shorter one the code does something else: {difference.text} ({where})"
+
+
+def _apart(mine: torch.Tensor, wanted: torch.Tensor, kept: dict[int, torch.Tensor]) -> str:
+    """How a result differs from the surviving entries of the zeroed original's."""
+    for dim, positions in kept.items():
+        wanted = wanted.index_select(dim, positions.to(wanted.device))
+    if not mine.numel() or mine.is_meta:
+        return ""
+    if not mine.is_floating_point() and not mine.is_complex():
+        return "" if torch.equal(mine, wanted.to(mine.device)) else "other whole numbers"
+    finite = torch.isfinite(wanted)
+    if not torch.equal(torch.isfinite(mine), finite):
+        return "not finite in the same places"
+    wanted, mine = wanted[finite], mine[finite]
+    gap = float((mine - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0) if len(wanted) else 0.0
+    return "" if gap <= LIMITS.get(mine.dtype, 5e-2) else f"a result differs by {gap:.1e} (relative)"

@@ -1,0 +1,306 @@
+"""Whether a cut model's own code does what was promised: :func:`rehearse` runs it without values and compares call by call with the run on the whole model.
+
+Each call has to be the recorded one, on the same tensors, with the same numbers, and its results have to have the lengths that the cut leaves. Numbers
+that say a shape may change (the shape shows them), and so may positions, if they name the same entries as before. So it does not matter how the code
+comes to its sizes: ``int(c / 2)``, ``1 << k``, a table in another module are right when what they lead to is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..operations.labels import Array, Labels
+from ..operations.notation import Value
+from .node import Node
+from .record import META, Recorder
+from .trace import DATA, RUNNING, TENSOR, Functions, Graph, kind_of
+from .trees import PLAIN, leaf_tensors, replace, tensors
+from .unused import same_dice
+
+# Numbers that say the shape of a result, by their names in the schemas of operations: the shape itself is compared.
+SHAPED = frozenset("size sizes self_size input_size input_sizes split_size split_sizes normalized_shape N C HxW output_size".split())
+CLONE, SLICE = torch.ops.aten.clone.default, torch.ops.aten.slice.Tensor
+VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default))
+SAME = frozenset((CLONE, torch.ops.aten.alias.default))
+Mask = Callable[[Value, int], Array]  # the surviving positions along an axis of a tensor of the recorded run
+Watch = Callable[[Node, list[torch.Tensor]], str]  # what is wrong with the results of a call, if anything
+
+
+
+
+def _slice(at: Array, axis: int, rank: int, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Array:
+    return at[start:end:step] if dim % rank == axis else at
+
+
+def _select(at: Array, axis: int, rank: int, dim: int, index: int) -> Array:
+    return at[index : index + 1 or None] if dim % rank == axis else at
+
+
+def _roll(at: Array, axis: int, rank: int, shifts: list[int], dims: list[int] = ()) -> Array:
+    for shift, dim in zip(shifts, dims, strict=False):
+        at = np.roll(at, shift) if dim % rank == axis else at
+    return at
+
+
+def _pad(at: Array, axis: int, rank: int, amounts: list[int], value: float = 0) -> Array:
+    back = 2 * (rank - 1 - axis)
+    low, high = amounts[back : back + 2] if back < len(amounts) else (0, 0)
+    at = np.concatenate([np.full(max(low, 0), -1), at, np.full(max(high, 0), -1)])
+    return at[max(-low, 0) : len(at) - max(-high, 0)]
+
+
+# Which positions of an axis a call takes, in order; -1 for an entry that is new.
+ENTRIES: dict[str, Callable] = {"slice": _slice, "select": _select, "roll": _roll, "constant_pad_nd": _pad}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The recorded call at which a cut model parts from what was promised (its number; one past the last where it ends too late), and how."""
+
+    index: int
+    text: str
+
+
+class _Parted(BaseException):
+    """Ends the run of the model; its code may catch exceptions."""
+
+
+class _Calls(Functions):
+    """Makes the calls as the recorded run made them, and gives out plain sizes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        kind, name, step = kind_of(func)
+        body = self.bodies[func]
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
+        if kind == DATA:
+            self.recorder.values[id(args[0])] = self.recorder.value(args[1])
+        return result
+
+
+class Rehearsal(Recorder):
+    """Sees every ATen call of a cut model's run beside the recorded one."""
+
+    def __init__(self, graph: Graph, mask: Mask, real: bool, watch: Watch | None) -> None:
+        super().__init__(Labels(), {}, [], real)
+        self.graph, self.watch, self.at = graph, watch, 0
+        self.mask = mask
+        self.made: dict[int, torch.Tensor] = {}  # constants that no call made, by the id of their value
+        self.copies: dict[int, Value] = {}  # of what a recorded copy that was not needed is one
+        self.used = {id(value) for node in graph.nodes for value in node.held}.union(map(id, graph.outputs))
+        self.masks: dict[tuple[int, int], Array] = {}
+        self.difference: Difference | None = None
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        known = self.values.get(id(tensor))
+        if known is None:
+            known = Value(tuple(tensor.shape), leaf="<made>")
+            self.made[id(known)] = tensor
+            self.keep(tensor, known)
+        return known
+
+    def keep(self, tensor: torch.Tensor, value: Value) -> None:
+        self.values[id(tensor)] = value
+        self.alive.append(tensor)
+
+    def part(self, text: str) -> None:
+        self.difference = Difference(self.at, text)
+        raise _Parted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        known = self.known.get(id(func))
+        if known is None:
+            known = self.known[id(func)] = self.resolved(func)
+        if known.whole:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        given: list[torch.Tensor] = []
+        held: list[Value] = []
+        seen = tuple(self.see(args, given, held))
+        named = dict(zip(kwargs, self.see(kwargs.values(), given, held), strict=True)) if kwargs else kwargs
+        result = self.run(func, known, args, kwargs, given)
+        results = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
+        if not results:
+            return result
+        if func in SAME and (self.at >= len(self.graph.nodes) or self.graph.nodes[self.at].func is not func):
+            self.keep(results[0], held[0])
+            return result
+        node = self.expected(func, known.name, seen)
+        if len(results) != len(node.outs):
+            self.part(f"{node.func} has become {func}")
+        self.compare(node, seen, named)
+        for tensor, value in zip(results, node.outs, strict=True):
+            if id(value) not in self.used:
+                continue
+            if any(length != self.length(value, dim) for dim, length in enumerate(tensor.shape)):
+                self.part(f"a result of shape {tuple(tensor.shape)}")
+        wrong = self.watch(node, results) if self.watch else ""
+        if wrong:
+            self.part(wrong)
+        for tensor, value in zip(results, node.outs, strict=True):
+            if args and tensor is args[0] and isinstance(node.args[0], Value) and id(node.args[0]) in self.copies:
+                self.copies[id(value)] = seen[0]  # written to in place: what was a part is all of it by now
+            else:
+                self.keep(tensor, value)
+        self.at += 1
+        return result
+
+    def expected(self, func: Any, name: str, args: tuple) -> Node:
+        """The recorded call that this one has to be; what is not needed for a shorter axis is passed over."""
+        nodes = self.graph.nodes
+        while self.at < len(nodes) and self.needless(nodes[self.at], func, args):
+            node = nodes[self.at]
+            self.copies[id(node.outs[0])] = node.args[0]
+            if self.watch:
+                self.watch(node, [])
+            self.at += 1
+        if self.at >= len(nodes):
+            self.part(f"a further call of {name}")
+        node = nodes[self.at]
+        if node.func is not func and not (node.func in VIEWS and func in VIEWS):
+            self.part(f"{node.func} has become {func}")
+        return node
+
+    def needless(self, node: Node, func: Any, args: tuple) -> bool:
+        """A copy, which hangs on lengths of 1 where a tensor is seen in another shape, or a slice that by now would take all there is."""
+        if node.func is CLONE:
+            return func is not CLONE
+        if node.func is not SLICE or (func is SLICE and args[1:2] == node.args[1:2]):
+            return False
+        dim = node.args[1] if len(node.args) > 1 else 0
+        return self.length(node.args[0], dim) == self.length(node.outs[0], dim)
+
+    def length(self, value: Value, dim: int) -> int:
+        return int(self.kept(value, dim).sum()) if self.moves(value, dim) else value.shape[dim]
+
+    @staticmethod
+    def moves(value: Value, dim: int) -> bool:
+        return any(field.shape[dim] > 1 for field in value.fields)
+
+    def kept(self, value: Value, dim: int) -> Array:
+        key = id(value), dim
+        if key not in self.masks:
+            self.masks[key] = self.mask(value, dim)
+        return self.masks[key]
+
+    def compare(self, node: Node, args: tuple, kwargs: dict) -> None:
+        """The arguments have to be the recorded ones, but for what the cut changes."""
+        kind = node.op.short.rstrip("_")
+        if kind in ENTRIES and isinstance(node.args[0], Value) and args[0] is node.args[0] and not kwargs and not node.kwargs:
+            self.entries(ENTRIES[kind], node, args)
+            return
+        if node.func in VIEWS:
+            self.same(node, "self", args[0], node.args[0])
+            return
+        names = node.op.arguments
+        if len(args) != len(node.args) or kwargs.keys() != node.kwargs.keys():
+            self.part("other arguments")
+        for name, mine, other in zip(names, args, node.args, strict=False):
+            self.same(node, name, mine, other)
+        for name, mine in kwargs.items():
+            self.same(node, name, mine, node.kwargs[name])
+
+    def entries(self, taken: Callable, node: Node, args: tuple) -> None:
+        """A call that takes entries by their positions has to take the same ones as before."""
+        value, out = node.args[0], node.outs[0]
+        for dim, length in enumerate(value.shape):
+            stays = self.kept(value, dim) if self.moves(value, dim) else np.ones(length, dtype=bool)
+            before, after = (taken(np.arange(n), dim, len(value.shape), *rest[1:]) for n, rest in ((length, node.args), (int(stays.sum()), args)))
+            rank = np.append(np.cumsum(stays) - 1, -1)  # of position -1: an entry that is new
+            alive = np.append(stays, True)[before]
+            if len(out.shape) == len(value.shape) and self.moves(out, dim):
+                alive &= self.kept(out, dim)
+            if not np.array_equal(rank[before[alive]], after):
+                self.part(f"positions {list(args[1:])} instead of {list(node.args[1:])}")
+
+    def same(self, node: Node, name: str, mine: Any, other: Any) -> None:
+        if isinstance(mine, Value):
+            while mine is not other and isinstance(other, Value) and id(other) in self.copies:
+                other = self.copies[id(other)]
+            if mine is not other and not self.equal(mine, other):
+                self.part(f"another tensor for {name}")
+        elif type(mine) in PLAIN:
+            if type(mine) is float and type(other) is float and math.isnan(mine) and math.isnan(other):
+                return
+            if mine != other and name not in SHAPED and not self.follows(node, name, mine, other):
+                self.part(f"{name}={mine} instead of {other}")
+        elif isinstance(mine, list | tuple):
+            if not isinstance(other, list | tuple) or len(mine) != len(other):
+                self.part(f"another number of entries for {name}")
+            if all(type(item) is int for item in (*mine, *other)):
+                if list(mine) != list(other) and name not in SHAPED and not self.follows(node, name, mine, other):
+                    self.part(f"{name}={list(mine)} instead of {list(other)}")
+                return
+            for left, right in zip(mine, other, strict=True):
+                self.same(node, name, left, right)
+
+    def equal(self, mine: Value, other: Any) -> bool:
+        """Whether a constant that the code made holds what it held in the recorded run."""
+        tensor, constant = self.made.get(id(mine)), self.graph.constants.get(other.leaf) if isinstance(other, Value) else None
+        if tensor is None or constant is None or tensor.shape != constant.shape or tensor.dtype != constant.dtype:
+            return False
+        if tensor.is_meta or constant.is_meta or not torch.equal(tensor, constant):
+            return tensor.is_meta and constant.is_meta
+        self.values[id(tensor)] = other
+        return True
+
+    def follows(self, node: Node, name: str, mine: Any, other: Any) -> bool:
+        """Whether a number that changed still means the same entries, blocks or copies."""
+        kind = node.op.short.rstrip("_")
+        value = node.args[0]
+        if not isinstance(value, Value) or not value.shape:
+            return False
+        if name in ("groups", "group"):
+            dim = 1 if len(value.shape) > 1 else 0
+            blocks = self.kept(value, dim).reshape(other, -1).any(axis=1)
+            return int(blocks.sum()) == mine
+        if kind == "repeat" and name == "repeats":
+            lead = len(other) - len(value.shape)
+            return all(a == b or i < lead or value.shape[i - lead] == 1 for i, (a, b) in enumerate(zip(mine, other, strict=True)))
+        return False
+
+
+def rehearse(graph: Graph, small: nn.Module, mask: Mask, real: bool = False, watch: Watch | None = None) -> Difference | None:
+    """Where the cut model ``small`` (without values unless ``real``) parts from the recorded calls, or None.
+
+    ``mask`` gives the surviving positions along an axis of a recorded tensor, ``watch`` looks at the results of every call.
+    """
+    rehearsal = Rehearsal(graph, mask, real, watch)
+    for name, _, _, tensor in leaf_tensors(small):
+        rehearsal.keep(tensor, graph.leaves.get(name) or Value(tuple(tensor.shape), leaf=name))
+    swap = lambda t: t.detach().clone() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
+    args, kwargs = replace(graph.example[0], swap), replace(graph.example[1], swap)
+    for tensor, value in zip(tensors((args, kwargs), torch.Tensor), graph.inputs, strict=True):
+        rehearsal.keep(tensor, value)
+    away = any(tensor.device.type not in ("cpu", "meta") for *_, tensor in leaf_tensors(small))
+    try:
+        with RUNNING, same_dice(), ExitStack() as scopes:
+            for scope in (torch.no_grad(), rehearsal, _Calls(rehearsal, [], away)):
+                scopes.enter_context(scope)
+            result = small(*args, **kwargs)
+    except _Parted:
+        return rehearsal.difference
+    except Exception as error:
+        return rehearsal.difference or Difference(rehearsal.at, f"{type(error).__name__}: {error}".splitlines()[0])
+    if rehearsal.difference:
+        return rehearsal.difference
+    wanted = {id(value) for value in graph.outputs}
+    if any(id(rehearsal.values.get(id(tensor))) not in wanted for tensor in tensors(result, torch.Tensor)):
+        return Difference(rehearsal.at, "another output")
+    return Difference(rehearsal.at, "fewer calls") if rehearsal.at < len(graph.nodes) else None
