@@ -12,6 +12,10 @@ from .cutting.plan import Plan, plan_of
 from .cutting.zeroed import zeroed
 from .errors import GraphpruneError
 from .formats.folder import load, save
+from .insight.picture import picture
+from .insight.report import report
+from .insight.sensitivity import Sensitivity, sensitivity
+from .insight.tradeoff import Tradeoff, tradeoff
 from .loop.distill import Distillation
 from .loop.history import History
 from .loop.iterate import Result, iterate
@@ -25,14 +29,15 @@ from .repair import repair
 from .scores import Score, score
 from .select import select
 from .shrink import plan, shrink
+from .tables import Table
 from .timing.fuse import fuse
 from .timing.measure import Measurement, measure
 from .tracing.trace import Graph, trace
 from .version import VERSION as __version__
 
 __all__ = [
-    "Distillation",
     "Cost",
+    "Distillation",
     "Graph",
     "GraphpruneError",
     "Group",
@@ -44,8 +49,12 @@ __all__ = [
     "Result",
     "Runtime",
     "Score",
+    "Sensitivity",
     "SparseTraining",
+    "Table",
+    "Tradeoff",
     "Widths",
+    "__version__",
     "apply",
     "available",
     "bake",
@@ -59,22 +68,25 @@ __all__ = [
     "iterate",
     "load",
     "masked",
-    "refresh_ema",
-    "refresh_optimizer",
     "measure",
+    "picture",
     "plan",
     "plan_of",
     "profile",
+    "refresh_ema",
+    "refresh_optimizer",
     "register",
     "repair",
+    "report",
     "rule",
     "save",
     "score",
     "scores",
     "select",
     "semi_structured",
+    "sensitivity",
     "shrink",
     "trace",
+    "tradeoff",
     "zeroed",
-    "__version__",
 ]

@@ -52,8 +52,8 @@ def test_nothing_in_the_package_knows_a_model():
 
 
 ORDER = {
-    "": """errors catalogue options quantities wording tables operations tracing coupling cost scores select names cutting budget
-        timing repair granularity planning formats spelling shrink loop __main__""",
+    "": """errors version catalogue options quantities wording tables operations tracing coupling cost scores select names cutting budget
+        timing repair granularity planning formats spelling shrink insight loop __main__""",
     "operations": """labels notation contraction record assembly attention factories indexing moves norms pointwise pooling products recurrent
         reductions spectral shapes laws""",
     "tracing": "sizes trees picks needs symbols bodies paths fused copies node origin record unused features summary trace rehearsal probe",
@@ -67,6 +67,7 @@ ORDER = {
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions blocks depth",
     "planning": "shares proof request limits widths trial depth entries planner outcome",
+    "insight": "study axes sensitivity tradeoff chart svg picture report",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }
 

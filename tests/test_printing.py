@@ -68,7 +68,9 @@ def test_totals_and_kept_positions_are_those_of_the_small_model(drawn, ratio):
     tensors, cut = dict(net.named_parameters()), dict(small.named_parameters())
     for name, tensor in tensors.items():
         at = torch.meshgrid(*(torch.tensor(plan.kept(name, axis)) for axis in range(tensor.ndim)), indexing="ij")
-        assert torch.equal(tensor[at], cut[name])
+        assert tensor[at].shape == cut[name].shape
+        if "parametrizations" not in name:  # the gain of a norm of weights makes up for what was cut
+            assert torch.equal(tensor[at], cut[name])
     for row in plan.table("tensors"):
         if row["tensor"] in cut:
             assert row["after"] == "x".join(map(str, cut[row["tensor"]].shape))

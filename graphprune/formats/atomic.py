@@ -35,7 +35,7 @@ def write(path: Path, text: str) -> None:
     """Replace one file by ``text``."""
     part = path.with_name(_name())
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         sync(part)
         os.replace(part, path)
         sync(path.parent)
