@@ -68,6 +68,10 @@ class BadFile(BadPlan, OSError):
         return error
 
 
+class BadConfig(GraphpruneError, ValueError):
+    """No configuration of the model's class describes what is left of it: ``small.save_pretrained(folder)`` would write what does not load again."""
+
+
 class BadOptimizer(GraphpruneError, ValueError):
     """An optimizer does not belong to the model, or holds state that no plan can cut: ``refresh_optimizer(other, plan, small)``."""
 

@@ -13,6 +13,7 @@ from .cutting.compose import so_far
 from .cutting.plan import Plan, note_plan
 from .cutting.undo import undone
 from .cutting.verify import check_model
+from .formats.huggingface import expressed, follow
 from .options import Repair, Runtime, Widths
 from .planning.outcome import disappointments
 from .planning.planner import decide, proved
@@ -90,13 +91,14 @@ def shrink(
     request = request if verify else replace(request, proof="calls")
     repairs = before_cut(model, Repair.of(repair))
     graph = trace(model, example_input, example_kwargs)
-    chosen = decide(graph, model, request)
+    chosen = expressed(graph, model, request, decide)
     chosen, small = proved(graph, model, request, chosen) if verify else (chosen, apply(model, chosen))
     small, chosen = after_cut(small, model, chosen, repairs, graph)
     if inplace:
         with undone(model, chosen.edits):
             small = refill(apply(model, chosen, inplace=True), small)
     note_plan(small, so_far(model, chosen))
+    follow(small, graph, verify)
     disappointments(graph, model, chosen, request)
     return (small, chosen) if return_plan else small
 
@@ -135,6 +137,6 @@ def plan(
     targets = {"params": params, "macs": macs, "size": size, "memory": memory, "latency": latency, "speedup": speedup}
     request = replace(ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths), proof="calls")
     graph = trace(model, example_input, example_kwargs)
-    chosen = decide(graph, model, request)
+    chosen = expressed(graph, model, request, decide)
     disappointments(graph, model, chosen, request)
     return chosen

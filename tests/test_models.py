@@ -61,12 +61,12 @@ ORDER = {
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
     "cutting": "parts gains outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
-    "formats": "atomic folder",
+    "formats": "atomic folder closing config huggingface",
     "budget": "targets space ledger problem descent optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions blocks depth",
-    "planning": "shares proof request limits widths trial depth entries planner outcome",
+    "planning": "shares proof request limits uniform widths trial depth entries planner outcome",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..budget.targets import Aims
 from ..cost import NAMES, cost
-from ..coupling.groups import couple
+from ..coupling.groups import Groups, couple
 from ..errors import BadOption, BadRatio, BadTarget
 from ..granularity.spec import Spec, parse
 from ..names import named
@@ -29,10 +29,10 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What :func:`~graphprune.shrink` was asked for; ``keep`` names tensors, ``widths.ratios`` is for :mod:`graphprune.names` to read.
+    """What :func:`~graphprune.shrink` was asked for; ``keep`` names tensors, or one axis as (name, axis); :mod:`graphprune.names` reads ``widths.ratios``.
 
     ``multiple_of`` is that of the widths once the graph is known (it may be a function of the groups), and ``extra_costs`` maps the name of a further cost
-    to (its limit, how to make it; see :func:`~graphprune.cost.costs`).
+    to (its limit, how to make it; see :func:`~graphprune.cost.costs`). ``tied``: axes, as (name, axis), whose groups keep the same share.
     """
 
     spec: Spec
@@ -42,11 +42,12 @@ class Request:
     score: Any
     batches: Iterable | None
     loss: Callable | None
-    keep: Sequence[str]
+    keep: Sequence[str | tuple[str, int]]
     widths: Widths
     inplace: bool = False
     multiple_of: Any = None
     extra_costs: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
+    tied: Sequence[frozenset[tuple[str, int]]] = ()
     proof: str = ""  # "calls": every plan is rehearsed without values; "values": compared with the zeroed original, result by result
     faults: list[tuple[Graph, Fault]] = field(default_factory=list)  # what proved wrong so far
 
@@ -63,6 +64,11 @@ class Request:
     def plain(self) -> bool:
         """Whether one ratio decides, group by group."""
         return self.scope == "layer" and not self.extra_costs and not self.aims.any and isinstance(self.multiple_of, int)
+
+    def ties(self, groups: Groups) -> list[frozenset[int]]:
+        """The groups along the axes that are ``tied``."""
+        ties = [frozenset(group.index for group in groups if not slots.isdisjoint(group.places)) for slots in self.tied]
+        return [tie for tie in ties if len(tie) > 1]
 
     def limits(self, graph: Graph, allowed: Sequence[str]) -> dict[str, float]:
         """The absolute limits; raises :class:`~graphprune.errors.BadTarget` for those that the granularity cannot meet."""

@@ -30,6 +30,7 @@ from ..tracing.trace import Graph
 from .proof import Proof
 from .request import Request
 from .shares import shares
+from .uniform import alike
 
 ROUNDS = 40  # how often groups are coupled anew because something proved wrong
 TRIES = 16  # how many widths are tried before an axis is left whole
@@ -44,14 +45,14 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
     proof = Proof(graph, model, request.proof == "values", bool(request.proof))
     locks: list = [(fault.labels, fault.text) for where, fault in request.faults if where is graph]
     notes: list[str] = [f"note: {text}" for _, text in locks]
-    ties: list[frozenset[int]] = []
     joins: list[tuple[Array, Array]] = []
     tied: set[tuple] = set()
-    whole = tuple((name, None) for name in request.keep if name in graph.leaves)
+    whole = tuple(item if isinstance(item, tuple) else (item, None) for item in request.keep if isinstance(item, tuple) or item in graph.leaves)
     groups = couple(graph, whole, tuple(locks))
     if request.spec.name == "head":
         locks += others(groups)
         groups = couple(graph, whole, tuple(locks))
+    groups, ties, whole = _alike(graph, groups, request, whole, locks, joins)
     for _ in range(ROUNDS):
         if not len(groups):
             raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
@@ -86,8 +87,29 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
             locks.append((fault.labels, fault.text))
             notes.append(f"note: {fault.text}")
             request.faults.append((graph, fault))
-        groups, ties = couple(graph, whole, tuple(locks), joins), []
+        groups, ties, whole = _alike(graph, couple(graph, whole, tuple(locks), joins), request, whole, locks, joins)
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
+
+
+def _alike(graph: Graph, groups: Groups, request: Request, whole: tuple, locks: list, joins: list) -> tuple[Groups, list[frozenset[int]], tuple]:
+    """The ties between groups of one kind, if widths are to be uniform; what is locked in one layer is then locked in all."""
+    if not request.widths.uniform:
+        return groups, [], whole
+    ties, shut = alike(groups)
+    while shut:
+        whole = (*whole, *shut)
+        groups = couple(graph, whole, tuple(locks), joins)
+        ties, shut = alike(groups)
+    return groups, _merged([*ties, *request.ties(groups)]), whole
+
+
+def _merged(ties: list[frozenset[int]]) -> list[frozenset[int]]:
+    """Ties that share a group are one."""
+    merged: list[frozenset[int]] = []
+    for tie in ties:
+        touching = [other for other in merged if other & tie]
+        merged = [other for other in merged if not other & tie] + [tie.union(*touching)]
+    return merged
 
 
 def _locks(graph: Graph, wrong: Wrong) -> list[tuple[Array, str]]:

@@ -1,0 +1,61 @@
+"""Blocks that are gone leave no hole: :func:`closed` is the model with the lists of its blocks closed up and its blocks counted anew.
+
+A plan that removes blocks leaves a :class:`~graphprune.cutting.passthrough.Passthrough` in the place of each, so that every name stays as it was. Outside of
+graphprune a list of blocks is as long as a configuration says, and has no such places.
+
+>>> from graphprune.cutting.passthrough import Passthrough
+>>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+>>> net[1] = Passthrough(net[1], 0)
+>>> small, lists = closed(net)
+>>> list(dict(small.named_children())), lists
+(['0', '1'], {'': (3, (0, 2))})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..cutting.passthrough import Passthrough
+from ..tracing.copies import duplicate
+from ..tracing.trees import leaf_tensors
+
+Lists = dict[str, tuple[int, tuple[int, ...]]]
+
+
+def closed(model: nn.Module) -> tuple[nn.Module, Lists]:
+    """A copy that shares the tensors of ``model``, and the lists that were closed up: how long each was, and which places stay.
+
+    Attributes of blocks that say which block it is (in every block of the list its own number) say the new one. Where nothing is gone, the model itself.
+    """
+    if not any(isinstance(module, Passthrough) for module in model.modules()):
+        return model, {}
+    twin = duplicate(model, {id(tensor): tensor for *_, tensor in leaf_tensors(model)})
+    lists: Lists = {}
+    for path, holder in twin.named_modules():
+        gone = [isinstance(child, Passthrough) for child in holder._modules.values()]
+        if any(gone) and list(holder._modules) == [str(i) for i in range(len(gone))]:
+            kept = tuple(i for i, away in enumerate(gone) if not away)
+            blocks = [holder._modules[str(i)] for i in kept]
+            for old, new, attributes in _numbers(kept, blocks):
+                for holds, key in attributes:
+                    holds[key] = new if holds[key] == old else holds[key]
+            holder._modules.clear()
+            holder._modules.update({str(new): block for new, block in enumerate(blocks)})
+            lists[path] = (len(gone), kept)
+    return twin, lists
+
+
+def _numbers(kept: tuple[int, ...], blocks: list[Any]) -> Iterator[tuple[int, int, list[tuple[dict, str]]]]:
+    """The attributes that say, in every block, which one it is: the old number, the new, and who holds them."""
+    every = [{(path, key): module.__dict__ for path, module in block.named_modules() for key in _plain(module)} for block in blocks]
+    counts = set.intersection(*(set(names) for names in every)) if every else set()
+    counts = {name for name in counts if all(names[name][name[1]] == old for old, names in zip(kept, every, strict=True))}
+    for new, (old, names) in enumerate(zip(kept, every, strict=True)):
+        yield old, new, [(names[name], name[1]) for name in counts]
+
+
+def _plain(module: nn.Module) -> list[str]:
+    return [key for key, value in module.__dict__.items() if type(value) is int]
