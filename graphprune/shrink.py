@@ -18,6 +18,7 @@ from .options import Repair, Runtime, Widths
 from .planning.outcome import disappointments
 from .planning.planner import decide, proved
 from .planning.request import ask, flag
+from .recipe import AUTO, settled
 from .repair import after_cut, before_cut, refill
 from .scores import Criterion
 from .spelling import respelled
@@ -44,7 +45,7 @@ def shrink(
     latency: Target = None,
     speedup: Target = None,
     on: Runtime | None = None,
-    score: Criterion = "l2",
+    score: Criterion | None = None,
     scope: str | None = None,
     what: Any = "channel",
     keep: Sequence[Any] | str = (),
@@ -63,9 +64,11 @@ def shrink(
       the share of the original that may stay, a larger number is absolute, text says its unit: ``macs=0.5``, ``params="1M"``, ``size="5 MB"``.
     - ``speedup`` (``2`` or ``"2x"``) or ``latency`` (``"8 ms"``, or the share that may stay): a measured time, on ``on=Runtime("onnxruntime", threads=1)``;
       ``Runtime(objective="time")`` spends another budget on the fastest widths (:class:`graphprune.Runtime`).
-    - ``score``: what matters, a name of ``graphprune.available()["score"]``, ``graphprune.scores.taylor.on(batches, loss)`` for one that reads data, or a
-      function: ``(groups, model, batches) -> tensors`` for channels and heads, ``(name, module) -> float`` for blocks and layers, ``weight -> tensor`` for
-      everything finer.
+    - ``score``: what matters. With batches for a ``repair`` and a budget the default is ``"auto"``: a few scores and scopes are tried, and the one is taken
+      whose repaired model is nearest to the original on inputs kept out (:mod:`graphprune.recipe`; a note in the plan says which); else it is ``"l2"``.
+      Or a name of ``graphprune.available()["score"]``, ``graphprune.scores.taylor.on(batches, loss)`` for one that reads data, or a function:
+      ``(groups, model, batches) -> tensors`` for channels and heads, ``(name, module) -> float`` for blocks and layers, ``weight -> tensor`` for everything
+      finer.
     - ``scope``: ``"layer"`` (the same ratio everywhere; the default without a time), ``"global"``, ``"isomorphic"`` (ranked together), or ``"allocated"``
       (every width by what it costs and loses; the default with a time; :mod:`graphprune.budget.optimal`).
     - ``what``: what goes: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m as in "2:4"
@@ -87,10 +90,12 @@ def shrink(
     targets = {"params": params, "macs": macs, "size": size, "memory": memory, "latency": latency, "speedup": speedup}
     flags = {"inplace": inplace, "return_plan": return_plan, "verify": verify}
     inplace, return_plan, verify = (flag(name, value) for name, value in flags.items())
-    request = ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths, inplace=inplace)
-    request = request if verify else replace(request, proof="calls")
     repairs = before_cut(model, Repair.of(repair))
+    if score is None:  # with inputs to learn from, and a budget to spend, what loses least
+        score = AUTO if repairs is not None and any(value is not None for value in targets.values()) else "l2"
+    request = ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths, inplace=inplace)
     graph = trace(model, example_input, example_kwargs)
+    request = settled(graph, model, request if verify else replace(request, proof="calls"), repairs)
     chosen = expressed(graph, model, request, decide)
     chosen, small = proved(graph, model, request, chosen) if verify else (chosen, apply(model, chosen))
     small, chosen = after_cut(small, model, chosen, repairs, graph)

@@ -23,6 +23,11 @@ from .widths import plan_widths
 
 def decide(graph: Graph, model: nn.Module, request: Request) -> Plan:
     """The plan for what is asked of the model."""
+    plan = _decide(graph, model, request)
+    return replace(plan, notes=(*plan.notes, *request.notes)) if request.notes else plan
+
+
+def _decide(graph: Graph, model: nn.Module, request: Request) -> Plan:
     if not request.spec.coarse:
         request = _by_name(request)
         return (plan_depth if request.spec.name in ("block", "layer") else plan_entries)(graph, model, request)

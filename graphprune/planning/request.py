@@ -45,11 +45,13 @@ class Request:
     keep: Sequence[str | tuple[str, int]]
     widths: Widths
     inplace: bool = False
+    scope_given: bool = False
     multiple_of: Any = None
     extra_costs: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
     tied: Sequence[frozenset[tuple[str, int]]] = ()
     proof: str = ""  # "calls": every plan is rehearsed without values; "values": compared with the zeroed original, result by result
     faults: list[tuple[Graph, Fault]] = field(default_factory=list)  # what proved wrong so far
+    notes: tuple[str, ...] = ()  # how this request came about, for the plan
 
     def __post_init__(self) -> None:
         if self.spec.coarse:
@@ -104,7 +106,8 @@ def ask(
     if on is not None and not (aims.timed or aims.weight or widths.multiple_of == "auto"):
         raise BadOption(f'on={on!r} would have no effect: it says where a time counts; ask for one (speedup=2, latency="8 ms") or for objective="time"')
     score, batches, loss = (score.score, score.batches, score.loss) if isinstance(score, OnData) else (score, None, None)
-    return Request(parse(what), aims, ratio, scope or aims.scope, score, batches, loss, named(model, keep), widths, inplace)
+    scopes = scope or aims.scope
+    return Request(parse(what), aims, ratio, scopes, score, batches, loss, named(model, keep), widths, inplace, scope is not None)
 
 
 def _widths(asked: Any) -> Widths:

@@ -1,0 +1,120 @@
+"""With inputs to learn from, what loses least: :func:`settled` tries a few scores and scopes, repairs each, and keeps the best on inputs kept out.
+
+No score is the best everywhere: the one that is made for repair wins on most convolutional networks and language models, plain norms under allocated
+widths on some, so they are compared by what counts, the distance of the outputs after the repair. The list is short, goes from the one that wins most
+often to the others, and ends when the error is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .cutting.apply import apply
+from .errors import BadTarget, GraphpruneError, NothingToPrune, warn
+from .options import Repair
+from .planning.planner import decide
+from .planning.request import Request
+from .repair import closed, repair
+from .repair.calibration import parts
+from .scores import SCORES, Score
+from .tracing.trace import Graph
+
+AUTO = "auto"
+CLEAR = 0.01  # share of the outputs' variance below which nothing else is tried
+BAD = 0.5  # … and above which little of the function is left
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A score and the scope under which it is ranked (None: the one that was asked for)."""
+
+    score: str
+    scope: str | None
+
+    def __str__(self) -> str:
+        return self.score if self.scope is None else f"{self.score}, {self.scope}"
+
+
+BUDGETS = (Recipe("effect", "global"), Recipe("l2", "allocated"), Recipe("wanda_sp", "global"))
+RATIOS = (Recipe("effect", None), Recipe("wanda_sp", None), Recipe("l2", None))
+
+
+def settled(graph: Graph, model: nn.Module, request: Request, asked: Repair | None) -> Request:
+    """The request with a score: where "auto" is asked for, that of the recipe whose repaired model is nearest to the original.
+
+    Scores that read inputs and were given none read those of the repair. Raises what :func:`~graphprune.planning.planner.decide` raises, and
+    :class:`~graphprune.errors.BadTarget` when no recipe meets what is asked.
+    """
+    batches = None if asked is None else asked.batches
+    if request.score != AUTO:
+        return _with_data(request, batches)
+    if asked is None or batches is None or request.aims.timed or not request.spec.coarse:  # a search by measured times, or nothing to judge by
+        return replace(request, score="l2")
+    fits, checks = parts(list(batches), asked.spare)
+    facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": False}
+    trials: list[tuple[float, Recipe]] = []
+    failed: GraphpruneError = BadTarget("no score could be computed")
+    for recipe in _recipes(request):
+        try:
+            plan = decide(graph, model, _by(recipe, request, batches))
+        except NothingToPrune:
+            raise
+        except GraphpruneError as error:
+            failed = error
+            continue
+        small = repair(apply(model, plan), model, plan, fits, _closed(asked), graph=graph, **facts)
+        trials.append((_distance(model, small, checks or fits), recipe))
+        if trials[-1][0] < CLEAR:
+            break
+    if not trials:
+        raise failed
+    trials.sort(key=lambda trial: trial[0])
+    error, recipe = trials[0]
+    if error > BAD:
+        lost = f"{error:.0%} of the outputs' variance is lost on inputs kept out, after the repair"
+        warn(f"at this target little of the function is left: {lost}; train, or ask for less")
+    others = "".join(f"; {other}: {loss:.1%}" for loss, other in trials[1:])
+    note = f"note: chose {recipe}: {error:.1%} of the outputs' variance lost on inputs kept out, after the repair{others}"
+    return replace(_by(recipe, request, batches), notes=(*request.notes, note))
+
+
+def _by(recipe: Recipe, request: Request, batches: object) -> Request:
+    return _with_data(replace(request, score=recipe.score, scope=recipe.scope or request.scope), batches)
+
+
+def _recipes(request: Request) -> Iterator[Recipe]:
+    """What is tried: under a budget the scope is free unless it was asked for; a ratio is that of every group."""
+    if request.aims.any and not request.scope_given:
+        yield from BUDGETS
+    else:
+        yield from RATIOS
+
+
+def _with_data(request: Request, batches: object) -> Request:
+    """The request, whose score reads the inputs of the repair where it needs inputs alone and was given none."""
+    score = SCORES.get(request.score) if isinstance(request.score, str) else request.score
+    if batches is None or request.batches is not None or not isinstance(score, Score) or score.needs_now() != "inputs":
+        return request
+    return replace(request, batches=batches)
+
+
+def _closed(asked: Repair) -> tuple[str, ...] | str:
+    """The closed forms among the steps: gradient steps take minutes, and come once the recipe is chosen."""
+    steps = (asked.steps,) if isinstance(asked.steps, str) else tuple(asked.steps)
+    return tuple(step for step in steps if step == "auto" or step in closed.STEPS) or "auto"
+
+
+def _distance(model: nn.Module, small: nn.Module, batches: list) -> float:
+    modes = [(module, module.training) for each in (model, small) for module in each.modules()]
+    try:
+        model.eval()
+        small.eval()
+        with torch.no_grad():
+            return closed.distance(model, small, batches)
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,91 @@
+"""With inputs to learn from and a budget, the score and the scope are chosen by what they lose; scores read the inputs of the repair."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import graphprune
+from graphprune import recipe
+from graphprune.errors import LessThanAsked
+
+F64 = torch.float64
+
+
+def trained(seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 4)).double()
+    x = torch.randn(512, 8, dtype=F64)
+    y = torch.stack([x[:, 0] * x[:, 1], x[:, 2].abs(), x[:, 3:].sum(1).relu(), x[:, 4].sin()], 1)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+    return net.eval(), list(torch.randn(256, 8, dtype=F64).split(32))
+
+
+def lost(net, small, batches):
+    with torch.no_grad():
+        gap = sum(float((small(x) - net(x)).square().sum()) for x in batches)
+        return gap / sum(float((net(x) - net(x).mean()).square().sum()) for x in batches)
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.3}])
+def test_no_recipe_of_the_list_loses_less_than_the_one_chosen(target):
+    net, batches = trained()
+    before = copy.deepcopy(net.state_dict())
+    small, plan = graphprune.shrink(net, batches[0][:1], repair=batches, return_plan=True, **target)
+    note = next(line for line in plan.notes if line.startswith("note: chose"))
+    fits, checks = batches[:-2], batches[-2:]
+    losses = {}
+    for each in recipe.BUDGETS:
+        score = each.score if each.score == "l2" else getattr(graphprune.scores, each.score).on(batches)
+        cut, made = graphprune.shrink(net, batches[0][:1], score=score, scope=each.scope, return_plan=True, **target)
+        losses[str(each)] = lost(net, graphprune.repair(cut, net, made, fits, progress=False), checks)
+    chosen = min(losses, key=losses.__getitem__)
+    assert f"chose {chosen}:" in note or losses[note.split("chose ")[1].split(":")[0]] < recipe.CLEAR
+    assert max(losses.values()) > min(losses.values())  # there was something to choose
+    assert lost(net, small, checks) < 1.5 * min(losses.values())
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+
+
+def test_the_choice_is_the_same_every_time():
+    net, batches = trained()
+    one, two = (graphprune.shrink(net, batches[0][:1], macs=0.4, repair=batches, return_plan=True)[1] for _ in range(2))
+    assert one.cuts == two.cuts and one.notes == two.notes
+
+
+def test_a_ratio_keeps_its_meaning():
+    net, batches = trained()
+    small = graphprune.shrink(net, batches[0][:1], 0.5, score="auto", repair=batches)
+    assert [module.out_features for module in small if isinstance(module, nn.Linear)] == [24, 16, 4]
+    plain = graphprune.shrink(net, batches[0][:1], 0.5, repair=batches)
+    assert [module.out_features for module in plain if isinstance(module, nn.Linear)] == [24, 16, 4]
+
+
+def test_a_score_reads_the_inputs_of_the_repair():
+    net, batches = trained()
+    one = graphprune.shrink(net, batches[0][:1], 0.5, score="wanda_sp", repair=batches, return_plan=True)[1]
+    two = graphprune.shrink(net, batches[0][:1], 0.5, score=graphprune.scores.wanda_sp.on(batches), repair=batches, return_plan=True)[1]
+    assert one.cuts == two.cuts
+    with pytest.raises(graphprune.errors.NeedsBatches):
+        graphprune.shrink(net, batches[0][:1], 0.5, score="wanda_sp")
+
+
+def test_a_target_that_leaves_nothing_of_the_function_is_said():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8)).double()
+    batches = list(torch.randn(256, 8, dtype=F64).mul(3).split(32))
+    with pytest.warns(UserWarning, match="little of the function is left"):
+        graphprune.shrink(net, batches[0][:1], macs=0.015, repair=batches)
+
+
+def test_without_inputs_nothing_changes():
+    net, batches = trained()
+    one = graphprune.plan(net, batches[0][:1], macs=0.5)
+    two = graphprune.shrink(net, batches[0][:1], macs=0.5, return_plan=True)[1]
+    assert one.cuts == two.cuts and not any("chose" in line for line in two.notes)
+    with pytest.warns(LessThanAsked):
+        graphprune.shrink(net, batches[0][:1], macs=2e9)
