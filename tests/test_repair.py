@@ -308,7 +308,7 @@ def test_few_rows_warn_and_unknown_steps_are_named():
     small, plan = graphprune.shrink(net, torch.randn(1, 4, dtype=F64), return_plan=True)
     with pytest.warns(UserWarning, match="2.weight: 12 calibration rows for 20 inputs") as told:
         better = graphprune.repair(small, net, plan, [torch.randn(16, 4, dtype=F64)])
-        graphprune.shrink(net, torch.randn(1, 4, dtype=F64), calibration=[torch.randn(16, 4, dtype=F64)])
+        graphprune.shrink(net, torch.randn(1, 4, dtype=F64), repair=[torch.randn(16, 4, dtype=F64)])
     assert [warning.filename for warning in told] == [__file__] * 2  # at the line that called, however deep it was found
     assert all(bool(torch.isfinite(p).all()) for p in better.parameters())
     with pytest.raises(UnknownName, match="least-squares"):
