@@ -65,7 +65,7 @@ ORDER = {
     "budget": "targets space ledger problem descent optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
-    "granularity": "spec weights heads entries ranking evidence positions blocks depth",
+    "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
     "planning": "shares proof request limits uniform widths trial depth entries planner outcome",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",

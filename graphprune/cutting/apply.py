@@ -23,18 +23,14 @@ from ..tracing.trees import is_parameter, leaf_tensors, modules_of, replace
 from .gains import factors_of
 from .kernels import apply_kernel, check_kernel
 from .masks import apply_mask, check_mask
-from .passthrough import apply_skip, check_skip
+from .passthrough import apply_skips, check_skip
 from .plan import Plan
 from .rewrite import spell
 from .undo import undone
 
-# What is checked before anything is touched, and what is done.
-PARTS = {
-    "mask": (check_mask, apply_mask),
-    "kernel": (check_kernel, apply_kernel),
-    "columns": (check_kernel, apply_kernel),
-    "skip": (check_skip, apply_skip),
-}
+# What is checked before anything is touched, and what is done; modules that are skipped go last, all together.
+CHECKS = {"mask": check_mask, "kernel": check_kernel, "columns": check_kernel, "skip": check_skip}
+CHANGES = {"mask": apply_mask, "kernel": apply_kernel, "columns": apply_kernel}
 
 # Entries of a piece, and how many pieces an array may have that is made in one go (allocators keep memory of that size at hand).
 PIECE, SMALL = 2**16, 8
@@ -77,9 +73,9 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     if missing:
         raise BadPlan(f"the plan cuts {sorted(missing)[0]}, which this model does not have")
     for part in plan.parts:
-        if part.kind not in PARTS:
+        if part.kind not in CHECKS:
             raise BadPlan(f"the plan asks for {part.kind!r}, which this version does not know")
-        PARTS[part.kind][0](model, part, plan.shapes.get(part.name, ()))
+        CHECKS[part.kind](model, part, plan.shapes.get(part.name, ()))
     if inplace:
         small = model
         for _, module, name, tensor in held:
@@ -99,7 +95,9 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     for edit in plan.edits:
         _edit(small, edit[:-1], edit[-1])
     for part in plan.parts:
-        PARTS[part.kind][1](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
+        if part.kind in CHANGES:
+            CHANGES[part.kind](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
+    apply_skips(small, [part for part in plan.parts if part.kind == "skip"])
     return gathered(small)
 
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,15 +56,17 @@ def check_skip(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
         raise BadPlan(f"the plan removes {part.name}, which this model does not have") from error
 
 
-def apply_skip(model: nn.Module, part: Part, shape: tuple[int, ...], cuts: Mapping[int, Sequence[int]]) -> None:
-    """Do what a plan's ``skip`` part says: the module's parameters leave the model."""
-    was = model.get_submodule(part.name)
-    source, form, zero = part.data
-    gone = Passthrough(was, source, tuple(form), bool(zero)).train(was.training)
-    for module in model.modules():
-        for key, held in module._modules.items():
-            if held is was:
-                module._modules[key] = gone
+def apply_skips(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Do what a plan's ``skip`` parts say, in one walk: the modules' parameters leave the model."""
+    gone: dict[int, nn.Module] = {}
+    for part in parts:
+        was = model.get_submodule(part.name)
+        source, form, zero = part.data
+        gone[id(was)] = Passthrough(was, source, tuple(form), bool(zero)).train(was.training)
+    for module in list(model.modules()) if gone else ():
+        for key, child in module._modules.items():
+            if id(child) in gone:
+                module._modules[key] = gone[id(child)]
 
 
 def passed(part: Part, args: tuple, kwargs: dict, out: Any) -> Any:

@@ -12,7 +12,7 @@ is added to something else (a *branch*).
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from ..cutting.parts import Part
 from ..operations.notation import Value
 from ..tracing.trace import Graph
 from ..tracing.trees import tensors
+from .liveness import Liveness
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,14 @@ class Modules:
         for index, node in enumerate(graph.nodes):
             for value in tensors((node.args, node.kwargs)):
                 self.users[id(value)].append(index)
-            path = node.module
-            while path:
+            for path in paths(node.module):
                 self.inside[path].append(index)
-                path = path.rpartition(".")[0]
         self.final = {id(value) for value in graph.outputs}
         self.fixed = _fixed(graph)
+        self.order = {name: at for at, name in enumerate(self.modules)}
+        self.liveness = Liveness(graph)
+        self._living = {path: sum(self.liveness.live[index] for index in calls) for path, calls in self.inside.items()}
+        self._unused = {path for path, count in self._living.items() if not count}
         self._residual: dict[str, bool] = {}
 
     def blocks(self) -> list[Removable]:
@@ -74,7 +77,7 @@ class Modules:
         names = list(self._branches("", self.model))
         found = list(self._kept(names, zero=True))
         taken = {part.name for removable in found for part in removable.skips}
-        chain = [n for n, m in self.modules.items() if self._hidden(n, m) and not any(n == t or n.startswith(t + ".") for t in taken)]
+        chain = [name for name, module in self.modules.items() if self._hidden(name, module) and not any(path in taken for path in paths(name))]
         return found + list(self._kept(chain, zero=False))
 
     def _kept(self, names: list[str] | Iterator[str], zero: bool) -> Iterator[Removable]:
@@ -105,8 +108,8 @@ class Modules:
 
     def _holds_blocks(self, name: str, residual: bool) -> bool:
         """Is there a chain of blocks inside? Then its elements are the blocks."""
-        for inner, module in self.modules.items():
-            if inner.startswith(name + "."):
+        for inner, module in self.modules[name].named_modules(prefix=name):
+            if inner != name and inner in self.modules:
                 parent = self.modules[inner.rpartition(".")[0]]
                 if self._block(inner, module, parent, residual) and self._chained(inner, parent):
                     return True
@@ -198,46 +201,45 @@ class Modules:
 
     def skips(self, gone: dict[str, bool]) -> tuple[Part, ...] | None:
         """The parts that remove modules (True: their output becomes zero) and whatever only they needed; None where weights would be left over."""
-        live = self.live(gone)
-        dead: list[str] = []
-        self._dead("", self.model, live, gone, dead)
+        turned, changed = [], set()
+        for name, zero in gone.items():
+            before, after = self.ends(name) or (None, None)
+            if after is not None:
+                turned.append(after)
+                changed |= self.liveness.turn(after, None if zero else before)
+        dead = self._dead({index for index in changed if not self.liveness.live[index]}, gone)
+        for after in reversed(turned):
+            self.liveness.back(after)
         if any(name not in self.shaped for name in dead):
             return None
         order = [*gone, *dead]
         return tuple(Part("skip", name, (self.shaped[name].source, self.shaped[name].form, gone.get(name, False))) for name in order)
 
-    def live(self, gone: dict[str, bool]) -> set[int]:
-        """The calls whose results still reach an output."""
-        jump = {}
-        for name, zero in gone.items():
-            before, after = self.ends(name)
-            jump[id(after)] = () if zero else (before,)
-        live: set[int] = set()
-        todo = list(self.graph.outputs)
-        while todo:
-            value = todo.pop()
-            if id(value) in jump:
-                todo += jump[id(value)]
-                jump[id(value)] = ()  # once is enough; it stays a way past what is gone
+    def _dead(self, fallen: set[int], gone: dict[str, bool]) -> list[str]:
+        """The outermost modules with weights of which no call lives, when these calls do not either."""
+        fewer = Counter(path for index in fallen for path in paths(self.graph.nodes[index].module))
+        empty = self._unused | {path for path, count in fewer.items() if count == self._living[path]}
+        dead: list[str] = []
+        inside = set(gone)  # of what is gone by itself
+        for name in sorted(empty & self.order.keys(), key=self.order.__getitem__):
+            module = self.modules[name]
+            if any(path in inside for path in paths(name)) or not any(True for _ in module.parameters()):
                 continue
-            if value.node < 0 or value.node in live:
-                continue
-            live.add(value.node)
-            node = self.graph.nodes[value.node]
-            todo += list(tensors((node.args, node.kwargs)))
-        return live
-
-    def _dead(self, path: str, module: nn.Module, live: set[int], gone: dict[str, bool], dead: list[str]) -> None:
-        for own, child in module.named_children():
-            name = f"{path}.{own}" if path else own
-            weighty = any(True for _ in child.parameters())
-            if name in gone or not weighty or not self.inside.get(name):
-                continue
-            whole = not any(index in live for index in self.inside[name])
-            if whole and (name in self.shaped or not any(True for _ in child.children())):
+            if name in self.shaped or not any(True for _ in module.children()):
                 dead.append(name)
-            else:
-                self._dead(name, child, live, gone, dead)
+                inside.add(name)
+        return dead
+
+
+def paths(name: str) -> Iterator[str]:
+    """A module's path, and those of the modules that hold it.
+
+    >>> list(paths("a.b.c"))
+    ['a.b.c', 'a.b', 'a']
+    """
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _fixed(graph: Graph) -> set[int]:

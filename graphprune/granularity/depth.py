@@ -1,4 +1,4 @@
-"""Fewer layers: by which score blocks or branches go, and what is left without them.
+"""Fewer layers: by which score blocks or branches go.
 
 ``influence`` is ShortGPT's block influence ``1 - E cos(x, y)`` between the stream before and after (Men et al. 2024);
 ``taylor`` the first-order change of the loss ``|E <dL/dy, y - x>|``; ``reconstruction`` the relative squared error of the
@@ -9,7 +9,7 @@ weights, ``random`` the baseline. A score may also be a function ``(name, module
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from ..catalogue import enter
-from ..cost import macs_by_call
 from ..cutting.parts import Part
 from ..cutting.passthrough import passed
 from ..errors import BadScore, NeedsBatches
@@ -25,27 +24,12 @@ from ..scores.data import Data, undisturbed
 from ..scores.registry import accepts
 from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
-from ..tracing.trees import leaf_tensors, tensors
-from .blocks import Modules, Removable
+from ..tracing.trees import tensors
+from .blocks import Removable
 
 enter("score", "influence", "how far a whole block turns the stream it adds to; granularity block or layer (Men et al. 2024 (ShortGPT))")
 enter("score", "reconstruction", "change of the output without a whole block, greedy; granularity block or layer (Song et al. 2024 (SLEB))")
 DEPTH = ("influence", "taylor", "reconstruction", "l1", "l2", "random")
-
-
-class Left:
-    """What a model costs without some of its modules: the parameters it still holds, and the calls that still reach an output."""
-
-    def __init__(self, graph: Graph, model: nn.Module, modules: Modules) -> None:
-        self.model, self.modules, self.macs = model, modules, macs_by_call(graph)
-
-    def costs(self, gone: Sequence[Removable]) -> dict[str, float]:
-        skipped = {part.name: bool(part.data[2]) for one in gone for part in one.skips}
-        inside = tuple(f"{name}." for name in skipped)
-        held = {id(t): t for name, _, _, t in leaf_tensors(self.model) if not name.startswith(inside)}.values()
-        params = sum(t.numel() for t in held if isinstance(t, nn.Parameter))
-        live = self.modules.live({one.name: bool(one.skips[0].data[2]) for one in gone})
-        return {"params": params, "macs": sum(self.macs[index] for index in live), "size": sum(t.numel() * t.element_size() for t in held)}
 
 
 def tensors_of(model: nn.Module, name: str) -> list[tuple[str, torch.Tensor]]:

@@ -11,7 +11,8 @@ from ..cutting.outline import Outline, Totals
 from ..cutting.plan import Plan
 from ..errors import NothingToPrune, UnknownName, warn
 from ..granularity.blocks import Modules, Removable
-from ..granularity.depth import DEPTH, Left, batches_of, greedy, scores_of, size_of, tensors_of
+from ..granularity.depth import DEPTH, batches_of, greedy, scores_of, size_of, tensors_of
+from ..granularity.remaining import Remaining
 from ..names import by_tensor
 from ..select import width
 from ..tracing.trace import Graph
@@ -34,6 +35,7 @@ def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
     held = set(request.keep)
     owned = {one.name: [n for part in one.skips for n, _ in tensors_of(model, part.name)] for one in found}
     free = [one for one in found if not held & set(owned[one.name])]
+    names = {one.name for one in free}
     if not free:
         raise NothingToPrune(
             f"no {kind} of this model can be removed: none returns the shape it takes and is residual, in a chain, or only added; {len(found)} are kept"
@@ -44,27 +46,34 @@ def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
         pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
     gone: list[Removable] = []
     extra: list[Removable] = []  # for the limits alone
-    left = Left(graph, model, modules)
+    remaining = Remaining(graph, model, modules)
+    whole = dict(remaining.costs)
     for own, pool in sorted(pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
         count = len(pool) - width(len(pool), request.ratio if own is None else own)
         for at, one in enumerate(_order(graph, model, pool, request)):
-            if at >= count and (own is not None or holds(left.costs(gone), limits)):
+            if at >= count and (own is not None or holds(remaining.costs, limits)):
                 break
             gone.append(one)
+            remaining.remove(one)
             extra += [one] if at >= count else []
+    back: set[str] = set()
     for one in reversed(extra[:-1]):  # what still fits once a larger one is gone comes back, the most important first
-        others = [other for other in gone if other is not one]
-        gone = others if holds(left.costs(others), limits) else gone
-    if limits and not holds(left.costs(gone), limits):
-        raise unmet(left.costs(gone), limits, kind)
-    if not gone and not limits:
+        remaining.restore(one)
+        if holds(remaining.costs, limits):
+            back.add(one.name)
+        else:
+            remaining.remove(one)
+    removed = {one.name for one in gone} - back
+    if limits and not holds(remaining.costs, limits):
+        raise unmet(remaining.costs, limits, kind)
+    if not removed and not limits:
         _tell(kind, pools, request.ratio)
-    order = [one for one in free if one in gone]
+    order = [one for one in free if one.name in removed]
     parts = {part.name: part for one in order for part in one.skips}
-    lines = reached(left.costs(gone), limits) if limits else []
-    lines += [f"{one.name}: {'removed' if one in gone else 'stays'} ({size_of(model, one)} weights)" for one in free]
-    lines += [f"{one.name}: stays, kept on request" for one in found if one not in free]
-    before, after = (Totals(round(costs["params"]), round(costs["macs"])) for costs in (left.costs([]), left.costs(gone)))
+    lines = reached(remaining.costs, limits) if limits else []
+    lines += [f"{one.name}: {'removed' if one.name in removed else 'stays'} ({size_of(model, one)} weights)" for one in free]
+    lines += [f"{one.name}: stays, kept on request" for one in found if one.name not in names]
+    before, after = (Totals(round(costs["params"]), round(costs["macs"])) for costs in (whole, remaining.costs))
     shapes = {name: tuple(leaf.shape) for name, leaf in graph.leaves.items() if name in graph.parameters}
     return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()), outline=Outline(before, after, shapes=shapes))
 
