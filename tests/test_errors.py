@@ -16,7 +16,7 @@ from torch import nn
 import graphprune
 from graphprune import errors
 from graphprune.coupling.groups import couple
-from graphprune.tracing.trace import open_paths, trace
+from graphprune.tracing.trace import trace
 
 NET = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 X = torch.zeros(1, 4)
@@ -329,13 +329,3 @@ def test_what_a_configuration_shares_with_the_users_model_stays_as_it_was():
     shared = Registry()
     trace(Net(SimpleNamespace(inner=shared)).eval(), torch.zeros(1, 4))
     assert type(shared.width) is int
-
-
-def test_paths_that_runs_side_by_side_close_are_open_after_the_last():
-    functional, first, second = nn.functional.has_torch_function, open_paths(), open_paths()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__()
-    assert nn.functional.has_torch_function is not functional and not torch.backends.mha.get_fastpath_enabled()
-    second.__exit__()
-    assert nn.functional.has_torch_function is functional and torch.backends.mha.get_fastpath_enabled()

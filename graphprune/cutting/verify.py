@@ -2,61 +2,171 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import BadInput, BadModel, NotEqual
-from ..tracing.trace import NOT_RUN, Graph, shadow
-from ..tracing.trees import modules_of, tensors
+from ..errors import BadModel, NotEqual, UnknownName, warn
+from ..tracing.copies import duplicate
+from ..tracing.fused import gathered
+from ..tracing.node import line
+from ..tracing.outputs import Item, items, selected
+from ..tracing.surroundings import undisturbed_surroundings
+from ..tracing.trace import Graph, fails, raised_at
+from ..tracing.trees import leaf_tensors, modules_of, replace, tensors
 from ..tracing.unused import same_dice
 from .plan import Plan
-from .zeroed import zeroed
+from .zeroed import outcome, walk
+
+LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # largest relative difference; of shorter numbers 5e-2
 
 
 def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, tolerance: float | None = None) -> float:
-    """The largest relative difference between the cut model and the zeroed original; raises NotEqual when too large."""
-    args, kwargs = graph.example
-    modes = [(module, module.training) for module in small.modules()]
-    try:
-        with torch.no_grad():
-            small.eval()
-            with same_dice():
-                found = list(tensors(small(*args, **kwargs), torch.Tensor))
-            with same_dice():
-                wanted = zeroed(model, plan, graph)(*args, **kwargs)
-    except Exception as error:
-        runs_whole(graph, model)
-        raise NotEqual(f"the cut model does not run on the example: {type(error).__name__}: {error}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    worst = 0.0
-    for mine, theirs in zip(found, wanted, strict=True):
-        if mine.shape != theirs.shape:
-            raise NotEqual(f"an output has shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}")
-        if mine.is_floating_point() and mine.numel() and not mine.is_meta:
-            finite = torch.isfinite(theirs)
-            if not torch.equal(torch.isfinite(mine), finite):
-                raise NotEqual("the cut model and the zeroed original are not finite in the same places; verify=False skips this check")
-            theirs = theirs[finite].double()
-            gap = float((mine[finite].double() - theirs).abs().max()) / (float(theirs.abs().max()) or 1.0) if len(theirs) else 0.0
-            limit = tolerance or {torch.float64: 1e-8, torch.float32: 1e-3}.get(mine.dtype, 5e-2)
-            if not gap <= limit:
-                raise NotEqual(f"the cut model differs from the zeroed original by {gap:.1e} (relative); verify=False skips this check")
-            worst = max(worst, gap)
+    """The largest relative difference between the cut model and the zeroed original; raises NotEqual when too large.
+
+    A copy of ``small`` runs, on copies of the example, so that both are as they were. Where the example has no values of its own (zeros, constants), a
+    second one is drawn; further examples that the graph was made of, and training mode where it does something else, are checked as well.
+    """
+    if any(tensor.is_meta for *_, tensor in leaf_tensors(small)):
+        warn("the model lies on the meta device and has no values, so that nothing is checked against the zeroed original; do that where the weights are")
+        return 0.0
+    worst, void = 0.0, True
+    for example in (graph.example, *graph.asked.others):
+        for inputs, drawn in _inputs(example):
+            gap, tells = _compared(graph, model, small, plan, inputs, tolerance, drawn)
+            worst, void = max(worst, gap), void and not tells
+    if void:
+        warn("on the example every output is constant, so that comparing the cut model with the zeroed original says nothing; give an example with values")
+    if graph.trained:
+        _check_training(graph, model, small, plan, tolerance)
     return worst
 
 
-def runs_whole(graph: Graph, model: nn.Module) -> None:
-    """Raises :class:`~graphprune.errors.BadInput` if the model itself fails on the example (a run without values does not see every mismatch)."""
-    args, kwargs = graph.example
+def _inputs(example: Any) -> Iterator[tuple[Any, bool]]:
+    """The example, and a second one where a floating input of it is constant: then most weights meet nothing but that."""
+    yield example, False
+    if callable(example):
+        return
+    constant = [t for t in tensors(example, torch.Tensor) if t.is_floating_point() and t.numel() > 1 and bool((t == t.flatten()[0]).all())]
+    if constant:
+        random = torch.Generator().manual_seed(0)
+        draw = lambda t: t + torch.randn(t.shape, generator=random).to(t) if any(t is one for one in constant) else t  # noqa: E731
+        yield tuple(replace(part, draw) for part in example), True
+
+
+def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, example: Any, tolerance: float | None, drawn: bool) -> tuple[float, bool]:
+    """The difference on one example, and whether any output says something."""
     try:
-        with torch.no_grad(), same_dice():
-            shadow(model, real=True)[0](*args, **kwargs)
+        with torch.no_grad(), same_dice(), undisturbed_surroundings(small):
+            found = _run(_copy(small).eval(), example, graph)
     except Exception as error:
-        raise BadInput(NOT_RUN.format(type(error).__name__, error)) from error
+        fails(model, example)
+        if drawn:
+            return 0.0, False
+        raise NotEqual(_failed(error)) from error
+    with torch.no_grad(), same_dice():
+        if callable(example):
+            wanted = walk(model, plan, replace_fields(graph.asked, example=example, others=()))
+        else:
+            wanted = outcome(model, plan, graph, *example)
+    if not found and not wanted:
+        raise NotEqual("the model returns no tensor and no number on the example, so that nothing can be compared; return what matters")
+    return _gap(graph, found, wanted, tolerance)
+
+
+def _run(model: nn.Module, example: Any, graph: Graph) -> list[Item]:
+    """What a model returns for copies of the inputs, of the outputs that matter."""
+    if callable(example):
+        result = example(model)
+    else:
+        args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in example)
+        result = model(*args, **kwargs)
+    found = [item for item in items(result) if item[0].partition(".")[0] not in graph.state]
+    try:
+        return selected(found, graph.asked.outputs)
+    except UnknownName:
+        return found
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy that may be run: everything in it is its own."""
+    return gathered(duplicate(model, {id(tensor): _own(tensor) for *_, tensor in leaf_tensors(model)}))
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    data = tensor.detach().clone()
+    return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _gap(graph: Graph, found: list[Item], wanted: list[Item], tolerance: float | None) -> tuple[float, bool]:
+    worst, tells = 0.0, False
+    if len(found) != len(wanted):
+        raise NotEqual(f"the cut model returns {len(found)} tensors and numbers, the zeroed original {len(wanted)}")
+    for index, ((path, mine), (_, theirs)) in enumerate(zip(found, wanted, strict=True)):
+        what = _what(graph, index, path)
+        mine, theirs = (item if isinstance(item, torch.Tensor) else torch.as_tensor(item) for item in (mine, theirs))
+        if mine.shape != theirs.shape:
+            axes = [axis for axis, (a, b) in enumerate(zip(mine.shape, theirs.shape, strict=False)) if a != b]
+            raise NotEqual(f"{what} has shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}{f' (axis {axes[0]})' if axes else ''}")
+        mine, theirs = (item.to_dense() if item.layout is not torch.strided else item for item in (mine, theirs))
+        if not mine.numel() or mine.is_nested:
+            continue
+        if not mine.is_floating_point() and not mine.is_complex():
+            tells = tells or not bool((theirs == theirs.flatten()[0]).all())
+            continue
+        finite = torch.isfinite(theirs)
+        if not torch.equal(torch.isfinite(mine), finite):
+            raise NotEqual(f"{what} is not finite in the same places as that of the zeroed original")
+        limit = tolerance or LIMITS.get(mine.dtype, 5e-2)
+        apart = (mine - theirs)[finite].abs()
+        size = theirs[finite].abs()
+        if not len(apart):
+            continue
+        gap = float(apart.max()) / (float(size.max()) or 1.0)
+        tells = tells or bool((theirs != theirs.flatten()[0]).any()) or theirs.numel() == 1 and bool(theirs.any())
+        if not gap <= limit:
+            where = torch.where(finite, (mine - theirs).abs(), 0).flatten().argmax()
+            at = tuple(int(i) for i in torch.unravel_index(where, mine.shape))
+            raise NotEqual(f"{what} differs from the zeroed original by {gap:.1e} (relative to its largest entry; most at {at})")
+        worst = max(worst, gap)
+    return worst, tells
+
+
+def _what(graph: Graph, index: int, path: str) -> str:
+    """An output in words: its path, and the call that made it."""
+    name = f"the output {path!r}" if path else "the output"
+    value = graph.outputs[index] if index < len(graph.outputs) and graph.paths[index] == path else None
+    if value is None or value.node < 0 or value.node >= len(graph.nodes):
+        return name
+    node = graph.nodes[value.node]
+    made = ", ".join(part for part in (node.module, node.line) if part)
+    return f"{name} (made by {node.op.short}{f' in {made}' if made else ''})"
+
+
+def _check_training(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, tolerance: float | None) -> None:
+    """In training mode the cut model has to run where the original does, and to compute the same where nothing is random."""
+    try:
+        with torch.no_grad(), same_dice(), undisturbed_surroundings(small):
+            found = _run(_copy(small).train(), graph.example, graph)
+    except Exception as error:
+        fails(model, graph.example, training=True)
+        raise NotEqual(f"{_failed(error)} (in training mode)") from error
+    if graph.random_in_training:
+        return
+    with torch.no_grad(), same_dice():
+        wanted = outcome(model, plan, graph, *graph.example, training=True)
+    try:
+        _gap(graph, found, wanted, tolerance)
+    except NotEqual as error:
+        raise NotEqual(f"{error} (in training mode)") from None
+
+
+def _failed(error: Exception) -> str:
+    at = raised_at(error)
+    return f"the cut model does not run on the example{f' ({line(at)})' if at else ''}: {type(error).__name__}: {error}"
 
 
 def check_model(model: Any) -> None:

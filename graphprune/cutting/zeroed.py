@@ -1,7 +1,8 @@
 """The oracle: :func:`zeroed` runs the original with every removed entry set to zero.
 
-Statistics over a cut axis (a norm, a mean, a softmax) are computed over the survivors. It replays the recorded calls on
-real tensors and never looks at the cut model, so the two can be compared.
+Statistics over a cut axis (a norm, a mean, a softmax) are computed over the survivors. It never looks at the cut model, so the two can be compared.
+Recorded calls are replayed on real tensors; where the way through the code depends on values, on seeds or on random numbers, the code itself runs,
+and each call that takes statistics is made anew over the survivors before its result is used.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import nn
 from ..errors import BadInput
 from ..operations.notation import Expr, Value, parse
 from ..tracing.fused import gathered
-from ..tracing.trace import Graph, trace
+from ..tracing.outputs import Item, items, selected
+from ..tracing.trace import RUNNING, Examples, Graph, run, trace
 from ..tracing.trees import leaf_tensors, replace, tensors
+from ..tracing.unused import same_dice
 from .masks import parameter_name
 from .passthrough import passed
 from .plan import Plan
@@ -29,22 +32,67 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
     """A function of the model's inputs that returns the list of output tensors of the zeroed original."""
 
     def run(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        if plan.parts:
-            return _settled(model, plan, args, kwargs)
-        given = list(tensors((args, kwargs), torch.Tensor))
-        fits = graph is not None and [tuple(t.shape) for t in given] == [v.shape for v in graph.inputs]
-        found = graph if fits and graph else trace(model, args, kwargs)
-        return replay(recorded(found, model, plan), model, plan, given)
+        return [item for _, item in outcome(model, plan, graph or Examples((args, kwargs)), args, kwargs) if isinstance(item, torch.Tensor)]
 
     return run
 
 
 def recorded(graph: Graph, model: nn.Module, plan: Plan) -> Graph:
     """The calls that the zeroed weights make: where control flow depends on values, they may take another path."""
-    return trace(_masked(model, plan), *graph.example) if graph.real else graph
+    if not graph.real:
+        return graph
+    with RUNNING, same_dice():
+        return run(_masked(model, plan), replace_fields(graph.asked, others=()), real=True, amend=_Amended(model, plan))
 
 
-def _settled(model: nn.Module, plan: Plan, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple, kwargs: dict, training: bool = False) -> list[Item]:
+    """What the zeroed original returns for these inputs: tensors, arrays and numbers with their paths, of the outputs that matter."""
+    graph = known if isinstance(known, Graph) else None
+    asked = replace_fields(known.asked if isinstance(known, Graph) else known, example=(args, kwargs), others=())
+    given = list(tensors((args, kwargs), torch.Tensor))
+    if plan.parts:
+        return _settled(model, plan, asked)
+    if graph is None or [tuple(t.shape) for t in given] != [v.shape for v in graph.inputs]:
+        graph = trace(model, args, kwargs, outputs=asked.outputs)
+    if not training and not graph.real and not any(torch.Tag.nondeterministic_seeded in node.func.tags for node in graph.nodes):
+        return list(zip(graph.paths, replay(graph, model, plan, given), strict=True))
+    return walk(model, plan, asked, training)
+
+
+def walk(model: nn.Module, plan: Plan, asked: Examples, training: bool = False) -> list[Item]:
+    """The zeroed original's own code on the example, with statistics over the survivors."""
+    results: list[Item] = []
+    with RUNNING, same_dice():
+        run(_masked(model, plan), asked, real=True, amend=_Amended(model, plan), results=results, training=training)
+    return results
+
+
+class _Amended:
+    """Makes each call of a run that takes statistics over a cut axis anew, over what stays of it."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self.made: _Made | None = None
+
+    def __call__(self, recorder: Any, node: Any, given: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+        self.made = self.made or _Made(recorder, self.model, self.plan)
+        whole = self.made.after(node)
+        broken = any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in results)
+        if not node.reduces and not broken and not whole:
+            return
+        masks = Masks(recorder, self.plan)
+        for (value, better), tensor in zip(whole, results, strict=False):
+            tensor.copy_(_filled(better, masks.kept(value), everything=True))
+        if node.reduces and any(masks.kept(value) for value in node.held):
+            held = {id(value): tensor for value, tensor in zip(node.held, given, strict=True)}
+            for tensor, better in zip(results, _call(node, held, masks, results[0].device), strict=True):
+                tensor.copy_(better)
+        for value, tensor in zip(node.outs, results, strict=True) if broken else ():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                tensor.copy_(_filled(tensor, masks.kept(value)))
+
+
+def _settled(model: nn.Module, plan: Plan, asked: Examples) -> list[Item]:
     """What changes no shape on the way is done to a twin: zeroed weights, and hooks that skip modules; cut axes are then as ever."""
     made_of = {name for gain in plan.gains for name in gain.leaves()}  # these are read whole, and what they make is cut
     twin = _masked(model, replace_fields(plan, cuts={name: axes for name, axes in plan.cuts.items() if name not in made_of})).eval()
@@ -56,9 +104,10 @@ def _settled(model: nn.Module, plan: Plan, args: tuple, kwargs: dict) -> list[to
     left = {name: {axis: kept for axis, kept in axes.items() if axis < 2 or name not in taps} for name, axes in plan.cuts.items()}
     left = {name: axes for name, axes in left.items() if axes}
     if left:
-        return zeroed(twin, Plan(left, plan.shapes, gains=plan.gains))(*args, **kwargs)
+        return outcome(twin, Plan(left, plan.shapes, gains=plan.gains), asked, *asked.example)
     with torch.no_grad():
-        return [t.clone() for t in tensors(twin(*args, **kwargs), torch.Tensor)]
+        _, call = next(asked.called(twin, lambda tensor: tensor.detach().clone()))
+        return [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in selected(items(call()), asked.outputs)]
 
 
 def _masked(model: nn.Module, plan: Plan) -> nn.Module:
@@ -66,7 +115,9 @@ def _masked(model: nn.Module, plan: Plan) -> nn.Module:
     for leaf, _, _, tensor in leaf_tensors(model):
         name = leaf if leaf in known else parameter_name(leaf)
         data = tensor.detach().clone()
-        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in known else data
+        # What numbers positions goes on doing so: nobody asks for those that are gone.
+        counts = name in plan.numbers or not (data.is_floating_point() or data.is_complex() or data.dtype is torch.bool)
+        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in known and not counts else data
         memo.setdefault(id(tensor), nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
     return gathered(copy.deepcopy(model, memo))
 
@@ -78,7 +129,7 @@ class Masks:
     last of its entries.
     """
 
-    def __init__(self, graph: Graph, plan: Plan) -> None:
+    def __init__(self, graph: Any, plan: Plan) -> None:
         root = graph.labels.partition().parent
         gone = np.zeros(len(root), dtype=bool)
         for name, axes in plan.cuts.items():

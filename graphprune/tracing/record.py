@@ -68,6 +68,9 @@ class Recorder(TorchDispatchMode):
         self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
         self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
         self.read: set[int] = set()  # values that the Python code looked into
+        self.looked: list[tuple[str, str]] = []  # where: module and line
+        self.stopped = False  # whether a run in training mode did not reach its end
+        self.amend: Any = None  # told of every call, with its results
         self.constants: dict[str, Tensor] = {}
         self.copied: dict[int, Array] = {}  # by id, held so that the id stays theirs: fields that number the copies of an expanded axis
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
@@ -85,14 +88,14 @@ class Recorder(TorchDispatchMode):
         return value
 
     def keep(self, tensor: Tensor, value: Value) -> None:
-        address = tensor.untyped_storage()._cdata
+        address = tensor.untyped_storage()._cdata if tensor.layout is torch.strided and not tensor.is_nested else -id(tensor)
         storage = self.storages.get(address)
         if storage is None:
             self.numbered += 1
             storage = self.storages[address] = [self.numbered, 0]
         storage[1] += 1
         value.dtype, value.storage = tensor.dtype, storage[0]
-        if not tensor.is_contiguous():
+        if address >= 0 and not tensor.is_contiguous():
             value.order = tuple(sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis)))
         self.values[id(tensor)] = value
         if not self.real or value.leaf:
@@ -244,6 +247,8 @@ class Recorder(TorchDispatchMode):
         results = [result] if isinstance(result, Tensor) else tensors(result, Tensor)
         if not results:
             self.read.update(id(value) for value in held)
+            if known.op.short in ("_local_scalar_dense", "is_nonzero", "equal"):
+                self.looked.append((self.stack[-1] if self.stack else "", self.line()))
             return result
         first_lock = len(self.labels.locks)
         shapes = [tuple(t.shape) for t in results]
@@ -268,7 +273,10 @@ class Recorder(TorchDispatchMode):
             self.keep(tensor, value)
             if known.op.factory and known.op.unmade and not tensor.is_floating_point() and not tensor.is_meta:
                 self.filled[id(value)] = tensor
-        self.nodes.append(Node(known.op, seen, named, values, module, where, held, reduces, self.step))
+        node = Node(known.op, seen, named, values, module, where, held, reduces, self.step)
+        self.nodes.append(node)
+        if self.amend is not None:
+            self.amend(self, node, given, results)
         self.spans.append((first_lock, len(self.labels.locks)))
         return result
 

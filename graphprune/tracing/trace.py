@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import BadInput, BadRule
+from ..errors import BadInput, BadModel, BadRule, UnknownName
 from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
 from .bodies import Bodies
@@ -28,15 +28,17 @@ from .copies import duplicate
 from .features import Marks, marks
 from .fused import attention, unfused
 from .needs import Call, calls_of, sized, sizes_in
-from .node import Node
+from .node import Node, line
+from .outputs import Item, handed_back, items, selected
 from .paths import following
 from .picks import settle
-from .record import META, Recorder
+from .record import CPU, HERE, META, TORCH, Recorder
 from .sizes import Branch, Doubt, Expr, Size
 from .summary import summary
+from .surroundings import undisturbed_surroundings
 from .symbols import channels_of_bare_norms, plant
 from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
-from .unused import forget, hold, same_dice, train_run, unread
+from .unused import forget, hold, more_run, reads_mode, same_dice, train_run, unread
 
 __all__ = ["Graph", "Node", "Step", "trace"]
 
@@ -93,6 +95,12 @@ class Graph:
     unread: list[str] = field(default_factory=list)  # the leaves that no run reads
     picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
     marks: Marks = field(default_factory=Marks)  # which labels learnt weights make and read
+    paths: list[str] = field(default_factory=list)  # of the outputs, in the result
+    asked: Any = None  # what was run: example, outputs that matter, further examples
+    state: frozenset[str] = frozenset()  # parts of the result that the model takes back itself in its next call
+    looked: list[tuple[str, str]] = field(default_factory=list)  # (module, line) that looked at a value
+    trained: bool = False  # whether what training mode does is part of the labels
+    random_in_training: bool = False  # whether any run drew random numbers
 
     def __str__(self) -> str:
         return summary(self)
@@ -149,10 +157,11 @@ def _batch_norm(*args: Any) -> torch.Tensor:
 RUNNING = threading.RLock()  # random numbers that a run draws are put back, for all threads: one at a time
 # What a function does in one call, where torch's way to it makes several.
 DIRECT = {torch.batch_norm: _batch_norm}
-PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, DATA, CALL = range(10)
+PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, DATA, DEVICE, CALL = range(11)
 # Calls by their name: those that give out sizes, those that give plain numbers made of them, those by which values leave torch.
 KINDS = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR, "__len__": PLAIN, "stride": PLAIN, "numpy": LEAVES, "tolist": LEAVES, "__array__": LEAVES}
-PROPERTIES = {("__get__", torch.Tensor.shape): SHAPE, ("__get__", torch.Tensor.nbytes): PLAIN, ("__set__", torch.Tensor.data): DATA}
+PROPERTIES = {("__get__", torch.Tensor.shape): SHAPE, ("__get__", torch.Tensor.nbytes): PLAIN}
+PROPERTIES |= {("__set__", torch.Tensor.data): DATA, ("__get__", torch.Tensor.device): DEVICE}
 
 
 @lru_cache(maxsize=4096)
@@ -183,9 +192,10 @@ def indexed(index: Any) -> Any:
 class Functions(TorchFunctionMode):
     """Sees what the Python code asks for: gives out sizes that remember, and writes down calls that use them."""
 
-    def __init__(self, recorder: Recorder, calls: list[Call], away: bool) -> None:
+    def __init__(self, recorder: Recorder, calls: list[Call], away: bool, home: bool = False) -> None:
         super().__init__()
         self.away = away  # the model lies on another device than the processor
+        self.home = home  # it lies on the processor
         self.recorder, self.calls = recorder, calls
         self.bodies = Bodies()
         self.steps: list[Step] = []
@@ -209,6 +219,8 @@ class Functions(TorchFunctionMode):
             return result
         if kind == GET:
             return result
+        if kind == DEVICE:
+            return CPU if self.home and result.type == "meta" else result  # code that asks takes the path that it takes with values
         if kind == SHAPE:
             return self.sizes(args[0], result)
         if kind == SIZE and args:
@@ -286,31 +298,85 @@ class Functions(TorchFunctionMode):
         return torch.Size([Size(n, ("dim", value, i), self.recorder.uses) if i in moving else n for i, n in enumerate(shape)])
 
 
-def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = None) -> Graph:
+def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = None, *, outputs: Any = None, examples: Sequence[Any] = ()) -> Graph:
     """Run ``model`` once and return what it computes, with the labels of every tensor.
 
-    Raises :class:`~graphprune.errors.BadInput` when the model does not run on the example.
+    ``outputs`` says which parts of the result keep their size (by default all): a name, an index, a predicate ``(path, tensor) -> bool``, or several.
+    ``examples`` are further ones that must hold, too: inputs as ``example_input``, or functions ``(model) -> result``.
+
+    Raises :class:`~graphprune.errors.BadInput` when the model does not run on the example, :class:`~graphprune.errors.BadModel` when it does, but cannot
+    be followed there, :class:`~graphprune.errors.UnknownName` when ``outputs`` names nothing.
 
     >>> len(trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.zeros(1, 4)).leaves)
     2
     """
     example = normal_inputs(example_input, example_kwargs)
+    others = tuple(each if callable(each) and not isinstance(each, torch.Tensor) else normal_inputs(each, example_kwargs) for each in examples)
     with RUNNING, same_dice():
-        return _traced(model, example)
+        return _traced(model, Examples(example, outputs, others))
 
 
-def _traced(model: nn.Module, example: tuple[tuple, dict]) -> Graph:
+@dataclass(frozen=True)
+class Examples:
+    """What is run: an example (positional and keyword arguments), which outputs matter, and further examples."""
+
+    example: tuple[tuple, dict]
+    outputs: Any = None
+    others: tuple[Any, ...] = ()
+
+    def called(self, model: nn.Module, swap: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], Callable[[], Any]]]:
+        """For every example its tensors, and the call; what the model writes into its inputs is written into copies."""
+        for example in (self.example, *self.others):
+            if callable(example):
+                yield [], lambda example=example: example(model)
+            else:
+                args, kwargs = replace(example[0], swap), replace(example[1], swap)
+                yield tensors((args, kwargs), torch.Tensor), lambda args=args, kwargs=kwargs: model(*args, **kwargs)
+
+
+def _traced(model: nn.Module, asked: Examples) -> Graph:
     try:
-        found = _run(model, example, real=False)
-        stale = any("[" in name for name in found.unread)  # a cache that the run looked for under another device
-        return _run(model, example, real=True) if stale else found
-    except BadRule:
+        graph = run(model, asked, real=False)
+        stale = any("[" in name for name in graph.unread)  # a cache that the run looked for under another device
+        return run(model, asked, real=True) if stale else graph
+    except (BadRule, UnknownName):
         raise
     except Exception as first:
         try:
-            return _run(model, example, real=True)
+            return run(model, asked, real=True)
+        except UnknownName:
+            raise
         except Exception as error:
-            raise BadInput(NOT_RUN.format(type(error).__name__, error)) from (error if str(error) else first)
+            fails(model, asked.example)
+            where = f" ({line(at)})" if (at := raised_at(error)) else ""
+            text = f"the model runs on the example, but its run cannot be followed{where}: {type(error).__name__}: {error}"
+            raise (error if isinstance(error, BadInput) else BadModel(text)) from (error if str(error) else first)
+
+
+def fails(model: nn.Module, example: Any, training: bool = False) -> None:
+    """Raises :class:`~graphprune.errors.BadInput` if the model itself fails on an example, run by nobody but torch."""
+    try:
+        with torch.no_grad(), same_dice(), undisturbed_surroundings(model):
+            twin = shadow(model, real=True)[0]
+            twin = twin.train() if training else twin
+            if callable(example):
+                example(twin)
+            else:
+                args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in example)
+                twin(*args, **kwargs)
+    except Exception as error:
+        raise BadInput(NOT_RUN.format(type(error).__name__, error)) from error
+
+
+def raised_at(error: BaseException) -> tuple[str, int] | None:
+    """The innermost place in the user's code at which an error was raised."""
+    place, frames = None, error.__traceback__
+    while frames:
+        file = frames.tb_frame.f_code.co_filename
+        if not file.startswith((HERE, TORCH)) and file[:1] not in ("", "<"):
+            place = file, frames.tb_lineno
+        frames = frames.tb_next
+    return place
 
 
 def _kernels(modules: list[tuple[str, nn.Module]]) -> Iterator[int]:
@@ -322,35 +388,51 @@ def _kernels(modules: list[tuple[str, nn.Module]]) -> Iterator[int]:
                     yield id(tensor)
 
 
-def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
+def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, results: list[Item] | None = None, training: bool = False) -> Graph:
+    """One run, as a graph. ``amend`` is told of every call and its results with values; ``results`` is given what the model returned."""
     twin, held = shadow(model, real)
+    if training:
+        twin.train()
     names = {id(tensor): name for tensor, name in held}
     parameters = frozenset([name for tensor, name in held if is_parameter(tensor)])
     labels, stack, calls = Labels(), [], []
     recorder = Recorder(labels, names, stack, real)
+    recorder.amend = amend
     modules = modules_of(twin)
     kernels = set(_kernels(modules))
     for tensor, name in held:
         recorder.leaf(tensor, name, 2 if id(tensor) in kernels else tensor.ndim)
     symbols = plant(modules, recorder.values, model, recorder.uses)
-    swap = lambda t: t.detach() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
-    args, kwargs = replace(example[0], swap), replace(example[1], swap)
-    inputs = []
-    for tensor in tensors((args, kwargs), torch.Tensor):
-        value = Value(tuple(tensor.shape), leaf=f"<input {len(inputs)}>")
-        recorder.keep(tensor, value)
-        inputs.append(value)
+    home = {tensor.device for *_, tensor in leaf_tensors(model)}
+    swap = lambda t: t.detach().clone() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
+    first, *more = asked.called(twin, swap)
+    inputs, call = entered(recorder, first[0]), first[1]
     with ExitStack() as scopes:
         scopes.callback(recorder.release)
         scopes.callback(recorder.uses.forgotten)
-        functions = Functions(recorder, calls, any(tensor.device.type != "cpu" for *_, tensor in leaf_tensors(model)))
-        for scope in (torch.no_grad(), following(modules, stack), recorder, functions):
+        functions = Functions(recorder, calls, any(device.type != "cpu" for device in home), all(device.type == "cpu" for device in home))
+        for scope in (torch.no_grad(), undisturbed_surroundings(model), following(modules, stack), recorder, functions):
             scopes.enter_context(scope)
-        result = twin(*args, **kwargs)
-        outputs = [recorder.value(t) for t in tensors(result, torch.Tensor)]
+        result = call()
+        state = handed_back(model, result, *asked.example)
+        found = [item for item in items(result) if item[0].partition(".")[0] not in state]
+        chosen = selected(found, asked.outputs)
+        recorder.uses.floats.extend([number.expr for _, number in chosen if type(number) is Size])
+        paths = [path for path, item in chosen if isinstance(item, torch.Tensor)]
+        outputs = [recorder.value(item) for _, item in chosen if isinstance(item, torch.Tensor)]
+        if results is not None:
+            results += [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in chosen]
         steps, others = list(functions.steps), []
-        if parameters.intersection(unread(recorder, recorder.nodes)):
-            others = train_run(recorder, twin, lambda: twin(*args, **kwargs))
+        recorder.amend = None
+        for tensors_of, other in more:
+            entered(recorder, tensors_of)
+            others += more_run(recorder, other, asked.outputs)
+        trained = reads_mode(modules) or bool(parameters.intersection(unread(recorder, recorder.nodes + recorder.extra)))
+        if trained:
+            twin.train()
+            again, call = next(asked.called(twin, swap))
+            entered(recorder, again)
+            others += train_run(recorder, call, asked.outputs)
     calls += channels_of_bare_norms(recorder.nodes, symbols)
     forget(recorder, outputs)
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
@@ -375,7 +457,7 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         outcomes=uses.outcomes,
         doubts=uses.doubts,
         symbols=symbols,
-        example=example,
+        example=asked.example,
         constants=recorder.constants,
         filled=recorder.filled,
         real=real,
@@ -384,4 +466,20 @@ def _run(model: nn.Module, example: tuple[tuple, dict], real: bool) -> Graph:
         unread=idle,
         picks=numbered,
         marks=marks(recorder.nodes + recorder.extra, functions.steps, recorder.leaves, learnt),
+        paths=paths,
+        asked=asked,
+        state=state,
+        looked=list(dict.fromkeys(recorder.looked)),
+        trained=trained and not recorder.stopped,
+        random_in_training=any(torch.Tag.nondeterministic_seeded in node.func.tags for node in (*recorder.nodes, *recorder.extra)),
     )
+
+
+def entered(recorder: Recorder, inputs: list[torch.Tensor]) -> list[Value]:
+    """The values of the tensors that a model is given."""
+    values = []
+    for tensor in inputs:
+        value = Value(tuple(tensor.shape), leaf=f"<input {len(values)}>")
+        recorder.keep(tensor, value)
+        values.append(value)
+    return values

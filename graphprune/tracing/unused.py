@@ -10,15 +10,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
 
+from ..errors import UnknownName
 from ..operations.labels import Reason
 from ..operations.notation import Value
 from .node import Node
+from .outputs import items, selected
 from .record import Recorder
-from .trees import tensors
+from .surroundings import foreign, methods, named
 
 
 def forget(recorder: Recorder, outputs: list[Value]) -> None:
@@ -60,21 +63,52 @@ def same_dice() -> Iterator[None]:
         random.setstate(state)
 
 
-def train_run(recorder: Recorder, model: Any, call: Callable[[], Any]) -> list[Value]:
-    """Run once more in training mode, for what it asks of the labels; its calls are no part of the graph. Returns its outputs."""
+def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any) -> list[Value]:
+    """Run another example, for what it asks of the labels; its calls are no part of the graph. Returns its outputs."""
     kept, spans, recorder.nodes, recorder.spans = recorder.nodes, recorder.spans, [], []
     try:
         with same_dice():
-            model.train()
-            return [recorder.value(tensor) for tensor in tensors(call(), torch.Tensor)]
-    except Exception as error:  # training needs more than the example (targets, a larger batch): what is known by now holds
-        _stopped(recorder, kept, error)
-        return []
+            found = items(call())
+            try:
+                found = selected(found, outputs)
+            except UnknownName:  # another result than that of the example: all of it matters
+                pass
+            return [recorder.value(item) for _, item in found if isinstance(item, torch.Tensor)]
     finally:
         for node in recorder.nodes:
             for value in node.outs:
                 value.node = -1
-        recorder.extra, recorder.nodes, recorder.spans, recorder.step = recorder.nodes, kept, spans, -1
+        recorder.extra, recorder.nodes, recorder.spans, recorder.step = recorder.extra + recorder.nodes, kept, spans, -1
+
+
+def train_run(recorder: Recorder, call: Callable[[], Any], outputs: Any) -> list[Value]:
+    """:func:`more_run` in training mode, which may need more than the example (targets, a larger batch): where it stops, what is known by now holds."""
+    try:
+        return more_run(recorder, call, outputs)
+    except Exception as error:
+        recorder.stopped = True
+        _stopped(recorder, recorder.nodes, error)
+        return []
+
+
+def reads_mode(modules: list[tuple[str, Any]]) -> bool:
+    """Whether code other than torch's own asks for ``training``: then it may do something else there."""
+    todo = [item for _, module in modules for item in module.__dict__.values() if isinstance(item, FunctionType)]
+    for kind in {type(module) for _, module in modules}:
+        todo += [method for base in kind.__mro__ if not foreign(base) for method in methods(base)]
+    seen: set[CodeType] = set()
+    while todo:
+        function = todo.pop()
+        if function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        names = named(function.__code__)
+        if "training" in names and function.__name__ not in ("train", "eval"):
+            return True
+        helpers = [function.__globals__.get(name) for name in names]
+        helpers += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        todo += [helper for helper in helpers if isinstance(helper, FunctionType) and not foreign(helper)]
+    return False
 
 
 def _stopped(recorder: Recorder, before: list[Node], error: Exception) -> None:
@@ -83,9 +117,9 @@ def _stopped(recorder: Recorder, before: list[Node], error: Exception) -> None:
     The call that failed may have been its reader (a batch norm that wants more than one value), and what that asks is not known.
     """
     made = {id(recorder.leaves[name]) for name in unread(recorder, before)}
-    read = {id(value) for node in recorder.nodes for value in node.held}
+    read = {id(value) for node in recorder.extra for value in node.held}
     reason = recorder.labels.reason(Reason(f"not known in training, which stops there on the example ({type(error).__name__})"))
-    for node in recorder.nodes:
+    for node in recorder.extra:
         if not any(id(value) in made for value in node.held):
             continue
         made.update(map(id, node.outs))

@@ -1,0 +1,219 @@
+"""What a model's code keeps outside of the model: :func:`undisturbed_surroundings` puts it back as it was after a run of a copy.
+
+Caches in globals and class attributes, lists that hooks fill, objects that copy as themselves: a run without values would leave tensors in them that no
+later call of the user's own model could use. Looked for is whatever the code of the modules and of their hooks can name: globals, closures, class
+attributes, and the attributes of plain objects.
+
+>>> seen, net = [], nn.Linear(2, 2)
+>>> _ = net.register_forward_hook(lambda *_: seen.append("run"))
+>>> with undisturbed_surroundings(net):
+...     _ = net(torch.zeros(1, 2))
+>>> seen
+[]
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping, MutableSet
+from contextlib import contextmanager
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .trees import PLAIN, modules_of
+
+CACHED = type(functools.lru_cache(lambda: None))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+FOREIGN = frozenset(("torch", "numpy", "builtins", "__builtin__", "graphprune", *sys.stdlib_module_names)) - {"__main__"}
+DEPTH = 3  # how deep objects and containers are looked into
+_CODE: WeakKeyDictionary[CodeType, frozenset[str]] = WeakKeyDictionary()
+_METHODS: WeakKeyDictionary[type, tuple[FunctionType, ...]] = WeakKeyDictionary()
+_ABSENT = object()
+
+
+@contextmanager
+def undisturbed_surroundings(model: nn.Module) -> Iterator[None]:
+    """What the code of a model can reach outside of it is put back at the end, also after an error."""
+    kept = _Kept()
+    for _, module in modules_of(model):
+        kept.module(module)
+    for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks):
+        for hook in hooks.values():
+            kept.callable(hook)
+    try:
+        yield
+    finally:
+        kept.put_back()
+
+
+class _Kept:
+    """What was found, and how to put it back: by the id of what was looked at."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+        self.alive: list[Any] = []  # so that ids stay theirs
+        self.undo: list[Callable[[], None]] = []
+
+    def put_back(self) -> None:
+        for undo in reversed(self.undo):
+            undo()
+
+    def new(self, item: Any) -> bool:
+        if id(item) in self.seen:
+            return False
+        self.seen.add(id(item))
+        self.alive.append(item)
+        return True
+
+    def module(self, module: nn.Module) -> None:
+        own = module.__dict__
+        for name in HOOKS:
+            for hook in own.get(name, {}).values():
+                self.callable(hook)
+        for name, item in own.items():
+            kind = type(item)
+            if kind not in PLAIN and name[0] != "_" and getattr(kind, "__deepcopy__", None) is not None and not isinstance(item, torch.Tensor | nn.Module):
+                self.value(item, 1)  # it may copy as itself
+        self.kind(type(module))
+
+    def kind(self, kind: type) -> None:
+        """A class of the user: what its attributes hold, and what its methods can name."""
+        if not self.new(kind):
+            return
+        for base in kind.__mro__:
+            if foreign(base) or (base is not kind and not self.new(base)):
+                continue
+            self.attributes(base)
+            for method in methods(base):
+                self.function(method)
+
+    def attributes(self, kind: type) -> None:
+        before = {name: item for name, item in vars(kind).items() if not callable(item) and name[:2] != "__"}
+        for item in before.values():
+            self.value(item, 1)
+
+        def undo() -> None:
+            for name, item in list(vars(kind).items()):
+                if before.get(name, _ABSENT) is not item and not callable(item) and name[:2] != "__":
+                    if name in before:
+                        setattr(kind, name, before[name])
+                    else:
+                        delattr(kind, name)
+            for name in before.keys() - vars(kind).keys():
+                setattr(kind, name, before[name])
+
+        self.undo.append(undo)
+
+    def callable(self, item: Any) -> None:
+        if isinstance(item, functools.partial):
+            for part in (item.func, *item.args, *item.keywords.values()):
+                self.callable(part) if callable(part) else self.value(part, 1)
+        elif isinstance(item, MethodType):
+            self.value(item.__self__, 1)
+            self.callable(item.__func__)
+        elif isinstance(item, FunctionType):
+            self.function(item)
+        else:
+            self.value(item, 1)
+
+    def function(self, function: FunctionType) -> None:
+        """The globals and the closure of a function."""
+        if not self.new(function.__code__):
+            return
+        space = function.__globals__
+        before = {name: space.get(name, _ABSENT) for name in named(function.__code__)}
+        for item in before.values():
+            if item is not _ABSENT:
+                self.value(item, 1)
+        self.undo.append(lambda: _rebind(space, before))
+        for cell in function.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            self.value(content, 1)
+            self.undo.append(lambda cell=cell, content=content: setattr(cell, "cell_contents", content) if cell.cell_contents is not content else None)
+
+    def value(self, item: Any, depth: int) -> None:
+        """What a name holds: its content if it can be filled."""
+        kind = type(item)
+        if kind in PLAIN or isinstance(item, torch.Tensor | ModuleType) or depth > DEPTH:
+            return
+        if isinstance(item, CACHED):
+            if self.new(item):
+                misses = item.cache_info().misses
+                self.undo.append(lambda: item.cache_clear() if item.cache_info().misses != misses else None)
+                self.callable(item.__wrapped__)
+        elif isinstance(item, FunctionType):
+            if not foreign(item):
+                self.function(item)
+        elif isinstance(item, type):
+            if not foreign(item):
+                self.kind(item)
+        elif isinstance(item, MutableMapping | list | MutableSet | deque):
+            if self.new(item):
+                self.undo.append(_filling(item))
+                for part in list(item.values() if isinstance(item, MutableMapping) else item)[:1000]:
+                    if type(part) not in PLAIN:
+                        self.value(part, depth + 1)
+        elif isinstance(item, MethodType | functools.partial):
+            self.callable(item)
+        elif not foreign(kind) and hasattr(item, "__dict__") and self.new(item):
+            self.value(item.__dict__, depth)
+
+
+def _filling(holder: Any) -> Callable[[], None]:
+    """Puts the entries of a container back, if they are others."""
+    before = list(holder.items()) if isinstance(holder, MutableMapping) else list(holder)
+
+    def undo() -> None:
+        if isinstance(holder, MutableMapping):
+            now = list(holder.items())
+            if len(now) == len(before) and all(a is c and b is d for (a, b), (c, d) in zip(now, before, strict=True)):
+                return
+        elif len(holder) == len(before) and all(a is b for a, b in zip(holder, before, strict=True)):
+            return
+        holder.clear()
+        if isinstance(holder, list | deque):
+            holder.extend(before)
+        elif isinstance(holder, MutableMapping):
+            holder.update(before)
+        else:
+            for item in before:
+                holder.add(item)
+
+    return undo
+
+
+def _rebind(space: dict[str, Any], before: dict[str, Any]) -> None:
+    for name, item in before.items():
+        if space.get(name, _ABSENT) is not item:
+            if item is _ABSENT:
+                del space[name]
+            else:
+                space[name] = item
+
+
+def foreign(item: type | FunctionType) -> bool:
+    """Whether a class or a function is torch's, Python's or this package's own."""
+    return not item.__module__ or item.__module__.partition(".")[0] in FOREIGN
+
+
+def methods(kind: type) -> tuple[FunctionType, ...]:
+    if kind not in _METHODS:
+        plain = [getattr(item, "__func__", getattr(item, "fget", item)) for item in vars(kind).values()]
+        _METHODS[kind] = tuple(item for item in plain if isinstance(item, FunctionType))
+    return _METHODS[kind]
+
+
+def named(code: CodeType) -> frozenset[str]:
+    """The names that a function asks for, also in functions inside it."""
+    if code not in _CODE:
+        _CODE[code] = frozenset(code.co_names).union(*(named(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+    return _CODE[code]
