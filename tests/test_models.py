@@ -56,7 +56,8 @@ ORDER = {
         timing repair granularity planning recipe formats spelling shrink insight loop __main__""",
     "operations": """labels notation contraction record assembly attention factories indexing moves norms pointwise pooling products recurrent
         reductions spectral shapes laws""",
-    "tracing": "sizes trees picks needs symbols bodies paths fused copies node origin record outputs surroundings unused features summary trace rehearsal probe",
+    "tracing": """sizes trees picks needs symbols bodies paths fused copies node origin record outputs surroundings
+        unused features summary trace rehearsal probe""",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",

@@ -169,4 +169,5 @@ def as_strided(labels: Labels, reason: int, outs: list, x: Value, *args, **kwarg
         raise BadRule("the same memory in another layout")
     return [x.fields]
 
+
 describe("expand", "select", planned=True)

@@ -58,4 +58,5 @@ def weight_norm(v, g, dim=0):
     scale = " ".join(LETTERS[i] if i == dim else "1" for i in range(len(g.shape)))
     return expr(f"{' '.join(axes)}, {scale} -> {' '.join(axes)}, {scale}", v, g)
 
+
 describe("_weight_norm_interface", planned=True, statistic="sum")

@@ -105,4 +105,5 @@ def _convolution(rank: int, transposed: bool) -> str:
         return f"b (g i){places}, (g i) o{taps}, (g o) -> b (g o){free}"
     return f"b (g i){free}, (g o) i{taps}, (g o) -> b (g o){places}"
 
+
 describe("dot", "vdot", "mv", "mm", "bmm", planned=True)

@@ -20,7 +20,9 @@ from torch import nn
 from ..operations.labels import Array, Labels
 from ..operations.notation import Value
 from .node import Node
+from .outputs import items, selected
 from .record import META, Recorder
+from .surroundings import undisturbed_surroundings
 from .trace import DATA, RUNNING, TENSOR, Functions, Graph, kind_of
 from .trees import PLAIN, leaf_tensors, replace, tensors
 from .unused import same_dice
@@ -32,8 +34,6 @@ VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten._unsafe_view.defa
 SAME = frozenset((CLONE, torch.ops.aten.alias.default))
 Mask = Callable[[Value, int], Array]  # the surviving positions along an axis of a tensor of the recorded run
 Watch = Callable[[Node, list[torch.Tensor]], str]  # what is wrong with the results of a call, if anything
-
-
 
 
 def _slice(at: Array, axis: int, rank: int, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Array:
@@ -291,9 +291,10 @@ def rehearse(graph: Graph, small: nn.Module, mask: Mask, real: bool = False, wat
     away = any(tensor.device.type not in ("cpu", "meta") for *_, tensor in leaf_tensors(small))
     try:
         with RUNNING, same_dice(), ExitStack() as scopes:
-            for scope in (torch.no_grad(), rehearsal, _Calls(rehearsal, [], away)):
+            for scope in (torch.no_grad(), undisturbed_surroundings(small), rehearsal, _Calls(rehearsal, [], away, not away and not real)):
                 scopes.enter_context(scope)
-            result = small(*args, **kwargs)
+            returned = [item for item in items(small(*args, **kwargs)) if item[0].partition(".")[0] not in graph.state]
+            result = [item for _, item in selected(returned, graph.asked.outputs) if isinstance(item, torch.Tensor)]
     except _Parted:
         return rehearsal.difference
     except Exception as error:
@@ -301,6 +302,6 @@ def rehearse(graph: Graph, small: nn.Module, mask: Mask, real: bool = False, wat
     if rehearsal.difference:
         return rehearsal.difference
     wanted = {id(value) for value in graph.outputs}
-    if any(id(rehearsal.values.get(id(tensor))) not in wanted for tensor in tensors(result, torch.Tensor)):
+    if any(id(rehearsal.values.get(id(tensor))) not in wanted for tensor in result):
         return Difference(rehearsal.at, "another output")
     return Difference(rehearsal.at, "fewer calls") if rehearsal.at < len(graph.nodes) else None
