@@ -43,6 +43,40 @@ POOL = {"max_pool2d_with_indices": (X4, [2, 2]), "max_pool3d_with_indices": (X5,
         "_upsample_nearest_exact2d": (X4, [8, 9]), "reflection_pad2d": (X4, [1, 2, 1, 1]), "replication_pad2d": (X4, [1, 2, 1, 1]),
         "reflection_pad3d": (X5, [1, 2, 1, 1, 1, 1]), "replication_pad3d": (X5, [1, 2, 1, 1, 1, 1]), "avg_pool1d": (X3, [2]),
         "adaptive_avg_pool1d": (X3, [2]), "max_pool2d": (X4, [2, 2]), "adaptive_avg_pool2d": (X4, [2, 3])}  # fmt: skip
+TWO_OF, HALF, TARGETS, MATRIX = torch.tensor([2, 0]), X3 > 0.5, torch.tensor([1, 0, 3]), real(2, 3, 3) + 3 * torch.eye(3)
+WITHIN = torch.tensor([[[1, 0, 2, 1, 0]] * 4, [[0, 2, 1, 0, 2]] * 4])
+UNPOOL = aten.max_pool2d_with_indices(X4, [2, 2])
+LEVELS = (torch.full((4,), 0.1), torch.zeros(4, dtype=torch.int32))
+ONE = (torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([0.1]), torch.tensor([0], dtype=torch.int32))
+# Operations that leave channels alone, and some that keep more than they would have to.
+SPARING = {
+    "glu": (real(3, 4, 6), 2), **{name: (X3, 1) for name in ("logcumsumexp", "cummin", "median", "nanmedian", "mode", "argmax", "argmin")},
+    "kthvalue": (X3, 2, 1),
+    "aminmax": (X3,), "renorm": (X3, 2.0, 1, 0.5), "_cdist_forward": (X3, real(3, 6, 5), 2.0, None), "_euclidean_dist": (X3, real(3, 6, 5)),
+    "_pdist_forward": (real(4, 3), 2.0), "dist": (X3, X3 * 2, 2.0), "scatter": (X3, 0, WITHIN, X3[:2]),
+    "scatter_add": (X3, 0, WITHIN, X3[:2]), "scatter_reduce": (X3, 0, WITHIN, X3[:2], "amax"), "index_add": (X3, 1, TWO_OF, X3[:, :2]),
+    "index_copy": (X3, 1, TWO_OF, X3[:, :2]), "index_reduce": (X3, 1, TWO_OF, X3[:, :2], "amax"), "index_fill": (X3, 1, TWO_OF, 2.0),
+    "index_put": (X3, [HALF], torch.tensor(0.5).double()), "_unsafe_index_put": (X3, [None, TWO_OF], real(2, 5)),
+    "_index_put_impl": (X3, [TWO_OF], real(2, 4, 1)), "select_scatter": (X3, real(3, 5), 1, 2), "slice_scatter": (X3, real(3, 2, 5), 1, 1, 3),
+    "_embedding_bag": (real(7, 4), torch.tensor([1, 6, 2]), torch.tensor([0, 2])), "embedding_renorm": (real(7, 4), torch.tensor([1, 6]), 0.5, 2.0),
+    "_embedding_bag_forward_only": (real(7, 4), torch.tensor([1, 6, 2]), torch.tensor([0, 2])), "unfold": (X3, 1, 2, 1), "diagonal": (X3, 0, 0, 2),
+    "diag_embed": (X3, 0, 0, 2), "bucketize": (X3, torch.tensor([0.3, 0.6]).double()), "searchsorted": (torch.tensor([0.3, 0.6]).double(), X3),
+    "isin": (X3, A), "grid_sampler_3d": (X5, real(2, 3, 3, 3, 3), 0, 0, False), "affine_grid_generator": (real(2, 2, 3), [2, 4, 5, 6], False),
+    "_upsample_nearest_exact1d": (X3, [8]), "_upsample_nearest_exact3d": (X5, [5, 8, 9]), "max_unpool2d": (*UNPOOL, [6, 6]),
+    "max_unpool3d": (*aten.max_pool3d_with_indices(X5, [2, 2, 2]), [4, 6, 6], [2, 2, 2], [0, 0, 0]),
+    "fractional_max_pool2d": (X4, [2, 2], [3, 3], real(2, 4, 2) / 2), "fractional_max_pool3d": (X5, [2, 2, 2], [2, 3, 3], real(2, 4, 3) / 2),
+    "conv_tbc": (real(6, 2, 3), real(3, 3, 5), real(5), 1), **{name: (X3, X3.flip(0), 1) for name in ("mse_loss", "smooth_l1_loss", "huber_loss")},
+    "soft_margin_loss": (X3, X3.flip(0), 1), "binary_cross_entropy": (X3 / 2, X3.flip(0) / 2), "binary_cross_entropy_with_logits": (X3, X3.flip(0)),
+    "nll_loss_forward": (real(3, 5), TARGETS, real(5), 0, -100), "nll_loss2d_forward": (X4, torch.ones(2, 6, 6, dtype=torch.long), B, 0, -100),
+    "fake_quantize_per_channel_affine_cachemask": (X3.float(), *LEVELS, 1, 0, 255), "fake_quantize_per_channel_affine": (X3.float(), *LEVELS, 1, 0, 255),
+    "_fake_quantize_learnable_per_channel_affine": (X3.float(), LEVELS[0], LEVELS[0] * 0, 1, 0, 255),
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams": (X3.float(), ONE[2], ONE[3], torch.ones(1, dtype=torch.long), 0, 255),
+    "_fake_quantize_learnable_per_tensor_affine": (X3.float(), ONE[2], ONE[0], 0, 255),
+    "_fused_moving_avg_obs_fq_helper": (X3.float(), torch.ones(1, dtype=torch.long), torch.ones(1, dtype=torch.long), *ONE, 0.01, 0, 255, 0, False, False),
+    "linalg_inv_ex": (MATRIX,), "linalg_cholesky_ex": (MATRIX @ MATRIX.mT,), "cholesky_inverse": (torch.linalg.cholesky(MATRIX @ MATRIX.mT),),
+    "linalg_matrix_exp": (MATRIX / 4,), "linalg_qr": (MATRIX,), "linalg_lu_factor_ex": (MATRIX,), "_linalg_det": (MATRIX,), "_linalg_slogdet": (MATRIX,),
+    "linalg_cross": (real(2, 4, 3), real(2, 4, 3).flip(0)),
+}  # fmt: skip
 RULE_CALLS = {
     **{name: (X3, [1]) for name in ("mean", "sum", "amax", "amin", "logsumexp", "nansum")},
     **{name: (X3, 1) for name in ("prod", "any", "all", "max", "min", "cumsum", "cumprod", "sort", "argsort", "cummax")},
@@ -64,13 +98,17 @@ RULE_CALLS = {
     "_weight_norm_interface": (real(4, 3, 2), real(4, 1, 1), 0), "gather": (X3, 2, torch.tensor([[[2, 0, 1]] * 4] * 3)),
     "addbmm": (real(3, 5), real(2, 3, 4), real(2, 4, 5)), "addmv": (real(3), real(3, 4), B), "addr": (real(3, 4), A, B),
     **{name: HEADS for name in ("scaled_dot_product_attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention_for_cpu")},
-    "index_select": (X3, 1, torch.tensor([2, 0])), "index": (X3, [None, torch.tensor([2, 0]), None]), "topk": (X3, 2), "tril": (X3,), "triu": (X3,),
+    "index_select": (X3, 1, torch.tensor([2, 0])), "index": (X3, [None, torch.tensor([2, 0]), None]), "topk": (X3, 2), "tril": (X3,),
+    "triu": (X3,), **SPARING,
 }  # fmt: skip
-# No kernel for CPU tensors: described by the very function of another.
-SAME = {"cudnn_batch_norm": "native_batch_norm", "_scaled_grouped_mm": "_grouped_mm", "mkldnn_adaptive_avg_pool2d": "adaptive_avg_pool2d",
+# No kernel for CPU tensors, or the same again: described by the very function of another.
+SAME = {"cudnn_batch_norm": "native_batch_norm", "_scaled_grouped_mm": "_grouped_mm",
+        "mkldnn_adaptive_avg_pool2d": "adaptive_avg_pool2d",
         **{f"_scaled_dot_product_{kind}": "_scaled_dot_product_flash_attention_for_cpu" for kind in
            ("flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")}}  # fmt: skip
-OVERLOAD = {"std": "correction", "var": "correction", "var_mean": "correction", "std_mean": "correction", "norm": "ScalarOpt_dim", "view_as_complex": "default",
+OVERLOAD = {"scatter": "src", "scatter_reduce": "two", "index_fill": "int_Scalar", "isin": "Tensor_Tensor", "bucketize": "Tensor", "searchsorted": "Tensor",
+            "median": "dim", "nanmedian": "dim", "fake_quantize_per_channel_affine": "default",
+            "std": "correction", "var": "correction", "var_mean": "correction", "std_mean": "correction", "norm": "ScalarOpt_dim", "view_as_complex": "default",
             "max": "dim", "min": "dim", "any": "dim", "all": "dim", "prod": "dim_int", "mean": "dim", "sum": "dim_IntList"}  # fmt: skip
 
 
@@ -94,7 +132,7 @@ def check_call(name, function, described, args):
     def call(index, groups=None):
         def run(*swapped):
             table = dict(zip(map(id, given), swapped, strict=True))
-            new = sized(name, replace(list(args), lambda t: table[id(t)]))
+            new = sized(name, replace(list(args), lambda t: table.get(id(t), t)))
             if groups and name in ("convolution", "native_group_norm"):
                 new[8 if name == "convolution" else 6] = groups
             found = function(*new)
@@ -165,12 +203,14 @@ def test_the_checker_wants_every_axis_named():
         check_rule(torch.mm, "n i, i -> n", real(2, 3), real(3, 4))
 
 
+DICE = {"poisson", "_standard_gamma"}  # other numbers each time
 POINTWISE = {"copy": (X3, X3 * 2), "where": (X3 > 0.5, X3, X3 * 2), "masked_fill": (X3, X3 > 0.5, 2.0), "lerp": (X3, X3 * 2, X3), "addcmul": (X3, X3, X3),
              "addcdiv": (X3, X3, X3), "clamp": (X3, 0.2, 0.6), "prelu": (X3, B), "_prelu_kernel": (X3, real(1, 4, 1)), "rsub": (X3, X3 * 2),
-             "bitwise_not": (X3 > 0.5,)}  # fmt: skip
+             "bitwise_not": (X3 > 0.5,), "rrelu_with_noise": (X3, X3 * 0), "complex": (X3, X3 * 2), "polar": (X3, X3 * 2), "floor_divide": (X3, X3 * 2),
+             "fake_quantize_per_tensor_affine_cachemask": (X3.float(), 0.1, 0, 0, 255)}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(name for name in UNTAGGED if hasattr(aten, name)))
+@pytest.mark.parametrize("name", sorted(name for name in UNTAGGED - DICE if hasattr(aten, name)))
 def test_pointwise_without_the_tag(name):
     args = POINTWISE.get(name, (X3 - 0.5,))
     given = [t for t in args if isinstance(t, torch.Tensor)]
@@ -186,12 +226,14 @@ MOVE_CALLS = {
     "transpose_": (1, 2), "expand": ([3, 2, 8, 6, 4],), "flip": ([1, -1],), "split": (3, 1), "split_with_sizes": ([1, 5, 2], 1), "unsafe_split": (3, 1),
     "unsafe_split_with_sizes": ([1, 5, 2], 1), "split_with_sizes_copy": ([1, 5, 2], 1), "slice": (1, 1, 7, 2), "repeat": ([2, 1, 3, 1, 1],),
     "tile": ([2, 1, 3, 1, 1],), "roll": ([3, 1], [1, 3]), "pixel_shuffle": (2,), "pixel_unshuffle": (2,), "channel_shuffle": (4,),
-    "native_channel_shuffle": (4,), "to": (torch.float64,), "native_dropout": (0.0, True),
+    "native_channel_shuffle": (4,), "to": (torch.float64,), "rot90": (1, [1, 3]), "native_dropout": (0.0, True),
 }  # fmt: skip
 TWO = {"t": (), "t_": ()}
 # Values are not moved but made, one for each entry: only the shape follows.
-MADE = frozenset("empty_like zeros_like ones_like full_like rand_like randn_like bernoulli fill_ zero_ uniform_ normal_ bernoulli_ fill".split())
-EXTRA = {"full_like": (1.5,), "fill": (1.5,), "fill_": (1.5,), "bernoulli_": (0.5,)}
+MADE = frozenset("empty_like zeros_like ones_like full_like rand_like randn_like bernoulli fill_ zero_ uniform_ normal_ bernoulli_ fill ".split()) | set(
+    "exponential_ log_normal_ cauchy_ geometric_ random_ randint_like".split()
+)
+EXTRA = {"full_like": (1.5,), "fill": (1.5,), "fill_": (1.5,), "bernoulli_": (0.5,), "geometric_": (0.5,), "randint_like": (5,)}
 
 
 def check_move(name, move, data, args):

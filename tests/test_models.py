@@ -54,8 +54,8 @@ def test_nothing_in_the_package_knows_a_model():
 ORDER = {
     "": """errors version catalogue options quantities wording tables operations tracing coupling cost scores select names cutting budget
         timing repair granularity planning recipe formats spelling shrink insight loop __main__""",
-    "operations": """labels notation contraction record assembly attention factories indexing moves norms pointwise pooling products recurrent
-        reductions spectral shapes laws""",
+    "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
+        pooling positions products quantising recurrent reductions spectral shapes laws""",
     "tracing": """sizes trees picks needs symbols bodies paths fused copies node origin record outputs surroundings
         unused features summary trace rehearsal probe""",
     "coupling": "groups links sums lengths",

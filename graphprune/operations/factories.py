@@ -15,3 +15,4 @@ def factory(labels: Labels, reason: int, outs: list, *args, **kwargs) -> list[Fi
 
 
 describe("empty", "new_empty", unmade=True)
+describe("empty", "new_empty", "empty_like", "new_empty_strided", "empty_permuted", "empty_strided", unset=True)

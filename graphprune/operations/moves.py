@@ -69,7 +69,8 @@ def _t(array, shape, out):
 @move("alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "to", "positive", "conj", "_conj", "resolve_conj",
       stays=True)  # fmt: skip
 @move("zeros_like", "zero_")
-@move("empty_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli", "fill_", "uniform_", "normal_", "bernoulli_", "fill", fills=True)
+@move("empty_like", "ones_like", "full_like", "rand_like", "randn_like", "bernoulli", "fill_", "uniform_", "normal_", "bernoulli_", "fill",
+      "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "randint_like", fills=True)  # fmt: skip
 @move("native_dropout", stays=True, drops=True)
 def _same(array, shape, out, *args, **kwargs):
     return [array for _ in out]
@@ -143,6 +144,12 @@ def _channel_shuffle(array, shape, out, groups):
     return [reshape(parts, (b, c // groups, groups, *space), out[0])]
 
 
+@move("rot90")
+def _rot90(array, shape, out, k=1, dims=(0, 1)):
+    return [np.rot90(array, k, [_wrap(d, len(shape)) for d in dims])]
+
+
+describe("as_strided", why="the same memory in another layout")
 describe("alias", regroups=True)
 describe("clone", fused=True)
 describe("empty_like", unmade=True)

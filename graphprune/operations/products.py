@@ -106,4 +106,17 @@ def _convolution(rank: int, transposed: bool) -> str:
     return f"b (g i){free}, (g o) i{taps}, (g o) -> b (g o){places}"
 
 
+@computes("conv_tbc", weight="weight")
+def conv_tbc(x, weight, bias, pad=0):
+    return expr("_ b i, _t i o, o -> _p b o", x, weight, bias)
+
+
+@computes("torchvision::deform_conv2d", weight="weight")
+def deform_conv(x, weight, offset, mask, bias, sh, sw, ph, pw, dh, dw, groups, offset_groups, use_mask):
+    """Each tap of the kernel reads somewhere else; with several groups of offsets the channels of each stay where they are."""
+    if offset_groups == 1:
+        return expr("b (g i) _ _, (g o) i _t _u, b _ _ _, b _ _ _, (g o) -> b (g o) _p _q", x, weight, offset, mask if use_mask else None, bias, g=groups)
+    return expr("b _i _ _, (g o) _i _t _u, b _ _ _, b _ _ _, (g o) -> b (g o) _p _q", x, weight, offset, mask if use_mask else None, bias, g=groups)
+
+
 describe("dot", "vdot", "mv", "mm", "bmm", planned=True)

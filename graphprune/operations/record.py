@@ -81,6 +81,8 @@ class Operation:
     planned: bool = False  # a plan may hold it, among the calls that make a weight: it counts nothing and writes nothing
     statistic: str = ""  # over the axes it takes away: "sum" (zeros add nothing), "mean" (their number counts), or "other"
     zero: str = ""  # what the result is where operands are zero: "one" (zero if any is), "all" (zero if all are), "first" (zero if the first is)
+    entries: Callable[..., Array] | None = None  # which positions of an axis it takes, see positions.py
+    unset: bool = False  # nobody wrote the values of the result yet
     any_size: Callable[..., bool] | None = None  # whether the call runs at any size, so that nobody minds if its result is not used
     unmade: bool = False  # costs no time though the result has memory of its own
     shapes: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # shape functions by overload

@@ -49,7 +49,7 @@ def softmax(x, dim, *args, **kwargs):
     return expr(" ".join(axes) + "->" + " ".join(axes), x)
 
 
-@computes("cumsum", "cumprod", "sort", "argsort", "cummax")
+@computes("cumsum", "cumprod", "sort", "argsort", "cummax", "cummin", "logcumsumexp")
 def along(x, dim=-1, *args, **kwargs):
     dim = args[0] if args and isinstance(args[0], int) and not isinstance(args[0], bool) else dim
     dim = kwargs.get("dim", dim) if isinstance(kwargs.get("dim", dim), int) else -1
@@ -60,6 +60,48 @@ def along(x, dim=-1, *args, **kwargs):
 @computes("topk")
 def topk(x, k, dim=-1, *args, **kwargs):
     return along(x, dim=dim)
+
+
+@computes("median", "nanmedian", "mode", "kthvalue", "argmax", "argmin")
+def ordered(x, *args, **kwargs):
+    """A value, or a position, in the order along one axis, which stays; without an axis, of all."""
+    numbers = [arg for arg in args if type(arg) is not bool]
+    dim, keepdim = kwargs.get("dim", numbers[-1] if numbers else None), kwargs.get("keepdim", any(arg is True for arg in args))
+    over = dims(dim, len(x.shape))
+    axes = ["_" if i in over else LETTERS[i] for i in range(len(x.shape))]
+    right = " ".join("1" if i in over else axis for i, axis in enumerate(axes) if keepdim or i not in over)
+    return expr(f"{' '.join(axes)} -> {right}, {right}", x)
+
+
+@computes("aminmax", statistic="other")
+def aminmax(x, *, dim=None, keepdim=False):
+    return _reduced(x, dim, keepdim, outs=2)
+
+
+@computes("renorm")
+def renorm(x, p, dim, maxnorm):
+    axes = " ".join(LETTERS[i] if i == dim % len(x.shape) else f"[{LETTERS[i]}]" for i in range(len(x.shape)))
+    return expr(f"{axes} -> {axes}", x)
+
+
+@computes("_cdist_forward", "_euclidean_dist", statistic="sum")
+def distances(x, y, *args):
+    rank = max(len(x.shape), len(y.shape))
+    lead = LETTERS[: rank - 2]
+    left, right = (" ".join(lead[rank - len(each.shape) :]) for each in (x, y))
+    return expr(f"{left} n [x], {right} m [x] -> {' '.join(lead)} n m", x, y)
+
+
+@computes("_pdist_forward", statistic="sum")
+def pairs(x, *args):
+    return expr("_ [x] -> _", x)
+
+
+@computes("dist", statistic="sum")
+def dist(x, y, *args):
+    every = pointwise([x, y], [max(len(x.shape), len(y.shape))])
+    left = ", ".join(" ".join(f"[{axis}]" for axis in part.split()) for part in every.text.partition("->")[0].split(","))
+    return expr(f"{left} ->", x, y)
 
 
 @computes("tril", "triu")

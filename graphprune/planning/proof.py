@@ -80,7 +80,7 @@ class Proof:
                 if seeded:
                     dice[0] = torch.get_rng_state()
                     torch.set_rng_state(mine)
-                if "empty" in node.op.short:
+                if node.op.unset:
                     return ""
                 return next((text for text in map(_apart, results, wanted, [masks.kept(v) for v in node.outs]) if text), "")
 

@@ -36,31 +36,6 @@ Mask = Callable[[Value, int], Array]  # the surviving positions along an axis of
 Watch = Callable[[Node, list[torch.Tensor]], str]  # what is wrong with the results of a call, if anything
 
 
-def _slice(at: Array, axis: int, rank: int, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Array:
-    return at[start:end:step] if dim % rank == axis else at
-
-
-def _select(at: Array, axis: int, rank: int, dim: int, index: int) -> Array:
-    return at[index : index + 1 or None] if dim % rank == axis else at
-
-
-def _roll(at: Array, axis: int, rank: int, shifts: list[int], dims: list[int] = ()) -> Array:
-    for shift, dim in zip(shifts, dims, strict=False):
-        at = np.roll(at, shift) if dim % rank == axis else at
-    return at
-
-
-def _pad(at: Array, axis: int, rank: int, amounts: list[int], value: float = 0) -> Array:
-    back = 2 * (rank - 1 - axis)
-    low, high = amounts[back : back + 2] if back < len(amounts) else (0, 0)
-    at = np.concatenate([np.full(max(low, 0), -1), at, np.full(max(high, 0), -1)])
-    return at[max(-low, 0) : len(at) - max(-high, 0)]
-
-
-# Which positions of an axis a call takes, in order; -1 for an entry that is new.
-ENTRIES: dict[str, Callable] = {"slice": _slice, "select": _select, "roll": _roll, "constant_pad_nd": _pad}
-
-
 @dataclass(frozen=True)
 class Difference:
     """The recorded call at which a cut model parts from what was promised (its number; one past the last where it ends too late), and how."""
@@ -201,9 +176,9 @@ class Rehearsal(Recorder):
 
     def compare(self, node: Node, args: tuple, kwargs: dict) -> None:
         """The arguments have to be the recorded ones, but for what the cut changes."""
-        kind = node.op.short.rstrip("_")
-        if kind in ENTRIES and isinstance(node.args[0], Value) and args[0] is node.args[0] and not kwargs and not node.kwargs:
-            self.entries(ENTRIES[kind], node, args)
+        taken = node.op.entries
+        if taken is not None and isinstance(node.args[0], Value) and args[0] is node.args[0] and not kwargs and not node.kwargs:
+            self.entries(taken, node, args)
             return
         if node.func in VIEWS:
             self.same(node, "self", args[0], node.args[0])
