@@ -82,6 +82,7 @@ class Operation:
     statistic: str = ""  # over the axes it takes away: "sum" (zeros add nothing), "mean" (their number counts), or "other"
     zero: str = ""  # what the result is where operands are zero: "one" (zero if any is), "all" (zero if all are), "first" (zero if the first is)
     entries: Callable[..., Array] | None = None  # which positions of an axis it takes, see positions.py
+    looks: bool = False  # gives a number of its operands to Python, which may branch on it
     unset: bool = False  # nobody wrote the values of the result yet
     any_size: Callable[..., bool] | None = None  # whether the call runs at any size, so that nobody minds if its result is not used
     unmade: bool = False  # costs no time though the result has memory of its own

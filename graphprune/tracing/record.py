@@ -247,7 +247,7 @@ class Recorder(TorchDispatchMode):
         results = [result] if isinstance(result, Tensor) else tensors(result, Tensor)
         if not results:
             self.read.update(id(value) for value in held)
-            if known.op.short in ("_local_scalar_dense", "is_nonzero", "equal"):
+            if known.op.looks:
                 self.looked.append((self.stack[-1] if self.stack else "", self.line()))
             return result
         first_lock = len(self.labels.locks)
