@@ -25,6 +25,7 @@ from .operations.laws import check_rule
 from .operations.notation import expr
 from .operations.record import rule
 from .options import Repair, Runtime, Widths
+from .planning.overview import widths
 from .repair import repair
 from .scores import Score, score
 from .select import select
@@ -88,5 +89,6 @@ __all__ = [
     "shrink",
     "trace",
     "tradeoff",
+    "widths",
     "zeroed",
 ]

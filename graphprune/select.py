@@ -103,7 +103,10 @@ class Ranking:
             sizes, shares = self.sizes[tie], counts[tie] / self.sizes[tie]
             step = math.gcd(*sizes.tolist())
             share = shares.max() if self.min_units > 1 else shares.sum() / len(shares)
-            counts[tie] = sizes * max(1, min(step, math.ceil(step * share - 0.5))) // step
+            steps = max(1, min(step, math.ceil(step * share - 0.5)))
+            while steps < step and (sizes * steps // step % self.multiple_of).any():
+                steps += 1
+            counts[tie] = sizes * steps // step
         return counts
 
     def keep(self, counts: Array) -> Kept:

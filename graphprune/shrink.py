@@ -58,24 +58,26 @@ def shrink(
 ) -> Any:
     """A smaller model, of the same class, that computes what ``model`` computes with the removed units set to zero.
 
-    - ``example_input``: a tensor, a tuple (positional) or a dict (keyword) that the model can be called with; ``example_kwargs`` adds keywords.
+    - ``example_input``: a tensor, a tuple (positional) or a dict (keyword) that the model can be called with.
     - ``ratio``: the share of units removed in every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given), or text (``"30%"``).
     - ``params``, ``macs``, ``size`` (bytes of the weights), ``memory`` (peak bytes of the activations): upper limits, which hold together. A float up to 1 is
       the share of the original that may stay, a larger number is absolute, text says its unit: ``macs=0.5``, ``params="1M"``, ``size="5 MB"``.
-    - ``speedup`` (``2`` or ``"2x"``) or ``latency`` (``"8 ms"``, or the share that may stay): a measured time, on ``on=Runtime("onnxruntime", threads=1)``;
-      ``Runtime(objective="time")`` spends another budget on the fastest widths (:class:`graphprune.Runtime`).
+    - ``speedup`` (``2`` or ``"2x"``) or ``latency`` (``"8 ms"``, or the share that may stay): a measured time; ``on`` says where it counts,
+      ``graphprune.Runtime("onnxruntime", threads=1)``, and ``Runtime(objective="time")`` spends another budget on the fastest widths.
     - ``score``: what matters. With batches for a ``repair`` and a budget the default is ``"auto"``: a few scores and scopes are tried, and the one is taken
       whose repaired model is nearest to the original on inputs kept out (:mod:`graphprune.recipe`; a note in the plan says which); else it is ``"l2"``.
-      Or a name of ``graphprune.available()["score"]``, ``graphprune.scores.taylor.on(batches, loss)`` for one that reads data, or a function:
-      ``(groups, model, batches) -> tensors`` for channels and heads, ``(name, module) -> float`` for blocks and layers, ``weight -> tensor`` for everything
-      finer.
+      Or a name of ``graphprune.available()["score"]``, ``graphprune.scores.taylor.on(batches, loss)`` for one that reads data, a mapping of ``what`` to
+      scores, or a function: ``(groups, model, batches) -> tensors`` for channels and heads, ``(name, module) -> float`` for blocks and layers,
+      ``weight -> tensor`` for everything finer.
     - ``scope``: ``"layer"`` (the same ratio everywhere; the default without a time), ``"global"``, ``"isomorphic"`` (ranked together), or ``"allocated"``
       (every width by what it costs and loses; the default with a time; :mod:`graphprune.budget.optimal`).
-    - ``what``: what goes: "channel", "head", "block", "layer", "group", "group:box", "kernel", "vector", "weight", or n:m as in "2:4"
-      (:mod:`graphprune.granularity.spec`).
+    - ``what``: what goes, a name of ``graphprune.available()["granularity"]``: "channel" (every axis), "heads", "mlp", "hidden", "layers" …, "kernel",
+      "weight", or n:m as in "2:4"; several share the ratio or the budget: ``("mlp", "layers")``; a mapping says how much of each goes, or stays, or which:
+      ``{"mlp": 0.3, "hidden": 3072, "layers": [21, 22]}``. :func:`graphprune.widths` lists what a model has.
     - ``keep``: what stays whole, by name, pattern, module type, module or predicate ``(name, module) -> bool``.
     - ``widths``: rules for single groups, :class:`graphprune.Widths` (``multiple_of``, ``at_least``, ``ratios`` …), or a mapping of names to widths.
     - ``repair``: batches of inputs (no labels) from which the cut model is repaired, or :class:`graphprune.Repair`; ``"data-free"`` needs none.
+    - ``example_kwargs``: keywords of the call beside ``example_input``.
     - ``inplace`` cuts the model itself; ``return_plan`` returns ``(model, plan)`` (the plan is also at ``.graphprune_plan``); ``verify`` compares with
       :func:`zeroed` on the example.
 

@@ -116,7 +116,7 @@ def _repair(old: dict, new: dict) -> None:
     if "calibration" not in old:
         return
     calibration, steps = old.pop("calibration"), new.pop("repair", "auto")
-    if isinstance(steps, Repair):
+    if not (steps is None or isinstance(steps, str) or (isinstance(steps, list | tuple) and all(isinstance(step, str) for step in steps))):
         raise BadOption("calibration= is the old spelling of repair=Repair(batches); give repair= alone")
     if calibration is None:
         new["repair"] = steps

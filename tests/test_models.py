@@ -67,7 +67,8 @@ ORDER = {
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
-    "planning": "shares proof request limits uniform widths trial depth entries planner outcome",
+    "planning": "shares proof request limits uniform units wanted widths trial depth entries together planner outcome overview",
+    "units": "kind hidden heads mlp layers",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }
@@ -81,11 +82,12 @@ def test_imports_go_one_way():
     root = Path(graphprune.__file__).parent
     for path in root.rglob("*.py"):
         package = "" if path.parent == root else path.parent.name
+        dots = "." * len(path.relative_to(root).parts)
         if path.name == "__init__.py" and package in ("", *(p for p in ORDER if "__init__" not in ORDER[p])):
             continue
         top, inner = ORDER[""].split(), ORDER[package].split()
-        mine = package or path.stem
-        for name in re.findall(rf"^from {re.escape('..' if package else '.')}(\w+)(?:\.\w+)? import", path.read_text(), flags=re.M):
+        mine = path.relative_to(root).parts[0].removesuffix(".py")
+        for name in re.findall(rf"^from {re.escape(dots)}(\w+)(?:\.\w+)? import", path.read_text(), flags=re.M):
             assert top.index(name) < top.index(mine), f"{path} imports {name}"
         for name in re.findall(r"^from \.(\w*) import", path.read_text(), flags=re.M) if package else ():
             assert inner.index(name or "__init__") < inner.index(path.stem), f"{path} imports {name}"

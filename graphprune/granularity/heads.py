@@ -6,33 +6,45 @@ batch axis of that product. Nothing else of a model has this, whatever its modul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 from ..coupling.groups import Groups
 from ..errors import NothingToPrune
 from ..operations.contraction import Product
 from ..operations.labels import Array
+from ..tracing.trace import Graph
 
 
 def heads(groups: Groups) -> set[int]:
     """The indices of the groups whose units are attention heads (or, with shared keys, the groups of heads that share them)."""
-    graph, weighted = groups.graph, set()
-    found: set[int] = set()
+    return set().union(*(_along(groups, product, product.shared) for product in _weighing(groups.graph)))
+
+
+def attended(groups: Groups) -> set[int]:
+    """The groups along any axis of what attention weighs: heads, and what lies inside of one."""
+    every = [groups.along(operand.value, dim) for product in _weighing(groups.graph) for operand in product.operands for dim in range(len(operand.value.shape))]
+    return set().union(*every)
+
+
+def _weighing(graph: Graph) -> Iterator[Product]:
+    """The products of values with weights that a softmax made."""
+    weighted: set[int] = set()
     for node in graph.nodes:
         if node.op.softmax:
             weighted.add(id(node.outs[0]))
         elif node.product is not None:
-            found |= _shared(groups, node.product, weighted)
+            if any(id(operand.value) in weighted for operand in node.product.operands):
+                yield node.product
         elif any(id(value) in weighted for value in node.held) and (node.is_move or node.is_pointwise):
             weighted.add(id(node.outs[0]))
-    return found
 
 
-def _shared(groups: Groups, product: Product, weighted: set[int]) -> set[int]:
-    """The groups along the axes that both operands of a product with weights have, and its result."""
-    if not any(id(operand.value) in weighted for operand in product.operands):
-        return set()
-    every = [groups.along(operand.value, dim) for operand in product.operands for dim in product.along(operand, product.shared)]
+def _along(groups: Groups, product: Product, names: Any) -> set[int]:
+    """The groups along the axes of these names that the operands of a product have."""
+    every = [groups.along(operand.value, dim) for operand in product.operands for dim in product.along(operand, names)]
     return set().union(*every)
 
 

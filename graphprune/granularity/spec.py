@@ -12,7 +12,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from ..catalogue import enter
+from ..catalogue import enter, entry, names
 from ..errors import BadRatio, UnknownName
 
 NAMES = {
@@ -29,6 +29,7 @@ NAMES = {
 }
 for _name, _line in NAMES.items():
     enter("granularity", _name, _line)
+SAME = {"channels": "channel", "heads": "head", "layers": "block"}  # as they are called in a table of widths
 OPTIONS = {"group": ("box",), "vector": ("row", "column")}
 
 
@@ -44,7 +45,7 @@ class Spec:
     @property
     def coarse(self) -> bool:
         """Are whole axes cut, as the engine's groups say?"""
-        return self.name in ("channel", "head")
+        return self.name in ("channel", "head") or "cut" in entry("granularity", self.name).facts
 
     @property
     def masks(self) -> bool:
@@ -74,9 +75,10 @@ def parse(granularity: str) -> Spec:
         if not 0 < keep < of:
             raise BadRatio(f"{granularity} is no n:m sparsity: n of every m entries stay, with 0 < n < m, as in 2:4")
         return Spec("n:m", granularity, keep, of)
+    granularity = SAME.get(granularity, granularity)
     name, colon, option = granularity.partition(":")
     number = colon and name in ("weight", "kernel", "vector") and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", option)
-    if name not in NAMES or name == "n:m" or (colon and option not in OPTIONS.get(name, ()) and not number):
-        near = difflib.get_close_matches(granularity, [*NAMES, "2:4"], 1, 0.3)
-        raise UnknownName(f"no granularity {granularity!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(NAMES)}")
+    if name not in names("granularity") or name == "n:m" or (colon and option not in OPTIONS.get(name, ()) and not number):
+        near = difflib.get_close_matches(granularity, [*names("granularity"), "2:4"], 1, 0.3)
+        raise UnknownName(f"no granularity {granularity!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(names('granularity'))}")
     return Spec(name, option)

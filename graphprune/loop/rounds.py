@@ -70,7 +70,10 @@ class Way:
 
     def _ratio(self, number: int, model: nn.Module, plan: Plan) -> dict[str, Any]:
         now, last = self.removed(number), self.removed(number - 1)
-        spec = parse(self.options.get("what", "channel"))
+        what = self.options.get("what", "channel")
+        if not isinstance(what, str):
+            return {**self.options, "ratio": 1 - (1 - now) / (1 - last)}
+        spec = parse(what)
         if not spec.coarse:
             return {**self.options, **self._finer(number, spec.masks)}
         widths, ranked = widths_of(self.options), self.options.get("scope", "layer") != "layer"

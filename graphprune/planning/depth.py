@@ -1,15 +1,16 @@
-"""The plan of fewer layers: which blocks or branches go, under a ratio and limits."""
+"""The plan of fewer layers: which blocks or branches go, by which there are, under a ratio and limits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from torch import nn
 
 from ..cutting.outline import Outline, Totals
 from ..cutting.plan import Plan
-from ..errors import NothingToPrune, UnknownName, warn
+from ..errors import BadRatio, NothingToPrune, UnknownName, warn
 from ..granularity.blocks import Modules, Removable
 from ..granularity.depth import DEPTH, batches_of, greedy, scores_of, size_of, tensors_of
 from ..granularity.remaining import Remaining
@@ -19,38 +20,94 @@ from ..tracing.trace import Graph
 from .limits import holds, reached, unmet
 from .request import Request
 
+Pools = Mapping[float | None, Sequence[Removable]]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The modules that can go, those that may, and those that are chosen together because they have a ratio of their own (None: that of all)."""
+
+    every: list[Removable]
+    free: list[Removable]
+    pools: Pools
+
 
 def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
     """The plan that removes a share of a model's blocks ("block") or of its branches and hidden layers ("layer"), and more until its limits hold.
 
-    A module with a kept tensor stays, one with a ratio of its own is chosen apart.
+    A module with a kept tensor stays, one with a ratio of its own is chosen apart; which ones go may be said outright.
     """
     kind, score = request.spec.name, request.score
     if not callable(score) and score not in DEPTH:
         raise UnknownName(f"no score named {score!r} for whole {kind}s; there are {', '.join(DEPTH)}, or give a function (name, module) -> float")
     limits = request.limits(graph, ("params", "macs", "size"))
-    ratios = by_tensor(model, request.widths.ratios)
     modules = Modules(graph, model)
-    found = modules.blocks() if kind == "block" else modules.layers()
-    held = set(request.keep)
-    owned = {one.name: [n for part in one.skips for n, _ in tensors_of(model, part.name)] for one in found}
-    free = [one for one in found if not held & set(owned[one.name])]
-    names = {one.name for one in free}
+    found = candidates(modules, model, request)
+    remaining = Remaining(graph, model, modules)
+    whole = dict(remaining.costs)
+    amount = request.wanted[0].amount
+    chosen = _named(found, amount, kind) if isinstance(amount, tuple) else _chosen(found, graph, model, request, remaining, limits)
+    gone = {one.name for one in chosen}
+    for one in chosen if isinstance(amount, tuple) else ():
+        remaining.remove(one)
+    if limits and not holds(remaining.costs, limits):
+        raise unmet(remaining.costs, limits, kind)
+    if not gone and not limits and request.alone:
+        _tell(kind, found.pools, request.ratio)
+    parts = {part.name: part for one in found.free if one.name in gone for part in one.skips}
+    free = {one.name for one in found.free}
+    lines = reached(remaining.costs, limits) if limits else []
+    lines += [f"{one.name}: {'removed' if one.name in gone else 'stays'} ({size_of(model, one)} weights)" for one in found.free]
+    lines += [f"{one.name}: stays, kept on request" for one in found.every if one.name not in free]
+    before, after = (Totals(round(costs["params"]), round(costs["macs"])) for costs in (whole, remaining.costs))
+    shapes = {name: tuple(leaf.shape) for name, leaf in graph.leaves.items() if name in graph.parameters}
+    return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()), outline=Outline(before, after, shapes=shapes))
+
+
+def candidates(modules: Modules, model: nn.Module, request: Request) -> Candidates:
+    """The modules that can go; raises :class:`~graphprune.errors.NothingToPrune` when none may."""
+    kind, ratios, kept = request.spec.name, by_tensor(model, request.widths.ratios), set(request.keep)
+    every = modules.blocks() if kind == "block" else modules.layers()
+    owned = {one.name: [name for part in one.skips for name, _ in tensors_of(model, part.name)] for one in every}
+    free = [one for one in every if not kept & set(owned[one.name])]
     if not free:
         raise NothingToPrune(
-            f"no {kind} of this model can be removed: none returns the shape it takes and is residual, in a chain, or only added; {len(found)} are kept"
+            f"no {kind} of this model can be removed: none returns the shape it takes and is residual, in a chain, or only added; {len(every)} are kept"
         )
     pools: dict[float | None, list[Removable]] = {}
     for one in free:
         own = {ratios.get(name) for name in owned[one.name]}
         pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
+    return Candidates(every, free, pools)
+
+
+def _named(found: Candidates, choice: Sequence[int | str], kind: str) -> list[Removable]:
+    """The modules that are to go, by name or by number; raises :class:`~graphprune.errors.UnknownName` with what there is."""
+    every = found.every
+    names = [one.name for one in every]
+    for each in choice:
+        if (each not in names) if isinstance(each, str) else not -len(every) <= each < len(every):
+            raise UnknownName(
+                f"there is no {kind} {each!r} that can go; there are {len(every)}, numbered from 0: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+            )
+    gone = [every[names.index(each) if isinstance(each, str) else each] for each in dict.fromkeys(choice)]
+    kept = [one.name for one in gone if one not in found.free]
+    if kept:
+        raise BadRatio(f"{kept[0]} is to go and to be kept; leave it out of keep= or of what=")
+    if len(gone) == len(every):
+        raise BadRatio(f"all {len(every)} {kind}s of the model are to go; one has to stay")
+    return gone
+
+
+def _chosen(
+    found: Candidates, graph: Graph, model: nn.Module, request: Request, remaining: Remaining, limits: Mapping[str, float]
+) -> list[Removable]:
+    """The modules with the lowest scores, as many as the ratio says, and more until the limits hold; ``remaining`` is then what is left without them."""
     gone: list[Removable] = []
     extra: list[Removable] = []  # for the limits alone
-    remaining = Remaining(graph, model, modules)
-    whole = dict(remaining.costs)
-    for own, pool in sorted(pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
-        count = len(pool) - width(len(pool), request.ratio if own is None else own)
-        for at, one in enumerate(_order(graph, model, pool, request)):
+    for own, pool in sorted(found.pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
+        count = _count(pool, own, request)
+        for at, one in enumerate(_order(graph, model, list(pool), request)):
             if at >= count and (own is not None or holds(remaining.costs, limits)):
                 break
             gone.append(one)
@@ -63,22 +120,21 @@ def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
             back.add(one.name)
         else:
             remaining.remove(one)
-    removed = {one.name for one in gone} - back
-    if limits and not holds(remaining.costs, limits):
-        raise unmet(remaining.costs, limits, kind)
-    if not removed and not limits:
-        _tell(kind, pools, request.ratio)
-    order = [one for one in free if one.name in removed]
-    parts = {part.name: part for one in order for part in one.skips}
-    lines = reached(remaining.costs, limits) if limits else []
-    lines += [f"{one.name}: {'removed' if one.name in removed else 'stays'} ({size_of(model, one)} weights)" for one in free]
-    lines += [f"{one.name}: stays, kept on request" for one in found if one.name not in names]
-    before, after = (Totals(round(costs["params"]), round(costs["macs"])) for costs in (whole, remaining.costs))
-    shapes = {name: tuple(leaf.shape) for name, leaf in graph.leaves.items() if name in graph.parameters}
-    return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()), outline=Outline(before, after, shapes=shapes))
+    return [one for one in gone if one.name not in back]
 
 
-def _tell(kind: str, pools: Mapping[float | None, Sequence[Removable]], ratio: float) -> None:
+def _count(pool: Sequence[Removable], own: float | None, request: Request) -> int:
+    """How many of a pool go in any case."""
+    amount = request.wanted[0].amount
+    if own is None and isinstance(amount, int):
+        if amount > len(pool):
+            raise BadRatio(f"{amount} {request.text} are to stay; {len(pool)} can go")
+        return len(pool) - amount
+    share = own if own is not None else request.ratio if amount is None else amount
+    return len(pool) - width(len(pool), share)
+
+
+def _tell(kind: str, pools: Pools, ratio: float) -> None:
     """Say it when a ratio above 0 removes nothing."""
     asked = [(ratio if own is None else own, pool) for own, pool in pools.items() if (ratio if own is None else own) > 0]
     if not asked:

@@ -91,7 +91,7 @@ def _keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, limi
 
         ratio = smallest(costs, limits, ratio, spec.text)
         notes = reached(costs(ratio), limits)
-    gone = {weight: found for pool in pools for weight, found in pool.gone(ratio, strict=not limits).items()}
+    gone = {weight: found for pool in pools for weight, found in pool.gone(ratio, strict=not limits and request.alone).items()}
     return {weight: stays(weight, spec, gone[weight]) for weight in scores}, notes
 
 
@@ -118,7 +118,7 @@ def _box_keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, 
         notes = reached(costs(ratio), limits)
     keeps = {}
     for weight, found in taps.items():
-        most = 1 - 1 / found.numel() if limits else 1.0
+        most = 1 - 1 / found.numel() if limits or not request.alone else 1.0
         box = best_box(found, own.get(weight.name, min(ratio, most)), weight.name)
         keeps[weight] = torch.zeros(weight.shape, dtype=torch.bool)
         keeps[weight][(slice(None), slice(None), *torch.meshgrid(*map(torch.tensor, box), indexing="ij"))] = True

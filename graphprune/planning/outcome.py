@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from ..budget.targets import show
 from ..cost import NAMES, cost
-from ..coupling.groups import couple
+from ..coupling.groups import Groups, couple
 from ..cutting.plan import Plan
 from ..cutting.rewrite import removed
 from ..errors import LessThanAsked, warn
+from ..names import Makers, named
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors
 from .request import Request
@@ -21,9 +24,41 @@ SHORT = 0.1  # a ratio r that removes less than this times r of all parameters f
 
 def disappointments(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> None:
     """Warn where nothing was cut although something was asked for, or far less than the ratio says."""
-    text = _met_already(graph, request) if not plan.cuts and not plan.parts else _far_short(model, plan, request)
-    if text:
-        warn(text, LessThanAsked)
+    texts = _unheard(graph, model, plan, request)
+    if not texts:
+        texts = [_met_already(graph, request) if not plan.cuts and not plan.parts else _far_short(model, plan, request)]
+    if any(texts):
+        warn("; ".join(texts), LessThanAsked)
+
+
+def _unheard(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> list[str]:
+    """The names with a ratio of their own that cut nothing, each with what holds it."""
+    ratios = request.widths.ratios
+    asked = [key for key, ratio in ratios.items() if ratio > 0] if isinstance(ratios, Mapping) else []
+    if not asked or not any(each.spec.coarse for each in request.wanted):
+        return []
+    groups = couple(graph, tuple((name, None) for name in request.keep if name in graph.leaves))
+    makers = Makers(groups, model)
+    texts = []
+    for key in asked:
+        mine = makers.of(key)
+        places = [place for index in mine for place in groups.groups[index].places]
+        if any(axis in plan.cuts.get(name, ()) for name, axis in places):
+            continue
+        reason = f"the ratio is too small for {groups.groups[mine[0]].size} units" if mine else _held(groups, named(model, [key]))
+        texts.append(f"the ratio of {key if isinstance(key, str) else getattr(key, '__name__', key)!r} cuts nothing: {reason}")
+    return texts
+
+
+def _held(groups: Groups, tensors: Sequence[str]) -> str:
+    """What keeps the outputs of some tensors whole, and the nearest names that can be cut."""
+    held = [(axis, name) for name, axis in groups.locked if name in tensors]
+    nearest = difflib.get_close_matches(tensors[0], [group.name for group in groups], 3, 0.3) if tensors else []
+    hint = f"; what can be cut is, say, {', '.join(nearest)}" if nearest else ""
+    if not held:
+        return f"it fits nothing that can be cut{hint}"
+    axis, name = min(held)
+    return f"{name} axis {axis}: {groups.locked[name, axis]}{hint}"
 
 
 def _met_already(graph: Graph, request: Request) -> str:
@@ -33,13 +68,13 @@ def _met_already(graph: Graph, request: Request) -> str:
         limits = request.aims.limits(full)
         rows = [f"{name}: at most {show(name, limits[name])} were asked for, the model has {show(name, getattr(full, name))}" for name in asked]
         return f"nothing was cut: the model meets its targets already ({'; '.join(rows)})"
-    if request.aims.timed or not request.ratio or not request.spec.coarse:
+    if request.aims.timed or not request.ratio or not request.spec.coarse or len(request.wanted) > 1 or request.wanted[0].amount is not None:
         return ""
     return f"ratio={request.ratio:g} removes nothing: no group has enough units for it, or multiple_of and at_least keep them all"
 
 
 def _far_short(model: nn.Module, plan: Plan, request: Request) -> str:
-    if plan.parts or request.aims.any or not request.spec.coarse or request.spec.name == "head" or request.keep:
+    if plan.parts or request.aims.any or request.text not in ("channel", "channels") or request.keep or request.wanted[0].amount is not None:
         return ""
     total = sum(math.prod(tensor.shape) for *_, tensor in leaf_tensors(model))
     share = removed(plan.shapes, plan.cuts) / max(total, 1)

@@ -1,7 +1,8 @@
-"""The plan for what is asked: widths that the model's own code allows, once or until a time is met; or fewer layers, or entries, without any widths."""
+"""The plan for what is asked: one planner for whole modules, one for widths, one for entries, and :mod:`~graphprune.planning.together` for several of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -16,23 +17,29 @@ from ..timing.latency import predicted, reach, steps
 from ..tracing.trace import Graph
 from .depth import plan_depth
 from .entries import plan_entries
-from .request import Request
+from .request import DEPTH, Request
+from .together import together
 from .trial import best
+from .wanted import multiples
 from .widths import plan_widths
 
 
 def decide(graph: Graph, model: nn.Module, request: Request) -> Plan:
     """The plan for what is asked of the model."""
-    plan = _decide(graph, model, request)
+    stages = request.stages
+    plan = one_stage(graph, model, stages[0]) if len(stages) == 1 else together(graph, model, stages, one_stage)
     return replace(plan, notes=(*plan.notes, *request.notes)) if request.notes else plan
 
 
-def _decide(graph: Graph, model: nn.Module, request: Request) -> Plan:
+def one_stage(graph: Graph, model: nn.Module, request: Request) -> Plan:
+    """The plan for kinds of unit that one planner chooses."""
+    if request.spec.name in DEPTH:
+        return plan_depth(graph, model, _by_name(request))
     if not request.spec.coarse:
-        request = _by_name(request)
-        return (plan_depth if request.spec.name in ("block", "layer") else plan_entries)(graph, model, request)
-    aims, scope = request.aims, request.scope
-    request = replace(request, multiple_of=steps(request.widths.multiple_of, graph, aims), extra_costs=predicted(graph, aims, scope))
+        return plan_entries(graph, model, _by_name(request))
+    aims, scope, multiple = request.aims, request.scope, request.widths.multiple_of
+    multiple = multiples(request.widths, model) if isinstance(multiple, Mapping) else steps(multiple, graph, aims)
+    request = replace(request, multiple_of=multiple, extra_costs=predicted(graph, aims, scope))
     scored = remembered(attempts(model, request.score, request.batches, request.loss, draft=scope == "layer" and not aims.any))
     if aims.timed:
         return reach(model, graph, aims, lambda costs: plan_widths(graph, model, replace(request, extra_costs=costs), scored), scope)
@@ -60,7 +67,7 @@ def proved(graph: Graph, model: nn.Module, request: Request, plan: Plan) -> tupl
     try:
         check(graph, model, small, plan)
     except NotEqual:
-        if not request.spec.coarse:
+        if not any(each.spec.coarse for each in request.wanted):
             raise
         plan = decide(graph, model, replace(request, proof="values"))
         small = apply(model, plan)

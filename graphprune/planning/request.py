@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -14,13 +14,14 @@ from ..coupling.groups import Groups, couple
 from ..errors import BadOption, BadRatio, BadTarget
 from ..granularity.spec import Spec, parse
 from ..names import named
-from ..options import Runtime, Widths
+from ..options import Runtime, Widths, whole
 from ..quantities import Seconds, amount
 from ..scores import OnData
 from ..select import check_ratio
 from ..tracing.trace import Graph
 from .proof import Fault
 
+DEPTH = ("block", "layer")  # whole modules
 REASONS = {
     "size": "masked entries are stored as zeros: ask for params= or macs=",
     "memory": "it leaves every activation as large as it is: cut channels",
@@ -28,24 +29,41 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Request:
-    """What :func:`~graphprune.shrink` was asked for; ``keep`` names tensors, or one axis as (name, axis); :mod:`graphprune.names` reads ``widths.ratios``.
+class Wanted:
+    """One kind of unit that may go, as :func:`~graphprune.shrink` was asked, and how much of it.
 
-    ``multiple_of`` is that of the widths once the graph is known (it may be a function of the groups), and ``extra_costs`` maps the name of a further cost
-    to (its limit, how to make it; see :func:`~graphprune.cost.costs`). ``tied``: axes, as (name, axis), whose groups keep the same share.
+    ``amount``: a share of units to remove (a float), how many stay (a whole number), which blocks or layers go (a tuple of numbers or names), or None
+    where the ratio or the budget of all decides.
     """
 
     spec: Spec
+    name: str
+    amount: Any = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one plan is made for: ``wanted`` by the rules of ``widths``, within ``aims``; ``keep`` names tensors, or one
+    axis as (name, axis).
+
+    ``score`` may be a mapping of kinds to scores; :meth:`stage` takes the one of its kinds. ``alone``: no other kinds share the ratio or the
+    budget. ``multiple_of`` is that of the widths once the graph is known (it may be a
+    function of the groups), and ``extra_costs`` maps the name of a further cost to (its limit, how to make it; see :func:`~graphprune.cost.costs`). ``tied``: axes, as
+    (name, axis), whose groups keep the same share.
+    """
+
+    wanted: tuple[Wanted, ...]
     aims: Aims
     ratio: float
     scope: str
     score: Any
-    batches: Iterable | None
-    loss: Callable | None
     keep: Sequence[str | tuple[str, int]]
     widths: Widths
     inplace: bool = False
     scope_given: bool = False
+    alone: bool = True
+    batches: Iterable | None = None
+    loss: Callable | None = None
     multiple_of: Any = None
     extra_costs: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
     tied: Sequence[frozenset[tuple[str, int]]] = ()
@@ -53,19 +71,43 @@ class Request:
     faults: list[tuple[Graph, Fault]] = field(default_factory=list)  # what proved wrong so far
     notes: tuple[str, ...] = ()  # how this request came about, for the plan
 
-    def __post_init__(self) -> None:
-        if self.spec.coarse:
-            return
-        if self.widths.multiple_of not in (None, 1) or self.widths.at_least != 1:
-            raise BadRatio("multiple_of= and at_least= (min_units=) are about widths; they go with channels or heads")
-        if self.aims.timed or self.aims.weight:
-            text = f"with channels or heads; {self.spec.text!r} takes a ratio, params= or macs="
-            raise BadTarget(f"latency=, speedup= and objective= are met by widths, {text}")
+    @property
+    def spec(self) -> Spec:
+        """The granularity of the first kind that is wanted; a stage has no others."""
+        return self.wanted[0].spec
+
+    @property
+    def text(self) -> str:
+        """The kinds that are wanted, as the user wrote them."""
+        return " and ".join(each.name for each in self.wanted)
 
     @property
     def plain(self) -> bool:
         """Whether one ratio decides, group by group."""
         return self.scope == "layer" and not self.extra_costs and not self.aims.any and isinstance(self.multiple_of, int)
+
+    @property
+    def stages(self) -> tuple[Request, ...]:
+        """One request for each planner, in the order in which they work: whole modules first, then widths, then entries."""
+        depth = [(each,) for each in self.wanted if each.spec.name in DEPTH]
+        widths = tuple(each for each in self.wanted if each.spec.coarse)
+        entries = [(each,) for each in self.wanted if not each.spec.coarse and each.spec.name not in DEPTH]
+        every = (*depth, *((widths,) if widths else ()), *entries)
+        return tuple(replace(self.stage(each), alone=len(every) == 1) for each in every)
+
+    def stage(self, wanted: tuple[Wanted, ...]) -> Request:
+        """The request for some of the kinds, with the score that goes with them."""
+        score, batches, loss = self.score, self.batches, self.loss
+        if isinstance(score, Mapping):
+            chosen = [value for key, value in score.items() if any(parse(key) == each.spec for each in wanted)]
+            if any(value is not chosen[0] and value != chosen[0] for value in chosen):
+                raise BadOption(f"{' and '.join(each.name for each in wanted)} are chosen together, by one score; {len(chosen)} were given")
+            score = chosen[0] if chosen else "l2"
+        if isinstance(score, OnData):
+            score, batches, loss = score.score, score.batches, score.loss
+        amount, plain = wanted[0].amount, not wanted[0].spec.coarse
+        ratio = amount if plain and isinstance(amount, float) else self.ratio
+        return replace(self, wanted=wanted, ratio=ratio, score=score, batches=batches, loss=loss)
 
     def ties(self, groups: Groups) -> list[frozenset[int]]:
         """The groups along the axes that are ``tied``."""
@@ -98,16 +140,61 @@ def ask(
 
     >>> ask(nn.Linear(2, 2), "50%").ratio
     0.5
+    >>> ask(nn.Linear(2, 2), what={"mlp": 64, "layers": [21, 22]}).wanted[1].amount
+    (21, 22)
     """
     aims = _aims(targets or {}, on or Runtime())
-    ratio = amount("ratio", ratio)
-    ratio = check_ratio((0.0 if aims.any else 0.5) if ratio is None else ratio)
     widths = _widths(widths)
+    ratio = amount("ratio", ratio)
+    if ratio is None:
+        ratio = 0.0 if aims.any or widths.to else 0.5
+    wanted = _wanted(what)
+    _fits(wanted, widths, aims)
     if on is not None and not (aims.timed or aims.weight or widths.multiple_of == "auto"):
         raise BadOption(f'on={on!r} would have no effect: it says where a time counts; ask for one (speedup=2, latency="8 ms") or for objective="time"')
     score, batches, loss = (score.score, score.batches, score.loss) if isinstance(score, OnData) else (score, None, None)
-    scopes = scope or aims.scope
-    return Request(parse(what), aims, ratio, scopes, score, batches, loss, named(model, keep), widths, inplace, scope is not None)
+    facts = {"inplace": inplace, "scope_given": scope is not None, "batches": batches, "loss": loss}
+    return Request(wanted, aims, check_ratio(ratio), scope or aims.scope, score, named(model, keep), widths, **facts)
+
+
+def _wanted(what: Any) -> tuple[Wanted, ...]:
+    """The kinds that ``what`` names: one, several, or a mapping to how much of each."""
+    if isinstance(what, Mapping):
+        found = [Wanted(parse(name), name, _checked(name, value)) for name, value in what.items()]
+    else:
+        found = [Wanted(parse(name), name) for name in ((what,) if isinstance(what, str) or not isinstance(what, Iterable) else what)]
+    if not found:
+        raise BadOption(f'what is {what!r}; it names what goes, such as "channel", ("mlp", "layers"), or {{"mlp": 0.3, "layers": 24}}')
+    twice = [each.name for index, each in enumerate(found) if any(each.spec == other.spec for other in found[:index])]
+    if twice:
+        raise BadOption(f"what names {twice[0]!r} twice")
+    return tuple(found)
+
+
+def _checked(name: str, value: Any) -> Any:
+    """An amount of one kind: None, a share, a number, or a choice."""
+    value = amount("ratio", value)
+    spec = parse(name)
+    if isinstance(value, Sequence) and spec.name in DEPTH and value and all(whole(each) or isinstance(each, str) for each in value):
+        return tuple(value)
+    if value is None or (whole(value) and value > 0 and (spec.coarse or spec.name in DEPTH)):
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return value
+    choice = ", or a list of the ones that go ([21, 22])" if spec.name in DEPTH else ""
+    raise BadRatio(f"what={{{name!r}: {value!r}}}: give a share of units to remove (0 <= share < 1), a whole number of units that stay{choice}")
+
+
+def _fits(wanted: Sequence[Wanted], widths: Widths, aims: Aims) -> None:
+    """Rules for widths, and times, need widths to work on."""
+    if any(each.spec.coarse for each in wanted):
+        return
+    spec = wanted[0].spec
+    if widths.multiple_of not in (None, 1) or widths.at_least != 1 or widths.to or widths.uniform:
+        raise BadRatio("multiple_of=, at_least= (min_units=), to= and uniform= are about widths; they go with channels, heads and the like")
+    if aims.timed or aims.weight:
+        text = f"with granularity 'channel' or 'head'; {spec.text!r} takes a ratio, params= or macs="
+        raise BadTarget(f"latency=, speedup= and objective= are met by widths, {text}")
 
 
 def _widths(asked: Any) -> Widths:

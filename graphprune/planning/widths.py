@@ -19,7 +19,6 @@ from ..cost import priced
 from ..coupling.groups import Groups, couple
 from ..cutting.plan import Plan, Survivors, make_plan
 from ..errors import BadTarget, NothingToPrune
-from ..granularity.heads import others
 from ..names import overrides
 from ..operations.labels import Array, varying
 from ..scores import Scores
@@ -31,6 +30,7 @@ from .proof import Proof
 from .request import Request
 from .shares import shares
 from .uniform import alike
+from .wanted import amounts, others
 
 ROUNDS = 40  # how often groups are coupled anew because something proved wrong
 TRIES = 16  # how many widths are tried before an axis is left whole
@@ -49,14 +49,15 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
     tied: set[tuple] = set()
     whole = tuple(item if isinstance(item, tuple) else (item, None) for item in request.keep if isinstance(item, tuple) or item in graph.leaves)
     groups = couple(graph, whole, tuple(locks))
-    if request.spec.name == "head":
-        locks += others(groups)
+    chosen = others(groups, request)
+    if chosen:
+        locks += chosen
         groups = couple(graph, whole, tuple(locks))
     groups, ties, whole = _alike(graph, groups, request, whole, locks, joins)
     for _ in range(ROUNDS):
         if not len(groups):
             raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
-        own = overrides(groups, model, request.widths.ratios)
+        own = amounts(groups, request) | overrides(groups, model, request.widths.ratios, request.widths.to)
         wrong, faults = [], []
         for scores in scored(groups):
             while True:

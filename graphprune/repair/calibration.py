@@ -23,7 +23,7 @@ LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a netwo
 
 def listed(calibration: Iterable | None, model: nn.Module) -> list:
     """The batches, on the device of the model; raises :class:`~graphprune.errors.BadCalibration` where there are none, or values are not finite."""
-    if calibration is None or isinstance(calibration, torch.Tensor | str | dict):
+    if isinstance(calibration, torch.Tensor | str | dict) or not isinstance(calibration, Iterable):
         kind = type(calibration).__name__
         raise BadCalibration(f"calibration is any iterable of batches, such as [x1, x2] or a DataLoader; one {kind} was given, write [x] if it is a batch")
     batches = [brought(batch, model) for batch in calibration]

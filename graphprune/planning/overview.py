@@ -1,0 +1,159 @@
+"""What can go from a model, before anything is asked: :func:`widths` is a table of its kinds of unit, one row for all layers that are alike."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..cost import costs
+from ..coupling.groups import Group, Groups, couple
+from ..cutting.verify import check_model
+from ..granularity.blocks import Modules
+from ..granularity.remaining import Remaining
+from ..names import Makers
+from ..quantities import count
+from ..tracing.trace import Graph, trace
+from .units import roles
+
+SHOWN = 6  # rows of what stays whole
+
+
+@dataclass(frozen=True)
+class Row:
+    """Groups (or blocks) of one kind that are alike: ``count`` of them, each ``size`` units wide.
+
+    ``outputs``: positions that one unit has in the outputs of ``where`` (a head has several). ``params`` and ``macs``: what one unit costs in one of them, all
+    that goes with it included. ``why`` is empty where units can go, and says else what holds them (``size`` is then the length of the axis).
+    """
+
+    kind: str
+    where: str
+    count: int
+    size: int
+    outputs: float
+    params: float
+    macs: float
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The rows of :func:`widths`; ``print`` shows a table, ``overview["mlp"]`` the rows of one kind."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row.kind == kind and not row.why]
+
+    def __str__(self) -> str:
+        head = ("kind", "where", "of them", "units", "outputs each", "parameters each", "MACs each")
+        free = [row for row in self.rows if not row.why]
+        table = [head, *((r.kind, r.where, str(r.count), str(r.size), f"{r.outputs:g}", count(r.params), count(r.macs)) for r in free)]
+        lines = _aligned(table, left=2)
+        whole = [row for row in self.rows if row.why]
+        if whole:
+            lines += ["", f"stays whole ({len(whole)} kinds of axes{', the largest' if len(whole) > SHOWN else ''}):"]
+            lines += _aligned([(row.where, f"{row.count} x {row.size}", row.why) for row in whole[:SHOWN]], left=3)
+        return "\n".join(lines)
+
+
+def _aligned(table: list[tuple[str, ...]], left: int) -> list[str]:
+    wide = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    cells = lambda row: (text.ljust(w) if at < left else text.rjust(w) for at, (text, w) in enumerate(zip(row, wide, strict=True)))  # noqa: E731
+    return ["  ".join(cells(row)).rstrip() for row in table]
+
+
+def widths(model: nn.Module, example_input: Any, *, example_kwargs: dict | None = None) -> Overview:
+    """The kinds of unit of a model: what each is called in ``what=``, where it stands, how wide it is, what a unit costs; and what stays whole, and why.
+
+    Raises :class:`~graphprune.errors.BadInput` or :class:`~graphprune.errors.BadModel`.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [(row.kind, row.where, row.size, row.params) for row in widths(net, torch.zeros(1, 4)) if not row.why]
+    [('mlp', '0', 8, 7.0)]
+    """
+    check_model(model)
+    graph = trace(model, example_input, example_kwargs)
+    groups = couple(graph)
+    return Overview((*_blocks(graph, model), *_groups(groups, model), *_whole(groups)))
+
+
+def alike(name: str) -> str:
+    """A name with numbers left open: layers of one kind have one.
+
+    >>> alike("model.layers.11.mlp")
+    'model.layers.*.mlp'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _groups(groups: Groups, model: nn.Module) -> list[Row]:
+    """One row for groups of one kind, name and size; each costs what the first of them does."""
+    makers, kinds = Makers(groups, model), roles(groups)
+    same: dict[tuple[str, str, int], list[Group]] = defaultdict(list)
+    for group in groups:
+        where = next((leaf for leaf in dict.fromkeys(name for name, _ in group.places) if leaf in makers.made[group.index]), group.name)
+        same[kinds[group.index], alike(where.rpartition(".")[0] or where), group.size].append(group)
+    each = _each([members[0] for members in same.values()], groups)
+    rows = []
+    for (kind, where, size), members in same.items():
+        one = members[0]
+        own = [units for (leaf, _), units in one.places.items() if leaf in makers.made[one.index]]
+        outputs = max((int((np.asarray(units) >= 0).sum()) / size for units in own), default=1.0)
+        only = where if len(members) > 1 else (next(iter(makers.made[one.index]), one.name).rpartition(".")[0] if len(makers.made[one.index]) == 1 else where)
+        rows.append(Row(kind, only or where, len(members), size, outputs, *each[one.index]))
+    return sorted(rows, key=lambda row: -row.params * row.size * row.count)
+
+
+def _each(chosen: list[Group], groups: Groups) -> Mapping[int, tuple[float, float]]:
+    """Parameters and MACs that go with one unit of each group, all others whole."""
+    if not chosen:
+        return {}
+    full = np.array([[float(group.size) for group in groups]])
+    known = costs(groups)
+    before = known.at(full, ["params", "macs"])
+    found = {}
+    for group in chosen:
+        less = full.copy()
+        less[0, group.index] -= 1
+        after = known.at(less, ["params", "macs"])
+        found[group.index] = (float(before["params"][0] - after["params"][0]), float(before["macs"][0] - after["macs"][0]))
+    return found
+
+
+def _blocks(graph: Graph, model: nn.Module) -> list[Row]:
+    """Whole residual blocks, one row for those of one name and cost."""
+    modules = Modules(graph, model)
+    every = modules.blocks()
+    remaining = Remaining(graph, model, modules)
+    full = dict(remaining.costs)
+    same: dict[tuple[str, float, float], int] = defaultdict(int)
+    for one in every:
+        remaining.remove(one)
+        same[alike(one.name), full["params"] - remaining.costs["params"], full["macs"] - remaining.costs["macs"]] += 1
+        remaining.restore(one)
+    return [Row("layers", where, 1, number, 1.0, params, macs) for (where, params, macs), number in same.items()]
+
+
+def _whole(groups: Groups) -> list[Row]:
+    """The axes that stay whole, one row for those of one name, length and reason, the largest tensors first."""
+    same: dict[tuple[str, int, str], list[int]] = defaultdict(list)
+    for (name, axis), reason in groups.locked.items():
+        leaf = groups.graph.leaves[name]
+        if len(leaf.shape) > 1 and not name.startswith("<"):
+            same[f"{alike(name)} axis {axis}", leaf.shape[axis], str(reason)].append(int(np.prod(leaf.shape)))
+    rows = sorted(same.items(), key=lambda item: -sum(item[1]))
+    return [Row("", where, len(sizes), size, 1.0, 0.0, 0.0, reason) for (where, size, reason), sizes in rows]

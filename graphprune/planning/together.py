@@ -1,0 +1,142 @@
+"""Several kinds of unit in one plan: whole modules first, then widths, then entries, each planned on what those before it leave.
+
+Under a ratio every kind loses that share (or what the request says for it). Under a budget they share *one* ratio: the smallest at which the budget holds,
+found by bisection over plans of all kinds; the last of them then takes only as much as the budget still asks for, so that it is met as closely as its units
+allow. One ratio is the rule that needs no common scale: a score of a layer and a score of a channel cannot be compared, a share of each can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from ..cost import NAMES, cost
+from ..coupling.groups import couple
+from ..cutting.apply import apply
+from ..cutting.compose import compose
+from ..cutting.plan import Plan
+from ..errors import BadTarget, UnknownName
+from ..granularity.weights import weights
+from ..names import named
+from ..tracing.copies import duplicate
+from ..tracing.trace import Graph, trace
+from ..tracing.trees import leaf_tensors
+from .limits import holds, unmet
+from .request import Request
+
+STEPS = 32  # the shared ratio is one of this many steps from 0 to 1
+PlanOne = Callable[[Graph, nn.Module, Request], Plan]
+
+
+def together(graph: Graph, model: nn.Module, stages: Sequence[Request], plan_one: PlanOne) -> Plan:
+    """One plan for all stages; raises :class:`~graphprune.errors.BadTarget` where a target cannot be met, or has nothing to choose."""
+    aims, chain = stages[0].aims, Chain(graph, model, plan_one)
+    if not aims.any:
+        return chain.plan(stages)
+    free = [index for index, stage in enumerate(stages) if any(each.amount is None for each in stage.wanted)]
+    if not free:
+        raise BadTarget("every kind in what= has an amount of its own, so that a target has nothing to choose; leave one of the amounts, or the target, out")
+    timed, last = aims.timed or aims.weight, len(stages) - 1
+    if timed and (free != [last] or not stages[last].spec.coarse):
+        raise BadTarget('a time is met by widths alone: give every other kind an amount (what={"mlp": None, "layers": 24}), or ask for params= or macs=')
+    if timed or free == [last]:
+        return chain.plan([*(_open(stage) for stage in stages[:last]), stages[last] if timed else _absolute(stages[last], graph)])
+    limits = aims.limits(cost(couple(graph)))
+    ratio = _shared(chain, stages, limits)
+    final = [_open(stage, ratio) for stage in stages]
+    found = chain.plan([*final[:last], _absolute(stages[last], graph) if last in free else final[last]])
+    return replace(found, lines=(f"{' and '.join(stage.text for stage in stages)}: up to {ratio:.1%} of each, under one budget", *found.lines))
+
+
+def _open(stage: Request, ratio: float = 0.0) -> Request:
+    """A stage without targets, which removes at least a ratio."""
+    aims = replace(stage.aims, **dict.fromkeys((*NAMES, "latency", "speedup", "measure")), objective="score")
+    own = all(each.amount is not None for each in stage.wanted)
+    return replace(stage, aims=aims, ratio=stage.ratio if own else max(ratio, stage.ratio))
+
+
+def _absolute(stage: Request, graph: Graph) -> Request:
+    """A stage whose targets are counted on the original, whatever the stages before it leave."""
+    limits = stage.aims.limits(cost(couple(graph)))
+    return replace(stage, aims=replace(stage.aims, **{name: math.floor(limit * (1 + 1e-12)) for name, limit in limits.items()}))
+
+
+def _shared(chain: Chain, stages: Sequence[Request], limits: dict[str, float]) -> float:
+    """The smallest of the shared ratios at which all limits hold."""
+
+    def spent(step: int) -> dict[str, float]:
+        return chain.costs([_open(stage, min(step / STEPS, 1 - 1e-9)) for stage in stages])
+
+    if holds(spent(0), limits):
+        return 0.0
+    low, high = 0, STEPS
+    least = spent(high)
+    if not holds(least, limits):
+        raise unmet(least, limits, " and ".join(stage.text for stage in stages))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(spent(middle), limits) else (middle, high)
+    return min(high / STEPS, 1 - 1e-9)
+
+
+class Chain:
+    """Plans of one model, each stage on what the stages before it leave."""
+
+    def __init__(self, graph: Graph, model: nn.Module, plan_one: PlanOne) -> None:
+        self.graph, self.model, self.plan_one = graph, model, plan_one
+
+    def plan(self, stages: Sequence[Request]) -> Plan:
+        return self._run(stages)[0]
+
+    def costs(self, stages: Sequence[Request]) -> dict[str, float]:
+        """What the model costs after all stages; entries that are masked count as gone."""
+        _, graph, model = self._run(stages, measured=True)
+        full = cost(couple(graph))
+        found = {name: float(getattr(full, name)) for name in NAMES}
+        for weight in weights(graph, model)[0]:
+            if weight.mask is not None:
+                gone = int((~weight.mask).sum())
+                found["params"] -= gone
+                found["macs"] -= gone * weight.macs
+        return found
+
+    def _run(self, stages: Sequence[Request], measured: bool = False) -> tuple[Plan, Graph, nn.Module]:
+        graph, model, plan = self.graph, self.model, None
+        for index, stage in enumerate(stages):
+            step = self._step(graph, model, stage)
+            plan = step if plan is None else compose(plan, step)
+            if measured or index < len(stages) - 1:
+                model = _cut(model, step)
+                graph = trace(model, *graph.example)
+        assert plan is not None
+        return plan, graph, model
+
+    def _step(self, graph: Graph, model: nn.Module, stage: Request) -> Plan:
+        """The plan of one stage; one that has nothing to remove leaves everything as it is where others do their part."""
+        stage = replace(stage, widths=replace(stage.widths, ratios=_there(model, stage.widths.ratios), to=_there(model, stage.widths.to) or {}))
+        return self.plan_one(graph, model, stage)
+
+
+def _there(model: nn.Module, keys: object) -> dict | None:
+    """The rules whose names still fit something: those for modules that are gone are gone as well."""
+    if not isinstance(keys, dict):
+        return None
+    found = {}
+    for key, value in keys.items():
+        try:
+            named(model, [key] if not isinstance(key, int) else ())
+        except UnknownName:
+            continue
+        found[key] = value
+    return found
+
+
+def _cut(model: nn.Module, plan: Plan) -> nn.Module:
+    """The model as a plan leaves it; one that only removes modules shares its weights with the original."""
+    if plan.cuts or any(part.kind != "skip" for part in plan.parts):
+        return apply(model, plan)
+    shared = {id(tensor): tensor for *_, tensor in leaf_tensors(model)}
+    return apply(duplicate(model, shared), plan, inplace=True)

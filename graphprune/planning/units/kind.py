@@ -1,0 +1,67 @@
+"""What a kind of unit is: a :class:`Kind` finds the groups whose units are of it; :func:`of_groups` enters one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from ...catalogue import enter, entry, names, open_to_others
+from ...coupling.groups import Groups
+from ...errors import BadOption
+
+CHANNELS = "channels"  # what is none of the kinds that are found
+
+Find = Callable[[Groups], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of units that are cut from axes: ``find`` returns the numbers of its groups.
+
+    ``role``: whether it says what a group is (kinds that only choose among groups do not); what is asked first wins.
+    """
+
+    name: str
+    find: Find
+    role: bool = True
+
+    def groups(self, groups: Groups) -> set[int]:
+        """The numbers of the groups of this kind; raises :class:`~graphprune.errors.BadOption` where a function of somebody else's returns no such numbers."""
+        try:
+            found = {int(index) for index in self.find(groups)}
+        except (TypeError, ValueError) as error:
+            raise BadOption(f"the granularity {self.name!r} has to return numbers of groups (group.index): {error}") from error
+        if found and not 0 <= min(found) <= max(found) < len(groups):
+            raise BadOption(f"the granularity {self.name!r} returned {sorted(found)}; groups are numbered from 0 to {len(groups) - 1}")
+        return found
+
+
+def of_groups(name: str, line: str, *, role: bool = True) -> Callable[[Find], Find]:
+    """Enter a kind that is cut from axes under ``name``; what was entered first names a group that several kinds claim."""
+
+    def entered(find: Find) -> Find:
+        enter("granularity", name, line, find, cut=Kind(name, find, role))
+        return find
+
+    return entered
+
+
+@open_to_others("granularity")
+def _enter(name: str, line: str, function: Find) -> None:
+    """From outside: a function ``(groups) -> numbers of groups``."""
+    of_groups(name, line, role=False)(function)
+
+
+def kind(name: str) -> Kind | None:
+    """The kind of that name, if it is cut from axes and is not all of them."""
+    return entry("granularity", name).facts.get("cut") if name in names("granularity") else None
+
+
+def roles(groups: Groups) -> Mapping[int, str]:
+    """What every group is, by its number: the first kind that claims it, and channels where none does."""
+    found: dict[int, str] = {}
+    for name in names("granularity"):
+        known = kind(name)
+        if known is not None and known.role:
+            found |= {index: name for index in known.groups(groups) if index not in found}
+    return {index: found.get(index, CHANNELS) for index in range(len(groups))}
