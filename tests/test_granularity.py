@@ -389,8 +389,9 @@ def test_the_summed_axis_does_not_depend_on_how_a_weight_is_stored():
 
 
 def test_every_granularity_has_a_name_and_a_line():
-    assert set(graphprune.catalogue.available()["granularity"]) == set(NAMES)
-    assert all(parse(name.replace("n:m", "2:4")) for name in NAMES)
+    listed = graphprune.catalogue.available()["granularity"]
+    assert set(listed) == {*NAMES, "hidden", "heads", "mlp", "layers"}
+    assert all(parse(name.replace("n:m", "2:4")) for name in listed)
 
 
 @pytest.mark.parametrize("first", ["channel", *MASKED, "group", "group:box"])

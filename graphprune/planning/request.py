@@ -145,7 +145,7 @@ def ask(
     """
     aims = _aims(targets or {}, on or Runtime())
     widths = _widths(widths)
-    ratio = amount("ratio", ratio)
+    ratio = amount("ratio", ratio) if isinstance(ratio, str) and "%" in ratio else ratio  # "0.5" may as well be a mistake
     if ratio is None:
         ratio = 0.0 if aims.any or widths.to else 0.5
     wanted = _wanted(what)

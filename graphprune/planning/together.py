@@ -1,8 +1,9 @@
 """Several kinds of unit in one plan: whole modules first, then widths, then entries, each planned on what those before it leave.
 
-Under a ratio every kind loses that share (or what the request says for it). Under a budget they share *one* ratio: the smallest at which the budget holds,
-found by bisection over plans of all kinds; the last of them then takes only as much as the budget still asks for, so that it is met as closely as its units
-allow. One ratio is the rule that needs no common scale: a score of a layer and a score of a channel cannot be compared, a share of each can.
+Under a ratio every kind loses that share (or what the request says for it). Under a budget they share *one* ratio, found by bisection over plans of all kinds:
+all but the last lose the largest share (of 32 steps) at which the budget does not yet hold, and the last takes what is still asked for, so that the budget is
+met as closely as its units allow. One ratio is the rule that needs no common scale: a score of a layer and a score of a channel cannot be compared, a share
+of each can.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ..cost import NAMES, cost
@@ -45,10 +47,15 @@ def together(graph: Graph, model: nn.Module, stages: Sequence[Request], plan_one
     if timed or free == [last]:
         return chain.plan([*(_open(stage) for stage in stages[:last]), stages[last] if timed else _absolute(stages[last], graph)])
     limits = aims.limits(cost(couple(graph)))
-    ratio = _shared(chain, stages, limits)
-    final = [_open(stage, ratio) for stage in stages]
-    found = chain.plan([*final[:last], _absolute(stages[last], graph) if last in free else final[last]])
-    return replace(found, lines=(f"{' and '.join(stage.text for stage in stages)}: up to {ratio:.1%} of each, under one budget", *found.lines))
+    for ratio in _shared(chain, stages, limits):
+        others = [_open(stage, ratio) for stage in stages[:last]]
+        try:
+            found = chain.plan([*others, _absolute(stages[last], graph) if last in free else _open(stages[last], ratio)])
+        except BadTarget:
+            continue  # the last kind alone does not meet it: the next larger share of the others does
+        lines = (f"{' and '.join(stage.text for stage in stages)} under one budget: {ratio:.1%} of each, and of {stages[last].text} what is still asked for",)
+        return replace(found, lines=(*lines, *found.lines))
+    raise AssertionError("the larger of two shares meets the limits")
 
 
 def _open(stage: Request, ratio: float = 0.0) -> Request:
@@ -64,22 +71,31 @@ def _absolute(stage: Request, graph: Graph) -> Request:
     return replace(stage, aims=replace(stage.aims, **{name: math.floor(limit * (1 + 1e-12)) for name, limit in limits.items()}))
 
 
-def _shared(chain: Chain, stages: Sequence[Request], limits: dict[str, float]) -> float:
-    """The smallest of the shared ratios at which all limits hold."""
+def _shared(chain: Chain, stages: Sequence[Request], limits: dict[str, float]) -> tuple[float, ...]:
+    """The two neighbours among the shared ratios between which the limits begin to hold; raises :class:`~graphprune.errors.BadTarget` where none does."""
 
     def spent(step: int) -> dict[str, float]:
-        return chain.costs([_open(stage, min(step / STEPS, 1 - 1e-9)) for stage in stages])
+        return chain.costs([_drafted(_open(stage, _ratio(step))) for stage in stages])
 
-    if holds(spent(0), limits):
-        return 0.0
     low, high = 0, STEPS
-    least = spent(high)
-    if not holds(least, limits):
-        raise unmet(least, limits, " and ".join(stage.text for stage in stages))
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(spent(middle), limits) else (middle, high)
-    return min(high / STEPS, 1 - 1e-9)
+    if high == STEPS and not holds(least := spent(high), limits):
+        raise unmet(least, limits, " and ".join(stage.text for stage in stages))
+    last = all(each.amount is not None for each in stages[-1].wanted)  # then nobody takes what is missing
+    return (_ratio(high),) if last else (_ratio(low), _ratio(high))
+
+
+def _ratio(step: int) -> float:
+    return min(step / STEPS, 1 - 1e-9)
+
+
+def _drafted(stage: Request) -> Request:
+    """How many units go hardly depends on the scores where every group loses the same share: a trial does without them."""
+    if not stage.spec.coarse or stage.scope != "layer":
+        return stage
+    return replace(stage, score=lambda groups, model, batches: [torch.zeros(group.size, dtype=torch.float64) for group in groups], batches=None, loss=None)
 
 
 class Chain:
