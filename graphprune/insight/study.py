@@ -15,11 +15,11 @@ from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..cutting.verify import check_model
 from ..errors import BadScore, GraphpruneError
-from ..planning.request import Request, ask
+from ..planning.planner import with_steps
+from ..planning.request import ask
 from ..planning.trial import best
 from ..planning.widths import Scored
 from ..scores.attempts import attempts, remembered
-from ..timing.latency import steps
 from ..tracing.trace import trace
 
 Evaluate = Callable[[nn.Module], Any]
@@ -34,21 +34,17 @@ class Study:
     def __init__(self, model: nn.Module, example_input: Any, score: Any = "l2", example_kwargs: dict | None = None, **rules: Any) -> None:
         check_model(model)
         self.model, self.score, self.rules = model, score, rules
-        first = ask(model, 0.5, score=score, **rules)
+        first = ask(model, 0.5, score=score, **rules).stages[0]
         self.graph = trace(model, example_input, example_kwargs)
         self.groups: Groups = couple(self.graph, tuple((name, None) for name in first.keep if name in self.graph.leaves))
         self.scored: Scored = remembered(attempts(model, first.score, first.batches, first.loss))
 
     def plan(self, ratio: Any = None, targets: Mapping[str, Any] | None = None, ratios: Any = None) -> Plan:
         """The plan for a ratio or for targets (no times); ``ratios`` is a function of the groups that gives some a ratio of their own."""
-        request = ask(self.model, ratio, targets, score=self.score, **self.rules)
+        request = ask(self.model, ratio, targets, score=self.score, **self.rules).stages[0]
         if ratios is not None:
             request = replace(request, widths=replace(request.widths, ratios=ratios))
-        request = self._with_steps(request)
-        return best(self.graph, self.model, request, self.scored)
-
-    def _with_steps(self, request: Request) -> Request:
-        return replace(request, multiple_of=steps(request.widths.multiple_of, self.graph, request.aims))
+        return best(self.graph, self.model, with_steps(self.graph, self.model, request), self.scored)
 
     def cut(self, plan: Plan) -> nn.Module:
         return apply(self.model, plan)

@@ -37,13 +37,18 @@ def one_stage(graph: Graph, model: nn.Module, request: Request) -> Plan:
         return plan_depth(graph, model, _by_name(request))
     if not request.spec.coarse:
         return plan_entries(graph, model, _by_name(request))
-    aims, scope, multiple = request.aims, request.scope, request.widths.multiple_of
-    multiple = multiples(request.widths, model) if isinstance(multiple, Mapping) else steps(multiple, graph, aims)
-    request = replace(request, multiple_of=multiple, extra_costs=predicted(graph, aims, scope))
+    aims, scope = request.aims, request.scope
+    request = replace(with_steps(graph, model, request), extra_costs=predicted(graph, aims, scope))
     scored = remembered(attempts(model, request.score, request.batches, request.loss, draft=scope == "layer" and not aims.any))
     if aims.timed:
         return reach(model, graph, aims, lambda costs: plan_widths(graph, model, replace(request, extra_costs=costs), scored), scope)
     return best(graph, model, request, scored)
+
+
+def with_steps(graph: Graph, model: nn.Module, request: Request) -> Request:
+    """The request with what widths are multiples of, now that the graph is known."""
+    multiple = request.widths.multiple_of
+    return replace(request, multiple_of=multiples(request.widths, model) if isinstance(multiple, Mapping) else steps(multiple, graph, request.aims))
 
 
 def _by_name(request: Request) -> Request:
