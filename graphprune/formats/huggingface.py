@@ -58,7 +58,7 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Callable
     with the reason in the notes of the plan.
     """
     plan = decide(graph, model, request)
-    if not (request.spec.coarse and request.widths.uniform and configured(model)):
+    if not (any(each.spec.coarse for each in request.wanted) and request.widths.uniform and configured(model)):
         return plan
     notes: list[str] = []
     tied: set[frozenset[Slot]] = set()

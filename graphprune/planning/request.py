@@ -43,13 +43,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Request:
-    """What one plan is made for: ``wanted`` by the rules of ``widths``, within ``aims``; ``keep`` names tensors, or one
-    axis as (name, axis).
+    """What one plan is made for: ``wanted`` by the rules of ``widths``, within ``aims``; ``keep`` names tensors, or one axis as (name, axis).
 
-    ``score`` may be a mapping of kinds to scores; :meth:`stage` takes the one of its kinds. ``alone``: no other kinds share the ratio or the
-    budget. ``multiple_of`` is that of the widths once the graph is known (it may be a
-    function of the groups), and ``extra_costs`` maps the name of a further cost to (its limit, how to make it; see :func:`~graphprune.cost.costs`). ``tied``: axes, as
-    (name, axis), whose groups keep the same share.
+    ``score`` may be a mapping of kinds to scores; :meth:`stage` takes the one of its kinds. ``alone``: no other kinds share the ratio or the budget.
+    ``multiple_of`` is that of the widths once the graph is known (it may be a function of the groups), and ``extra_costs`` maps the name of a further cost
+    to (its limit, how to make it; see :func:`~graphprune.cost.costs`). ``tied``: axes, as (name, axis), whose groups keep the same share.
     """
 
     wanted: tuple[Wanted, ...]
