@@ -52,9 +52,7 @@ def settled(graph: Graph, model: nn.Module, request: Request, asked: Repair | No
     batches = None if asked is None else asked.batches
     if request.score != AUTO:
         return _with_data(request, batches)
-    if (
-        asked is None or batches is None or request.aims.timed or not all(each.spec.coarse for each in request.wanted)
-    ):  # nothing to judge by
+    if asked is None or batches is None or request.aims.timed or not all(each.spec.coarse for each in request.wanted):  # nothing to judge by
         return replace(request, score="l2")
     fits, checks = parts(list(batches), asked.spare)
     facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": False}

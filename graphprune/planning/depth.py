@@ -99,9 +99,7 @@ def _named(found: Candidates, choice: Sequence[int | str], kind: str) -> list[Re
     return gone
 
 
-def _chosen(
-    found: Candidates, graph: Graph, model: nn.Module, request: Request, remaining: Remaining, limits: Mapping[str, float]
-) -> list[Removable]:
+def _chosen(found: Candidates, graph: Graph, model: nn.Module, request: Request, remaining: Remaining, limits: Mapping[str, float]) -> list[Removable]:
     """The modules with the lowest scores, as many as the ratio says, and more until the limits hold; ``remaining`` is then what is left without them."""
     gone: list[Removable] = []
     extra: list[Removable] = []  # for the limits alone
