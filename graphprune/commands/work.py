@@ -1,0 +1,376 @@
+"""What every command does, as functions of plain values: :mod:`graphprune.commands.app` reads them from the command line, recipes from a file.
+
+Each returns what is printed: ``text`` for people, ``data`` for machines.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__, available, couple, load, profile, save, trace
+from .. import measure as measured
+from .. import plan as planned
+from .. import repair as repaired
+from .. import report as reported
+from .. import sensitivity as found_sensitivity
+from .. import shrink as shrunk
+from .. import tradeoff as found_tradeoff
+from ..adapters.inputs import calibration_of, example_of
+from ..adapters.models import model_of
+from ..catalogue import KINDS, table
+from ..cutting.plan import Plan, plan_of
+from ..errors import BadFile, BadOption, BadPlan, GraphpruneError
+from ..formats.atomic import write
+from ..formats.recipe import RECIPE, read_recipe, recipe_text
+from ..options import Repair, Runtime, Widths
+from ..quantities import amount
+from ..tracing.trees import normal_inputs, tensors
+
+TARGETS = ("ratio", "params", "macs", "size", "memory", "latency", "speedup")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has to say."""
+
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Setting:
+    """The model, its input and its calibration, from the arguments that all commands share."""
+
+    def __init__(self, model: str, input: Sequence[str] = (), weights: str | None = None, seed: int = 0, calibration: str | None = None, **others: Any) -> None:
+        self.model, self.example = model_of(model, weights, seed), example_of(input, seed)
+        options = {name: others[name] for name in ("batch", "limit", "mean", "std", "tokenizer") if others.get(name)}
+        self.batches = calibration_of(calibration, self.example, **options) if calibration else None
+
+
+def request(arguments: dict[str, Any], setting: Setting) -> dict[str, Any]:
+    """The options of :func:`graphprune.shrink` among a command's arguments."""
+    options: dict[str, Any] = {name: arguments[name] for name in (*TARGETS, "scope", "what", "keep") if arguments.get(name)}
+    timed = options.get("latency") or options.get("speedup")
+    if arguments.get("runtime") or arguments.get("threads"):
+        if not timed:
+            raise BadOption("--runtime and --threads say where a time counts; ask for one: --speedup 2x or --latency '8 ms'")
+        options["on"] = Runtime(arguments.get("runtime") or "eager", threads=arguments.get("threads"))
+    options["score"] = _score(arguments.get("score") or "l2", setting)
+    widths = {name: arguments[name] for name in ("multiple_of", "at_least") if arguments.get(name)}
+    return options | ({"widths": Widths(**widths)} if widths else {})
+
+
+def _score(name: str, setting: Setting) -> Any:
+    """A score by name; one that reads inputs takes those of the calibration."""
+    from ..scores import named
+
+    score = named(name)
+    if score.needs_now() == "nothing":
+        return score
+    if setting.batches is None:
+        raise BadOption(f"the score {name!r} reads data: give --calibration")
+    return score.on(setting.batches)
+
+
+def inspect(**arguments: Any) -> Outcome:
+    setting = Setting(**arguments)
+    graph = trace(setting.model, setting.example)
+    groups = couple(graph)
+    cost = profile(setting.model, setting.example)
+    return Outcome(f"{cost}\n\n{graph}\n\n{groups}", {"cost": asdict(cost), "groups": list(groups.table()), "whole": _wholes(groups.locked)})
+
+
+def _wholes(locked: dict) -> list[dict[str, Any]]:
+    return [{"tensor": name, "axis": axis, "reason": str(reason)} for (name, axis), reason in locked.items()]
+
+
+def plan(**arguments: Any) -> Outcome:
+    setting = Setting(**arguments)
+    chosen = planned(setting.model, setting.example, **request(arguments, setting))
+    if arguments.get("out"):
+        _write(arguments["out"], chosen.to_json(), "plan", arguments)
+    return Outcome(chosen.explain() if arguments.get("explain") else str(chosen), _facts(chosen))
+
+
+def _facts(chosen: Plan) -> dict[str, Any]:
+    totals = {"before": chosen.outline.before._asdict(), "after": chosen.outline.after._asdict()} if chosen.outline else {}
+    return {**totals, "rows": list(chosen.table()), "notes": list(chosen.notes)}
+
+
+def shrink(**arguments: Any) -> Outcome:
+    setting = Setting(**arguments)
+    options = request(arguments, setting)
+    if setting.batches is not None:
+        options["repair"] = Repair(setting.batches, arguments.get("steps") or "auto")
+    elif arguments.get("steps"):
+        options["repair"] = Repair(steps=arguments["steps"])
+    small, chosen = shrunk(setting.model, setting.example, return_plan=True, **options)
+    folder = _saved(small, "shrink", arguments)
+    lines, data = [str(chosen), "", f"saved in {folder}"], _facts(chosen) | {"folder": str(folder)}
+    if arguments.get("time"):
+        timing = measured(small, setting.example, setting.model, threads=arguments.get("threads") or 1, runtime=arguments.get("runtime") or "eager")
+        lines, data = [*lines, f"measured: {timing}"], data | {"measured": asdict(timing)}
+    return Outcome("\n".join(lines), data)
+
+
+def _saved(small: nn.Module, command: str, arguments: dict[str, Any]) -> Path:
+    """The folder, with the recipe that makes it again."""
+    folder = save(small, _place(arguments))
+    write(folder / RECIPE, recipe_text(command, {name: value for name, value in arguments.items() if name != "json"}))
+    return folder
+
+
+def _place(arguments: dict[str, Any]) -> str:
+    if not arguments.get("out"):
+        raise BadOption("--out names the folder or file to write")
+    return arguments["out"]
+
+
+def _write(file: str, text: str, command: str, arguments: dict[str, Any]) -> Path:
+    """A file and the recipe beside it."""
+    path = Path(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, text)
+        write(path.with_name(f"{path.name}.{RECIPE}"), recipe_text(command, arguments))
+    except OSError as error:
+        raise BadFile.of(error, f"{path} cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def repair(**arguments: Any) -> Outcome:
+    """A saved model, repaired from calibration data against the original."""
+    folder = Path(arguments["model"])
+    if not (folder / RECIPE).is_file():
+        raise BadPlan(f"{folder} is no folder that graphprune shrink wrote: it has no {RECIPE}, which says what the original is")
+    first = read_recipe(folder / RECIPE)["arguments"]
+    whole = {**first, **{name: arguments[name] for name in ("calibration", "batch", "limit", "mean", "std", "tokenizer") if arguments.get(name)}}
+    setting = Setting(**whole)
+    if setting.batches is None:
+        raise BadOption("repair learns from inputs: --calibration")
+    small = load(folder, setting.model)
+    better = repaired(small, setting.model, plan_of(small), setting.batches, arguments.get("steps") or "auto")
+    kept = {**whole, **{name: arguments.get(name) for name in ("steps", "out")}, "model": first["model"], "of": str(folder)}
+    target = save(better, _place(arguments))
+    write(target / RECIPE, recipe_text("repair", kept))
+    return Outcome(f"{plan_of(better)}\n\nsaved in {target}", {"folder": str(target)})
+
+
+def measure(**arguments: Any) -> Outcome:
+    setting = Setting(**arguments)
+    reference = model_of(arguments["against"], arguments.get("weights"), arguments.get("seed", 0)) if arguments.get("against") else None
+    options = {"runtime": arguments.get("runtime") or "eager", "threads": arguments.get("threads"), "seconds": arguments.get("seconds") or 10.0}
+    found = measured(setting.model, setting.example, reference, **options)
+    return Outcome(str(found), asdict(found))
+
+
+def _evaluate(setting: Setting, text: str | None) -> Callable[[nn.Module], Any]:
+    """The user's own metric, or how near the outputs are to those of the original (0: equal), on the calibration batches or the example."""
+    if text:
+        source, _, name = text.rpartition(":")
+        from ..adapters.models import _from_file, _imported
+
+        function = getattr(_from_file(Path(source)) if source.endswith(".py") else _imported(source, text), name, None)
+        if not callable(function):
+            raise BadOption(f"--evaluate {text!r} is no function; write file.py:function, which takes a model and returns a number")
+        return function
+    from ..tracing.probe import batch_inputs
+
+    calls = [batch_inputs(batch) for batch in setting.batches] if setting.batches else [normal_inputs(setting.example, None)]
+    wanted = [_outputs(setting.model, *call) for call in calls]
+
+    def closeness(model: nn.Module) -> float:
+        pairs = [(a, b) for call, want in zip(calls, wanted, strict=True) for a, b in zip(_outputs(model, *call), want, strict=True)]
+        return 0.0 - float(sum((a - b).norm() ** 2 for a, b in pairs) ** 0.5 / max(1e-12, float(sum(b.norm() ** 2 for _, b in pairs)) ** 0.5))
+
+    return closeness
+
+
+def _outputs(model: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [tensor.double() for tensor in tensors(model(*args, **kwargs), torch.Tensor) if tensor.is_floating_point()]
+
+
+def sensitivity(**arguments: Any) -> Outcome:
+    setting = Setting(**arguments)
+    options: dict[str, Any] = {"ratios": [_number(ratio) for ratio in arguments["ratios"].split(",")]} if arguments.get("ratios") else {}
+    options |= {"groups": arguments["groups"]} if arguments.get("groups") else {}
+    mode, score = arguments.get("mode") or "exact", _score(arguments.get("score") or "l2", setting)
+    found = found_sensitivity(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), mode=mode, score=score, **options)
+    return _tabled("sensitivity", found, {"original": found.original, "rows": list(found.table())}, arguments)
+
+
+def _number(text: str) -> float:
+    return amount("ratio", text.strip())
+
+
+def _tabled(command: str, found: Any, data: dict[str, Any], arguments: dict[str, Any]) -> Outcome:
+    """A result, also as CSV or as a picture where a file is given."""
+    out = arguments.get("out")
+    if out and out.endswith(".csv"):
+        _write(out, found.to_csv(), command, arguments)
+    elif out:
+        found.plot(out)
+    return Outcome(str(found), data)
+
+
+def tradeoff(**arguments: Any) -> Outcome:
+    setting = Setting(**arguments)
+    options: dict[str, Any] = {"shares": arguments["shares"].split(",")} if arguments.get("shares") else {}
+    options |= {"repair": Repair(setting.batches)} if setting.batches else {}
+    options |= {"by": arguments.get("by") or "macs", "measure": bool(arguments.get("time")), "scope": arguments.get("scope")}
+    options["score"] = _score(arguments.get("score") or "l2", setting)
+    found = found_tradeoff(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), **options)
+    return _tabled("tradeoff", found, {"budget": found.budget, "rows": list(found.table()), "missed": list(found.missed)}, arguments)
+
+
+def export(**arguments: Any) -> Outcome:
+    setting = Setting(**arguments)
+    out = Path(_place(arguments))
+    kind = arguments.get("to") or {".onnx": "onnx", ".pt2": "program", ".ts": "torchscript"}.get(out.suffix)
+    if kind not in EXPORTS:
+        raise BadOption(f"--to is {kind!r}; it is one of {', '.join(EXPORTS)} (or --out ends in .onnx, .pt2 or .ts)")
+    args, kwargs = normal_inputs(setting.example, None)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        EXPORTS[kind](setting.model.eval(), args, kwargs, part)
+        part.replace(out)
+    except GraphpruneError:
+        raise
+    except ImportError as error:
+        raise BadOption(f"exporting as {kind} needs a library: {error}; pip install 'graphprune[export]'") from error
+    except Exception as error:
+        raise BadOption(f"the model cannot be exported as {kind}: {type(error).__name__}: {str(error)[:500]}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    size = out.stat().st_size
+    return Outcome(f"{out}: {size:,} bytes", {"file": str(out), "bytes": size, "as": kind})
+
+
+def _onnx(model: nn.Module, args: tuple, kwargs: dict, file: Path) -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
+    assert program is not None  # with dynamo it returns one
+    file.write_bytes(program.model_proto.SerializeToString())
+
+
+def _program(model: nn.Module, args: tuple, kwargs: dict, file: Path) -> None:
+    with file.open("wb") as stream:
+        torch.export.save(torch.export.export(model, args, kwargs), stream)  # type: ignore[arg-type]  # a stream will do
+
+
+def _torchscript(model: nn.Module, args: tuple, kwargs: dict, file: Path) -> None:
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(model, args or None, example_kwarg_inputs=kwargs or None), str(file))
+
+
+EXPORTS: dict[str, Callable[[nn.Module, tuple, dict, Path], None]] = {"onnx": _onnx, "program": _program, "torchscript": _torchscript}
+
+
+def plan_at(text: str) -> Plan:
+    """The plan in a file, or in a folder that holds one."""
+    path = Path(text)
+    file = path / "plan.json" if path.is_dir() else path
+    try:
+        return Plan.from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadFile.of(error, f"{file} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise BadPlan(f"{file} is no plan written by graphprune: {error}") from error
+
+
+def report(**arguments: Any) -> Outcome:
+    setting = Setting(**arguments)
+    chosen = plan_at(arguments["plan"]) if arguments.get("plan") else None
+    asked = {name: arguments[name] for name in TARGETS if arguments.get(name)}
+    if chosen is None and asked:
+        chosen = planned(setting.model, setting.example, **request(arguments, setting))
+    extra: dict[str, Any] = {}
+    if arguments.get("sensitivity"):
+        extra["sensitivity"] = found_sensitivity(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")))
+    if arguments.get("tradeoff"):
+        extra["tradeoff"] = found_tradeoff(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), measure=False)
+    score = _score(arguments.get("score") or "l2", setting)
+    path = reported(setting.model, setting.example, chosen, arguments.get("out") or "report.html", asked=asked, score=score, **extra)
+    return Outcome(f"{path}: {path.stat().st_size:,} bytes", {"file": str(path), "bytes": path.stat().st_size})
+
+
+def compare(**arguments: Any) -> Outcome:
+    found = plan_at(arguments["plan"]).compare(plan_at(arguments["other"]))
+    return Outcome(str(found) if len(found) else "the plans do the same", {"rows": list(found)})
+
+
+def doctor(**_: Any) -> Outcome:
+    """Versions, threads, runtimes, and what is missing."""
+    from importlib import metadata, util
+
+    facts: dict[str, Any] = {"graphprune": __version__, "python": platform.python_version(), "torch": torch.__version__, "system": platform.platform()}
+    facts |= {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    rows = [f"{name:12} {value}" for name, value in facts.items()]
+    installed: dict[str, str | None] = {}
+    for package, (module, purpose, extra) in PACKAGES.items():
+        try:
+            installed[package] = metadata.version(package) if util.find_spec(module) else None
+        except metadata.PackageNotFoundError:
+            installed[package] = None
+        missing = f"missing: {purpose} (pip install 'graphprune[{extra}]')" if extra else f"missing: {purpose} (pip install {package})"
+        rows.append(f"{package:12} {installed[package] or missing}")
+    return Outcome("\n".join(rows), {**facts, "packages": installed})
+
+
+PACKAGES = {
+    "typer": ("typer", "this command line", "cli"),
+    "rich": ("rich", "its help", "cli"),
+    "pyyaml": ("yaml", "recipes", "cli"),
+    "matplotlib": ("matplotlib", "pictures as PNG, plots", "report"),
+    "pillow": ("PIL", "images as calibration", ""),
+    "pandas": ("pandas", "Table.to_pandas", ""),
+    "onnx": ("onnx", "export to ONNX", "export"),
+    "onnxscript": ("onnxscript", "export to ONNX", "export"),
+    "onnxruntime": ("onnxruntime", "times on ONNX Runtime", "export"),
+    "openvino": ("openvino", "times on OpenVINO", "export"),
+}
+
+
+def names(**arguments: Any) -> Outcome:
+    kinds = arguments.get("kinds") or ()
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise BadOption(f"no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+    shown = {kind: lines for kind, lines in available().items() if not kinds or kind in kinds}
+    return Outcome(table(shown), shown)
+
+
+def run(**arguments: Any) -> Outcome:
+    """A recipe again, into the same place or another."""
+    fields = read_recipe(arguments["recipe"])
+    if fields["command"] not in COMMANDS or fields["command"] == "run":
+        raise BadFile(f"{arguments['recipe']} asks for the command {fields['command']!r}; there are {', '.join(COMMANDS)}")
+    again = dict(fields["arguments"])
+    if fields["command"] == "repair":
+        again["model"] = again.pop("of", again["model"])
+    if arguments.get("out"):
+        again["out"] = arguments["out"]
+    return COMMANDS[fields["command"]](**again)
+
+
+COMMANDS: dict[str, Callable[..., Outcome]] = {
+    "inspect": inspect, "plan": plan, "shrink": shrink, "repair": repair, "measure": measure, "sensitivity": sensitivity, "tradeoff": tradeoff,
+    "export": export, "report": report, "compare": compare, "doctor": doctor, "list": names, "run": run,
+}  # fmt: skip
+
+
+def printed(outcome: Outcome, as_json: bool) -> None:
+    sys.stdout.write((json.dumps(outcome.data, indent=2, default=str) if as_json else outcome.text) + "\n")

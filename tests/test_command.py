@@ -1,0 +1,211 @@
+"""The command line: every command from a text to a result, recipes that give the same bytes, errors in a sentence with a status, no files in part."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import graphprune
+from graphprune.adapters.inputs import calibration_of, example_of
+from graphprune.adapters.models import model_of
+from graphprune.command import main
+from graphprune.errors import BadCalibration, BadInput, BadModel, UnknownName
+
+pytest.importorskip("typer")
+pytest.importorskip("yaml")
+
+NET = """
+    import time
+    import torch
+    from torch import nn
+
+    class Holder:
+        def __init__(self):
+            self.inner = nn.Linear(3, 4)
+
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.mask = nn.Embedding(20, 8), nn.Linear(8, 6), nn.Linear(6, 5)
+
+        def forward(self, ids, mask):
+            return self.mask(self.b(self.a(ids)).relu()) * mask.unsqueeze(-1)
+
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(),
+                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+    ready = nn.Linear(3, 5)
+    holder = Holder
+    text = "no model"
+
+    def broken():
+        raise ValueError("out of cheese")
+
+    def count(model):
+        return -float(sum(p.numel() for p in model.parameters()))
+
+    def slow(model):
+        open('started', 'w').close()
+        time.sleep(0.5)
+        return 1.0
+"""
+INPUT = ["-i", "1x3x8x8"]
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mynet.py").write_text(textwrap.dedent(NET))
+    return "mynet.py:net"
+
+
+def out(capsys, *arguments, status=0):
+    assert main(list(arguments)) == status, capsys.readouterr()
+    caught = capsys.readouterr()
+    return caught.err if status else caught.out
+
+
+def test_shrink_saves_and_its_recipe_gives_the_same_bytes(net, capsys):
+    text = out(capsys, "shrink", net, *INPUT, "--macs", "50%", "--multiple-of", "4", "-o", "small")
+    assert "MACs" in text and "saved in small" in text
+    again = json.loads(out(capsys, "run", "small/recipe.yaml", "-o", "again", "--json"))
+    assert again["after"]["macs"] <= 0.5 * again["before"]["macs"]
+    for name in ("model.safetensors", "plan.json"):
+        assert Path("small", name).read_bytes() == Path("again", name).read_bytes()
+    other = json.loads(out(capsys, "shrink", net, *INPUT, "--macs", "50%", "--multiple-of", "4", "--seed", "1", "-o", "other", "--json"))
+    assert other["after"]["macs"] == again["after"]["macs"] and Path("other/model.safetensors").read_bytes() != Path("again/model.safetensors").read_bytes()
+    small = model_of("small")
+    assert graphprune.profile(small, torch.zeros(1, 3, 8, 8)).macs == again["after"]["macs"] and small[0].out_channels % 4 == 0
+    assert "the plans do the same" in out(capsys, "compare", "small", "again")
+    assert "do the same" not in out(capsys, "compare", "small", "other/plan.json")
+    assert {path.name for path in Path("small").iterdir()} == {"model.safetensors", "plan.json", "recipe.yaml"}
+
+
+def test_what_looks_and_asks(net, capsys):
+    assert "2 groups" in out(capsys, "inspect", net, *INPUT)
+    assert json.loads(out(capsys, "inspect", net, *INPUT, "--json"))["cost"]["params"] > 0
+    assert "group 0" in out(capsys, "plan", net, *INPUT, "-r", "30%", "--explain", "-o", "deep/plan.json") and Path("deep/plan.json.recipe.yaml").exists()
+    rows = json.loads(out(capsys, "sensitivity", net, *INPUT, "--ratios", "0.5", "--json", "-o", "s.csv"))["rows"]
+    assert len(rows) == 2 and all(row["value"] < 0 for row in rows) and Path("s.csv").read_text().count("\n") == 3
+    assert "-" in out(capsys, "tradeoff", net, *INPUT, "--evaluate", "mynet.py:count", "--shares", "50%")
+    assert "python" in out(capsys, "doctor") and "torch" in json.loads(out(capsys, "doctor", "--json"))
+    assert "ms (" in out(capsys, "measure", net, *INPUT, "--seconds", "0.05", "--threads", "1")
+
+
+def test_report_export_and_repair(net, capsys):
+    out(capsys, "shrink", net, *INPUT, "-r", "50%", "-o", "small")
+    out(capsys, "report", net, *INPUT, "--plan", "small", "-o", "deep/r.html")
+    assert "What stays whole" in Path("deep/r.html").read_text()
+    out(capsys, "export", "small", *INPUT, "-o", "deep/small.pt2")
+    x, small = torch.randn(1, 3, 8, 8), model_of("small")
+    assert torch.allclose(model_of("deep/small.pt2")(x), small(x))
+    out(capsys, "export", "small", *INPUT, "-o", "small.ts")
+    assert torch.allclose(torch.jit.load("small.ts")(x), small(x))
+    np.savez("data.npz", np.random.default_rng(0).normal(size=(64, 3, 8, 8)).astype("float32"))
+    out(capsys, "repair", "small", "-c", "data.npz", "-o", "better")
+    whole, data = model_of(net), torch.from_numpy(np.load("data.npz")["arr_0"])
+    far = {name: float((model_of(name)(data) - whole(data)).norm().detach()) for name in ("small", "better")}
+    assert far["better"] < far["small"]
+    out(capsys, "run", "better/recipe.yaml", "-o", "twice")
+    assert Path("better/model.safetensors").read_bytes() == Path("twice/model.safetensors").read_bytes()
+
+
+WRONG = [
+    (["plan", "nothing", *INPUT], 1, "'nothing' is no model"),
+    (["plan", "mynet.py:nett", *INPUT], 1, "has no 'nett'; there are"),
+    (["plan", "other.py:net", *INPUT], 1, "there is no file other.py"),
+    (["plan", "no.such.module:net", *INPUT], 1, "cannot be imported"),
+    (["plan", "mynet.py:broken", *INPUT], 1, "out of cheese"),
+    (["plan", "mynet.py:text", *INPUT], 1, "gives a str"),
+    (["plan", "mynet.py:holder", *INPUT], 1, "it holds one in .inner"),
+    (["plan", "mynet.py:net", "-i", "1x3x"], 1, "is no input"),
+    (["plan", "mynet.py:net", "-i", "1x5x8x8"], 1, "does not run on the example"),
+    (["plan", "mynet.py:net", *INPUT, "--macs", "much"], 3, "write it as"),
+    (["plan", "mynet.py:net", *INPUT, "--macs", "1k"], 3, "smallest reachable value"),
+    (["plan", "mynet.py:net", *INPUT, "--score", "l3"], 1, "no score named 'l3'"),
+    (["plan", "mynet.py:net", *INPUT, "--score", "taylor"], 1, "--calibration"),
+    (["plan", "mynet.py:net", *INPUT, "--runtime", "eager"], 1, "--speedup"),
+    (["plan", "mynet.py:net", *INPUT, "--weights", "none.pt"], 1, "no file none.pt"),
+    (["shrink", "mynet.py:net", *INPUT, "-c", "nowhere", "-o", "x"], 1, "there is no nowhere"),
+    (["shrink", "mynet.py:net", *INPUT, "-o", "mynet.py/x"], 1, "cannot be written"),
+    (["shrink", "mynet.py:net", *INPUT], 2, "--out"),
+    (["frobnicate"], 2, "No such command"),
+    (["plan", "mynet.py:net", *INPUT, "--frob"], 2, "No such option"),
+    (["repair", "mynet.py", "-c", "x", "-o", "y"], 1, "no folder that graphprune shrink wrote"),
+    (["compare", "mynet.py", "mynet.py"], 1, "not a plan written by graphprune"),
+    (["compare", "none.json", "none.json"], 1, "cannot be read"),
+    (["run", "mynet.py"], 1, "is no recipe"),
+    (["export", "mynet.py:net", *INPUT, "-o", "x.bin"], 1, "one of onnx"),
+    (["sensitivity", "mynet.py:net", *INPUT, "--evaluate", "mynet.py:nothing"], 1, "is no function"),
+    (["list", "colours"], 1, "no kind 'colours'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "words"), WRONG, ids=[" ".join(w[0][:1] + w[0][-2:]) for w in WRONG])
+def test_mistakes_are_a_sentence_and_a_status(net, capsys, arguments, status, words):
+    before = {path.name for path in Path().iterdir()}
+    text = out(capsys, *arguments, status=status)
+    assert words in " ".join(text.split()).replace("│ ", "") and "Traceback" not in text
+    assert {path.name for path in Path().iterdir()} - before <= {"__pycache__"}
+
+
+def test_models_and_inputs_from_texts(net, tmp_path):
+    assert isinstance(model_of("mynet.py:ready"), torch.nn.Linear) and isinstance(model_of("torch.nn:Identity"), torch.nn.Identity)
+    assert torch.equal(model_of(net)[0].weight, model_of(net)[0].weight) and not torch.equal(model_of(net)[0].weight, model_of(net, seed=1)[0].weight)
+    torch.save(model_of(net, seed=7).state_dict(), "w.pt")
+    assert torch.equal(model_of(net, "w.pt")[0].weight, model_of(net, seed=7)[0].weight)
+    with pytest.raises(BadModel, match="does not fit"):
+        model_of("mynet.py:ready", "w.pt")
+    named = example_of(["ids=2x4:int64:20", "mask=2x4"])
+    assert named["ids"].max() < 20 and model_of("mynet.py:Calls")(**named).shape == (2, 4, 5)
+    assert [x.dtype for x in example_of(["1x2", "3:int64"])] == [torch.float32, torch.int64]
+    np.save("x.npy", np.zeros((2, 3), dtype="float32"))
+    assert example_of(["x.npy"]).shape == (2, 3)
+    for wrong in (["a=1x2", "3"], [], ["1x2:float99"], ["y.npz"], ["mynet.pt"]):
+        with pytest.raises(BadInput):
+            example_of(wrong)
+    for wrong in ("timm:no_such_model", "transformers:nowhere", "torchvision:nothing"):
+        with pytest.raises(UnknownName):
+            model_of(wrong)
+
+
+def test_images_as_calibration(net):
+    image = pytest.importorskip("PIL.Image")
+    folder = Path("photos/inner")
+    folder.mkdir(parents=True)
+    for number in range(5):
+        image.new("RGB", (20 + number, 12), (255, 0, 51 * number)).save(folder / f"{number}.png")
+    batches = calibration_of("photos", torch.zeros(1, 3, 8, 8), batch=2)
+    assert [tuple(batch.shape) for batch in batches] == [(2, 3, 8, 8), (2, 3, 8, 8), (1, 3, 8, 8)]
+    assert batches[0][0, 0].eq(1).all() and batches[1][0, 2].sub(0.4).abs().max() < 0.01
+    shifted = calibration_of("photos", torch.zeros(1, 3, 8, 8), mean=(1.0, 0, 0), std=(0.5, 1, 1))
+    assert shifted[0][0, 0].eq(0).all()
+    for wrong in (lambda: calibration_of("photos", torch.zeros(1, 5)), lambda: calibration_of("mynet.py", torch.zeros(1, 5)), lambda: calibration_of(".", 1)):
+        with pytest.raises(BadCalibration):
+            wrong()
+
+
+def test_an_interrupt_leaves_no_file(net):
+    command = [sys.executable, "-m", "graphprune", "sensitivity", net, *INPUT, "--evaluate", "mynet.py:slow", "-o", "s.csv"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = time.time()
+    while not Path("started").exists() and time.time() - started < 120:
+        time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 130 and errors.strip().endswith("no file was left in part") and "Traceback" not in errors
+    assert {path.name for path in Path().iterdir()} <= {"mynet.py", "started", "__pycache__"}
+
+
+def test_importing_the_package_imports_none_of_the_extras():
+    code = "import sys, graphprune; print([m for m in ('typer', 'rich', 'yaml', 'jinja2', 'matplotlib', 'pandas', 'PIL', 'onnx') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
