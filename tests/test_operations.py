@@ -37,7 +37,7 @@ ARGUED = {
     "tracing/features.py": ({"linear"}, "calls of the Python code, not operations"),
     "tracing/sizes.py": ({"add", "sub", "mul"}, "methods of integers that remember their expression"),
 }
-KINDS = frozenset(("arithmetic",))  # facts of a record whose values are called like operations
+KINDS = frozenset(("arithmetic", "statistic", "zero"))  # facts of a record whose values are called like operations
 OF_A_NODE = frozenset(("name", "short", "func", "_schema", "op"))
 
 

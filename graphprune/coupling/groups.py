@@ -163,7 +163,7 @@ def couple(
 
     ``keep`` names (tensor, axis) pairs that stay whole, ``locks`` further labels with a reason, ``joins`` further ones that go together.
     ``free`` names kinds of reasons that do not hold: with "position", what is no feature (a token, a coordinate, an entry of a table) may go like
-    any other unit.
+    any other unit; with "statistic", features over which a mean, a product or a softmax is taken that is no norm, which is then taken over those that stay.
     """
     labels = graph.labels
     parts = labels.partition()
@@ -183,6 +183,7 @@ def couple(
         held.append((array.ravel(), len(reasons) - 1))
     if len(held) > len(labels.locks):
         parts.lock(np.concatenate([array for array, _ in held[len(labels.locks) :]]))
+    unsaid = _hold_conditions(parts, graph, free)
     if "position" not in free:
         _lock_positions(parts, graph)
     if labels.joints:
@@ -190,6 +191,8 @@ def couple(
         parts.flatten()
     root = parts.parent
     why = np.full(labels.count, -1, dtype=np.int64)
+    for array, reason in reversed(unsaid):
+        why[root[array]] = reason
     if "position" not in free:
         reasons.append(NO_FEATURE)
         other = ~graph.marks.features(root)
@@ -199,6 +202,24 @@ def couple(
         arrays = [array.ravel() for array, _ in reversed(held)]  # the first reason is written last
         why[root[np.concatenate(arrays)]] = np.repeat([reason for _, reason in reversed(held)], [array.size for array in arrays])
     return _collect(graph, root, parts, why, reasons)
+
+
+def _hold_conditions(parts: Partition, graph: Graph, free: Collection[str]) -> list[tuple[Array, int]]:
+    """Join and lock what holds unless its kind is freed (statistics over features; of positions they say nothing); returns what is locked and why."""
+    parts.flatten()
+    feature = graph.marks.features(parts.parent)[parts.parent]
+    held = []
+    for kind, left, right, reason in graph.labels.conditions:
+        left, right = (array.ravel() for array in np.broadcast_arrays(left, right))
+        asked = feature[left]
+        if kind in free or not asked.any():
+            continue
+        if reason < 0:
+            parts.union(left[asked], right[asked])
+        else:
+            parts.lock(left[asked])
+            held.append((left[asked], reason))
+    return held
 
 
 def _lock_positions(parts: Partition, graph: Graph) -> None:

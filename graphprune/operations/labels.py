@@ -30,7 +30,8 @@ Fields = tuple[Array, ...]
 class Reason(NamedTuple):
     """Why an axis is left whole: a sentence, the operation, the module that called it, and where in the source.
 
-    ``kind`` names what only the user's word frees (``couple(free=…)``): "position" for what is no feature. Empty: nothing does.
+    ``kind`` names what only the user's word frees (``couple(free=…)``): "position" for what is no feature, "statistic" for features over which one is
+    taken. Empty: nothing does.
     ``cure``: what would free it, where that is known.
     """
 
@@ -118,6 +119,8 @@ class Labels:
     reasons: list[Reason] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
     repeated: list[tuple[int, int]] = field(default_factory=list)
+    # (kind, left, right, reason): joined, or locked with a reason that is not -1, unless the kind is freed.
+    conditions: list[tuple[str, Array, Array, int]] = field(default_factory=list)
     _names: dict[bytes, int] = field(default_factory=dict)
     _cache: dict[tuple[int, tuple[int, ...]], tuple[Array, Array]] = field(default_factory=dict)
     _seen: set[tuple[int, int]] = field(default_factory=set)

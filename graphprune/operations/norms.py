@@ -59,4 +59,4 @@ def weight_norm(v, g, dim=0):
     return expr(f"{' '.join(axes)}, {scale} -> {' '.join(axes)}, {scale}", v, g)
 
 
-describe("_weight_norm_interface", planned=True, statistic="sum")
+describe("_weight_norm_interface", planned=True, statistic="norm")

@@ -36,7 +36,7 @@ def var_mean(x, dim=None, *, correction=None, keepdim=False):
     return _reduced(x, dim, keepdim, outs=2)
 
 
-@computes("linalg_vector_norm", "norm", statistic="sum")
+@computes("linalg_vector_norm", "norm", statistic="norm")
 def vector_norm(x, ord=2, dim=None, keepdim=False, **kwargs):
     return _reduced(x, dim, keepdim)
 

@@ -34,6 +34,7 @@ from .paths import following
 from .picks import settle
 from .record import CPU, HERE, META, TORCH, Recorder
 from .sizes import Branch, Doubt, Expr, Size
+from .statistics import hold_statistics
 from .summary import summary
 from .surroundings import undisturbed_surroundings
 from .symbols import channels_of_bare_norms, plant
@@ -438,6 +439,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
     idle = unread(recorder, recorder.nodes + recorder.extra)
     hold(recorder, idle)
+    hold_statistics(labels, recorder.nodes + recorder.extra)
     reason = labels.reason(Reason("an output of the model keeps its size"))
     for value in outputs + others:
         for held in value.fields:

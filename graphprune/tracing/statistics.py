@@ -1,0 +1,177 @@
+"""Statistics over what may be cut: where they change with the number of entries, the axis stays whole unless the user frees it.
+
+Removed entries are zero, and a sum of them is the same with or without. A mean divides by their number, a product of them is zero, a softmax gives them a
+share, and ``cos(x)`` of a removed entry is one. Norms alone take their statistics of what stays: what is divided by a statistic of its own axis is a norm
+(:func:`hold_statistics`). Everything else is left whole, with the reason; ``couple(graph, free=("statistic",))`` lets it go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from ..operations.labels import Array, Labels, Reason
+from ..operations.notation import Expr, Value, meet, parse
+from .features import axis_names
+from .node import Node
+
+STEPS = 12  # calls from a statistic to where it is used
+
+
+def hold_statistics(labels: Labels, nodes: list[Node]) -> None:
+    """Ask of the labels, on condition, that axes stay whole over which a statistic is taken that is neither a sum of zeros nor a norm's."""
+    zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
+    for node in nodes:
+        if not (node.op.statistic or node.op.softmax) or node.rule is None or not _over(node):
+            continue
+        x = node.rule.operands[0]
+        if node.op.statistic in ("sum", "norm") and zeros.known(x):
+            continue
+        if node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs):
+            continue
+        what = "a softmax" if node.op.softmax else "a statistic"
+        reason = labels.reason(Reason(f"{what} over it changes with the number of its entries", node.op.short, node.module, node.where, "statistic"))
+        rule = Expr(re.sub(r"\[(\w+)\]", "_", node.rule.text), node.rule.operands, node.rule.sizes)
+        meet(_OnCondition(labels), rule, [value.shape for value in node.outs], reason)
+
+
+class _OnCondition:
+    """Stands in for the labels: what is joined and locked is noted as a condition."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.marginal, self.joint, self.fresh = labels.marginal, labels.joint, labels.fresh
+
+    def join(self, left: Array, right: Array) -> None:
+        self.labels.conditions.append(("statistic", left, right, -1))
+
+    def lock(self, array: Array, reason: int) -> None:
+        self.labels.conditions.append(("statistic", array, array, reason))
+
+
+def _over(node: Node) -> bool:
+    """Whether a call takes its statistic over an axis that may be cut."""
+    assert node.rule is not None
+    axes = parse(node.rule.text)[0][0]
+    mixed = [dim for dim, names in enumerate(axes) if any(name[0] == "[" for name in names)]
+    return any(field.shape[dim] > 1 for field in node.rule.operands[0].fields for dim in mixed)
+
+
+def _uses(nodes: Iterable[Node]) -> dict[int, list[Node]]:
+    uses: dict[int, list[Node]] = defaultdict(list)
+    for node in nodes:
+        for value in {id(value): value for value in node.held}.values():
+            uses[id(value)].append(node)
+    return uses
+
+
+def _narrow(nodes: Iterable[Node]) -> set[int]:
+    """The values (by id) that are a statistic over an axis that may be cut, or are computed from such ones entry by entry."""
+    found: set[int] = set()
+    for node in nodes:
+        if node.op.statistic and node.rule is not None:
+            made = _over(node)
+        else:
+            labelled = [value for value in node.held if value.fields or id(value) in found]
+            made = (node.op.pointwise or node.op.moves) and bool(labelled) and all(id(value) in found for value in labelled)
+        if made:
+            found.update(map(id, node.outs))
+    return found
+
+
+def _divides(value: Value, inverse: bool, uses: dict[int, list[Node]], narrow: set[int], left: int) -> bool:
+    """Whether all that a statistic is used for is to centre and to divide what has the axis."""
+    return left > 0 and all(_as_norm(node, value, inverse, uses, narrow, left) for node in uses[id(value)])
+
+
+def _as_norm(node: Node, value: Value, inverse: bool, uses: dict[int, list[Node]], narrow: set[int], left: int) -> bool:
+    wide = [other for other in node.held if other is not value and other.fields and id(other) not in narrow]
+    below = node.op.arithmetic == "div" and len(node.held) > 1 and node.held[1] is value
+    if not wide:
+        if not (node.op.pointwise or node.op.moves):
+            return False
+        negative = node.op.zero == "first" and not node.op.arithmetic and any(number < 0 for number in _numbers(node))  # a power
+        inverse ^= node.op.inverts or below or negative
+        return all(_divides(out, inverse, uses, narrow, left - 1) for out in node.outs)
+    if node.op.arithmetic == "sub":
+        return _scaled(node.outs[0], uses, narrow, STEPS // 2)
+    return below or (node.op.arithmetic == "mul" and inverse)
+
+
+def _scaled(value: Value, uses: dict[int, list[Node]], narrow: set[int], left: int) -> bool:
+    """Whether what was centred goes into a statistic of its own, or is divided by one."""
+    for node in uses[id(value)] if left else ():
+        if node.op.statistic or any(id(other) in narrow for other in node.held if other is not value):
+            return True
+        if (node.op.pointwise or node.op.moves) and any(_scaled(out, uses, narrow, left - 1) for out in node.outs):
+            return True
+    return False
+
+
+# -- what is zero where entries are removed ----------------------------------------------------------------------------------------
+
+
+class Zeros:
+    """The values whose removed entries are exactly zero when those of the parameters are."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self.ids: set[int] = set()
+        for node in nodes:
+            if self.keeps(node):
+                self.ids.update(map(id, node.outs))
+
+    def known(self, value: Value) -> bool:
+        return value.zero or id(value) in self.ids
+
+    def keeps(self, node: Node) -> bool:
+        op, first = node.op, node.held[0] if node.held else None
+        if first is None or op.fills or op.softmax or op.statistic == "other":
+            return False
+        if op.norm:
+            norm = node.norm
+            return norm is not None and (norm.weight is not None or (op.norm in ("batch", "rms") and self.known(norm.x)))
+        if op.zero:
+            return self.pointwise(node)
+        if node.products:
+            return self.product(node)
+        if op.pointwise and not op.moves:
+            return False
+        return all(self.known(value) for value in node.held if value.fields)
+
+    def pointwise(self, node: Node) -> bool:
+        axes = {back for out in node.outs for back in _labelled(out)}
+        if node.op.zero == "all":
+            return len(node.held) > 1 and all(self.known(value) and axes <= _labelled(value) for value in node.held)
+        if node.op.zero == "first":
+            return self.known(node.held[0]) and axes <= _labelled(node.held[0]) and all(number > 0 for number in _numbers(node))
+        return axes <= {back for value in node.held if self.known(value) for back in _labelled(value)}
+
+    def product(self, node: Node) -> bool:
+        rule = node.rule
+        if rule is None:
+            return False
+        lefts, rights = parse(rule.text)
+        operands = [(value, _named(value, axes)) for value, axes in zip(rule.operands, lefts, strict=True) if isinstance(value, Value)]
+        bias = node.bias
+        for name in _named(node.outs[0], rights[0]):
+            held = [(value, names) for value, names in operands if value is not bias]
+            if not any(self.known(value) and name in names for value, names in held):
+                return False
+            if bias is not None and not any(value is bias and self.known(value) and name in names for value, names in operands):
+                return False
+        return True
+
+
+def _numbers(node: Node) -> list[float]:
+    return [item for item in (*node.args, *node.kwargs.values()) if type(item) in (int, float)]
+
+
+def _labelled(value: Value) -> set[int]:
+    """The axes that may be cut, counted from the last."""
+    return {dim - field.ndim for field in value.fields for dim, size in enumerate(field.shape) if size > 1}
+
+
+def _named(value: Value, axes: Any) -> set[str]:
+    return {name for field in value.fields for size, dim in zip(field.shape, axes, strict=True) if size > 1 for name in axis_names(dim)}

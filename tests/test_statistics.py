@@ -1,0 +1,107 @@
+"""Statistics over features that go: a sum of zeros stays what it was, norms take theirs of what stays, the rest is whole unless the user frees it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_units import axes, judged, zeros
+from torch import nn
+
+import graphprune
+from graphprune.errors import NothingToPrune
+
+X = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Between(nn.Module):
+    """Linear 8 -> 16, something, Linear 16 -> 4."""
+
+    def __init__(self, does, relu=True):
+        super().__init__()
+        self.up, self.down, self.does, self.relu = nn.Linear(8, 16), nn.Linear(16, 4), does, relu
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.down(self.does(x.relu() if self.relu else x))
+
+
+EXACT = {
+    "sum": lambda h: h * h.sum(1, keepdim=True).sigmoid(),
+    "sum of squares": lambda h: h / (1 + (h**2).sum(1, keepdim=True)),
+    "length": lambda h: F.normalize(h, dim=1),
+    "product with itself": lambda h: h * (h * h.tanh()).sum(1, keepdim=True),
+}
+WHOLE = {
+    "mean": lambda h: h * h.mean(1, keepdim=True),
+    "centred": lambda h: h - h.mean(1, keepdim=True),
+    "product": lambda h: h * (h + 0.5).prod(1, keepdim=True),
+    "logsumexp": lambda h: h - h.logsumexp(1, keepdim=True),
+    "count": lambda h: h / torch.ones_like(h).sum(1, keepdim=True),
+    "softmax": lambda h: h.softmax(1),
+    "softmax by hand": lambda h: h.exp() / h.exp().sum(1, keepdim=True),
+    "sum of cosines": lambda h: h + h.cos().sum(1, keepdim=True),
+    "variance": lambda h: h * h.var(1, keepdim=True),
+    "gate of the mean": lambda h: h * h.mean(1, keepdim=True).sigmoid(),
+}
+NORMS = {
+    "layer norm by hand": lambda h: (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True) + 1e-5).sqrt(),
+    "rms": lambda h: h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-6),
+    "power": lambda h: h * (h.pow(2).mean(1, keepdim=True) + 1e-6).pow(-0.5),
+    "by its mean": lambda h: h / (h.abs().mean(1, keepdim=True) + 1e-6),
+    "deviation first": lambda h: (lambda c: c / (c.square().mean(1, keepdim=True) + 1e-5).sqrt())(h - h.mean(1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("name", list(EXACT))
+def test_sums_of_zeros_are_exact(name):
+    assert axes(judged(Between(EXACT[name]), X), "up.weight") == {0}
+
+
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_other_statistics_leave_the_axis_whole_unless_it_is_freed(name):
+    net = Between(WHOLE[name]).eval()
+    with pytest.raises(NothingToPrune, match="changes with the number of its entries"):
+        graphprune.shrink(net, X.float(), 0.5)
+    graph = graphprune.trace(net, X.float())
+    reason = graphprune.couple(graph).locked["up.weight", 0]
+    assert reason.kind == "statistic"
+    assert [group.size for group in graphprune.couple(graph, free=("statistic",))] == [16]
+
+
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_cutting_them_would_have_been_wrong(name):
+    """The control: the judge disagrees with a cut that the statistic's condition forbids."""
+    net = Between(WHOLE[name]).double().eval()
+    small, plan = graphprune.shrink(Between(nn.Identity()).double().eval(), X, 0.5, return_plan=True)
+    del small
+    with torch.no_grad():
+        assert not torch.allclose(graphprune.apply(net, plan)(X), zeros(net, plan)(X), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", list(NORMS))
+def test_norms_by_hand_take_their_statistics_of_what_stays(name):
+    torch.manual_seed(0)
+    net = Between(NORMS[name], relu=False).double().eval()
+    small, plan = graphprune.shrink(net, X, 0.5, return_plan=True)
+    kept = plan.cuts["up.weight"][0]
+    with torch.no_grad():
+        inner = NORMS[name](net.up(X)[:, kept])
+        assert torch.allclose(small(X), F.linear(inner, net.down.weight[:, kept], net.down.bias), atol=1e-12)
+        assert not torch.allclose(small(X), zeros(net, plan)(X), atol=1e-3)
+
+
+def test_heads_go_where_a_softmax_runs_within_each():
+    class Across(nn.Module):
+        """Attention between the channels of a head."""
+
+        def __init__(self):
+            super().__init__()
+            self.heads, self.qkv, self.out = 4, nn.Linear(8, 48), nn.Linear(16, 3)
+
+        def forward(self, x):
+            b, n, _ = x.shape
+            q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 4, 1)
+            y = (q @ k.mT).softmax(-1) @ v
+            return self.out(y.permute(0, 3, 1, 2).reshape(b, n, -1))
+
+    plan = judged(Across(), torch.randn(2, 5, 8).double())
+    assert len(plan.cuts["qkv.weight"][0]) == 24 and ("", "heads", 2) in plan.edits
