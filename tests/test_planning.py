@@ -340,3 +340,34 @@ def test_the_page_of_shrink_has_few_options():
     assert len(inspect.signature(graphprune.shrink).parameters) <= 20
     text = graphprune.shrink.__doc__
     assert all(re.search(rf"``{name}``", text) for name in inspect.signature(graphprune.shrink).parameters if name != "model")
+
+
+def test_what_others_register_is_refused_when_it_does_not_fit():
+    with pytest.raises(UnknownName, match="there are granularity, repair, runtime, score"):
+        graphprune.register("target", "energy", "joules", lambda: 0)
+    for wrong in ({"kind": "runtime", "name": "a:b", "line": "x"}, {"kind": "runtime", "name": "mine", "line": "two\nlines"}):
+        with pytest.raises(BadOption, match="one line"):
+            graphprune.register(**wrong, function=print)
+    with pytest.raises(BadOption, match="cannot be called"):
+        graphprune.register("runtime", "mine", "a number", 3)
+    with pytest.raises(BadOption, match="needs"):
+        scores.register("mine", "nothing", needs="luck")(lambda task: [])
+    with pytest.raises(BadOption, match="already"):
+        graphprune.register("repair", "bn", "another", print)
+    with pytest.raises(BadOption, match="quick"):
+        graphprune.register("runtime", "mine", "a call", print, quick=True)
+
+
+def test_a_kind_that_returns_no_groups_is_said():
+    from graphprune.catalogue import forget
+
+    for name, found in {"names": lambda groups: ["first"], "beyond": lambda groups: [99]}.items():
+        graphprune.register("granularity", name, "for this test", found)
+        with pytest.raises(BadOption, match="group"):
+            graphprune.shrink(MLP, X, what=name)
+        forget("granularity", name)
+    graphprune.register("repair", "worse", "zeros everywhere", lambda small, original, batches: [p.zero_() for p in small.parameters()])
+    batches = [torch.randn(16, 4) for _ in range(4)]
+    small, plan = graphprune.shrink(MLP, X, repair=Repair(batches, "worse"), return_plan=True)
+    assert "not kept" in plan.lines[-1] and small[0].weight.any()
+    forget("repair", "worse")

@@ -17,7 +17,7 @@ Each step keeps its result only where it is no worse on calibration kept out of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,16 +25,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..catalogue import enter
+from ..catalogue import enter, entry, open_to_others
+from ..catalogue import names as listed_names
 from ..cutting.plan import Plan, plan_of
-from ..errors import BadCalibration, UnknownName
+from ..errors import BadCalibration, BadOption, UnknownName
 from ..options import Repair
 from ..tracing.fused import gathered
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors
 from .calibration import example, listed, parts, running, waiting
 from .closed import STEPS as CLOSED
-from .closed import WEIGHTS, Closed
+from .closed import WEIGHTS, Closed, distance
 from .effect import effect
 from .fitting import Repaired, idle
 from .free import STEPS as FREE
@@ -115,6 +116,7 @@ def repair(
         closed = Closed(original, result, graph, plan, names, fits, checks, target, rows, room, progress)
         with torch.no_grad(), running():
             done = closed.run(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
+            done += [_own(name, original, result, fits, checks) for name in names if _is_own(name)]
             learned = [one for name in learning for one in imitate(original, result, name, fits, checks, progress)]
             if learned and checks and not any(one.kept for one in learned):
                 refill(result, small)
@@ -178,9 +180,35 @@ def _named(steps: str | Sequence[str] | None) -> tuple[str, ...]:
         raise UnknownName(f"repair={steps!r}: 'none' stands alone")
     names = tuple(dict.fromkeys(one for name in _written(steps) for one in SETS.get(name, (name,))))
     for name in names:
-        if name not in STEPS:
-            raise UnknownName(f"no repair named {name!r}; there are auto, data-free, none, {', '.join(STEPS)}")
+        if name not in STEPS and not _is_own(name):
+            raise UnknownName(f"no repair named {name!r}; there are {', '.join(listed_names('repair'))}")
     return names
+
+
+@open_to_others("repair")
+def _enter(name: str, line: str, function: Callable[[nn.Module, nn.Module, list], Any]) -> None:
+    """From outside: ``function(small, original, batches)`` changes the weights of ``small``; what it did stays where it helps on batches kept out."""
+    if name in (*STEPS, *SETS, "none"):
+        raise BadOption(f"there is a repair {name!r} already; give yours another name")
+    enter("repair", name, line, function, own=True)
+
+
+def _is_own(name: str) -> bool:
+    return name in listed_names("repair") and entry("repair", name).facts.get("own", False)
+
+
+def _own(name: str, original: nn.Module, small: nn.Module, fits: list, checks: list) -> Repaired:
+    """A step of somebody else's, kept where the outputs come no further from the original's."""
+    function = entry("repair", name).function
+    assert function is not None
+    before = distance(original, small, checks or fits)
+    old = {leaf: tensor.detach().clone() for leaf, _, _, tensor in leaf_tensors(small)}
+    function(small, original, fits)
+    after = distance(original, small, checks or fits)
+    better = after <= before
+    for leaf, _, _, tensor in leaf_tensors(small) if not better else ():
+        tensor.copy_(old[leaf])
+    return Repaired(name, "outputs of the model", before, after, better)
 
 
 def _written(steps: str | Sequence[str]) -> tuple[str, ...]:

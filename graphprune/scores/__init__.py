@@ -28,7 +28,7 @@ from .norm import filter_norm, group_norm, l1, l2, lamp, linf, product
 from .normalise import kind, normalise
 from .others import ensemble, random
 from .reconstruct import lasso, leverage, obs, pivoted_qr, thinet
-from .registry import SCORES, OnData, Score, accepts, checked, named, on
+from .registry import SCORES, OnData, Score, accepts, checked, named, on, register
 from .similar import fpgm, redundancy
 from .start import grasp, snip, synflow
 from .task import Scores
@@ -38,7 +38,8 @@ Criterion = str | Score | OnData | Callable[..., Scores]
 __all__ = [
     "Criterion", "OnData", "SCORES", "Score", "Scores", "activation", "apoz", "bn_scale", "chip", "ensemble", "entropy", "filter_norm", "fisher", "flap",
     "fpgm", "grasp", "group_fisher", "group_norm", "hrank", "kind", "l1", "l2", "lamp", "lasso", "leverage", "linf", "mask_fisher", "named", "normalise", "obd",
-    "obs", "on", "pivoted_qr", "product", "random", "redundancy", "score", "snip", "synaptic", "synflow", "taylor", "taylor_gate", "thinet", "wanda_sp",
+    "obs", "on", "pivoted_qr", "product", "random", "redundancy", "register", "score",
+    "snip", "synaptic", "synflow", "taylor", "taylor_gate", "thinet", "wanda_sp",
 ]  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..catalogue import enter
+from ..catalogue import enter, forget, open_to_others  # noqa: F401  (forget: the example of register)
+from ..catalogue import register as register_any
 from ..coupling.groups import Groups
 from ..errors import BadLoss, BadOption, BadScore, NeedsBatches, UnknownName
 from .data import Data, undisturbed
@@ -143,6 +144,33 @@ def scorer(family: str, line: str, reference: str, *, needs: str = "nothing", co
         return found
 
     return entered
+
+
+@open_to_others("score")
+def _enter(name: str, line: str, function: Callable[..., Scores], *, source: str = "your own", needs: str = "nothing", cost: str = "unknown") -> None:
+    if needs not in NEEDS:
+        raise BadOption(f"needs is {needs!r}; a score needs one of {', '.join(NEEDS)}")
+    SCORES[name] = Score(name, "own", line, source, needs, cost, function)
+    enter("score", name, f"{line} ({source})", SCORES[name])
+
+
+def register(name: str, formula: str, source: str = "your own", needs: str = "nothing", function: Callable[..., Scores] | None = None) -> Any:
+    """Offer a score under a name: ``function(task, **options)`` returns a float64 tensor (units,) for every group, larger means more important.
+
+    Used as a decorator. ``task.groups`` are the groups, ``task.parameters`` the weights by name, ``task.total({name: tensor}, over, by)`` sums entry by entry
+    over the slices of every unit (``over``: "all", "produces", "consumes" or "passes"), ``task.data`` the batches. ``needs`` is "nothing", "inputs" or "loss".
+    Raises :class:`~graphprune.errors.BadOption`; ``docs/own-score.md`` shows one.
+
+    >>> @register("half_l1", "half the sum of the absolute weights")
+    ... def half_l1(task):
+    ...     return task.total(task.parameters, by=lambda weight: weight.abs() / 2)
+    >>> named("half_l1").needs
+    'nothing'
+    >>> forget("score", "half_l1"); _ = SCORES.pop("half_l1")
+    """
+    if function is None:
+        return lambda function: register(name, formula, source, needs, function)
+    return register_any("score", name, formula, function, source=source, needs=needs)
 
 
 def named(name: str) -> Score:
