@@ -86,7 +86,8 @@ class _Amended:
         if node.reduces and any(masks.kept(value) for value in node.held):
             held = {id(value): tensor for value, tensor in zip(node.held, given, strict=True)}
             for tensor, better in zip(results, _call(node, held, masks, results[0].device), strict=True):
-                tensor.copy_(better)
+                if tensor.shape == better.shape:  # not the statistics that a norm in training hands back beside its result: they have no labels, and no reader
+                    tensor.copy_(better)
         for value, tensor in zip(node.outs, results, strict=True) if broken else ():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 tensor.copy_(_filled(tensor, masks.kept(value)))
