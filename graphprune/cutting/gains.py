@@ -191,10 +191,10 @@ def _unmoved(value: Value, maker: Mapping[int, tuple[int, Node] | None]) -> Valu
 
 def _written(graph: Graph, root: Array, weight: Value, nodes: list[Node]) -> Gain | None:
     """The calls as data, or None where one of them is not of those that a plan may hold."""
-    names = {id(leaf): name for name, leaf in graph.leaves.items()}
     made = {id(value): (at, out) for at, node in enumerate(nodes) for out, value in enumerate(node.outs)}
     if not any(node.op.statistic or node.products for node in nodes) or not all(node.op.planned for node in nodes):
         return None
+    names = {id(leaf): name for name, leaf in graph.leaves.items()}
 
     def write(item: Any) -> Any:
         if isinstance(item, Value):
