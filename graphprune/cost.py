@@ -232,11 +232,10 @@ def costs(groups: Groups, more: Mapping[str, Callable[[Lengths], Part]] | None =
 
 def priced(groups: Groups, more: Mapping[str, Callable[[Lengths], Part]]) -> Costs:
     """:func:`costs`, made once for equal groups of one graph, however often it is coupled and asked."""
-    known = groups.graph.__dict__.setdefault("priced", {})
-    key = (groups.key, *more.items())
-    if key not in known:
-        known[key] = costs(groups, more)
-    return known[key]
+    derived, key = groups.graph.derived, ("costs", groups.key, *more.items())
+    if key not in derived:
+        derived[key] = costs(groups, more)
+    return derived[key]
 
 
 Term = tuple[float, tuple[int, ...]]

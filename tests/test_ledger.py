@@ -1,5 +1,6 @@
 """Costs kept up to date step by step are those of the widths; the steps are those of a search that prices everything anew."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,11 @@ from test_budget import chain, coupled
 from test_exact import X
 from torch import nn
 
+from graphprune.budget.bound import bound
 from graphprune.budget.choose import fit
 from graphprune.budget.descent import Peaks, Search, descend
 from graphprune.budget.ledger import Ledger
-from graphprune.budget.optimal import losses_of
+from graphprune.budget.optimal import complete, losses_of
 from graphprune.budget.problem import Problem
 from graphprune.budget.space import Choice, Space, space
 from graphprune.budget.targets import limits
@@ -224,3 +226,26 @@ def test_widths_are_rounded_up_to_levels_all_at_once():
             enough = (choice.levels >= expected[list(choice.members)]).all(axis=1)
             expected[list(choice.members)] = choice.levels[max(int(enough.sum()) - 1, 0)]
         assert np.array_equal(allowed.aligned(np.array(counts)), expected)
+
+
+@pytest.mark.parametrize("asked", [{"macs": 0.5}, {"params": 0.4}, {"memory": 0.75}, {"params": 0.6, "macs": 0.5}], ids=str)
+@pytest.mark.parametrize("net", ["chain", "dense", "branches"])
+def test_no_widths_within_the_limits_lose_less_than_the_bound(net, asked):
+    nets = {"chain": chain(10, 12, 14), "dense": (Dense(3), torch.randn(1, 8)), "branches": (Branches(3), torch.randn(1, 6))}
+    problem = problem_of(*nets[net], asked)
+    least = complete(problem)
+    loss = lambda at: sum(float(each[level]) for each, level in zip(problem.losses, at, strict=True))  # noqa: E731
+    steps = descend(problem)
+    for at in (least, steps, np.zeros_like(least), problem.allowed.ends):  # the tangent at any widths is a bound
+        assert bound(problem, at) <= loss(least) * (1 + 1e-9)
+    assert bound(problem, least) > (0.05 if "memory" in asked else 0.5) * loss(least)  # and says something
+    wrong = replace(problem, limits={name: 0.7 * limit for name, limit in problem.limits.items()})
+    assert bound(wrong, least) > loss(least)  # the control: that of tighter limits does not hold here
+
+
+@pytest.mark.parametrize("count", [20, 60])
+def test_step_by_step_is_near_the_bound_on_large_spaces(count):
+    problem = problem_of(nn.Sequential(nn.Linear(4, 24), nn.ReLU(), deep(count, 24)[0], nn.Linear(24, 2)), torch.randn(1, 4), {"macs": 0.5})
+    at = descend(problem)
+    loss = sum(float(each[level]) for each, level in zip(problem.losses, at, strict=True))
+    assert bound(problem, at) <= loss <= 1.05 * bound(problem, at)

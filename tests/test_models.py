@@ -65,7 +65,7 @@ ORDER = {
         __init__ attempts""",
     "cutting": "parts gains outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
     "formats": "atomic folder closing config huggingface recipe",
-    "budget": "targets space ledger problem descent optimal choose",
+    "budget": "targets space ledger problem bound descent optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",

@@ -5,8 +5,11 @@ the group's units: errors of layers add up in this measure, it is convex, and it
 scores, so groups of different kinds can be compared. From the widest allowed widths on, the step with the smallest
 loss per saved cost is taken until the limits hold. A saving is the difference in the limits' own units, all that a step
 takes along included, so channels coupled through residual connections count with everything they save. Each step follows
-from those before it and not from the limit: under one limit, a larger budget keeps all that a smaller one does. Spaces
-of up to 20,000 width vectors are searched completely.
+from those before it and not from the limit: under one limit, a larger budget keeps all that a smaller one does.
+
+What it guarantees: limits hold exactly. Spaces of up to 20,000 width vectors are searched completely, so no widths lose less.
+Larger ones are not: there the steps are greedy, and :func:`graphprune.budget.bound.bound` says how far from the best they can be
+(a loss that no widths within the limits go below; chains of 20 and of 60 equal layers at half the MACs end within 5 % of it).
 
 How much ``time`` counts (0 to 1) bends that price towards the fastest widths that still use the limit up. With what a step
 loses of the score, of the limit and of the predicted time, its price is (score / limit)^(1 - time) x (limit / time)^time: at 0

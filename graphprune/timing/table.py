@@ -166,10 +166,10 @@ def shared(graph: Graph, runtime: str, threads: int | None) -> Table:
     search would find only one of the two answers (and other alignments than this one)."""
     device = next((held.device for held in tensors(graph.example, torch.Tensor)), torch.device("cpu"))
     threads = threads or torch.get_num_threads()
-    tables, key = graph.__dict__.setdefault("tables", {}), (runtime, threads)
-    if key not in tables:
-        tables[key] = Table(device, runtime, threads)
-    return tables[key]
+    key = ("table", runtime, threads)
+    if key not in graph.derived:
+        graph.derived[key] = Table(device, runtime, threads)
+    return graph.derived[key]
 
 
 def described(node: Node) -> tuple[str, list[str]]:

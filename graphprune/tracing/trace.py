@@ -109,6 +109,8 @@ class Graph:
     def __repr__(self) -> str:
         return f"<Graph: {len(self.nodes)} calls, {len(self.leaves)} tensors, {self.labels.count} labels>"
 
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # costs and tables that were made for it; they go with it
+
     def to_networkx(self) -> Any:
         """The dependency graph: one node per call (with its operation, module and line), one edge per tensor."""
         import networkx
