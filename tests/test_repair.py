@@ -3,6 +3,7 @@
 import copy
 import importlib
 import sys
+import warnings
 
 import pytest
 import torch
@@ -315,6 +316,29 @@ def test_few_rows_warn_and_unknown_steps_are_named():
         graphprune.repair(small, net, plan, [torch.randn(16, 4)], ["magic"])
     with pytest.raises(BadCalibration, match="needs calibration"):
         graphprune.shrink(net, torch.randn(1, 4, dtype=F64), repair=["bn"])
+
+
+@pytest.mark.parametrize("depth", [2, 5, 12])
+def test_little_calibration_is_one_warning_however_many_layers(depth):
+    net = nn.Sequential(nn.Linear(4, 40), *(each for _ in range(depth) for each in (nn.ReLU(), nn.Linear(40, 40))), nn.ReLU(), nn.Linear(40, 3)).double()
+    for call in (
+        lambda: graphprune.shrink(net, torch.randn(1, 4, dtype=F64), repair=graphprune.Repair([torch.randn(16, 4, dtype=F64)], "least-squares")),
+        lambda: graphprune.repair(*_cut(net), [torch.randn(16, 4, dtype=F64)]),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        texts = [str(warning.message) for warning in caught if "calibration rows" in str(warning.message)]
+        assert len(texts) == 1 and f"and {depth} more weights" in texts[0]
+    with warnings.catch_warnings(record=True) as caught:  # the control: enough of it
+        warnings.simplefilter("always")
+        graphprune.shrink(net, torch.randn(1, 4, dtype=F64), repair=graphprune.Repair([torch.randn(256, 4, dtype=F64)], "least-squares"))
+    assert not [warning for warning in caught if "calibration rows" in str(warning.message)]
+
+
+def _cut(net):
+    small, plan = graphprune.shrink(net, torch.randn(1, 4, dtype=F64), return_plan=True)
+    return small, net, plan
 
 
 def test_of_two_equal_channels_one_costs_nothing_at_the_output():

@@ -37,7 +37,7 @@ from .calibration import example, listed, parts, running, waiting
 from .closed import STEPS as CLOSED
 from .closed import WEIGHTS, Closed, distance
 from .effect import effect
-from .fitting import Repaired, idle
+from .fitting import Repaired, idle, warn_scarce
 from .free import STEPS as FREE
 from .imitation import DISTANCES, imitate, teachable
 
@@ -121,6 +121,7 @@ def repair(
             if learned and checks and not any(one.kept for one in learned):
                 refill(result, small)
                 done = closed.run(again=True)
+        warn_scarce(closed.scarce)
     done += learned + [idle(name, "the model has nothing for it to do") for name in _written(steps) if name not in {*SETS, *_did(done + learned)}]
     found = replace(plan, lines=(*plan.lines, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Closed:
     rows: int
     room: float
     progress: bool
+    scarce: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def run(self, again: bool) -> list[Repaired]:
         """``again``: at last on all inputs, so that those kept out of the fits have been seen by the model too."""
@@ -46,7 +47,7 @@ class Closed:
         weights = sorted((name for name in self.names if name in WEIGHTS), key="censored".__eq__)  # which others would undo
         done = repair_free(self.original, self.small, self.graph, self.plan, free, self.checks or self.fits) if free else []
         if weights:
-            setting = Setting(tuple(weights), self.target, self.rows, self.room, again)
+            setting = Setting(tuple(weights), self.target, self.rows, self.room, again, self.scarce)
             done += repair_weights(self.original, self.small, self.graph, self.plan, self.fits, self.checks, setting, self.progress)
         return done + (self._statistics(again) if "bn" in self.names else [])
 

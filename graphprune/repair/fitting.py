@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -58,6 +58,7 @@ class Setting:
     rows: int = 16384
     waiting: float = 1.0
     again: bool = True
+    scarce: dict[str, tuple[int, int]] = field(default_factory=dict)  # weights that saw no more rows than they have inputs: both numbers
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ class Weights:
             self.tight[site.bias].copy_(bias)
 
 
+def warn_scarce(scarce: Mapping[str, tuple[int, int]]) -> None:
+    """One warning for all weights with little calibration, about the one that has least of it."""
+    if scarce:
+        name, (rows, inputs) = min(scarce.items(), key=lambda item: item[1][0] / item[1][1])
+        others = f", and {len(scarce) - 1} more weights with no more rows than inputs" if len(scarce) > 1 else ""
+        warn(f"{name}: {rows} calibration rows for {inputs} inputs{others}; the ridge decides, more calibration would do better")
+
+
 def fit(weights: Weights, site: Site, data: Seen, check: Seen, setting: Setting) -> list[Repaired]:
     """The steps, one by one; each is kept where it does not do worse on the part kept out."""
     known = data.moments
@@ -141,7 +150,7 @@ def fit(weights: Weights, site: Site, data: Seen, check: Seen, setting: Setting)
     if float(known.xx.diagonal(dim1=1, dim2=2).abs().max()) == 0:
         raise BadCalibration(f"calibration gives the same input everywhere at {site.weight}; give varied batches")
     if {"least-squares", "censored"} & set(setting.steps) and known.count <= known.xx.shape[1]:
-        warn(f"{site.weight}: {known.count} calibration rows for {known.xx.shape[1]} inputs; the ridge decides, more calibration would do better")
+        setting.scarce[site.weight] = known.count, known.xx.shape[1]
     now, kept, done = (weight, bias), [], []
     for step in setting.steps:
         fits = [(make(data, now, TRIAL), make) for make in _makers(site, step, data)]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..budget.targets import Aims, stays
 from ..cost import Costs, priced
@@ -160,6 +161,11 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
     ``propose`` plans under a limit on predicted time. Raises :class:`~graphprune.errors.BadTarget` when the narrowest
     widths are not fast enough, and :class:`~graphprune.errors.BadMeasure`.
     """
+    with tqdm(total=ATTEMPTS, desc="search: timing the operations", leave=False, disable=None) as shown:
+        return _search(model, graph, aims, propose, scope, shown)
+
+
+def _search(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str, shown: tqdm) -> Plan:
     watch = Stopwatch(model, graph, aims)
     table = watch.table
     with using_threads(watch.threads):
@@ -182,6 +188,8 @@ def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: s
         point = pooled(now, math.log(timing.share))
         learnt = learnt.told(point)
         points.append((point.predicted, point.measured))
+        shown.set_description(f"search: {aims.asked} asked, {1 / timing.share:.2f}x measured", refresh=False)
+        shown.update(1)
         error = max(abs(math.exp(point.measured) / target - 1), abs(timing.share / target - 1) - TOLERANCE)
         if wanted >= 0 and timing.share <= target:
             error = 0.0  # no faster than the original was asked for

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..errors import BadMeasure
 from ..tracing.trees import normal_inputs, replace, tensors
 from .runtimes import Call, evaluating, prepare
 
 Clock = Callable[[Call, int], float]
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of at most {total:.1f} s"
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,14 @@ def measure(
     memory_format: torch.memory_format | None = None,
     seconds: float = 10.0,
     tolerance: float = 0.01,
+    progress: bool = True,
 ) -> Measurement:
     """Time ``model`` (and ``reference``, interleaved) on the example, in eval mode and without gradients.
 
     Goes on until the band is within ``tolerance`` of the value or ``seconds`` are used up (at least five rounds).
     ``threads=None`` leaves torch's setting; ``memory_format`` converts copies of both models and of four-dimensional
-    inputs. Raises :class:`~graphprune.errors.BadMeasure` when a runtime is missing or refuses the model.
+    inputs. ``progress`` shows a bar where it takes more than two seconds and a person may be looking.
+    Raises :class:`~graphprune.errors.BadMeasure` when a runtime is missing or refuses the model.
 
     >>> wide, slim = nn.Linear(512, 512), nn.Linear(512, 64)
     >>> found = measure(slim, torch.zeros(64, 512), wide, threads=1, seconds=0.2)
@@ -98,7 +102,8 @@ def measure(
     with using_threads(threads), evaluating(models[0]), evaluating(models[-1]):
         calls = [prepare(each, args, kwargs, runtime, threads) for each in models]
         name, clock = clock_for(device, torch.get_num_threads())
-        found = interleave(calls if reference is None else [calls[1], calls[0], calls[1]], clock, seconds, tolerance)
+        with timer("measure", seconds, progress) as tick:
+            found = interleave(calls if reference is None else [calls[1], calls[0], calls[1]], clock, seconds, tolerance, tick=tick)
         used = torch.get_num_threads()
     mine = found[:, 1 if reference is not None else 0]
     low, middle, high = (float(q) for q in np.quantile(mine, (0.25, 0.5, 0.75)))
@@ -127,7 +132,14 @@ Enough = Callable[[np.ndarray], bool]
 
 
 def interleave(
-    calls: Sequence[Call], clock: Clock, seconds: float, enough: Enough | float, least: int = 5, warm: bool = True, chained: bool = False
+    calls: Sequence[Call],
+    clock: Clock,
+    seconds: float,
+    enough: Enough | float,
+    least: int = 5,
+    warm: bool = True,
+    chained: bool = False,
+    tick: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Seconds per call, one row for each round, until ``enough`` (a function of the rows, or the share within which the
     band of the first two must be) or until ``seconds`` are used up.
@@ -156,7 +168,22 @@ def interleave(
         if not all(math.isfinite(each) and each > 0 for each in row):
             raise BadMeasure("the clock returned zero or less; time more work per call (a larger batch)")
         rows.append(row)
+        if tick is not None:
+            tick()
     return np.array(rows)
+
+
+@contextmanager
+def timer(name: str, seconds: float, progress: bool) -> Iterator[Callable[[], None]]:
+    """A bar that fills in ``seconds`` at most, shown after two of them where a person may be looking; a function that moves it on."""
+    start = time.perf_counter()
+    with tqdm(total=round(seconds, 1), desc=name, delay=2, leave=False, unit="s", disable=None if progress else True, bar_format=BAR) as shown:
+
+        def tick() -> None:
+            shown.n = round(min(seconds, time.perf_counter() - start), 1)
+            shown.refresh() if time.perf_counter() - start > 2 else None
+
+        yield tick
 
 
 def _settled(rows: np.ndarray, tolerance: float) -> bool:
