@@ -174,7 +174,10 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise BadModel("the model is scripted (torch.jit); shrink the nn.Module it was made from")
     if not isinstance(model, nn.Module):
-        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed")
+        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed{_inner(model)}")
+    call = getattr(type(model).__call__, "__module__", "") or ""
+    if type(model).__call__ is not nn.Module.__call__ and not call.startswith("torch.") and _inner(model):
+        raise BadModel(f"the model is a {type(model).__name__}, which is called in its own way (it has a __call__ of its own){_inner(model)}")
     if hasattr(model, "_orig_mod"):
         raise BadModel("the model is compiled; shrink model._orig_mod and compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -189,6 +192,16 @@ def check_model(model: Any) -> None:
             raise BadModel(f"{name or 'the model'} is quantised; shrink the floating-point model and quantise the result")
     if len(devices) > 1:
         raise BadModel(f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
+
+
+def _inner(holder: Any) -> str:
+    """Which modules an object holds, in words, where it holds any."""
+    children = {**getattr(holder, "__dict__", {}), **getattr(holder, "__dict__", {}).get("_modules", {})}
+    inner = [f".{name} ({type(value).__name__})" for name, value in children.items() if isinstance(value, nn.Module)]
+    if not inner:
+        return ""
+    first = inner[0].partition(" ")[0]
+    return f"; it holds {'one' if len(inner) == 1 else 'several'} in {', '.join(inner[:4])}: shrink that, and put it back (x{first} = shrink(x{first}, …))"
 
 
 def _quantised(kind: type) -> bool:

@@ -1,0 +1,63 @@
+"""What holds a model without being one is told from it, and the error names where the model is."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+import graphprune
+from graphprune.errors import BadModel
+
+X = torch.zeros(1, 4)
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+class Pipeline:
+    def __init__(self):
+        self.name, self.network = "pipeline", net()
+
+
+class Pair:
+    def __init__(self):
+        self.encoder, self.decoder = net(), net()
+
+
+class Tool(nn.Module):
+    """Called with a file name, say, and returns results."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = net()
+
+    def __call__(self, source, **options):
+        return [self.model(torch.as_tensor(source))]
+
+
+class Child(Tool):
+    def forward(self, x):
+        return self.model(x)
+
+
+HOLDERS = [
+    (Pipeline, r"\.network \(Sequential\)"),
+    (Pair, r"several in \.encoder .*, \.decoder"),
+    (Tool, r"\.model \(Sequential\): shrink that"),
+    (Child, r"\.model"),
+]
+
+
+@pytest.mark.parametrize(("holder", "words"), HOLDERS)
+def test_the_inner_module_is_named(holder, words):
+    for call in (graphprune.shrink, graphprune.plan):
+        with pytest.raises(BadModel, match=words):
+            call(holder(), X)
+
+
+def test_what_holds_none_says_so_and_what_is_a_model_passes():
+    for empty in (3, "net.pt", {"weight": X}, lambda x: x):
+        with pytest.raises(BadModel, match=r"an nn.Module is needed$"):
+            graphprune.shrink(empty, X)
+    for model in (net(), fx.symbolic_trace(net()), nn.Sequential(net())):
+        assert sum(p.numel() for p in graphprune.shrink(model, X).parameters()) < sum(p.numel() for p in model.parameters())
