@@ -52,6 +52,8 @@ def shrink(
     widths: Widths | Mapping[Any, int] | None = None,
     repair: Repair | Iterable | str | None = None,
     example_kwargs: dict | None = None,
+    examples: Sequence[Any] = (),
+    outputs: Any = None,
     inplace: bool = False,
     return_plan: bool = False,
     verify: bool = True,
@@ -59,6 +61,9 @@ def shrink(
     """A smaller model, of the same class, that computes what ``model`` computes with the removed units set to zero.
 
     - ``example_input``: a tensor, a tuple (positional) or a dict (keyword) that the model can be called with.
+    - ``examples``: further ones that must hold too: other lengths, another batch size, or functions ``(model) -> result`` (another method).
+    - ``outputs``: which parts of what ``model`` returns keep their size (by default all): a name (``"logits"``), an index, a predicate ``(path, tensor) ->
+      bool``, or several; the rest may shrink (states, feature maps that nobody reads).
     - ``ratio``: the share of units removed in every group, 0 <= ratio < 1 (default 0.5, and 0 when a target is given), or text (``"30%"``).
     - ``params``, ``macs``, ``size`` (bytes of the weights), ``memory`` (peak bytes of the activations): upper limits, which hold together. A float up to 1 is
       the share of the original that may stay, a larger number is absolute, text says its unit: ``macs=0.5``, ``params="1M"``, ``size="5 MB"``.
@@ -96,7 +101,7 @@ def shrink(
     if score is None:  # with inputs to learn from, and a budget to spend, what loses least
         score = AUTO if repairs is not None and any(value is not None for value in targets.values()) else "l2"
     request = ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths, inplace=inplace)
-    graph = trace(model, example_input, example_kwargs)
+    graph = trace(model, example_input, example_kwargs, outputs=outputs, examples=examples)
     request = settled(graph, model, request if verify else replace(request, proof="calls"), repairs)
     chosen = expressed(graph, model, request, decide)
     chosen, small = proved(graph, model, request, chosen) if verify else (chosen, apply(model, chosen))
@@ -129,6 +134,8 @@ def plan(
     keep: Sequence[Any] | str = (),
     widths: Widths | Mapping[Any, int] | None = None,
     example_kwargs: dict | None = None,
+    examples: Sequence[Any] = (),
+    outputs: Any = None,
 ) -> Plan:
     """What :func:`shrink` would do, as a plan, without cutting anything: ``graphprune.apply(model, plan)`` does it.
 
@@ -143,7 +150,7 @@ def plan(
     check_model(model)
     targets = {"params": params, "macs": macs, "size": size, "memory": memory, "latency": latency, "speedup": speedup}
     request = replace(ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths), proof="calls")
-    graph = trace(model, example_input, example_kwargs)
+    graph = trace(model, example_input, example_kwargs, outputs=outputs, examples=examples)
     chosen = expressed(graph, model, request, decide)
     disappointments(graph, model, chosen, request)
     return chosen

@@ -67,6 +67,10 @@ def walk(model: nn.Module, plan: Plan, asked: Examples, training: bool = False) 
     return results
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or tensor.layout is not torch.strided or bool(tensor.isfinite().all())
+
+
 class _Amended:
     """Makes each call of a run that takes statistics over a cut axis anew, over what stays of it."""
 
@@ -77,7 +81,7 @@ class _Amended:
     def __call__(self, recorder: Any, node: Any, given: list[torch.Tensor], results: list[torch.Tensor]) -> None:
         self.made = self.made or _Made(recorder, self.model, self.plan)
         whole = self.made.after(node)
-        broken = any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in results)
+        broken = not all(map(_finite, results))
         if not node.reduces and not broken and not whole:
             return
         masks = Masks(recorder, self.plan)
@@ -89,7 +93,7 @@ class _Amended:
                 if tensor.shape == better.shape:  # not the statistics that a norm in training hands back beside its result: they have no labels, and no reader
                     tensor.copy_(better)
         for value, tensor in zip(node.outs, results, strict=True) if broken else ():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if not _finite(tensor):
                 tensor.copy_(_filled(tensor, masks.kept(value)))
 
 
@@ -206,7 +210,7 @@ def replayed(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tens
         results = _call(node, held, masks, device)
         for value, tensor in zip(node.outs, results, strict=True):
             tensor = filled[id(value)].clone() if id(value) in filled else tensor
-            held[id(value)] = _filled(tensor, masks.kept(value)) if tensor.is_floating_point() and not tensor.isfinite().all() else tensor
+            held[id(value)] = _filled(tensor, masks.kept(value)) if not _finite(tensor) else tensor
         for value, tensor in made.after(node):
             held[id(value)] = _filled(tensor, masks.kept(value), everything=True)
         yield [held[id(value)] for value in node.outs]

@@ -314,7 +314,7 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
     2
     """
     example = normal_inputs(example_input, example_kwargs)
-    others = tuple(each if callable(each) and not isinstance(each, torch.Tensor) else normal_inputs(each, example_kwargs) for each in examples)
+    others = tuple(each if callable(each) else normal_inputs(each, example_kwargs) for each in examples)
     with RUNNING, same_dice():
         return _traced(model, Examples(example, outputs, others))
 
