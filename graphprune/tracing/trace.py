@@ -164,7 +164,8 @@ PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, DATA, DEVICE, CALL = range
 # Calls by their name: those that give out sizes, those that give plain numbers made of them, those by which values leave torch.
 KINDS = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR, "__len__": PLAIN, "stride": PLAIN, "numpy": LEAVES, "tolist": LEAVES, "__array__": LEAVES}
 PROPERTIES = {("__get__", torch.Tensor.shape): SHAPE, ("__get__", torch.Tensor.nbytes): PLAIN}
-PROPERTIES |= {("__set__", torch.Tensor.data): DATA, ("__get__", torch.Tensor.device): DEVICE}
+PROPERTIES |= {("__set__", torch.Tensor.data): DATA, ("__get__", torch.Tensor.device): DEVICE, ("__get__", torch.Tensor.is_cpu): DEVICE}
+ANSWERS = {torch.Tensor.device: CPU, torch.Tensor.is_cpu: True}  # of a model on the processor
 
 
 @lru_cache(maxsize=4096)
@@ -223,7 +224,7 @@ class Functions(TorchFunctionMode):
         if kind == GET:
             return result
         if kind == DEVICE:
-            return CPU if self.home and result.type == "meta" else result  # code that asks takes the path that it takes with values
+            return ANSWERS[func.__self__] if self.home and args[0].is_meta else result  # code that asks takes the path that it takes with values
         if kind == SHAPE:
             return self.sizes(args[0], result)
         if kind == SIZE and args:
