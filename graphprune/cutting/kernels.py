@@ -22,10 +22,11 @@ from ..errors import BadPlan
 from .parts import Part, narrowed, unpack
 
 Pads = tuple[tuple[int, int], ...]
+Conv = nn.modules.conv._ConvNd
 CONVOLVE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
-class Shifted:
+class Shifted(Conv):
     """A convolution whose padding differs before and after: ``pads`` holds both per axis; a negative one crops."""
 
     pads: Pads
@@ -60,7 +61,7 @@ def plain(module: nn.Module) -> bool:
     return type(module) in (*SHIFTED, *SHIFTED.values())
 
 
-def pads_of(conv: nn.Module) -> Pads:
+def pads_of(conv: Conv) -> Pads:
     """Zeros before and after along each axis of the input (of what ``padding_mode`` has padded, if it is another)."""
     if isinstance(conv, Shifted):
         return conv.pads
@@ -80,12 +81,15 @@ def steps(kept: Sequence[int]) -> int | None:
     return gaps.pop() if len(gaps) == 1 else None if gaps else 1
 
 
-def narrow(conv: nn.Module, kept: Sequence[Sequence[int]]) -> None:
+def narrow(conv: Conv, kept: Sequence[Sequence[int]]) -> None:
     """Change a convolution, in place, to the kernel of the kept taps along each axis; its weight is cut already, or here."""
     pads, dilation = [], []
     for taps, size, old, (before, after) in zip(kept, conv.kernel_size, conv.dilation, pads_of(conv), strict=True):
         pads.append((before - taps[0] * old, after - (size - 1 - taps[-1]) * old))
-        dilation.append(old * steps(taps))
+        step = steps(taps)
+        if step is None:
+            raise BadPlan(f"the taps {tuple(taps)} of a kernel are not evenly spaced: no convolution has them")
+        dilation.append(old * step)
     if tuple(conv.weight.shape[2:]) == tuple(conv.kernel_size):
         weight = conv.weight.detach()
         for axis, taps in enumerate(kept, start=2):
@@ -98,7 +102,7 @@ def narrow(conv: nn.Module, kept: Sequence[Sequence[int]]) -> None:
         conv.padding = tuple(before for before, _ in pads)
         conv._reversed_padding_repeated_twice = [n for pair in reversed(pads) for n in pair]
         return
-    conv.pads = tuple(pads)
+    conv.pads = tuple(pads)  # pyright: ignore[reportArgumentType]
     # The object stays: hooks, names and whoever else holds this module go on; only its forward is another.
     conv.__class__ = SHIFTED.get(type(conv), type(conv))
 
@@ -115,6 +119,16 @@ class Thin(nn.Module):
     ``weight`` is (filters, pairs), tap by tap; ``taps`` lists (row, column), and the buffer ``channels<i>`` the channels read at the i-th,
     where they are not all.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    taps: tuple[tuple[int, int], ...]
+    pads: Pads
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         lone = input.ndim == 3
@@ -147,17 +161,17 @@ def columns_of(weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return weight.permute(0, 2, 3, 1)[:, columns.permute(1, 2, 0).to(weight.device)]
 
 
-def thin(conv: nn.Module, columns: torch.Tensor) -> None:
+def thin(conv: Conv, columns: torch.Tensor) -> None:
     """Change a 2-d convolution (groups=1), in place, to the product over ``columns``: boolean, (channels, height, width)."""
     order = columns.permute(1, 2, 0)  # tap by tap
     taps = order.any(-1).nonzero().tolist()
     flat = columns_of(conv.weight.detach(), columns)
-    conv.pads, conv.taps = pads_of(conv), tuple(map(tuple, taps))
+    vars(conv).update(pads=pads_of(conv), taps=tuple(map(tuple, taps)))
     _put(conv.weight, flat.contiguous())
     for at, (row, column) in enumerate(taps):
         if not order[row, column].all():
             conv.register_buffer(f"channels{at}", order[row, column].nonzero().ravel().to(flat.device), persistent=False)
-    conv.__class__ = Thin
+    conv.__class__ = Thin  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_kernel(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
@@ -167,7 +181,7 @@ def check_kernel(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
         conv = model.get_submodule(path)
     except AttributeError as error:
         raise BadPlan(f"the plan changes the kernel of {path}, which this model does not have") from error
-    if not plain(conv) or tuple(conv.weight.shape) != tuple(shape):
+    if not isinstance(conv, Conv) or not plain(conv) or tuple(conv.weight.shape) != tuple(shape):
         raise BadPlan(f"the plan needs a convolution {path} with a weight of shape {tuple(shape)}; this model's is {type(conv).__name__}")
     if part.kind == "columns" and (len(shape) != 4 or conv.groups != 1):
         raise BadPlan(f"the plan keeps columns of {path}, which is no 2-d convolution with one group")
@@ -176,6 +190,7 @@ def check_kernel(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
 def apply_kernel(model: nn.Module, part: Part, shape: tuple[int, ...], cuts: Mapping[int, Sequence[int]]) -> None:
     """Do what a plan's ``kernel`` or ``columns`` part says, to a convolution whose weight of ``shape`` is cut already."""
     conv = model.get_submodule(part.name.rpartition(".")[0])
+    assert isinstance(conv, Conv)  # the check has seen it
     if part.kind == "kernel":
         narrow(conv, part.data)
     else:

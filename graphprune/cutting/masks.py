@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,12 @@ def _own_class(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         shared = type(module)
         inner = {key: held for key, held in vars(shared).items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(shared.__name__, shared.__bases__, inner)
+        module.__class__ = type(shared.__name__, shared.__bases__, inner)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _makers(module: nn.Module) -> Any:
+    """The parametrizations of a module, by the name of the parameter."""
+    return module.parametrizations
 
 
 def mask_of(module: nn.Module, name: str) -> Mask | None:
@@ -61,7 +67,7 @@ def mask_of(module: nn.Module, name: str) -> Mask | None:
 def mask(module: nn.Module, name: str, keep: torch.Tensor) -> None:
     """Mask the parameter ``name`` of a module, in place; ``keep`` is boolean, of its shape. A second mask replaces the first."""
     old = mask_of(module, name)
-    weight = module.parametrizations[name].original if old else getattr(module, name)
+    weight = _makers(module)[name].original if old else getattr(module, name)
     keep = keep.to(weight.device)
     # Weight decay and momentum then have nothing to move; not in place, so that what fails later can put the old values back.
     weight.data = weight.data.masked_fill(~keep, 0)
@@ -84,7 +90,7 @@ def masked(model: nn.Module) -> dict[str, torch.Tensor]:
     for prefix, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
-        for name in module.parametrizations:
+        for name in _makers(module):
             held = mask_of(module, name)
             if held:
                 found[f"{prefix}.{name}" if prefix else name] = held.mask
@@ -119,7 +125,7 @@ def check_mask(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
     path, _, name = part.name.rpartition(".")
     try:
         module = model.get_submodule(path)
-        weight = module.parametrizations[name].original if mask_of(module, name) else module._parameters[name]
+        weight = _makers(module)[name].original if mask_of(module, name) else module._parameters[name]
         found = tuple(weight.shape)
     except (AttributeError, KeyError) as error:
         raise BadPlan(f"the plan masks {part.name}, which this model does not have") from error
@@ -154,7 +160,8 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     for name in names:
         path, _, own = name.rpartition(".")
         module = baked.get_submodule(path)
-        order = mask_of(module, own).order
+        masking = mask_of(module, own)
+        order = masking.order if masking is not None else []
         _own_class(module)
         parametrize.remove_parametrizations(module, own, leave_parametrized=True)
         if set(order) == set(module._parameters):

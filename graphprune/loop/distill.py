@@ -125,7 +125,7 @@ def _points(graph: Any, plan: Plan) -> dict[int, tuple[Value, dict[int, torch.Te
         read = [link for link in members if link.role == "consumes" and link.value is not None]
         if read:
             value = read[-1].value
-            kept = masks.kept(value)
+            kept = masks.kept(value) if value is not None else {}
             if kept:
                 found[id(value)] = (value, kept)
     if not found:

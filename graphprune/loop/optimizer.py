@@ -48,8 +48,8 @@ def refresh_optimizer(optimizer: torch.optim.Optimizer, plan: Plan, small: nn.Mo
     plan = replace(plan, cuts=_plainly(plan.cuts), shapes=_plainly(plan.shapes))
     changed = {*plan.cuts, *(part.name for part in plan.parts)}
     away = tuple(f"{part.name}." for part in plan.parts if part.kind == "skip")
-    params: list[list[nn.Parameter]] = []
-    state: dict[nn.Parameter, Any] = {}
+    params: list[list[Any]] = []
+    state: dict[Any, Any] = {}
     found = 0
     for group in optimizer.param_groups:
         mine = [names.get(id(old)) or _named(group, at, new) for at, old in enumerate(group["params"])]

@@ -105,7 +105,7 @@ class SparseTraining:
         """The penalty as it is now, a scalar that autograd can differentiate; :meth:`step` adds its gradient."""
         held = self._held()
         if self.kind == "slimming":
-            return self.strength * sum(held[leaf][(units >= 0).nonzero().ravel()].abs().sum() for leaf, _, units in self._all())
+            return self.strength * torch.stack([held[leaf][(units >= 0).nonzero().ravel()].abs().sum() for leaf, _, units in self._all()]).sum()
         total = torch.zeros((), dtype=next(iter(held.values())).dtype, device=next(iter(held.values())).device)
         for index in range(len(self.places)):
             squares = self._squares(index, held)
@@ -144,6 +144,7 @@ class SparseTraining:
     def _weights(self, index: int, squares: torch.Tensor, entries: torch.Tensor | None = None) -> torch.Tensor:
         """What the gradient multiplies ``w`` with, for every unit of a group."""
         if self.kind == "group_lasso":
+            assert entries is not None
             return torch.where(squares > 0, self.strength * entries.sqrt().to(squares) / torch.where(squares > 0, squares, 1).sqrt(), 0)
         if self.kind == "growing":
             weights = torch.zeros_like(squares)

@@ -212,7 +212,9 @@ def _own(name: str, original: nn.Module, small: nn.Module, fits: list, checks: l
     return Repaired(name, "outputs of the model", before, after, better)
 
 
-def _written(steps: str | Sequence[str]) -> tuple[str, ...]:
+def _written(steps: str | Sequence[str] | None) -> tuple[str, ...]:
+    if steps is None:
+        return ()
     return (steps,) if isinstance(steps, str) else tuple(steps)
 
 
@@ -220,7 +222,7 @@ def _did(done: Sequence[Repaired]) -> set[str]:
     return {name for one in done for name in one.step.split(" and ")}
 
 
-def _possible(names: tuple[str, ...], steps: str | Sequence[str], plan: Plan) -> tuple[str, ...]:
+def _possible(names: tuple[str, ...], steps: str | Sequence[str] | None, plan: Plan) -> tuple[str, ...]:
     """Weights are fitted where channels were cut; after anything else only statistics can be measured anew."""
     wrong = [name for name in names if name in WEIGHTS] if plan.parts else []
     asked = [name for name in wrong if name in _written(steps)]

@@ -74,7 +74,9 @@ def beliefs(graph: Graph, held: Mapping[str, Tensor], wanted: Collection[int] | 
     last = {id(value): index for index, node in enumerate(graph.nodes) for value in (*node.outs, *tensors((node.args, node.kwargs)))}
     for index, node in enumerate(graph.nodes):
         reader.read(node)
-        for value in (*node.outs, *tensors((node.args, node.kwargs))) if wanted is not None else ():
+        if wanted is None:
+            continue
+        for value in (*node.outs, *tensors((node.args, node.kwargs))):
             belief = reader.found.get(id(value))
             if belief is None or last[id(value)] != index or id(value) in wanted:
                 continue

@@ -214,8 +214,9 @@ def _observe(task: Task, every: dict[str, Site], wanted: set[str], projection: i
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
             centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
             generator = torch.Generator().manual_seed(projection + index)  # the same for every block of groups
-            loss = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device)).sum() for o in centred)
-        if not bool(torch.isfinite(torch.as_tensor(loss))):
+            drawn = [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device) for o in centred]
+            loss = torch.stack([(o * each).sum() for o, each in zip(centred, drawn, strict=True)]).sum() if centred else torch.zeros(())
+        if not bool(torch.isfinite(loss)):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
         if outs and first:
             torch.autograd.grad(loss, first, allow_unused=True)
@@ -291,6 +292,7 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
     """``H⁻¹``; ``B^½ W``, the columns of each unit and the covariances on both parts of the samples; how far the rows fall short."""
     weight = task.tensors[site.weight].detach().double().cpu()
     weight = site.by_output(weight)
+    assert mine.data is not None  # the caller has looked
     columns = mine.data.xx.shape[1]
     flat = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]  # (outputs, inputs, taps)
     both = mine.second

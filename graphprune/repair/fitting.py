@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -186,8 +187,13 @@ def _makers(site: Site, step: str, data: Seen) -> list[Callable[[Seen, Fit, int]
     if step == "least-squares":
         return [lambda d, now, _, r=ridge: least_squares(d.moments, r, now[0], carried) for ridge in (RIDGES[2:] if few else RIDGES)]
     if step == "censored":
+
+        def fitted(seen: Seen, now: Fit, rounds: int, ridge: float) -> Fit:
+            assert seen.rows is not None
+            return censored(seen.rows, seen.moments, ridge, now, carried, rounds)
+
         ridges = (CENSORED[1:] if few else CENSORED) if data.rows else ()
-        return [lambda d, now, rounds, r=ridge: censored(d.rows, d.moments, r, now, carried, rounds) for ridge in ridges]
+        return [partial(fitted, ridge=ridge) for ridge in ridges]
     if not carried:
         return []
     return [lambda d, now, _: (now[0], means(d.moments, now[0]))] if step == "bias" else [lambda d, now, _: variances(d.moments, now[0])]

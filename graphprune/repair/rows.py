@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .sites import Site
+from .sites import Scale, Site
 
 Tensor = torch.Tensor
 
@@ -25,7 +25,7 @@ def outputs(site: Site, x_shape: tuple[int, ...], kernel: tuple[int, ...]) -> li
     return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x_shape[2:], kernel, stride, padding, dilation, strict=True)]
 
 
-def chosen(site: Site, every: int, share: float, at_least: int) -> Tensor | None:
+def chosen(site: Site | Scale, every: int, share: float, at_least: int) -> Tensor | None:
     """Some of the output positions of a batch (None: all): pixels of every image, or rows of a flattened batch."""
     count = max(at_least, math.ceil(every * share))
     if count >= every:

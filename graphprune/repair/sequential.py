@@ -87,7 +87,7 @@ class _Work:
             wanted.setdefault(id(value), (value, []))[1].append((scale, role))
         for site in self.sites:
             values = [("x", site.x)] if cut else [("y", site.y)]
-            if self.censors(site) and not cut:
+            if site.flat is not None and self.censors(site) and not cut:
                 values.append(("z", site.flat.z))
             if site.other is not None and self.setting.target == "block":
                 values.append(("other", site.other))
@@ -146,7 +146,7 @@ class _Work:
         found, rows = moments(x, grouped(y)), None
         if not all(bool(torch.isfinite(t).all()) for t in (found.xx, found.yx, found.yy)):
             raise BadCalibration(f"calibration gives values that are not finite at {site.weight}; look at the batches and at the model before it")
-        if self.censors(site):
+        if site.flat is not None and self.censors(site):
             low, high = intervals(y, left(wide, site.flat.z, "z"), self.weights.gain(site).to(y), site.flat.ends)
             rows = Rows(((x, grouped(low), grouped(high)),))
         return Seen(found, rows)

@@ -8,6 +8,7 @@ that is flat in parts.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +83,8 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
         if len(calls) > 1 or (calls and calls[0].product is None):
             weights = [value for value in step.args if value is not None and value.leaf in graph.leaves and len(value.shape) > 1]
             refused |= {weight.leaf: "inside a recurrent layer, or another call of several products" for weight in weights}
-        elif calls and step.results and step.results[0] is not None:
-            site, weight, reason = reader.site(at, calls[0], calls[0].product)
+        elif calls and (product := calls[0].product) is not None and step.results and step.results[0] is not None:
+            site, weight, reason = reader.site(at, calls[0], product)
             if site is not None:
                 found.append(site)
             elif reason:
@@ -187,12 +188,13 @@ class _Reader:
         more = self.numbers(node, "output_padding", len(x.shape) - 2) if x is not None and product.spreads else None
         if product.weight.taps and (shape is None or (product.spreads and more is None)):
             reason = reason or "a kernel whose steps are not known"
-        if reason or x is None:
+        y = step.results[0]
+        if reason or x is None or y is None:
             return None, weight, reason or "padded in a way of its own"
-        behind = self.behind(step.results[0], at, shape is not None)
+        behind = self.behind(y, at, shape is not None)
         bias_name = bias.leaf if bias is not None else None
         turned = axis == 1 and not product.spreads
-        return Site(at, weight.leaf, bias_name, x, step.results[0], turned, shape, *behind, more), weight, ""
+        return Site(at, weight.leaf, bias_name, x, y, turned, shape, *behind, more), weight, ""
 
     def given(self, at: int, value: Value) -> Value | None:
         """The argument of a call that an operand of its kernel is, but for movement inside of the call."""
@@ -206,8 +208,8 @@ class _Reader:
 
     def geometry(self, node: Node, rank: int) -> tuple[list, list, list] | None:
         """Stride, padding and dilation of a convolution along each axis of space."""
-        every = [self.numbers(node, name, rank) for name in ("stride", "padding", "dilation")]
-        return (every[0], every[1], every[2]) if all(every) else None
+        stride, padding, dilation = (self.numbers(node, name, rank) for name in ("stride", "padding", "dilation"))
+        return (stride, padding, dilation) if stride and padding and dilation else None
 
     @staticmethod
     def numbers(node: Node, name: str, rank: int) -> list[int] | None:
@@ -217,7 +219,8 @@ class _Reader:
 
     def behind(self, y: Value, at: int, convolution: bool) -> tuple[Norm | None, Value | None, Flat | None]:
         """A batch norm that alone reads y, what is then added to its result, if that is known before the call, and the activation that alone reads that."""
-        norm, path = None, [y]
+        norm: Norm | None = None
+        path: list[Value | None] = [y]
         reader = self.only(y)
         if reader is not None and self.batch_norms(reader):
             norm = self.norm(reader) if convolution or len(y.shape) == 2 else None  # over the axis that y is written along
@@ -258,15 +261,17 @@ class _Reader:
         """Whether an addition takes both of its operands as they are."""
         return all(number == 1 for node in self.nodes.get(at, []) for number in (*node.args[2:], *node.kwargs.values()))
 
-    def flat(self, path: list[Value]) -> Flat | None:
+    def flat(self, path: Sequence[Value | None]) -> Flat | None:
         """The activation that alone reads the last value of a path, if it is flat in parts and the path is seen nowhere else."""
-        z = path[-1]
-        nodes = self.nodes.get(self.only(z), []) if z is not None and z.shape == path[0].shape else []
-        if len(nodes) != 1 or any(value.storage in self.shown for value in path):
+        values = [value for value in path if value is not None]
+        z, reader = values[-1], self.only(values[-1])
+        nodes = self.nodes.get(reader, []) if reader is not None and len(values) == len(path) and z.shape == values[0].shape else []
+        if len(nodes) != 1 or any(value.storage in self.shown for value in values):
             return None
         ends, (_, *numbers) = nodes[0].op.flat, nodes[0].args
-        known = ends is not None and all(number is None or isinstance(number, int | float) for number in numbers)
-        return Flat(z, ends(*numbers)) if known else None
+        if ends is None or not all(number is None or isinstance(number, int | float) for number in numbers):
+            return None
+        return Flat(z, ends(*numbers))
 
     def norm(self, at: int) -> Norm | None:
         calls = self.batch_norms(at)

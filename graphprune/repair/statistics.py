@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -45,11 +46,7 @@ def reestimate(model: nn.Module, graph: Graph, batches: Sequence[Any], waiting: 
     every = runs(model, graph, batches, takes, waiting)
     with side_by_side(every), torch.no_grad():
         for _, norm in places:
-            total = None
-            for run in every:
-                part = run.until(norm.x)
-                total = part if total is None else join(total, part)
-            count, mean, square = total
+            count, mean, square = reduce(join, (run.until(norm.x) for run in every))
             if not bool(torch.isfinite(mean).all() and torch.isfinite(square).all()):
                 raise BadCalibration(f"calibration gives values that are not finite at {norm.mean}; look at the batches and at the model before it")
             if count < 2 or math.isnan(count):

@@ -51,6 +51,7 @@ def unseen(losses: Tensor, parts: Sequence[Halves], steps: int = STEPS) -> Tenso
 
 def _loss(part: Halves, gone: Tensor, stay: Tensor) -> float:
     """``E‖writes · (x_gone − M x_stay)‖²`` with M fitted on one part and the mean over the other, for the best ridge."""
+    assert part.check is not None  # only what was measured on other samples is corrected
     p, k = part.blocks[gone].flatten(), part.blocks[stay].flatten()
     writes = part.writes[:, p]
     alone = float(((writes @ part.check[p][:, p]) * writes).sum())

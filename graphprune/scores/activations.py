@@ -29,8 +29,7 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.spread: Tensor | float = 0.0
+        self.mean = self.spread = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         count, mean = rows.shape[1], rows.mean(1)

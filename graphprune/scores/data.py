@@ -166,7 +166,7 @@ def brought(batch: Any, model: nn.Module) -> Any:
 def _moved(item: Any, device: torch.device) -> Any:
     """Tensors in any nest; of packed sequences all but the lengths, of mappings (what tokenizers give, say) a copy."""
     if isinstance(item, Tensor | PackedSequence):
-        return item.to(device)
+        return item.to(device=device)
     if isinstance(item, MutableMapping):
         twin = copy.copy(item)
         for key, value in item.items():

@@ -81,13 +81,15 @@ def _classes(data: Data, batch: Any) -> bool:
 
 def _with_drawn_labels(data: Data, draws: torch.Generator) -> Data:
     """The same data, the loss taken at labels drawn from the softmax of the output."""
+    assert data.loss is not None
+    wanted = data.loss
 
     def loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
         if not isinstance(output, torch.Tensor) or output.ndim != 2:
             raise BadLoss("labels can be drawn where the output is a tensor of (samples, classes) only; give curvature='signs'")
         if not bool(torch.isfinite(output).all()):
-            return data.loss(output, labels)  # the check of the loss says what is wrong
+            return wanted(output, labels)  # the check of the loss says what is wrong
         shares = output.detach().double().softmax(1).cpu()
-        return data.loss(output, torch.multinomial(shares, 1, generator=draws).ravel().to(labels))
+        return wanted(output, torch.multinomial(shares, 1, generator=draws).ravel().to(labels))
 
     return replace(data, loss=loss)

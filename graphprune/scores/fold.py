@@ -94,9 +94,9 @@ def _scales(task: Task, group: Group) -> list[Tensor]:
 
 def lacking(task: Task, found: list[Tensor | None], otherwise: str | None, name: str, what: str) -> Scores:
     """Fill the groups that lack what is measured by another score, or say which they are."""
-    missing = [group for group, mine in zip(task.groups, found, strict=True) if mine is None]
+    missing = [group for group, scores in zip(task.groups, found, strict=True) if scores is None]
     if not missing:
-        return found
+        return [scores for scores in found if scores is not None]
     if otherwise is None:
         names = ", ".join(group.name for group in missing[:3]) + (", …" if len(missing) > 3 else "")
         raise BadScore(

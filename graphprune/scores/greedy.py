@@ -52,7 +52,7 @@ def surgeon(inverses: Sequence[Tensor], reads: Sequence[Tensor]) -> Tensor:
     alive = torch.ones(len(units), dtype=torch.bool)
     order, losses, left = [], [], len(units)
     while left:
-        loss = sum(read.diagonal / inverse.diagonal for inverse, read in pairs)
+        loss = torch.stack([read.diagonal / inverse.diagonal for inverse, read in pairs]).sum(0)
         loss[~alive] = torch.inf
         at = int(loss.argmin())
         order.append(int(units[at]))

@@ -45,11 +45,11 @@ def _ensemble(task: Task, of: Any = DEFAULT, weights: Any = None) -> Scores:
     members = _members(of)
     share = torch.tensor(weights if weights is not None else [1.0] * len(members), dtype=torch.float64)
     share = share / share.sum()
-    batches, loss = (task.data.batches, task.data.loss) if task.data else (None, None)
-    if task.data and len([m for m in members if m.needs_now() != "nothing"]) > 1:
+    batches, loss = (task.source.batches, task.source.loss) if task.source else (None, None)
+    if task.source and len([m for m in members if m.needs_now() != "nothing"]) > 1:
         task.data.twice()
     each = [member(task.groups, task.model, batches, loss) for member in members]
-    return [sum(w * ranks(found) for w, found in zip(share, mine, strict=True)) for mine in zip(*each, strict=True)]
+    return [torch.stack([w * ranks(scores) for w, scores in zip(share, of_group, strict=True)]).sum(0) for of_group in zip(*each, strict=True)]
 
 
 _ensemble.__name__ = "ensemble"

@@ -12,8 +12,10 @@ keeps their condition far enough below ``1 / eps`` (a test compares the order of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 
@@ -152,7 +154,7 @@ def _precision(size: int, damping: float) -> torch.dtype:
 
 def _contributions(mine: list[Form]) -> Tensor:
     """``Q_jk = E[⟨y_j, y_k⟩]``, the inner products of what the units contribute to the outputs: ``WᵀW ⊙ G``."""
-    return sum(form.by_unit(form.reads * form.gram) for form in mine)
+    return _added(form.by_unit(form.reads * form.gram) for form in mine)
 
 
 @scorer(
@@ -190,7 +192,7 @@ def leverage(task: Task, energy: float = 0.95, centre: bool = False, otherwise: 
     """``[V_k V_kᵀ]_cc`` with the k leading eigenvectors of the Gram matrix that hold ``energy`` of its trace; activations and columns are added."""
 
     def compute(mine: list[Form]) -> Tensor:
-        return sum(form.by_unit(torch.diag(_leverage(form.gram, energy))).diagonal() for form in mine)
+        return _added(form.by_unit(torch.diag(_leverage(form.gram, energy))).diagonal() for form in mine)
 
     return _every(task, compute, otherwise, "leverage", centre)
 
@@ -215,11 +217,15 @@ def pivoted_qr(task: Task, centre: bool = False, otherwise: str | None = None) -
     """``‖x_c − proj(x_c)‖²`` onto the channels picked before, largest first; the columns of a unit count as further samples."""
 
     def compute(mine: list[Form]) -> Tensor:
-        return pivots(sum(_pooled(form) for form in mine))
+        return pivots(_added(_pooled(form) for form in mine))
 
     return _every(task, compute, otherwise, "pivoted_qr", centre)
 
 
 def _pooled(form: Form) -> Tensor:
     """The Gram matrix of units whose columns are taken one after the other as samples."""
-    return sum(form.gram[column][:, column] for column in form.columns.T)
+    return _added(form.gram[column][:, column] for column in form.columns.T)
+
+
+def _added(tensors: Iterable[Tensor]) -> Tensor:
+    return reduce(add, tensors)

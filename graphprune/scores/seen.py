@@ -51,7 +51,8 @@ def places(task: Task) -> list[list[Place]]:
         for link in read or [link for link in usable if link.role == "produces"]:
             mine.setdefault((id(link.value), link.dim), []).append(link)
         first = [(links[0], tuple(links) if read else ()) for links in mine.values()]
-        found.append([Place(group.index, link.value, link.dim, torch.from_numpy(link.along), readers) for link, readers in first])
+        shown = [(link, link.value, readers) for link, readers in first if link.value is not None]
+        found.append([Place(group.index, value, link.dim, torch.from_numpy(link.along), readers) for link, value, readers in shown])
     return found
 
 

@@ -77,7 +77,7 @@ def redundancy(task: Task, fold: bool = False) -> Scores:
         if not parts:
             found.append(torch.zeros(group.size, dtype=torch.float64))
             continue
-        inner = sum(part @ part.T for part in parts)
+        inner = torch.stack([part @ part.T for part in parts]).sum(0)
         found.append(greedy_twins(inner.numpy()))
     return found
 

@@ -25,9 +25,15 @@ ROLES = ("all", "produces", "consumes", "passes")
 class Task:
     groups: Groups
     model: nn.Module
-    data: Data | None = None
+    source: Data | None = None
     name: str = "score"
     progress: bool = True
+
+    @property
+    def data(self) -> Data:
+        """The batches; a score that says it needs them has them."""
+        assert self.source is not None
+        return self.source
 
     def steps(self, items: Iterable) -> Iterable:
         """The steps of long work, with a progress bar when they take more than a few seconds."""
@@ -79,7 +85,7 @@ class Task:
         from .registry import named  # a score may ask for another by name; the registry knows them all
 
         found = named(name)
-        return found(self.groups, self.model, self.data and self.data.batches, self.data and self.data.loss)
+        return found(self.groups, self.model, self.source and self.source.batches, self.source and self.source.loss)
 
 
 def _reduce(tensor: Tensor, axes: set[int], how: str, by: Callable | None) -> dict[int, Tensor]:

@@ -87,9 +87,9 @@ def _pair(graph: Graph, call: Node, reads: Counter, model: nn.Module) -> Pair | 
         return None  # nowhere to put the shift
     # Where the outputs of a group stand alone (transposed), the groups lie along the other axis.
     groups = product.groups if len(product.weight.axes[product.weight.made[0]]) == 1 else 1
-    names = [value.leaf if value is not None else None for value in (norm.weight, norm.bias)]
+    scale, shift = (value.leaf if value is not None else None for value in (norm.weight, norm.bias))
     bias = product.bias.leaf if product.bias is not None else f"{path}.bias".lstrip(".")
-    return Pair(weight.leaf, bias, axis, groups, call.module, *names, norm.mean.leaf, norm.var.leaf, norm.eps)
+    return Pair(weight.leaf, bias, axis, groups, call.module, scale, shift, norm.mean.leaf, norm.var.leaf, norm.eps)
 
 
 def _once(graph: Graph, reads: Counter, weight: Value, operand: Value, others: list[Value | None]) -> bool:

@@ -116,7 +116,9 @@ class Stopwatch:
 
     def _own(self, small: nn.Module, enough: Callable) -> Any:
         models = {1: self.model, 2: small}
-        clock = lambda call, repeats: _seconds(self.aims.measure, models[call()])  # noqa: E731
+        assert self.aims.measure is not None
+        measure = self.aims.measure
+        clock = lambda call, repeats: _seconds(measure, models[call()])  # noqa: E731
         return interleave([lambda: 1, lambda: 2, lambda: 1], clock, 2 * self.seconds, enough, warm=False, chained=True)
 
 

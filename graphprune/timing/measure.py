@@ -95,7 +95,7 @@ def measure(
     args, kwargs = normal_inputs(example_input, example_kwargs)
     models = [model] if reference is None else [model, reference]
     if memory_format is not None:
-        models = [copy.deepcopy(each).to(memory_format=memory_format) for each in models]
+        models = [copy.deepcopy(each).to(memory_format=memory_format) for each in models]  # pyright: ignore[reportCallIssue]
         swap = lambda t: t.to(memory_format=memory_format) if t.ndim == 4 else t  # noqa: E731
         args, kwargs = replace(args, swap), replace(kwargs, swap)
     device = next((t.device for t in tensors((args, kwargs), torch.Tensor)), torch.device("cpu"))

@@ -110,7 +110,7 @@ def _file(items: Sequence[Item]) -> tuple[bytes, dict[str, Any]]:
             inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(tensor.shape)))
         held += [numpy_helper.from_array(w.detach().cpu().float().contiguous().numpy(), name) for name, w in zip(names[len(given) :], weights, strict=True)]
         facts = {key: [int(v) for v in value] if isinstance(value, list | tuple) else int(value) for key, value in facts.items()}
-        nodes.append(helper.make_node(kind, names, [f"y{index}"], name=f"y{index}", **facts))
+        nodes.append(helper.make_node(kind, names, [f"y{index}"], name=f"y{index}", **facts))  # pyright: ignore[reportArgumentType]
         outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, None))
     graph = helper.make_graph(nodes, "operations", inputs, outputs, held)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString(), feed

@@ -104,7 +104,7 @@ def to_onnx(model: nn.Module, args: tuple, kwargs: dict) -> bytes:
     names = [f"x{index}" for index in range(len(given))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(Flat(model, args, kwargs).eval(), given, file, input_names=names, opset_version=17, dynamo=False)
+        torch.onnx.export(Flat(model, args, kwargs).eval(), given, file, input_names=names, opset_version=17, dynamo=False)  # pyright: ignore[reportArgumentType]
     return file.getvalue()
 
 
