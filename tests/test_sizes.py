@@ -1,7 +1,10 @@
 """Sizes in the code: whatever becomes of one, an axis either goes and the result is right, or it stays whole, with the check or without."""
 
 import copy
+import decimal
 import fractions
+import functools
+import math
 import operator
 
 import numpy as np
@@ -203,3 +206,117 @@ def test_data_that_is_exchanged_carries_its_labels(verify):
 
 def test_the_control():
     assert cut(lambda net, h: h / 3, True) == 0.5
+
+
+# Uses that no Python method of a number sees: the cut code, run without values, tells.
+UNSEEN = {
+    "product of a shape": lambda net, h: h / h.shape[1:].numel(),
+    "numpy's product": lambda net, h: h / float(np.prod(h.shape[1:])),
+    "logarithm": lambda net, h: h * math.log2(read(h)),
+    "root": lambda net, h: h * math.isqrt(read(h)),
+    "divisor": lambda net, h: h / math.gcd(read(h), 16),
+    "loop": lambda net, h: [h := h * 1.1 for _ in range(read(h) // 4)][-1],
+    "list": lambda net, h: h * len([0] * read(h)),
+    "decimal": lambda net, h: h * float(decimal.Decimal(read(h))),
+    "loop over an attribute": lambda net, h: [h := h + 1 for _ in range(net.up.out_features)][-1],
+}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_factor_that_no_one_saw_keeps_its_axis_whole(name, verify):
+    assert cut(UNSEEN[name], verify) == 1.0
+
+
+def halves(count):
+    return lambda net, h: torch.cat(h.split(count(read(h)), 1)[::-1], 1)
+
+
+# Plain numbers which the code makes of sizes again whenever it runs: right of the cut axis by themselves.
+FOLLOW = {
+    "int": halves(lambda c: int(c // 2)),
+    "true division": halves(lambda c: int(c / 2)),
+    "shift": halves(lambda c: c >> 1),
+    "floor": halves(lambda c: math.floor(c / 2)),
+    "round": halves(lambda c: round(c * 0.5)),
+    "divmod": halves(lambda c: divmod(c, 2)[0]),
+    "numpy": halves(lambda c: int(np.ceil(c / 2))),
+    "text": halves(lambda c: int(f"{c}") // 2),
+    "list": halves(lambda c: len([0] * c) // 2),
+    "view": lambda net, h: h.view(len(h), 4, int(read(h) / 4)).transpose(1, 2).reshape(h.shape),
+    "shape as plain numbers": lambda net, h: h.view(*map(int, h.shape)) * 2,
+    "product": lambda net, h: h.view(len(h), int(np.prod(h.shape[1:]))),
+    "zeros": lambda net, h: h + torch.zeros(len(h), int(read(h)), dtype=h.dtype),
+    "share": lambda net, h: torch.cat([h[:, : read(h) // 4] * 2, h[:, read(h) // 4 :]], 1),
+    "two shares": lambda net, h: torch.cat([h[:, read(h) // 2 :], h[:, : read(h) // 2]], 1),
+    "share of a split": lambda net, h: mix(h.split([read(h) // 4, read(h) - read(h) // 4], 1)),
+}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", FOLLOW)
+def test_what_the_code_gets_right_by_itself_goes(name, verify):
+    assert cut(FOLLOW[name], verify) == 0.5
+
+
+@functools.lru_cache
+def recipe(shape, parts):
+    return (*shape[:1], parts, shape[1] // parts)
+
+
+class Cached(nn.Module):
+    """Two equal blocks that ask one cache for the shapes they want."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.parts = nn.ModuleList([nn.Linear(8, 16), nn.Linear(8, 16)]), 4
+        self.down = nn.ModuleList([nn.Linear(16, 8), nn.Linear(16, 8)])
+
+    def forward(self, x):
+        for up, down in zip(self.up, self.down, strict=True):
+            h = up(x)
+            x = x + down(h.view(recipe(h.shape, self.parts)).relu().flatten(1))
+        return x
+
+
+def test_what_a_cache_holds_does_not_matter():
+    net = Cached().eval()
+    recipe.cache_clear()
+    cold = graphprune.shrink(net, X.float(), 0.5, return_plan=True)[1]
+    assert {type(size) for size in recipe(X.shape[:1] + (16,), 4)} == {int}  # nothing of the run is left in it
+    net(X.float())
+    warm = graphprune.shrink(net, X.float(), 0.5, return_plan=True)[1]
+    assert cold.cuts == warm.cuts and {f"{name}.{i}.weight" for name in ("up", "down") for i in (0, 1)} <= set(cold.cuts)
+
+
+@torch.library.custom_op("graphprune_tests::turned", mutates_args=())
+def turned(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(1)
+
+
+@turned.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Two(nn.Module):
+    """Two branches, of which one makes a call whose rule is wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(8, 12), nn.Linear(12, 4)
+        self.mixed = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.b(self.mixed(turned(self.a(x)).relu() + self.a(x)).relu()) + self.d(self.c(x).relu())
+
+
+def test_a_plan_that_proves_wrong_is_taken_apart():
+    graphprune.rule(torch.ops.graphprune_tests.turned)(lambda x: graphprune.expr("b c -> b c", x))
+    torch.manual_seed(0)
+    net = Two().double().eval()
+    small, plan = graphprune.shrink(net, X, 0.5, criterion=graphprune.scores.random.with_(seed=0), return_plan=True)
+    assert (small.a.out_features, small.c.out_features, small.mixed.out_features) == (16, 6, 8)
+    assert any("turned" in note and "computes something else" in note for note in plan.notes)
+    with torch.no_grad():
+        assert torch.allclose(small(X), masked(net, plan)(X), atol=1e-9)

@@ -38,11 +38,9 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
 
 
 def recorded(graph: Graph, model: nn.Module, plan: Plan) -> Graph:
-    """The calls that the zeroed weights make: where control flow depends on values, they may take another path."""
-    if not graph.real:
-        return graph
+    """The calls that the zeroed original makes with values: where control flow depends on these, they may take another path."""
     with RUNNING, same_dice():
-        return run(_masked(model, plan), replace_fields(graph.asked, others=()), real=True, amend=_Amended(model, plan))
+        return run(_masked(model, plan), replace_fields(graph.asked, others=()), real=True, amend=_Amended(model, plan) if graph.real else None)
 
 
 def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple, kwargs: dict, training: bool = False) -> list[Item]:

@@ -41,7 +41,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Proof:
-    """Runs cut models beside the recorded calls of ``graph``; ``always``: also where every size is solved for."""
+    """Runs cut models beside the recorded calls of ``graph``; ``always``: also where every size is solved for (code may read one unseen)."""
 
     graph: Graph
     model: nn.Module
@@ -60,9 +60,8 @@ class Proof:
     def difference(self, groups: Groups, kept: Kept, edits: dict) -> Difference | None:
         """Where the model cut like this parts from what was promised."""
         plan = make_plan(groups, kept, edits, ())
-        if self.values:
-            return self._beside(plan)
-        return rehearse(self.graph, apply(self.hollow, plan), Survivors(groups, kept).axis)
+        found = None if self.graph.real else rehearse(self.graph, apply(self.hollow, plan), Survivors(groups, kept).axis)
+        return found or (self._beside(plan) if self.values else None)
 
     def _beside(self, plan: Plan) -> Difference | None:
         small = evaluating(apply(self.model, plan))
@@ -91,11 +90,13 @@ class Proof:
         certain = [each for each in wrong if each.certain]
         if certain or not self.possible:
             return certain or wrong, []
-        if not wrong and not (self.always and (self.graph.handed or edits)) and not self.values:
+        if not wrong and not self.always:
             return [], []
         difference = self.difference(groups, kept, edits)
         if difference is None:
             return [], []
+        if difference.values:
+            return [], self._searched(groups, kept, difference)
         covering = [each for each in wrong if each.call and each.call.since <= difference.index < each.call.until]
         if covering:
             return covering, []
@@ -118,7 +119,7 @@ class Proof:
 
     def _touched(self, groups: Groups, difference: Difference) -> set[int]:
         """The groups along the tensors of the call at which the two part."""
-        if difference.index >= len(self.graph.nodes) or (self.values and self.graph.real):
+        if difference.index >= len(self.graph.nodes) or difference.values:
             return set()
         node = self.graph.nodes[difference.index]
         return {index for value in (*node.held, *node.outs) for dim in range(len(value.shape)) for index in groups.along(value, dim)}
@@ -136,7 +137,7 @@ class Proof:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._gone(groups, kept, order[:middle], difference) else (middle, high)
-        return [Fault(groups.groups[order[high - 1]].units, self.explain(difference))]
+        return [Fault(groups.groups[order[high - 1]].units, _told(difference))]
 
     def _gone(self, groups: Groups, kept: Kept, whole: list[int], difference: Difference) -> bool:
         trial = list(kept)
@@ -144,15 +145,12 @@ class Proof:
             trial[index] = torch.arange(groups.groups[index].size)
         edits, _ = solve(self.graph, Survivors(groups, trial).length)
         now = self.difference(groups, trial, edits)
-        return now is None or now.index > difference.index
+        return difference.before(now)
 
-    def explain(self, difference: Difference) -> str:
-        if difference.index >= len(self.graph.nodes):
-            return f"with a shorter one the code goes on otherwise: {difference.text}"
-        node = self.graph.nodes[difference.index]
-        name = node.op.short
-        where = ", ".join(part for part in (name, node.module, node.line) if part)
-        return f"with a shorter one the code does something else: {difference.text} ({where})"
+
+def _told(difference: Difference) -> str:
+    verb = "computes" if difference.values else "does"
+    return f"with a shorter one the code {verb} something else: {difference.text}" + (f" ({difference.place})" if difference.place else "")
 
 
 def _apart(mine: torch.Tensor, wanted: torch.Tensor, kept: dict[int, torch.Tensor]) -> str:

@@ -89,7 +89,7 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
             locks.append((fault.labels, fault.text))
             notes.append(f"note: {fault.text}")
             request.faults.append((graph, fault))
-        groups, ties, whole = _alike(graph, couple(graph, whole, tuple(locks), joins), request, whole, locks, joins)
+        groups, ties, whole = _alike(graph, couple(graph, whole, tuple(locks), joins=joins), request, whole, locks, joins)
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
 
 
@@ -100,7 +100,7 @@ def _alike(graph: Graph, groups: Groups, request: Request, whole: tuple, locks: 
     ties, shut = alike(groups)
     while shut:
         whole = (*whole, *shut)
-        groups = couple(graph, whole, tuple(locks), joins)
+        groups = couple(graph, whole, tuple(locks), joins=joins)
         ties, shut = alike(groups)
     return groups, _merged([*ties, *request.ties(groups)]), whole
 
@@ -182,7 +182,9 @@ def _widened(
 def _key(wrong: Wrong) -> tuple:
     """The same for the same use of a size, whatever the widths."""
     call = wrong.call
-    return (call.op, call.since, call.until, call.need.kind, call.need.dim, call.need.at) if call else (wrong.at, wrong.where or id(wrong.expr))
+    if not call:
+        return wrong.at, wrong.where or id(wrong.expr)
+    return call.op, call.since, call.until, call.need.kind, id(call.need.value), call.need.dim, call.need.at
 
 
 def _tie(graph: Graph, groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:

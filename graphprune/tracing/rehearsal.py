@@ -42,6 +42,11 @@ class Difference:
 
     index: int
     text: str
+    values: bool = False  # the calls are right, what they give is not
+    place: str = ""  # operation, module and line
+
+    def before(self, other: Difference | None) -> bool:
+        return other is None or (self.values, self.index) < (other.values, other.index)
 
 
 class _Parted(BaseException):
@@ -76,7 +81,7 @@ class Rehearsal(Recorder):
         self.made: dict[int, torch.Tensor] = {}  # constants that no call made, by the id of their value
         self.copies: dict[int, Value] = {}  # of what a recorded copy that was not needed is one
         self.used = {id(value) for node in graph.nodes for value in node.held}.union(map(id, graph.outputs))
-        self.masks: dict[tuple[int, int], Array] = {}
+        self.masks: dict[tuple[int, ...], tuple[Array, int]] = {}
         self.difference: Difference | None = None
 
     def value(self, tensor: torch.Tensor) -> Value:
@@ -92,8 +97,14 @@ class Rehearsal(Recorder):
         self.alive.append(tensor)
 
     def part(self, text: str) -> None:
-        self.difference = Difference(self.at, text)
+        self.difference = self.differing(text)
         raise _Parted
+
+    def differing(self, text: str) -> Difference:
+        if self.at >= len(self.graph.nodes):
+            return Difference(self.at, text, self.watch is not None)
+        node = self.graph.nodes[self.at]
+        return Difference(self.at, text, self.watch is not None, ", ".join(part for part in (node.op.short, node.module, node.line) if part))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -162,17 +173,25 @@ class Rehearsal(Recorder):
         return self.length(node.args[0], dim) == self.length(node.outs[0], dim)
 
     def length(self, value: Value, dim: int) -> int:
-        return int(self.kept(value, dim).sum()) if self.moves(value, dim) else value.shape[dim]
+        return self.along(value, dim)[1] if value.fields else value.shape[dim]
 
-    @staticmethod
-    def moves(value: Value, dim: int) -> bool:
-        return any(field.shape[dim] > 1 for field in value.fields)
+    def moves(self, value: Value, dim: int) -> bool:
+        return self.along(value, dim)[0] is not None
 
     def kept(self, value: Value, dim: int) -> Array:
-        key = id(value), dim
-        if key not in self.masks:
-            self.masks[key] = self.mask(value, dim)
-        return self.masks[key]
+        stays = self.along(value, dim)[0]
+        return np.ones(value.shape[dim], dtype=bool) if stays is None else stays
+
+    def along(self, value: Value, dim: int) -> tuple[Array | None, int]:
+        """The surviving positions of an axis (None: no cut changes it), and how many they are; most values share their fields with others."""
+        key = (dim, *[id(field) for field in value.fields if field.shape[dim] > 1])
+        if len(key) == 1:
+            return None, value.shape[dim]
+        known = self.masks.get(key)
+        if known is None:
+            stays = self.mask(value, dim)
+            known = self.masks[key] = stays, int(stays.sum())
+        return known
 
     def compare(self, node: Node, args: tuple, kwargs: dict) -> None:
         """The arguments have to be the recorded ones, but for what the cut changes."""
@@ -195,7 +214,7 @@ class Rehearsal(Recorder):
         """A call that takes entries by their positions has to take the same ones as before."""
         value, out = node.args[0], node.outs[0]
         for dim, length in enumerate(value.shape):
-            stays = self.kept(value, dim) if self.moves(value, dim) else np.ones(length, dtype=bool)
+            stays = self.kept(value, dim)
             before, after = (taken(np.arange(n), dim, len(value.shape), *rest[1:]) for n, rest in ((length, node.args), (int(stays.sum()), args)))
             rank = np.append(np.cumsum(stays) - 1, -1)  # of position -1: an entry that is new
             alive = np.append(stays, True)[before]
@@ -273,10 +292,10 @@ def rehearse(graph: Graph, small: nn.Module, mask: Mask, real: bool = False, wat
     except _Parted:
         return rehearsal.difference
     except Exception as error:
-        return rehearsal.difference or Difference(rehearsal.at, f"{type(error).__name__}: {error}".splitlines()[0])
+        return rehearsal.difference or rehearsal.differing(f"{type(error).__name__}: {error}".splitlines()[0])
     if rehearsal.difference:
         return rehearsal.difference
     wanted = {id(value) for value in graph.outputs}
     if any(id(rehearsal.values.get(id(tensor))) not in wanted for tensor in result):
-        return Difference(rehearsal.at, "another output")
-    return Difference(rehearsal.at, "fewer calls") if rehearsal.at < len(graph.nodes) else None
+        return rehearsal.differing("another output")
+    return rehearsal.differing("fewer calls") if rehearsal.at < len(graph.nodes) else None

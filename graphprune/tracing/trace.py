@@ -91,7 +91,6 @@ class Graph:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # by the name of the leaf
     filled: dict[int, torch.Tensor] = field(default_factory=dict)  # whole numbers that no call shows being written, by the id of their value
     real: bool = False  # whether the run had values: control flow depends on them
-    handed: bool = False  # whether the code saw a size that a cut changes
     parameters: frozenset[str] = frozenset()  # the leaves that are parameters
     unread: list[str] = field(default_factory=list)  # the leaves that no run reads
     picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
@@ -203,7 +202,6 @@ class Functions(TorchFunctionMode):
         self.recorder, self.calls = recorder, calls
         self.bodies = Bodies()
         self.steps: list[Step] = []
-        self.handed = False  # a size that may change
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -297,7 +295,6 @@ class Functions(TorchFunctionMode):
         value = self.recorder.values.get(id(tensor))
         if value is None or not value.fields:
             return shape
-        self.handed = True
         moving = {axis for held in value.fields for axis, n in enumerate(held.shape) if n > 1}
         return torch.Size([Size(n, ("dim", value, i), self.recorder.uses) if i in moving else n for i, n in enumerate(shape)])
 
@@ -466,7 +463,6 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         constants=recorder.constants,
         filled=recorder.filled,
         real=real,
-        handed=functions.handed,
         parameters=parameters,
         unread=idle,
         picks=numbered,
