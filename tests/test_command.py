@@ -1,6 +1,8 @@
 """The command line: every command from a text to a result, recipes that give the same bytes, errors in a sentence with a status, no files in part."""
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -209,3 +211,14 @@ def test_importing_the_package_imports_none_of_the_extras():
     code = "import sys, graphprune; print([m for m in ('typer', 'rich', 'yaml', 'jinja2', 'matplotlib', 'pandas', 'PIL', 'onnx') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
+    commands = re.search(r"```sh\n(.*?)```", page, re.S)[1].splitlines()
+    assert len(commands) > 10
+    for line in commands:
+        assert line.startswith("graphprune ") and main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
+    assert Path("small/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()

@@ -9,7 +9,7 @@ import pytest
 import graphprune
 
 DOCS = Path(__file__).parents[1] / "docs"
-GUIDES = [DOCS.parent / "README.md"] + [DOCS / f"{name}.md" for name in ("index", "tutorial")] + sorted(DOCS.glob("guide-*.md"))
+GUIDES = [DOCS.parent / "README.md"] + [DOCS / f"{name}.md" for name in ("index", "tutorial", "insight", "report", "cli")] + sorted(DOCS.glob("guide-*.md"))
 PAGES = sorted(DOCS.glob("own-*.md"))
 NEEDS = {"tutorial": ["sklearn"], "guide-deploy": ["onnxruntime", "onnxscript", "openvino"]}
 LONGEST = 15  # lines of the block that adds something
