@@ -33,7 +33,7 @@ def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_pla
 @overload
 def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[False] = False, **options: Any) -> Model: ...
 @respelled
-def shrink(
+def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave the options to this signature)
     model: nn.Module,
     example_input: Any,
     ratio: Target = None,

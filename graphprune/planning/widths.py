@@ -47,8 +47,8 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
     notes: list[str] = [f"note: {text}" for _, text in locks]
     joins: list[tuple[Array, Array]] = []
     tied: set[tuple] = set()
-    kept = [item if isinstance(item, tuple) else (item, None) for item in request.keep]
-    whole = tuple((name, axis) for name, axis in kept if name in graph.leaves)
+    held: list[tuple[str, int | None]] = [item if isinstance(item, tuple) else (item, None) for item in request.keep]
+    whole = tuple((name, axis) for name, axis in held if name in graph.leaves)
     groups = couple(graph, whole, tuple(locks))
     chosen = others(groups, request)
     if chosen:
