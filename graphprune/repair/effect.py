@@ -16,7 +16,7 @@ Of many positions a random part is read, the same share of every batch: what is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -128,16 +128,14 @@ def _losses(task: Task, every: dict[str, Site], links: list[Link], size: int, se
 def _with_others(task: Task, measured: list[Tensor | None], measuring: list[set[str]]) -> Scores:
     """The losses with what unmeasured consumers add: what they read times their weights, squared, as much as that is worth where both are known."""
     consumers = [{link.leaf for link in links if link.role == "consumes" and link.leaf in task.parameters} for links in task.links]
-    if all(losses is not None and not leaves - known for losses, leaves, known in zip(measured, consumers, measuring, strict=True)):
+    if all(losses is not None and leaves <= known for losses, leaves, known in zip(measured, consumers, measuring, strict=True)):
         return [losses for losses in measured if losses is not None]
     readers = by_reader(task, "second")
-    worth = _ratio(measured, [sum((parts[leaf] for leaf in known if leaf in parts), torch.zeros(1)) for parts, known in zip(readers, measuring, strict=True)])
+    pairs = list(zip(readers, measuring, strict=True))
+    worth = _ratio(measured, [_added(part for leaf, part in parts.items() if leaf in known) for parts, known in pairs])
+    others = [_added(part for leaf, part in parts.items() if leaf not in known) for parts, known in pairs]
+    total = [_joined(losses, other, worth) for losses, other in zip(measured, others, strict=True)]
     norms = [norm.square() for norm in task.by("l2")]
-    total: list[Tensor | None] = []
-    for losses, parts, known in zip(measured, readers, measuring, strict=True):
-        others = [worth * part for leaf, part in parts.items() if leaf not in known]
-        known_losses = [] if losses is None else [losses]
-        total.append(torch.stack([*known_losses, *others]).sum(0) if known_losses or others else None)
     scale = _ratio(total, norms)
     unread = [group.name for group, losses in zip(task.groups, total, strict=True) if losses is None]
     if unread:
@@ -146,9 +144,19 @@ def _with_others(task: Task, measured: list[Tensor | None], measuring: list[set[
     return [scale * norm if losses is None else losses for losses, norm in zip(total, norms, strict=True)]
 
 
-def _ratio(losses: Sequence[Tensor | None], others: Sequence[Tensor]) -> float:
+def _added(parts: Iterable[Tensor]) -> Tensor | None:
+    """The sum; None of nothing."""
+    parts = list(parts)
+    return torch.stack(parts).sum(0) if parts else None
+
+
+def _joined(losses: Tensor | None, other: Tensor | None, worth: float) -> Tensor | None:
+    return losses if other is None else worth * other if losses is None else losses + worth * other
+
+
+def _ratio(losses: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> float:
     """How much of one measure the other is worth: the median over the groups that have both, 1 where none has."""
-    pairs = [(float(mine.sum()), float(other.sum())) for mine, other in zip(losses, others, strict=True) if mine is not None]
+    pairs = [(float(mine.sum()), float(other.sum())) for mine, other in zip(losses, others, strict=True) if mine is not None and other is not None]
     ratios = sorted(mine / other for mine, other in pairs if mine > 0 and other > 0)
     return ratios[len(ratios) // 2] if ratios else 1.0
 
@@ -215,7 +223,7 @@ def _observe(task: Task, every: dict[str, Site], wanted: set[str], projection: i
             centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
             generator = torch.Generator().manual_seed(projection + index)  # the same for every block of groups
             drawn = [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device) for o in centred]
-            loss = torch.stack([(o * each).sum() for o, each in zip(centred, drawn, strict=True)]).sum() if centred else torch.zeros(())
+            loss = sum(((o * each).sum() for o, each in zip(centred, drawn, strict=True)), torch.zeros(()))
         if not bool(torch.isfinite(loss)):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
         if outs and first:
