@@ -29,7 +29,7 @@ PACKAGE = Path(graphprune.__file__).parent
 
 # Words that are also names of operations: ways to add scores up, options, names of the package's own functions. They may stand anywhere but beside a node.
 WORDS = frozenset(
-    "sum mean max min all any abs amax prod norm to select expand zeros ones linear index rand std var fill full dot sort where copy repeat fold".split()
+    "sum mean max min all any abs amax prod norm to select expand zeros ones linear index rand std var fill full dot sort where copy repeat fold mode".split()
 )
 # Names that stand for something else; each with what that is.
 ARGUED = {
@@ -367,6 +367,7 @@ WRONG = {
     "unknown axis": ("n i, o i -> n q", "'q'", "q"),
     "wrong result": ("n i, o i -> n o _", "names 3 axes of a result", "n o _"),
     "two results": ("n i, o i -> n o, n", "describes 2 results", "n"),
+    "two lengths": ("n i, i o -> n o", "length 16 elsewhere", "i o"),
     "unknown sizes": ("n (h i), o (h i) -> n o", "all sizes but one", "(h i)"),
     "no factors": ("n (_g i), o (_g i) -> n o", "factors of 5", "(_g i)"),
 }

@@ -176,29 +176,38 @@ def checked(rule: object, where: str) -> Expr:
     lefts, rights = _sides(rule.text)
     if len(lefts) != len(rule.operands):
         raise BadRule(unmatched(rule.text, len(rule.operands), where))
-    known = set(rule.sizes)
+    lengths = dict(rule.sizes)
     for number, ((axes, places), value) in enumerate(zip(lefts, rule.operands, strict=True)):
-        known |= {name.strip("[]") for group in axes for name in group}
-        if value is None:
-            continue
-        if not isinstance(value, Value):
+        if isinstance(value, Value):
+            _check_operand(rule, axes, places, value, lengths, where)
+        elif value is not None:
             raise BadRule(at(rule.text, (places or [0])[0], f"operand {number} of {where} is {value!r} and no tensor"))
-        if len(axes) != len(value.shape):
-            place = (places or [0])[0]
-            raise BadRule(at(rule.text, place, f"{where} names {len(axes)} axes here, the tensor has shape {tuple(value.shape)}"))
-        for group, size, place in zip(axes, value.shape, places, strict=True):
-            sizes = [rule.sizes.get(name.strip("[]")) for name in group]
-            if sizes.count(None) > 1:
-                raise BadRule(at(rule.text, place, f"{where} has to say all sizes but one in here: graphprune.expr(text, *tensors, {group[0]}=…)"))
-            rest = math.prod([n for n in sizes if n is not None])
-            if not rest or size % rest or (None not in sizes and size != rest):
-                raise BadRule(at(rule.text, place, f"{where} takes an axis of length {size} apart into factors of {rest}"))
+    known = {name.strip("[]") for axes, _ in lefts for group in axes for name in group} | set(rule.sizes)
     for axes, places in rights:
         for group, place in zip(axes, places, strict=True):
-            for name in group:
-                if name[0] not in "_1" and name.strip("[]") not in known:
-                    raise BadRule(at(rule.text, place, f"{where} makes an axis {name!r} that no operand has; write _ for one that stays"))
+            unknown = [name for name in group if name[0] not in "_1" and name.strip("[]") not in known]
+            if unknown:
+                raise BadRule(at(rule.text, place, f"{where} makes an axis {unknown[0]!r} that no operand has; write _ for one that stays"))
     return rule
+
+
+def _check_operand(rule: Expr, axes: Axes, places: list[int], value: Value, lengths: dict[str, int], where: str) -> None:
+    """Whether a tensor has the axes that it should have; ``lengths`` notes how long each is, for the operands behind."""
+    if len(axes) != len(value.shape):
+        raise BadRule(at(rule.text, (places or [0])[0], f"{where} names {len(axes)} axes here, the tensor has shape {tuple(value.shape)}"))
+    for group, size, place in zip(axes, value.shape, places, strict=True):
+        names = [name.strip("[]") for name in group]
+        sizes = [rule.sizes.get(name) for name in names]
+        if sizes.count(None) > 1:
+            raise BadRule(at(rule.text, place, f"{where} has to say all sizes but one in here: graphprune.expr(text, *tensors, {names[0]}=…)"))
+        rest = math.prod([n for n in sizes if n is not None])
+        if not rest or size % rest or (None not in sizes and size != rest):
+            raise BadRule(at(rule.text, place, f"{where} takes an axis of length {size} apart into factors of {rest}"))
+        for name, known in zip(names, sizes, strict=True):
+            length = size // rest if known is None else known
+            before = lengths.setdefault(name, length) if name not in "_1" else length
+            if before != length and 1 not in (before, length):
+                raise BadRule(at(rule.text, place, f"{name!r} is an axis of length {before} elsewhere in {where}, and of length {length} here"))
 
 
 @dataclass
@@ -340,7 +349,7 @@ def _meet(labels: Labels, rule: Expr, results: Sequence[tuple[int, ...]], reason
     return [_carry(labels, shared, *out) for out in outs], reduces
 
 
-def _operand(labels: Labels, axes: Axes, value: Value, sizes: dict, order: dict, reason: int) -> _Operand:
+def _operand(labels: Labels, axes: Axes, value: Value, sizes: Mapping[str, int], order: dict, reason: int) -> _Operand:
     if len(axes) != len(value.shape):
         raise BadRule(f"{len(axes)} axes named, the tensor has shape {tuple(value.shape)}")
     names, lengths = factors(axes, value.shape, sizes)
@@ -377,7 +386,7 @@ def _names(group: tuple[str, ...], dim: int) -> list[str]:
     return [f"_{dim}" if name == "_" else name.strip("[]") for name in group]
 
 
-def factors(axes: Axes, shape: tuple[int, ...], sizes: dict) -> tuple[list[str], dict[str, int]]:
+def factors(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[list[str], dict[str, int]]:
     """The names of all factors of a tensor's axes, in order, and their lengths."""
     names, lengths = [], {}
     for dim, (group, size) in enumerate(zip(axes, shape, strict=True)):
@@ -453,7 +462,7 @@ def _join_overlaps(labels: Labels, shared: dict) -> None:
                 labels.join(_over(labels, array, names, both), _over(labels, other, others, both))
 
 
-def _result(axes: Axes, shape: tuple[int, ...], sizes: dict, order: dict) -> tuple:
+def _result(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], order: dict) -> tuple:
     names = [[n for n in _names(group, dim)] for dim, group in enumerate(axes)]
     return [n for group in names for n in group if n[0] not in "_1"], names, shape
 

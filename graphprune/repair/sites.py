@@ -80,10 +80,11 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
     refused: dict[str, str] = {}
     for at, step in enumerate(graph.steps):
         calls = [node for node in reader.nodes.get(at, []) if node.products]
-        if len(calls) > 1 or (calls and calls[0].product is None):
+        product = calls[0].product if len(calls) == 1 else None
+        if calls and product is None:
             weights = [value for value in step.args if value is not None and value.leaf in graph.leaves and len(value.shape) > 1]
             refused |= {weight.leaf: "inside a recurrent layer, or another call of several products" for weight in weights}
-        elif calls and (product := calls[0].product) is not None and step.results and step.results[0] is not None:
+        elif product is not None and step.results and step.results[0] is not None:
             site, weight, reason = reader.site(at, calls[0], product)
             if site is not None:
                 found.append(site)
@@ -165,36 +166,41 @@ class _Reader:
 
     def site(self, at: int, node: Node, product: Product) -> tuple[Site | None, Value, str]:
         """The site of a call that is one product, or its weight and why it is none (no reason: it has no weight at all)."""
-        step = self.graph.steps[at]
+        result = self.graph.steps[at].results[0]
         weight, x = (self.given(at, operand.value) for operand in (product.weight, product.input))
         weight = weight if weight is not None else product.weight.value
         if id(weight) not in self.fixed or (x is not None and x.leaf in self.graph.leaves):
             return None, weight, ""  # a product of two activations, or of two weights
         bias = self.given(at, product.bias) if product.bias is not None else None
         axis = axis_of(weight, product.weight.value, product.weight.made[0]) if len(product.weight.made) == 1 else None
-        channels = 1 if product.weight.taps else len(node.outs[0].shape) - 1
-        reason = self.unfit(weight)
-        if product.spreads and product.groups > 1:
-            reason = reason or "a transposed convolution in groups"
-        elif product.others or not product.shared <= product.rule.sizes.keys() or axis is None or len(product.weight.summed) != 1:
-            reason = reason or "a product of more than one weight"
-        elif product.out != channels or product.input.summed != (channels if product.weight.taps else len(product.input.value.shape) - 1,):
-            reason = reason or "its channels stand along another axis"
-        elif x is None or (product.weight.taps and tuple(product.input.value.shape) != tuple(x.shape)):
-            reason = reason or "padded in a way of its own"
-        elif product.bias is not None and (bias is None or self.unfit(bias)):
-            reason = reason or "its bias is shared or computed"
-        shape = self.geometry(node, len(x.shape) - 2) if x is not None and product.weight.taps else None
-        more = self.numbers(node, "output_padding", len(x.shape) - 2) if x is not None and product.spreads else None
-        if product.weight.taps and (shape is None or (product.spreads and more is None)):
-            reason = reason or "a kernel whose steps are not known"
-        y = step.results[0]
-        if reason or x is None or y is None:
+        shape = more = None
+        if x is not None and product.weight.taps:
+            shape, more = self.geometry(node, len(x.shape) - 2), self.numbers(node, "output_padding", len(x.shape) - 2)
+        reason = self.unfit(weight) or self.unlike(node, product, axis) or self.unread(product, x, bias)
+        if not reason and product.weight.taps and (shape is None or (product.spreads and more is None)):
+            reason = "a kernel whose steps are not known"
+        if reason or x is None or result is None:
             return None, weight, reason or "padded in a way of its own"
-        behind = self.behind(y, at, shape is not None)
-        bias_name = bias.leaf if bias is not None else None
         turned = axis == 1 and not product.spreads
-        return Site(at, weight.leaf, bias_name, x, y, turned, shape, *behind, more), weight, ""
+        behind = self.behind(result, at, shape is not None)
+        name = bias.leaf if bias is not None else None
+        return Site(at, weight.leaf, name, x, result, turned, shape, *behind, more if product.spreads else None), weight, ""
+
+    @staticmethod
+    def unlike(node: Node, product: Product, axis: int | None) -> str:
+        """Why a product is not what rows can be written of, outputs along the last axis, or the second of a convolution."""
+        if product.spreads and product.groups > 1:
+            return "a transposed convolution in groups"
+        if product.others or axis is None or len(product.weight.summed) != 1 or not product.shared <= product.rule.sizes.keys():
+            return "a product of more than one weight"
+        outs, inputs = (1, 1) if product.weight.taps else (len(node.outs[0].shape) - 1, len(product.input.value.shape) - 1)
+        return "" if product.out == outs and product.input.summed == (inputs,) else "its channels stand along another axis"
+
+    def unread(self, product: Product, x: Value | None, bias: Value | None) -> str:
+        """Why what a product reads is not what the call was given."""
+        if x is None or (product.weight.taps and tuple(product.input.value.shape) != tuple(x.shape)):
+            return "padded in a way of its own"
+        return "its bias is shared or computed" if product.bias is not None and (bias is None or self.unfit(bias)) else ""
 
     def given(self, at: int, value: Value) -> Value | None:
         """The argument of a call that an operand of its kernel is, but for movement inside of the call."""
