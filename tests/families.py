@@ -1,4 +1,4 @@
-"""Tiny models of public families, with random weights, and an input for each: for tests and for benchmarks/families.py."""
+"""Tiny models of public families, with random weights, and an input for each: for tests and for benchmarks/reload.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,106 @@
+"""Public transformer families, tiny and with random weights: what is cut, and whether plain ``from_pretrained`` gives it back.
+
+``python benchmarks/reload.py [family …] --rows build/reload.jsonl --write docs/transformers.md``
+
+Each row is one family and one thing to prune (uniform widths at one half, heads alone, half of the blocks): cut or whole with the reason, the numbers of the
+configuration that changed, whether ``save_pretrained`` and then ``from_pretrained`` computes the same to the last bit, and whether greedy ``generate`` writes
+the same. """
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from common import Rows, made_by, parameters
+from families import FAMILIES, build, result, written
+
+import graphprune
+from graphprune.errors import BadConfig, GraphpruneError
+
+ROLES: dict[str, dict[str, Any]] = {
+    "widths": {"what": "channel", "widths": graphprune.Widths(uniform=True)},
+    "heads": {"what": "head", "widths": graphprune.Widths(uniform=True)},
+    "blocks": {"what": "block"},
+}
+
+
+def row(name: str, role: str) -> dict[str, Any]:
+    """Cut, save, load and compare."""
+    model, inputs = build(name)
+    start, before = time.process_time(), parameters(model)
+    try:
+        small = graphprune.shrink(model, inputs, 0.5, **ROLES[role])
+    except GraphpruneError as error:
+        return {"cell": f"{name} {role}", "result": "whole", "reason": str(error).splitlines()[0]}
+    spent = {"cell": f"{name} {role}", "left": round(parameters(small) / before, 3), "seconds": round(time.process_time() - start, 1)}
+    spent["class kept"] = type(small) is type(model)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        try:
+            small.save_pretrained(folder)
+        except BadConfig as error:
+            return spent | {"result": "refused", "reason": str(error)}
+        back = type(model).from_pretrained(folder).eval()
+    gap = float((result(back, inputs) - result(small, inputs)).abs().max())
+    words = written(small, inputs)
+    old, new = model.config.to_dict(), back.config.to_dict()
+    changed = {key: value for key, value in new.items() if old.get(key) != value and isinstance(value, int | list | dict) and "_name" not in key}
+    same = None if words is None else bool(torch.equal(words, written(back, inputs)))
+    return spent | {"result": "equal" if gap == 0 else f"differs by {gap:.1e}", "generate": same, "configuration": changed}
+
+
+def page(rows: Rows) -> str:
+    """The table of all families."""
+    cells = rows.by("cell")
+    lines = ["| family | " + " | ".join(ROLES) + " |", "|---|" + "---|" * len(ROLES)]
+    for name in FAMILIES:
+        if any(f"{name} {role}" in cells for role in ROLES):
+            lines.append(f"| {name} | " + " | ".join(_cell(cells.get(f"{name} {role}")) for role in ROLES) + " |")
+    counts = [cell["result"] for cell in cells.values()]
+    cut = [cell for cell in cells.values() if cell["result"] != "whole"]
+    text = f"{len(counts)} cells: {counts.count('equal')} come back equal (0.0), {counts.count('refused')} are refused"
+    text += f" with the reason, {counts.count('whole')} are whole"
+    wrote = [cell["generate"] for cell in cut if cell.get("generate") is not None]
+    return "\n".join([*lines, "", f"{text}; greedy `generate` is the same in {sum(wrote)} of {len(wrote)} cells that write."])
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    if cell["result"] == "whole":
+        return f"whole: {cell['reason'][:80]}"
+    numbers = ", ".join(f"{key}={value}" for key, value in cell.get("configuration", {}).items() if isinstance(value, int))
+    return f"{cell['result']}, {cell['left']:.2f} left" + (f" ({numbers})" if numbers else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; all by default")
+    parser.add_argument("--rows", type=Path, default=Path("build/reload.jsonl"))
+    parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
+    parser.add_argument("--only", nargs="*", default=list(ROLES), choices=list(ROLES))
+    asked = parser.parse_args()
+    asked.rows.parent.mkdir(parents=True, exist_ok=True)
+    rows = Rows(asked.rows)
+    done = rows.by("cell")
+    for name in asked.families or FAMILIES:
+        for role in asked.only:
+            if f"{name} {role}" not in done:
+                rows.add(row(name, role))
+    table = f"{made_by('python benchmarks/reload.py --write docs/transformers.md', 'transformers', rows=rows)}\n\n{page(rows)}"
+    print(table)
+    if asked.write:
+        head, mark, rest = asked.write.read_text().partition("<!-- families -->\n")
+        asked.write.write_text(f"{head}{mark}{table}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
+
+
+if __name__ == "__main__":
+    main()
