@@ -4,13 +4,13 @@ from . import scores
 from .catalogue import available, register
 from .cost import Cost, cost, profile
 from .coupling.groups import Group, Groups, couple
-from .cutting.apply import apply
 from .cutting.compose import compose
 from .cutting.expand import expand
 from .cutting.masks import bake, masked, semi_structured
 from .cutting.plan import Plan, plan_of
 from .cutting.zeroed import zeroed
 from .errors import GraphpruneError
+from .formats.applied import apply
 from .formats.folder import load, save
 from .insight.picture import picture
 from .insight.report import report

@@ -117,6 +117,31 @@ def test_the_guard_goes_where_the_model_goes(tmp_path):
     model.save_pretrained(tmp_path)  # the original's own
 
 
+@pytest.mark.parametrize("options", [{"widths": UNIFORM}, {"what": "block"}], ids=["widths", "blocks"])
+def test_what_graphprune_saved_can_be_saved_by_its_class(options, tmp_path):
+    model, inputs = build("llama")
+    small = graphprune.shrink(model, inputs, 0.5, **options)
+    graphprune.save(small, tmp_path / "plan")
+    loaded = graphprune.load(tmp_path / "plan", build("llama")[0]).eval()
+    assert loaded.config.to_dict() == small.config.to_dict()
+    same(small, again(loaded, tmp_path / "hugging"), inputs)
+    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    del plan["sha256"]
+    nowhere, strange = ({"changes": [[path, 3]], "fewer": [], "reason": ""} for path in (["nowhere", "inner"], [[]]))
+    for broken in ({"changes": 3}, nowhere, [], strange):
+        (tmp_path / "plan" / "plan.json").write_text(json.dumps(plan | {"configuration": broken}))
+        with pytest.raises(graphprune.errors.BadPlan):
+            graphprune.load(tmp_path / "plan", build("llama")[0])
+
+
+def test_a_plan_alone_is_guarded(tmp_path):
+    model, inputs = build("llama")
+    for options in ({"what": "block"}, {}):
+        chosen = graphprune.plan(model, inputs, 0.5, **options)
+        with pytest.raises(BadConfig, match="a plan alone"):
+            graphprune.apply(model, chosen).save_pretrained(tmp_path)
+
+
 def test_changed_by_other_hands(tmp_path):
     model, inputs = build("llama")
     small = graphprune.shrink(model, inputs, 0.5)

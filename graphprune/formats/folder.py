@@ -35,6 +35,7 @@ from ..cutting.schema import read as read_plan
 from ..errors import BadFile, BadPlan, GraphpruneError
 from ..tracing.trees import is_parameter, leaf_tensors
 from .atomic import current, ordinary, read, replacing
+from .huggingface import noted, remembered
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 TRIES = 5  # to read a folder that other processes write
@@ -62,6 +63,8 @@ def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         tensors[f"{name}.mask"] = torch.from_numpy(np.frombuffer(pack(whole), np.uint8).copy())
     parts = tuple(Part("mask", part.name, None) if part.kind == "mask" else part for part in plan.parts)
     data = replace(plan, parts=parts).to_dict() | {"weights": _digest(sorted(tensors.items())), "loose": sorted(_loose(small))}
+    note = noted(small)
+    data |= {"configuration": note} if note else {}
     with replacing(folder) as part:
         try:
             save_file(tensors, part / WEIGHTS)
@@ -161,7 +164,7 @@ def _filled(file: Any, folder: Path, base: nn.Module, plan: Plan, rest: dict[str
     if rest.get("weights", digest.text) != digest.text:
         raise BadFile(f"the weights in {folder} are not those that were saved with its plan: damaged, or of another model")
     note_plan(small, plan)
-    return small
+    return remembered(small, rest.get("configuration"))
 
 
 def _unpacked(file: Any, names: set[str], plan: Plan, base: nn.Module) -> tuple[Plan, set[str]]:

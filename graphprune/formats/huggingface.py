@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from ..cutting.apply import apply
 from ..cutting.masks import masked
 from ..cutting.plan import Plan
-from ..errors import BadConfig
+from ..errors import BadConfig, BadPlan
 from ..planning.request import Request
 from ..tracing.copies import duplicate
 from ..tracing.sizes import leaves as leaves_of
@@ -126,30 +126,63 @@ def follow(small: nn.Module, graph: Graph | None = None, check: bool = True) -> 
     """
     if not configured(small):
         return small
+    before = small.__dict__.get("save_pretrained")
+    earlier = before if isinstance(before, Saving) else Saving(small)
     if masked(small):  # its class does not know such weights until they are baked; masks change no size
-        before = small.__dict__.get("save_pretrained")
-        small.__dict__["save_pretrained"] = Saving(small, before.fewer if before else {}, before.reason if before else "")
+        small.__dict__["save_pretrained"] = Saving(small, earlier.changes, earlier.fewer, earlier.reason)
         return small
     whole, lists = closed(small)
     solution, reason = _solved(whole, small, lists, graph)
     if not reason and check and graph is not None:
         reason = _differs(whole, small, solution, graph)
     fewer = {path: value for path, value in solution.changes.items() if _of_lists(_tree(small), path, lists)}
-    if not reason:
-        _configure(small, {path: value for path, value in solution.changes.items() if path not in fewer})
-    small.__dict__["save_pretrained"] = Saving(small, fewer, reason)
+    changes = {} if reason else {path: value for path, value in solution.changes.items() if path not in fewer}
+    _configure(small, changes)
+    small.__dict__["save_pretrained"] = Saving(small, {**earlier.changes, **changes}, fewer, reason)
+    return small
+
+
+def guarded(small: nn.Module) -> nn.Module:
+    """A model that was cut without a run to learn from: it keeps its configuration, and cannot be saved with it."""
+    if configured(small) and not isinstance(small.__dict__.get("save_pretrained"), Saving):
+        small.__dict__["save_pretrained"] = Saving(small, reason=f"what a plan alone has cut, the configuration does not say. {CURES}")
+    return small
+
+
+def noted(small: nn.Module) -> dict[str, Any] | None:
+    """What a saved folder has to say of the configuration of a model, for JSON."""
+    saving = small.__dict__.get("save_pretrained")
+    if not isinstance(saving, Saving):
+        return None
+    numbers = {name: [[list(path), value] for path, value in getattr(saving, name).items()] for name in ("changes", "fewer")}
+    return numbers | {"reason": saving.reason}
+
+
+def remembered(small: nn.Module, note: Any) -> nn.Module:
+    """Put back, in place, what :func:`noted` said; raises :class:`~graphprune.errors.BadPlan` where that makes no sense for this model."""
+    if not configured(small):
+        return small
+    if note is None:
+        return guarded(small)
+    try:
+        numbers = [{tuple(path): tuple(value) if isinstance(value, list) else value for path, value in note[name]} for name in ("changes", "fewer")]
+        _configure(small, numbers[0])
+        small.__dict__["save_pretrained"] = Saving(small, *numbers, str(note["reason"]))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadPlan(f"what the folder says of the configuration does not fit this model: {error}") from error
     return small
 
 
 class Saving:
     """``save_pretrained`` of a cut model: it writes what loads again, or says what stands in the way.
 
-    ``fewer`` are the numbers of the configuration that say how many blocks there are: blocks that are gone are closed up as the model is
-    written, while the model itself keeps its names, which its plan speaks of. ``reason`` is why the model cannot be written, found when it was cut.
+    ``changes`` are the numbers of the configuration that the model has by now, ``fewer`` those that say how many blocks there are: blocks that are gone are
+    closed up as the model is written, while the model itself keeps its names, which its plan speaks of. ``reason`` is why the model cannot be
+    written, found when it was cut.
     """
 
-    def __init__(self, model: nn.Module, fewer: Mapping[Path, Any], reason: str) -> None:
-        self.model, self.fewer, self.reason = model, dict(fewer), reason
+    def __init__(self, model: nn.Module, changes: Mapping[Path, Any] | None = None, fewer: Mapping[Path, Any] | None = None, reason: str = "") -> None:
+        self.model, self.changes, self.fewer, self.reason = model, dict(changes or {}), dict(fewer or {}), reason
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if masked(self.model):
