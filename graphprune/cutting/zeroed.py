@@ -49,7 +49,8 @@ def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple, 
     asked = replace_fields(known.asked if isinstance(known, Graph) else known, example=(args, kwargs), others=())
     given = list(tensors((args, kwargs), torch.Tensor))
     if plan.parts:
-        return _settled(model, plan, asked)
+        state = graph.state if graph else ()
+        return [item for item in _settled(model, plan, asked) if item[0].partition(".")[0] not in state]
     if graph is None or [tuple(t.shape) for t in given] != [v.shape for v in graph.inputs]:
         graph = trace(model, args, kwargs, outputs=asked.outputs)
     if not training and not graph.real and not any(torch.Tag.nondeterministic_seeded in node.func.tags for node in graph.nodes):
