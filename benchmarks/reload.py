@@ -60,10 +60,11 @@ def row(name: str, role: str) -> dict[str, Any]:
 def page(rows: Rows) -> str:
     """The table of all families."""
     cells = rows.by("cell")
-    lines = ["| family | " + " | ".join(ROLES) + " |", "|---|" + "---|" * len(ROLES)]
+    roles = [role for role in ROLES if any(f"{name} {role}" in cells for name in FAMILIES)]
+    lines = ["| family | " + " | ".join(roles) + " |", "|---|" + "---|" * len(roles)]
     for name in FAMILIES:
-        if any(f"{name} {role}" in cells for role in ROLES):
-            lines.append(f"| {name} | " + " | ".join(_cell(cells.get(f"{name} {role}")) for role in ROLES) + " |")
+        if any(f"{name} {role}" in cells for role in roles):
+            lines.append(f"| {name} | " + " | ".join(_cell(cells.get(f"{name} {role}")) for role in roles) + " |")
     counts = [cell["result"] for cell in cells.values()]
     cut = [cell for cell in cells.values() if cell["result"] != "whole"]
     text = f"{len(counts)} cells: {counts.count('equal')} come back equal (0.0), {counts.count('refused')} are refused"

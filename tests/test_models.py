@@ -64,7 +64,7 @@ ORDER = {
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
     "cutting": "parts gains outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
-    "formats": "atomic folder closing config huggingface recipe",
+    "formats": "atomic closing config huggingface folder applied recipe",
     "budget": "targets space ledger problem bound descent optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
