@@ -427,13 +427,13 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         recorder.amend = None
         for tensors_of, other in more:
             entered(recorder, tensors_of)
-            others += more_run(recorder, other, asked.outputs)
+            others += more_run(recorder, other, asked.outputs, state)
         trained = reads_mode(modules) or bool(parameters.intersection(unread(recorder, recorder.nodes + recorder.extra)))
         if trained:
             twin.train()
             again, call = next(asked.called(twin, swap))
             entered(recorder, again)
-            others += train_run(recorder, call, asked.outputs)
+            others += train_run(recorder, call, asked.outputs, state)
     calls += channels_of_bare_norms(recorder.nodes, symbols)
     forget(recorder, outputs)
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)

@@ -63,12 +63,12 @@ def same_dice() -> Iterator[None]:
         random.setstate(state)
 
 
-def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any) -> list[Value]:
-    """Run another example, for what it asks of the labels; its calls are no part of the graph. Returns its outputs."""
+def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any, state: frozenset[str] = frozenset()) -> list[Value]:
+    """Run another example, for what it asks of the labels; its calls are no part of the graph. Returns its outputs, but for the parts of ``state``."""
     kept, spans, recorder.nodes, recorder.spans = recorder.nodes, recorder.spans, [], []
     try:
         with same_dice():
-            found = items(call())
+            found = [item for item in items(call()) if item[0].partition(".")[0] not in state]
             try:
                 found = selected(found, outputs)
             except UnknownName:  # another result than that of the example: all of it matters
@@ -81,10 +81,10 @@ def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any) -> list[
         recorder.extra, recorder.nodes, recorder.spans, recorder.step = recorder.extra + recorder.nodes, kept, spans, -1
 
 
-def train_run(recorder: Recorder, call: Callable[[], Any], outputs: Any) -> list[Value]:
+def train_run(recorder: Recorder, call: Callable[[], Any], outputs: Any, state: frozenset[str] = frozenset()) -> list[Value]:
     """:func:`more_run` in training mode, which may need more than the example (targets, a larger batch): where it stops, what is known by now holds."""
     try:
-        return more_run(recorder, call, outputs)
+        return more_run(recorder, call, outputs, state)
     except Exception as error:
         recorder.stopped = True
         _stopped(recorder, recorder.nodes, error)
