@@ -174,3 +174,76 @@ def test_the_collector_stays_on_in_the_users_functions():
 def test_a_cut_model_says_its_plan():
     small, plan = graphprune.shrink(Block(), X, return_plan=True)
     assert graphprune.plan_of(small).cuts == plan.cuts and graphprune.plan_of(Block()) is None
+
+
+@pytest.mark.parametrize("score", ["l2", "l1", "fpgm"])
+def test_a_model_without_values_is_not_cut_by_scores_that_do_not_exist(score):
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).to("meta")
+    with pytest.warns(UserWarning, match="no values for the score"):
+        _, plan = graphprune.shrink(net, X.to("meta"), 0.5, score=score, verify=False, return_plan=True)
+    assert plan.cuts["0.weight"][0] not in (list(range(16)), list(range(16, 32))) and len(plan.cuts["0.weight"][0]) == 16
+
+
+def test_a_path_that_the_example_does_not_take_is_named():
+    _, plan = graphprune.shrink(Block(lambda m, h: h if h.sum() > -1e9 else h.flip(1)), X, 0.5, return_plan=True)
+    assert any("test_state.py" in note and "looks at a value" in note for note in plan.notes)
+
+
+def test_plain_attributes_that_are_cut_stand_in_the_masks():
+    net = Block(lambda m, h: h * m.scale)
+    net.scale = torch.rand(16) + 1
+    _, plan = graphprune.shrink(net, X, 0.5, return_plan=True)
+    assert plan.masks(net)["scale"].tolist() == plan.masks(net)["up.bias"].tolist() and int(plan.masks(net)["scale"].sum()) == 8
+
+
+CACHE: dict = {}
+
+
+class Shared:
+    table = None
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def filled(kind):
+    shared = Shared()
+
+    def between(module, h):
+        if kind == "global":
+            return h * CACHE.setdefault("k", h.new_ones(1))
+        holder = Shared if kind == "class" else shared
+        if holder.table is None:
+            holder.table = h.new_ones(1) * 2
+        return h * holder.table
+
+    return between
+
+
+@pytest.mark.parametrize("kind", ["global", "class", "closure"])
+def test_caches_outside_of_the_model_are_as_they_were(kind):
+    net = Block(filled(kind))
+    small = graphprune.shrink(net, X, 0.5)
+    assert not CACHE and Shared.table is None
+    assert net(X).shape == small(X).shape == (2, 4)
+    CACHE.clear()
+    Shared.table = None
+
+
+@pytest.mark.parametrize("kind", ["forward", "before", "everywhere", "method"])
+def test_hooks_of_the_user_notice_nothing(kind):
+    seen, net = [], Block()
+    holder = type("Holder", (), {"hook": lambda self, *_: seen.append(1), "__module__": __name__})()
+    hook = {
+        "forward": lambda: net.up.register_forward_hook(lambda *_: seen.append(1)),
+        "before": lambda: net.register_forward_pre_hook(lambda *_: seen.append(1)),
+        "everywhere": lambda: nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1)),
+        "method": lambda: net.register_forward_hook(holder.hook),
+    }[kind]()
+    try:
+        graphprune.shrink(net, X, 0.5)
+        assert not seen
+        net(X)
+        assert seen
+    finally:
+        hook.remove()

@@ -20,11 +20,14 @@ from ..select import Kept
 from ..tables import Table
 from ..tracing.needs import Need
 from ..tracing.picks import renumber
+from ..tracing.trees import leaf_tensors
 from .describe import brief_text, compared, explain_text, headline, html_text, kept_positions, table_of
 from .gains import Gain, gains_of
 from .outline import Outline, outline
 from .parts import Part, survivors
 from .schema import VERSION, read
+
+SHOWN = 8  # places that look at values, in the notes
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Plan:
     outline: Outline | None = field(default=None, compare=False)
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """A boolean tensor of the original shape for every parameter and buffer; True where the entry survives."""
-        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        """A boolean tensor of the original shape for every parameter, buffer and plain attribute that is cut; True where the entry survives."""
+        plain = {name: tensor for name, _, _, tensor in leaf_tensors(model) if name in self.cuts}
+        tensors = plain | {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
         named = {id(t): name for name, t in tensors.items() if name in self.cuts}  # tied tensors are cut under one name
         return {name: self.mask(named.get(id(t), name), tuple(t.shape)) for name, t in tensors.items()}
 
@@ -216,5 +220,7 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
     gains = gains_of(groups.graph, groups.root, cuts)
     lines += [f"{gain.name}: takes up what the cut does to the weight it makes" for gain in gains]
     summary = outline(groups, cuts, [len(stay) for stay in kept], lambda value, dim: int(np.count_nonzero(stays.axis(value, dim))))
-    texts = notes, tuple(lines)
+    # What the example does not take is not known: a person may know it.
+    looks = [f"note: {', '.join(part for part in place if part)} looks at a value; what the code does for others is not known" for place in groups.graph.looked]
+    texts = (*notes, *looks[:SHOWN]), tuple(lines)
     return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), *texts, numbers=numbers, outline=summary, gains=gains)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ..coupling.groups import Groups
-from ..errors import UnknownName
+from ..errors import UnknownName, warn
+from ..tracing.trees import leaf_tensors
 from .activations import activation, apoz, entropy, flap, wanda_sp
 from .data import undisturbed
 from .expansion import fisher, obd, taylor
@@ -50,6 +51,12 @@ def __getattr__(name: str) -> Score:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def valueless(model: torch.nn.Module, groups: Groups) -> bool:
+    """Whether any weight along the units lies on the meta device."""
+    names = {name for group in groups for name, _ in group.places}
+    return any(tensor.is_meta for name, _, _, tensor in leaf_tensors(model) if name in names)
+
+
 def score(
     groups: Groups, model: torch.nn.Module, criterion: Criterion = "l2", batches: Iterable | None = None, loss: Callable | None = None, **options: Any
 ) -> Scores:
@@ -65,6 +72,12 @@ def score(
     if isinstance(criterion, str):
         criterion = named(criterion)
     if isinstance(criterion, Score):
+        if criterion.name != random.name and valueless(model, groups):
+            warn(
+                f"the model lies on the meta device and has no values for the score {criterion.name!r}: which units stay is drawn at random, only widths mean "
+                "something; give a function (groups, model, batches) -> tensors that reads the weights from where they are"
+            )
+            return random(groups, model, seed=0)
         return criterion(groups, model, batches, loss, **options)
     if not callable(criterion):
         raise UnknownName(f"criterion is {criterion!r}; it is a name, a score, or a function (groups, model, batches) -> tensors")

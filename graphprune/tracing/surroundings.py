@@ -78,7 +78,9 @@ class _Kept:
                 self.callable(hook)
         for name, item in own.items():
             kind = type(item)
-            if kind not in PLAIN and name[0] != "_" and getattr(kind, "__deepcopy__", None) is not None and not isinstance(item, torch.Tensor | nn.Module):
+            if isinstance(item, FunctionType | functools.partial):
+                self.callable(item)
+            elif kind not in PLAIN and name[0] != "_" and getattr(kind, "__deepcopy__", None) is not None and not isinstance(item, torch.Tensor | nn.Module):
                 self.value(item, 1)  # it may copy as itself
         self.kind(type(module))
 
