@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--macs", type=float, default=0.25, help="share of the MACs that stays")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("digits"), help="folder of the ONNX file and the saved model")
+    parser.add_argument("--out", type=Path, default=Path("digits"), help="folder of the ONNX file and the report")
     options = parser.parse_args()
     torch.manual_seed(0)
     data = load_digits()
@@ -123,6 +123,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     gap = exported(tuned, test[0], options.out / "digits.onnx")
     say(f"wrote {options.out / 'digits.onnx'} (any batch; ONNX Runtime differs by {gap:.0e})")
+    page = graphprune.report(model, train_x[:2], plan, options.out / "report.html", asked={"macs": options.macs}, measurement=timing)
+    say(f"wrote {page}: open it in a browser")
     widths = [max(len(cells[i]) for cells in rows) for i in range(4)]
     head = ["", "accuracy", "parameters", "MACs"]
     print("\n" + "\n".join("  ".join(f"{cell:>{max(wide, len(top))}}" for cell, wide, top in zip(cells, widths, head, strict=True)) for cells in [head, *rows]))
