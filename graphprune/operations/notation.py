@@ -394,7 +394,7 @@ def factors(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tup
         known = [sizes.get(name) for name in inner]
         if known.count(None) > 1:
             raise BadRule(f"the sizes of {inner} are not known")
-        rest = size // int(np.prod([k for k in known if k is not None] or [1])) if None in known else 1
+        rest = size // math.prod([k for k in known if k is not None]) if None in known else 1
         for name, value in zip(inner, known, strict=True):
             names.append(name)
             lengths[name] = rest if value is None else value

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -51,13 +52,19 @@ def _among(root: Array, arrays: Sequence[Array]) -> Array:
 
 def real_axes(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Axes:
     """The axes without factors of length 1 (a depthwise convolution makes one output per input)."""
+    return _real_axes(axes, shape, tuple(sizes.items()))
+
+
+@lru_cache(maxsize=4096)  # layers of a network repeat each other
+def _real_axes(axes: Axes, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> Axes:
     lengths = factors(axes, shape, dict(sizes))[1]
     return tuple(tuple(name for name in dim if name == "_" or lengths[name.strip("[]")] > 1) for dim in axes)
 
 
-def axis_names(dim: tuple[str, ...]) -> list[str]:
+@lru_cache(maxsize=4096)
+def axis_names(dim: tuple[str, ...]) -> tuple[str, ...]:
     """The names of an axis that may be cut."""
-    return [name.strip("[]") for name in dim if name[0] not in "_1"]
+    return tuple([name.strip("[]") for name in dim if name[0] not in "_1"])
 
 
 def marks(nodes: Iterable[Node], steps: Sequence, leaves: Mapping[str, Value], parameters: frozenset[str]) -> Marks:

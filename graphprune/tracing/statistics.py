@@ -22,10 +22,12 @@ STEPS = 12  # calls from a statistic to where it is used
 
 def hold_statistics(labels: Labels, nodes: list[Node]) -> None:
     """Ask of the labels, on condition, that axes stay whole over which a statistic is taken that is neither a sum of zeros nor a norm's."""
+    taken = [node for node in nodes if (node.op.statistic or node.op.softmax) and node.rule is not None and _over(node)]
+    if not taken:
+        return
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
-    for node in nodes:
-        if not (node.op.statistic or node.op.softmax) or node.rule is None or not _over(node):
-            continue
+    for node in taken:
+        assert node.rule is not None
         x = node.rule.operands[0]
         if node.op.statistic in ("sum", "norm") and zeros.known(x):
             continue
