@@ -20,6 +20,8 @@ def zeros(net, plan, shift=0):
     """A copy of the model with the removed entries set to zero (``shift``: those of other units instead)."""
     other, masks = copy.deepcopy(net), plan.masks(net)
     tensors = dict(other.named_parameters()) | dict(other.named_buffers())
+    for prefix, module in other.named_modules():  # plain attributes have masks, too
+        tensors |= {f"{prefix}.{name}".lstrip("."): value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
     for name, mask in masks.items():
         if name in plan.cuts and tensors[name].is_floating_point():
             for axis in plan.cuts[name] if shift else ():
