@@ -4,7 +4,7 @@
 
 Each row is one family and one thing to prune (uniform widths at one half, heads alone, half of the blocks): cut or whole with the reason, the numbers of the
 configuration that changed, whether ``save_pretrained`` and then ``from_pretrained`` computes the same to the last bit, and whether greedy ``generate`` writes
-the same. """
+the same."""
 
 from __future__ import annotations
 
