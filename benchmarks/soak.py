@@ -31,7 +31,9 @@ from torch import nn
 import graphprune
 from graphprune.errors import GraphpruneError, NothingToPrune
 
-KINDS = (*BLOCKS, *CONSTRUCTS)
+# Norms that are no modules of torch take their statistics of what stays, which a judge that knows only zeros cannot say.
+NORMS = ("Standardised", "GlobalResponse")
+KINDS = tuple(kind for kind in (*BLOCKS, *CONSTRUCTS) if kind.__name__ not in NORMS)
 LIMIT = 1e-8
 OUTCOMES = ("equal", "whole", "silent", "unchecked", "refused", "raised")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from judge import emptied, gap
 from test_units import axes, judged, zeros
 from torch import nn
 
@@ -105,3 +106,26 @@ def test_heads_go_where_a_softmax_runs_within_each():
 
     plan = judged(Across(), torch.randn(2, 5, 8).double())
     assert len(plan.cuts["qkv.weight"][0]) == 24 and ("", "heads", 2) in plan.edits
+
+
+@pytest.mark.parametrize("shift, whole", [(0.1, True), (0.0, False)])
+def test_a_distance_goes_only_where_both_of_its_ends_are_zero(shift, whole):
+    """What a removed feature adds to a distance is the difference of its two ends."""
+
+    class Near(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8)
+
+        def forward(self, x):
+            return torch.cdist(self.a(x), self.b(x) + shift if shift else self.b(x))
+
+    torch.manual_seed(0)
+    net, x = Near().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    if whole:
+        with pytest.raises(NothingToPrune):
+            graphprune.shrink(net, x)
+        return
+    small, plan = graphprune.shrink(net, x, return_plan=True)
+    assert small.a.out_features == small.b.out_features == 4
+    assert gap(small(x + 1), emptied(net, plan)(x + 1)) < 1e-9 < gap(small(x + 1), net(x + 1))

@@ -28,8 +28,8 @@ def hold_statistics(labels: Labels, nodes: list[Node]) -> None:
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
     for node in taken:
         assert node.rule is not None
-        x = node.rule.operands[0]
-        if node.op.statistic in ("sum", "norm") and zeros.known(x):
+        operands = [value for value in node.rule.operands if isinstance(value, Value)]
+        if node.op.statistic in ("sum", "norm") and all(zeros.known(value) for value in operands):  # a distance is taken of two
             continue
         if node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs):
             continue
