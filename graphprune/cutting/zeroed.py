@@ -50,7 +50,7 @@ def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple, 
     given = list(tensors((args, kwargs), torch.Tensor))
     if plan.parts:
         state = graph.state if graph else ()
-        return [item for item in _settled(model, plan, asked) if item[0].partition(".")[0] not in state]
+        return [item for item in _settled(model, plan, asked, training) if item[0].partition(".")[0] not in state]
     if graph is None or [tuple(t.shape) for t in given] != [v.shape for v in graph.inputs]:
         graph = trace(model, args, kwargs, outputs=asked.outputs)
     if not training and not graph.real and not any(torch.Tag.nondeterministic_seeded in node.func.tags for node in graph.nodes):
@@ -96,10 +96,10 @@ class _Amended:
                 tensor.copy_(_filled(tensor, masks.kept(value)))
 
 
-def _settled(model: nn.Module, plan: Plan, asked: Examples) -> list[Item]:
+def _settled(model: nn.Module, plan: Plan, asked: Examples, training: bool) -> list[Item]:
     """What changes no shape on the way is done to a twin: zeroed weights, and hooks that skip modules; cut axes are then as ever."""
     made_of = {name for gain in plan.gains for name in gain.leaves()}  # these are read whole, and what they make is cut
-    twin = _masked(model, replace_fields(plan, cuts={name: axes for name, axes in plan.cuts.items() if name not in made_of})).eval()
+    twin = _masked(model, replace_fields(plan, cuts={name: axes for name, axes in plan.cuts.items() if name not in made_of})).train(training)
     for part in plan.parts:
         if part.kind == "skip":
             hook = lambda _, a, k, out, part=part: passed(part, a, k, out)  # noqa: E731
@@ -108,7 +108,7 @@ def _settled(model: nn.Module, plan: Plan, asked: Examples) -> list[Item]:
     left = {name: {axis: kept for axis, kept in axes.items() if axis < 2 or name not in taps} for name, axes in plan.cuts.items()}
     left = {name: axes for name, axes in left.items() if axes}
     if left:
-        return outcome(twin, Plan(left, plan.shapes, gains=plan.gains), asked, *asked.example)
+        return outcome(twin, Plan(left, plan.shapes, gains=plan.gains), asked, *asked.example, training=training)
     with torch.no_grad():
         _, call = next(asked.called(twin, lambda tensor: tensor.detach().clone()))
         return [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in selected(items(call()), asked.outputs)]
