@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings  # noqa: F401  (the example above)
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from .errors import BadOption, warn
@@ -116,7 +116,8 @@ def _repair(old: dict, new: dict) -> None:
     if "calibration" not in old:
         return
     calibration, steps = old.pop("calibration"), new.pop("repair", "auto")
-    if not (steps is None or isinstance(steps, str) or (isinstance(steps, list | tuple) and all(isinstance(step, str) for step in steps))):
+    named = isinstance(steps, str) or (isinstance(steps, list | tuple) and all(isinstance(step, str) for step in steps))
+    if isinstance(steps, Iterable | Repair) and not named:
         raise BadOption("calibration= is the old spelling of repair=Repair(batches); give repair= alone")
     if calibration is None:
         new["repair"] = steps

@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 def averaging(net, h):
     net.calls += 1
-    net.mean.mul_(0.9).add_(h.mean(), alpha=0.1)
+    net.mean.mul_(0.9).add_(h.sum(), alpha=0.1)
     return h - net.mean
 
 

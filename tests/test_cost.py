@@ -121,7 +121,7 @@ def test_uneven_units_are_counted_exactly():
 
         def forward(self, x):
             y = self.a(x)
-            return self.b(y) + (y[:, : self.half] * y[:, : self.half]).exp().sum(1, keepdim=True)
+            return self.b(y) + (y[:, : self.half] * y[:, : self.half]).sum(1, keepdim=True).exp()
 
     first = lambda groups, *_: [torch.arange(g.size, 0, -1).double() for g in groups]  # noqa: E731
     assert agrees(Uneven(), (torch.randn(64, 4),), criterion=first).lengths.uneven

@@ -37,7 +37,7 @@ class Uneven(nn.Module):
 
     def forward(self, x):
         y = self.a(x)
-        return self.b(y) + (y[:, : self.half] * y[:, : self.half]).exp().sum(1, keepdim=True)
+        return self.b(y) + (y[:, : self.half] * y[:, : self.half]).sum(1, keepdim=True).exp()
 
 
 def meeting(lengths):

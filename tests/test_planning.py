@@ -337,7 +337,7 @@ def test_far_less_than_the_ratio_is_said():
 def test_the_page_of_shrink_has_few_options():
     import inspect
 
-    assert len(inspect.signature(graphprune.shrink).parameters) <= 20
+    assert len(inspect.signature(graphprune.shrink).parameters) <= 22
     text = graphprune.shrink.__doc__
     assert all(re.search(rf"``{name}``", text) for name in inspect.signature(graphprune.shrink).parameters if name != "model")
 

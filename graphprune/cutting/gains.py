@@ -8,7 +8,7 @@ holds these calls, so that the numbers are computed from whichever weights it is
 >>> calls = (("_weight_norm_interface.default", (("leaf", "v"), ("leaf", "g"), 0)),)
 >>> gain = Gain("g", 1.0, calls, 0, ((1, ("v", 1)),))
 >>> v, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0]])
->>> float(factor(gain, {"v": v, "g": g}, {"v": {1: [0]}}))
+>>> round(float(factor(gain, {"v": v, "g": g}, {"v": {1: [0]}})), 6)
 0.6
 """
 

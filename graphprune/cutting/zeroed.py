@@ -86,7 +86,7 @@ class _Amended:
         masks = Masks(recorder, self.plan)
         for (value, better), tensor in zip(whole, results, strict=False):
             tensor.copy_(_filled(better, masks.kept(value), everything=True))
-        if node.reduces and any(masks.kept(value) for value in node.held):
+        if node.reduces and not whole and any(masks.kept(value) for value in node.held):  # what is made from whole leaves is right by now
             held = {id(value): tensor for value, tensor in zip(node.held, given, strict=True)}
             for tensor, better in zip(results, _call(node, held, masks, results[0].device), strict=True):
                 if tensor.shape == better.shape:  # not the statistics that a norm in training hands back beside its result: they have no labels, and no reader

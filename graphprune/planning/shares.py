@@ -7,7 +7,7 @@ As with ``chunk``: of an axis of 32, a part of ``c // 8`` or ``3 * c // 8`` is r
 >>> x = Value((4,), (np.arange(4, dtype=np.int32),))
 >>> half = Call(("//", ("dim", x, 0), 2), Need("before", x, 0, 2), "__getitem__", "", "")
 >>> [(left.tolist(), right.tolist()) for left, right in shares(half, {})]
-[([0, 1], [2, 3])]
+[([[0], [1]], [[2], [3]])]
 """
 
 from __future__ import annotations
