@@ -1,6 +1,7 @@
 """A saved folder is the old model or the new one, whatever happens to the process; what is damaged, or of another model, is refused with the reason."""
 
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -21,6 +22,8 @@ import graphprune
 from graphprune.cutting.parts import Part
 from graphprune.cutting.plan import Plan
 from graphprune.errors import BadFile, BadPlan, GraphpruneError
+from graphprune.formats import atomic
+from graphprune.formats import folder as folders
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 IMAGE = torch.ones(1, 2, 4, 4)
@@ -60,8 +63,11 @@ def saved(tmp_path_factory):
     return {"plain": (plain, attention, IMAGE), "masked": (masked, net, X)}
 
 
-def damaged(saved, folder, edit):
-    """Load a copy of a saved folder after ``edit(folder)``: what it computes is what was saved, or it is refused, and in no time."""
+def damaged(saved, folder, edit, believed=False):
+    """Load a copy of a saved folder after ``edit(folder)``: what it computes is what was saved, or it is refused, and in no time.
+
+    Where the edit leaves a plan that is another, well-formed one, which is ``believed``, the model may compute something else, or nothing.
+    """
     source, make, x = saved
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder)
@@ -74,7 +80,7 @@ def damaged(saved, folder, edit):
         again = None
     assert time.process_time() - start < 5
     assert same(dict(base.state_dict()), dict(make(1).state_dict()))
-    return again is None or torch.equal(again(x), graphprune.load(source, make(2))(x))
+    return again is None or believed or torch.equal(again(x), graphprune.load(source, make(2))(x))
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
@@ -118,8 +124,8 @@ def test_damaged_plans(saved, tmp_path_factory, which, keep_checksum, delete, da
         del holder[key]
     else:
         holder[key] = data.draw(STRANGE)
-    equal = damaged(saved[which], tmp_path_factory.getbasetemp() / "plans", lambda folder: (folder / "plan.json").write_text(json.dumps(plan)))
-    assert equal or not keep_checksum
+    folder = tmp_path_factory.getbasetemp() / "plans"
+    assert damaged(saved[which], folder, lambda folder: (folder / "plan.json").write_text(json.dumps(plan)), believed=not keep_checksum)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -404,3 +410,26 @@ def test_control_files_of_two_saves_are_seen(tmp_path):
     shutil.copy(tmp_path / "a" / "plan.json", tmp_path / "b" / "plan.json")
     with pytest.raises(BadFile, match="not those that were saved with its plan"):
         graphprune.load(tmp_path / "b", net())
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("others", [0, 3])
+def test_a_file_that_is_moved_while_it_is_opened_is_read_where_it_is(tmp_path, monkeypatch, name, others):
+    """A writer was killed before it moved its files; the next one moves them between the look at one and its opening, and may write some of its own."""
+    folder, seeds = tmp_path / "folder", iter(range(2, 2 + others))
+    graphprune.save(cut(0), folder)
+    graphprune.save(cut(1), tmp_path / "next")
+    os.rename(tmp_path / "next", folder / atomic.READY)
+    size = folders.ordinary
+
+    def look(path):
+        bytes = size(path)
+        if path.name == name:
+            atomic._settle(folder)
+            for seed in itertools.islice(seeds, 1):
+                graphprune.save(cut(seed), folder)
+        return bytes
+
+    for module in (folders, atomic):
+        monkeypatch.setattr(module, "ordinary", look)
+    assert outcome(folder, [cut(seed) for seed in range(2 + others)]) > 0  # one of those that were written, whole

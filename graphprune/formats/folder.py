@@ -38,7 +38,7 @@ from .atomic import current, ordinary, read, replacing
 from .huggingface import noted, remembered
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
-TRIES = 5  # to read a folder that other processes write
+TRIES = 20  # to read a folder that other processes write
 FIXED, EACH, DIGITS = 2**24, 2**12, 32  # bytes of a plan: of its notes; of every tensor; of every position along an axis
 
 
@@ -86,23 +86,24 @@ def load(folder: str | Path, base: nn.Module) -> nn.Module:
 def restore(folder: str | Path, base: nn.Module, cast: bool = False) -> nn.Module:
     """What :func:`load` gives; ``cast`` takes weights that were saved in other dtypes."""
     folder = Path(folder)
-    for left in reversed(range(TRIES)):
+    for more in reversed(range(TRIES)):
         before = _seen(folder)
         try:
             return _restored(folder, base, cast)
         except BadFile:
-            if not left or _seen(folder) == before:
+            if not more or _seen(folder) == before:
                 raise
     raise BadFile(f"{folder} is being written all the time")
 
 
 def _seen(folder: Path) -> list[tuple | None]:
-    """What tells whether the files are still those that were there."""
+    """What tells whether the files are still those that were there, and where: a writer moves a file without changing it."""
     seen: list[tuple | None] = []
     for name in (WEIGHTS, PLAN):
+        path = current(folder, name)
         try:
-            found = os.stat(current(folder, name))
-            seen.append((found.st_ino, found.st_mtime_ns, found.st_size))
+            status = os.stat(path)
+            seen.append((path, status.st_ino, status.st_mtime_ns, status.st_size))
         except OSError:
             seen.append(None)
     return seen
