@@ -241,6 +241,15 @@ def peers(case: Case) -> list[tuple[str, bool, str]]:
     return [(kind, globally, way) for way in case.whole for kind, globally in pairs]
 
 
+def joined(out: Any) -> torch.Tensor:
+    """What Torch-Pruning follows backwards: every output that a caller reads."""
+    if isinstance(out, torch.Tensor):
+        return out
+    if hasattr(out, "logits"):
+        return out.logits
+    return torch.stack([tensor.sum() for tensor in out]).sum() if type(out) is tuple else out[0]
+
+
 def slopes(case: Case) -> list[torch.Tensor]:
     """The gradient of the mean loss, for Taylor."""
     grads: list[torch.Tensor] = []
@@ -272,7 +281,7 @@ def peer(case: Case, kind: str, globally: bool, way: str, budget: float, shared:
             pruning_ratio=ratio,
             max_pruning_ratio=0.95 if globally else 1.0,
             ignored_layers=case.whole[way](small),
-            output_transform=lambda out: out.logits if hasattr(out, "logits") else out[0] if not isinstance(out, torch.Tensor) else out,
+            output_transform=joined,
             **options,
         ).step()
         small.zero_grad(set_to_none=True)
