@@ -112,12 +112,17 @@ def _steps(options: dict[str, Any]) -> bool:
     return "calibration" in options
 
 
+def _repairs(value: Any) -> bool:
+    """Whether a value says with what to repair, and not only by which steps."""
+    steps = isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(step, str) for step in value))
+    return isinstance(value, Iterable | Repair) and not steps
+
+
 def _repair(old: dict, new: dict) -> None:
     if "calibration" not in old:
         return
     calibration, steps = old.pop("calibration"), new.pop("repair", "auto")
-    named = isinstance(steps, str) or (isinstance(steps, list | tuple) and all(isinstance(step, str) for step in steps))
-    if isinstance(steps, Iterable | Repair) and not named:
+    if _repairs(steps):
         raise BadOption("calibration= is the old spelling of repair=Repair(batches); give repair= alone")
     if calibration is None:
         new["repair"] = steps

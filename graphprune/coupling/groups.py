@@ -291,7 +291,7 @@ def _name_slices(parts: Partition, joints: list[Joint]) -> None:
 
 
 def _decide(parts: Partition, members: list[Joint]) -> None:
-    candidates: dict[tuple, tuple] = {}
+    candidates: dict[bytes, tuple[tuple[int, int, int], Array]] = {}
     for number, joint in enumerate(members):
         local = parts.find(joint.array)
         for axis in range(local.ndim):
@@ -316,7 +316,7 @@ def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
         return len(rows)
     trial = Partition(0)
     every, flat = np.unique(rows, return_inverse=True)
-    flat = flat.reshape(rows.shape).astype(np.int32)
+    flat: Array = flat.reshape(rows.shape).astype(np.int32)
     trial.parent = np.arange(len(every), dtype=np.int32)
     trial.locked = parts.locked[every].copy()
     trial.union(np.repeat(flat[:, 0], flat.shape[1]), flat.ravel())

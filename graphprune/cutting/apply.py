@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -125,10 +126,7 @@ def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[t
     data = data.contiguous(memory_format=torch.channels_last) if last else data.contiguous()
     if not is_parameter(tensor):
         return data.requires_grad_(tensor.requires_grad)
-    small = nn.Parameter(data, tensor.requires_grad)
-    if tensor.__dict__:
-        small.__dict__.update(tensor.__dict__)
-    return small
+    return _parameter(data, tensor)
 
 
 def scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -136,9 +134,15 @@ def scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     data = (tensor.detach() * factor.to(tensor.device)).to(tensor.dtype)
     if not is_parameter(tensor):
         return data.requires_grad_(tensor.requires_grad)
-    made = nn.Parameter(data, tensor.requires_grad)
-    made.__dict__.update(tensor.__dict__)
-    return made
+    return _parameter(data, tensor)
+
+
+def _parameter(data: torch.Tensor, old: torch.Tensor) -> nn.Parameter:
+    """A parameter in the place of another, with the attributes that were written on it."""
+    parameter = nn.Parameter(data, old.requires_grad)
+    for name, value in vars(old).items():
+        setattr(parameter, name, value)
+    return parameter
 
 
 def _picked(data: torch.Tensor, picks: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
@@ -170,9 +174,10 @@ def _put(module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> 
         old.grad = None
         old.data = new.data
         return
-    for held in (module._parameters, module._buffers, module.__dict__):
-        if name in held:
-            held[name] = new
+    tables: tuple[Any, ...] = (module._parameters, module._buffers, module.__dict__)
+    for table in tables:
+        if name in table:
+            table[name] = new
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, weight) for weight in module._flat_weights_names]
 
@@ -206,11 +211,12 @@ def _remake(module: nn.Module) -> None:
 def _follow(module: nn.Module) -> None:
     """Attributes of torch's own modules that repeat the shapes of their weights."""
     if isinstance(module, nn.RNNBase):
-        module.input_size = module.weight_ih_l0.shape[1]
-        module.hidden_size = module.weight_hh_l0.shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        names = ("weight_ih_l0", "weight_hh_l0")
+        module.input_size = getattr(module, names[0]).shape[1]
+        module.hidden_size = getattr(module, names[1]).shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
         return
     weight = _weight(module) if isinstance(module, SHAPED) else None
-    if weight is None or isinstance(weight, nn.UninitializedTensorMixin if hasattr(nn, "UninitializedTensorMixin") else ()):
+    if weight is None or is_lazy(weight):
         return
     shape = tuple(weight.shape)
     if isinstance(module, nn.Linear):

@@ -91,7 +91,7 @@ def narrow(conv: Conv, kept: Sequence[Sequence[int]]) -> None:
             raise BadPlan(f"the taps {tuple(taps)} of a kernel are not evenly spaced: no convolution has them")
         dilation.append(old * step)
     if tuple(conv.weight.shape[2:]) == tuple(conv.kernel_size):
-        weight = conv.weight.detach()
+        weight: torch.Tensor = conv.weight.detach()
         for axis, taps in enumerate(kept, start=2):
             weight = weight.index_select(axis, torch.tensor(taps, device=weight.device))
         last = weight.ndim == 4 and conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
@@ -107,7 +107,7 @@ def narrow(conv: Conv, kept: Sequence[Sequence[int]]) -> None:
     conv.__class__ = SHIFTED.get(type(conv), type(conv))
 
 
-def _put(weight: nn.Parameter, data: torch.Tensor) -> None:
+def _put(weight: torch.Tensor, data: torch.Tensor) -> None:
     """The parameter stays the same object, so whoever holds it (an optimizer) holds the smaller one."""
     weight.grad = None
     weight.data = data

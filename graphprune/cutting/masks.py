@@ -53,21 +53,21 @@ def _own_class(module: nn.Module) -> None:
         module.__class__ = type(shared.__name__, shared.__bases__, inner)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _makers(module: nn.Module) -> Any:
+def parametrizations(module: nn.Module) -> Any:
     """The parametrizations of a module, by the name of the parameter."""
-    return module.parametrizations
+    return module.parametrizations if parametrize.is_parametrized(module) else {}
 
 
 def mask_of(module: nn.Module, name: str) -> Mask | None:
     """The mask over a module's parameter, if there is one."""
-    held = getattr(module, "parametrizations", {})
-    return next((p for p in held[name] if isinstance(p, Mask)), None) if name in held else None
+    steps = parametrizations(module)
+    return next((step for step in steps[name] if isinstance(step, Mask)), None) if name in steps else None
 
 
 def mask(module: nn.Module, name: str, keep: torch.Tensor) -> None:
     """Mask the parameter ``name`` of a module, in place; ``keep`` is boolean, of its shape. A second mask replaces the first."""
     old = mask_of(module, name)
-    weight = _makers(module)[name].original if old else getattr(module, name)
+    weight = parametrizations(module)[name].original if old else getattr(module, name)
     keep = keep.to(weight.device)
     # Weight decay and momentum then have nothing to move; not in place, so that what fails later can put the old values back.
     weight.data = weight.data.masked_fill(~keep, 0)
@@ -90,7 +90,7 @@ def masked(model: nn.Module) -> dict[str, torch.Tensor]:
     for prefix, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
-        for name in _makers(module):
+        for name in parametrizations(module):
             held = mask_of(module, name)
             if held:
                 found[f"{prefix}.{name}" if prefix else name] = held.mask
@@ -125,7 +125,7 @@ def check_mask(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
     path, _, name = part.name.rpartition(".")
     try:
         module = model.get_submodule(path)
-        weight = _makers(module)[name].original if mask_of(module, name) else module._parameters[name]
+        weight = parametrizations(module)[name].original if mask_of(module, name) else module.get_parameter(name)
         found = tuple(weight.shape)
     except (AttributeError, KeyError) as error:
         raise BadPlan(f"the plan masks {part.name}, which this model does not have") from error

@@ -66,8 +66,9 @@ class Plan:
             along[kept] = True
             mask &= along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
         for part in self.parts:
-            if part.name == name and part.kind != "skip":
-                mask &= survivors(part, shape)
+            stays = survivors(part, shape) if part.name == name else None
+            if stays is not None:
+                mask &= stays
         return mask
 
     def explain(self, verbose: bool = False) -> str:

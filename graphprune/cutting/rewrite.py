@@ -19,7 +19,7 @@ import copyreg
 import inspect
 import linecache
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -81,7 +81,7 @@ def _subclass(kind: type) -> type:
 
     def reduce(self: Any, protocol: Any) -> Any:
         made = super(subclass, self).__reduce_ex__(protocol)
-        return (_blank, (kind,), *made[2:]) if isinstance(made, tuple) and made[0] is copyreg.__newobj__ else made
+        return (_blank, (kind,), *made[2:]) if isinstance(made, tuple) and made[0] is vars(copyreg)["__newobj__"] else made
 
     space = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "__reduce_ex__": reduce, ORIGIN: kind}
     subclass = type(kind)(kind.__name__, (kind,), {**space, **methods, "literals": literals})
@@ -127,7 +127,7 @@ def _source(function: FunctionType) -> tuple[str, int]:
 class _Literals(ast.NodeVisitor):
     """Where in a function whole numbers above 1 stand, folded as Python folds them; and calls of the helpers."""
 
-    def __init__(self, helpers: set[str]) -> None:
+    def __init__(self, helpers: Collection[str]) -> None:
         self.helpers = helpers
         self.numbers: list[tuple[ast.expr, int]] = []
         self.calls: list[ast.Name] = []
@@ -160,7 +160,7 @@ def _folded(node: ast.AST) -> int | None:
     return None
 
 
-def respelled(source: str, first: int, literals: dict[str, int], helpers: set[str] = frozenset(), helper: bool = False) -> tuple[str, dict[str, int]]:
+def respelled(source: str, first: int, literals: dict[str, int], helpers: Collection[str] = (), helper: bool = False) -> tuple[str, dict[str, int]]:
     """The source of a method, line for line, with attributes for its literals; and these, added to the ones that are known.
 
     A ``helper`` is a function that becomes a method, and ``helpers`` are the names of all of them. ``first`` is the source's line in its file, for messages.
@@ -176,7 +176,7 @@ def respelled(source: str, first: int, literals: dict[str, int], helpers: set[st
     for statement in function.body:
         visitor.visit(statement)
     literals = dict(literals)
-    edits: list[tuple[ast.AST, str]] = []
+    edits: list[tuple[ast.expr, str]] = []
     for node, number in sorted(visitor.numbers, key=lambda pair: (pair[0].lineno, pair[0].col_offset)):
         name = f"size_{len(literals) + 1}"
         literals[name] = number
@@ -184,6 +184,7 @@ def respelled(source: str, first: int, literals: dict[str, int], helpers: set[st
     edits += [(node, f"{own}._{node.id}_") for node in visitor.calls]
     lines = [line.encode() for line in source.splitlines(keepends=True)]
     for node, text in sorted(edits, key=lambda pair: (pair[0].lineno, pair[0].col_offset), reverse=True):
+        assert node.end_lineno is not None and node.end_col_offset is not None
         _put(lines, node.lineno - 1, node.col_offset, node.end_lineno - 1, node.end_col_offset, text)
     if helper:
         _put(lines, arguments[0].lineno - 1, arguments[0].col_offset, arguments[0].lineno - 1, arguments[0].col_offset, "self, ")

@@ -291,7 +291,9 @@ def _filled(tensor: torch.Tensor, kept: dict[int, torch.Tensor], everything: boo
 def _survivors(rule: Expr | None, cuts: dict) -> dict[str, int]:
     """How many of the equal blocks that a rule takes an axis apart into (groups of a convolution) have survivors."""
     found: dict[str, int] = {}
-    for value, axes in zip(rule.operands, parse(rule.text)[0], strict=True) if rule is not None and rule.sizes else ():
+    if rule is None or not rule.sizes:
+        return found
+    for value, axes in zip(rule.operands, parse(rule.text)[0], strict=True):
         for dim, group in enumerate(axes) if isinstance(value, Value) else ():
             name = group[0] if group else ""
             if name in rule.sizes and name not in found:

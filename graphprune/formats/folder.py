@@ -245,7 +245,7 @@ class _Digest:
         flat = tensor.detach().cpu().contiguous()
         self._hash.update(json.dumps([name, str(flat.dtype), list(flat.shape)]).encode())
         if flat.numel():
-            self._hash.update(memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
+            self._hash.update(flat.reshape(-1).view(torch.uint8).numpy().data)
 
     @property
     def text(self) -> str:

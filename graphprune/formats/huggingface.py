@@ -165,9 +165,9 @@ def remembered(small: nn.Module, note: Any) -> nn.Module:
     if note is None:
         return guarded(small)
     try:
-        numbers = [{tuple(path): tuple(value) if isinstance(value, list) else value for path, value in note[name]} for name in ("changes", "fewer")]
-        _configure(small, numbers[0])
-        small.__dict__["save_pretrained"] = Saving(small, *numbers, str(note["reason"]))
+        changes, fewer = ({tuple(path): tuple(value) if isinstance(value, list) else value for path, value in note[name]} for name in ("changes", "fewer"))
+        _configure(small, changes)
+        small.__dict__["save_pretrained"] = Saving(small, changes, fewer, str(note["reason"]))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise BadPlan(f"what the folder says of the configuration does not fit this model: {error}") from error
     return small
@@ -194,7 +194,8 @@ class Saving:
         reason = _reason(compare(_builder(whole), whole, _tree(whole)))
         if reason:  # it was changed by other hands since
             raise BadConfig(reason)
-        return type(whole).save_pretrained(whole, *args, **kwargs)
+        kind: Any = type(whole)
+        return kind.save_pretrained(whole, *args, **kwargs)
 
 
 def _solved(whole: nn.Module, small: nn.Module, lists: Lists, graph: Graph | None) -> tuple[Solution, str]:
@@ -236,7 +237,7 @@ def _moved(path: Path, lists: Lists) -> Path:
 
 def _of_lists(tree: Tree, path: Path, lists: Lists) -> bool:
     """Whether a change speaks of how many blocks there are."""
-    value = tree
+    value: Any = tree
     for key in path:
         value = value[key] if isinstance(value, list | tuple) or key in value else None
     return isinstance(value, list | tuple) or value in {size for size, _ in lists.values()}
@@ -249,7 +250,8 @@ def _tree(model: nn.Module) -> Tree:
 
 def _builder(model: nn.Module, bare: bool = False) -> Callable[[Tree], nn.Module]:
     """The class, from a configuration: on the meta device, or (``bare``) with everything but the weights."""
-    kind, config = type(model), model.config
+    kind: Any = type(model)
+    config = model.config
 
     def build(tree: Tree) -> nn.Module:
         with _quiet(), torch.random.fork_rng(devices=[]), _Unfilled() if bare else torch.device("meta"):
@@ -308,6 +310,7 @@ def _differs(whole: nn.Module, small: nn.Module, solution: Solution, graph: Grap
 
 def loaded(model: nn.Module, tree: Tree) -> nn.Module:
     """The class built from a configuration, in evaluation mode, with the very weights of ``model``."""
+    kind: Any = type(model)
     again = _builder(model, bare=True)(tree)
     device = next((tensor.device for *_, tensor in leaf_tensors(model)), None)
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}  # a run may write into them
@@ -315,7 +318,7 @@ def loaded(model: nn.Module, tree: Tree) -> nn.Module:
     again.load_state_dict(state, assign=True)
     if any(tensor.is_meta for *_, tensor in leaf_tensors(again)):
         with _quiet(), torch.random.fork_rng(devices=[]):
-            again = type(model).from_config(tree) if isinstance(model.config, Mapping) else type(model)(_object(model.config, tree))
+            again = kind.from_config(tree) if isinstance(model.config, Mapping) else kind(_object(model.config, tree))
         again.load_state_dict(state, assign=True)
     return again.to(device).eval()
 
@@ -340,7 +343,8 @@ def _configure(model: nn.Module, changes: Mapping[Path, Any]) -> None:
         top: dict[str, Any] = {}
         for path, value in changes.items():
             top[path[0]] = _with({**top}.get(path[0], old[path[0]]), path[1:], value)
-        model.register_to_config(**top)
+        configurable: Any = model  # of a library whose configurations are mappings
+        configurable.register_to_config(**top)
         return
     tree = _tree(model)
     for path, value in changes.items():

@@ -84,11 +84,13 @@ class Modules:
         for name in names:
             ends = self.ends(name)
             skips = self.skips({name: zero}) if ends else None
-            if not skips or not any(p.ndim > 1 for part in skips for p in self.modules[part.name].parameters()):
+            if ends is None or not skips or not any(p.ndim > 1 for part in skips for p in self.modules[part.name].parameters()):
                 continue
             before, after = ends
             if zero:
-                node = self.graph.nodes[self._sum(after)]
+                total = self._sum(after)
+                assert total is not None  # a branch ends at a sum
+                node = self.graph.nodes[total]
                 before = next(v for v in tensors(node.args) if not self._from(v, after))
                 after = node.outs[0]
             yield Removable(name, skips, before, after)

@@ -59,6 +59,7 @@ def unit_scores(
         generator = torch.Generator().manual_seed(weight.call)
         return torch.rand([1 if a in inside else n for a, n in enumerate(shape)], generator=generator, dtype=torch.float64)
     if criterion == "taylor":
+        assert grad is not None
         product = (wide * grad.to(wide.dtype)).reshape(shape)
         return _finite(weight, (product.sum(inside, keepdim=True) if inside else product).abs())
     if criterion == "synaptic" and gamma is not None:
@@ -97,7 +98,9 @@ def _custom(weight: Weight, shape: tuple, inside: tuple, found: torch.Tensor) ->
 
 def stays(weight: Weight, spec: Spec, gone: torch.Tensor) -> torch.Tensor:
     """The mask of a weight (True: the entry stays) from the units that go."""
-    shape, _ = views(weight, spec)
+    view = views(weight, spec)
+    assert view is not None  # its units were scored
+    shape, _ = view
     return (~gone).expand(shape).reshape(weight.shape)
 
 

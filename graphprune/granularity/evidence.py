@@ -62,8 +62,9 @@ def scale_of(graph: Graph, weight: Weight, data: Mapping[str, torch.Tensor]) -> 
         norm = node.norm
         if norm is not None and norm.kind == "batch":
             gamma = data.get(norm.weight.leaf) if norm.weight is not None else None
-            fits = gamma is not None and gamma.numel() == weight.shape[weight.inputs] and weight.groups == 1
-            return gamma.detach() if fits else None
+            if gamma is None or gamma.numel() != weight.shape[weight.inputs] or weight.groups != 1:
+                return None
+            return gamma.detach()
         given = list(tensors((node.args, node.kwargs)))
         one = len(given) == 1 and len(given[0].shape) == len(value.shape) and given[0].shape[1:2] == value.shape[1:2]
         if not one or not (node.is_move or node.op.pools or node.is_pointwise):

@@ -88,11 +88,11 @@ def realise(weight: Weight, keep: torch.Tensor, graph: Graph, model: nn.Module, 
 
 def times(conv: nn.Module, part: Part, shape: tuple[int, ...], seconds: float = 0.5) -> tuple[float, float]:
     """Median seconds of the convolution and of its product with fewer columns, measured in turn on an input of ``shape``."""
-    stock, product = nn.Module(), nn.Module()
-    stock.conv, product.conv = copy.deepcopy(conv), copy.deepcopy(conv)
-    apply_kernel(product, Part(part.kind, "conv.weight", part.data), tuple(conv.weight.shape), {})
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(conv.weight.device, conv.weight.dtype)
+    stock, product = copy.deepcopy(conv), nn.Sequential(copy.deepcopy(conv))
+    weight = conv.get_parameter("weight")
+    apply_kernel(product, Part(part.kind, "0.weight", part.data), tuple(weight.shape), {})
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     clock = clock_for(x.device, torch.get_num_threads())[1]
     with torch.no_grad():
-        rows = interleave([lambda: stock.conv(x), lambda: product.conv(x)], clock, seconds, 0.02)
+        rows = interleave([lambda: stock(x), lambda: product(x)], clock, seconds, 0.02)
     return float(np.median(rows[:, 0])), float(np.median(rows[:, 1]))

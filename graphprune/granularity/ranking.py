@@ -106,10 +106,12 @@ def _pool(members: Sequence[Weight], scores: Sequence[torch.Tensor], ratio: floa
 
 def below(units: Mapping[Weight, torch.Tensor], spec: Spec) -> dict[Weight, torch.Tensor]:
     """The units whose score is below the threshold; raises :class:`~graphprune.errors.BadRatio` where that is all of them."""
-    gone = {weight: dead_first(weight, spec, scores) < spec.threshold for weight, scores in units.items()}
+    threshold = spec.threshold
+    assert threshold is not None
+    gone = {weight: dead_first(weight, spec, scores) < threshold for weight, scores in units.items()}
     empty = [weight.name for weight, mine in gone.items() if bool(mine.all())]
     if empty:
-        raise BadRatio(f"a threshold of {spec.threshold} would empty {empty[0]}; use a smaller one, or keep it (keep=)")
+        raise BadRatio(f"a threshold of {threshold} would empty {empty[0]}; use a smaller one, or keep it (keep=)")
     return gone
 
 

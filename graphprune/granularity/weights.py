@@ -17,11 +17,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..cost import macs_by_call
 from ..cutting.kernels import Thin
-from ..cutting.masks import mask_of, masked, parameter_name
+from ..cutting.masks import mask_of, masked, parameter_name, parametrizations
 from ..operations.contraction import Operand
 from ..operations.notation import Value
 from ..tracing.node import Node
@@ -86,11 +85,9 @@ def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str
                 kernel, groups = len(operand.taps), node.products[0].groups
                 found[leaf] = Weight(name, leaf, tuple(tensor.shape), inputs, kernel, groups, index, 0.0, masks.get(name))
     for prefix, module in model.named_modules():
-        for own in module.parametrizations if parametrize.is_parametrized(module) else ():
-            if mask_of(module, own) is None:
-                left[f"{prefix}.{own}".lstrip(".")] = (
-                    f"is already parametrised ({type(module.parametrizations[own][-1]).__name__}): remove_parametrizations first"
-                )
+        for name, steps in parametrizations(module).items():
+            if mask_of(module, name) is None:
+                left[f"{prefix}.{name}".lstrip(".")] = f"is already parametrised ({type(steps[-1]).__name__}): remove_parametrizations first"
     for leaf, (module, _, tensor) in held.items():
         if isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and leaf not in found and "parametrizations." not in leaf:
             left.setdefault(leaf, RECURRENT if isinstance(module, nn.RNNBase) else "is no operand of a product")

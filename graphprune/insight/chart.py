@@ -179,7 +179,8 @@ def _rows(paths: Sequence[tuple[str, ...]], groups: Groups, outline: Outline | N
 
 def _lanes(groups: Groups, marks: Mapping[int, Mapping[str, str]], index: Mapping[str, int], outline: Outline | None) -> tuple[Lane, ...]:
     """Groups with the same marks are one lane; lanes take the first column that is free over their span."""
-    order, alike = list(MARKS), {}
+    order = list(MARKS)
+    alike: dict[tuple[tuple[int, str], ...], list[int]] = {}
     for group, roles in marks.items():
         best: dict[int, str] = {}
         for path, role in roles.items():
@@ -187,13 +188,14 @@ def _lanes(groups: Groups, marks: Mapping[int, Mapping[str, str]], index: Mappin
                 best[index[path]] = min(role, best.get(index[path], role), key=order.index)
         if best:
             alike.setdefault(tuple(sorted(best.items())), []).append(group)
-    widths: dict[str, int] = {w.name: w.after for w in outline.widths} if outline else {}
+    widths = {width.name: width.after for width in outline.widths} if outline else {}
     lanes = []
     for marked, members in alike.items():
-        sizes = tuple(groups.groups[group].size for group in members)
-        left = tuple(widths.get(groups.groups[group].name, groups.groups[group].size) for group in members)
-        label = folded([module_of(groups.groups[group].name) for group in members], 2)
-        lanes.append(Lane(label, len(members), tuple(members), sizes, left, marked))
+        alike_groups = [groups.groups[index] for index in members]
+        before = tuple(group.size for group in alike_groups)
+        after = tuple(widths.get(group.name, group.size) for group in alike_groups)
+        label = folded([module_of(group.name) for group in alike_groups], 2)
+        lanes.append(Lane(label, len(members), tuple(members), before, after, marked))
     busy: list[int] = []  # the last row of each column
     placed = []
     for lane in sorted(lanes, key=lambda lane: (lane.span[0], -lane.span[1], lane.groups)):

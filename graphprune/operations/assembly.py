@@ -145,12 +145,12 @@ def _filler(labels: Labels, tensor: Value, dim: int, reason: int) -> Array:
 
 @assemble("constant_pad_nd")
 def pad(labels: Labels, reason: int, outs: list, x: Value, padding: list, value: float = 0) -> list[Fields]:
-    fields = list(x.fields)
+    fields: list[Array | None] = list(x.fields)
     for index in range(len(padding) // 2):
         axis = len(x.shape) - 1 - index
         before, after = padding[2 * index], padding[2 * index + 1]
         for number, field in enumerate(fields):
-            if field.shape[axis] == 1 or not (before or after):
+            if field is None or field.shape[axis] == 1 or not (before or after):
                 continue
             if len(varying(field)) > 1 or before < 0 or after < 0:
                 labels.lock(field, reason)
@@ -158,8 +158,7 @@ def pad(labels: Labels, reason: int, outs: list, x: Value, padding: list, value:
                 continue
             ends = [labels.fresh(max(n, 0)).reshape([-1 if a == axis else 1 for a in range(field.ndim)]) for n in (before, after)]
             fields[number] = np.concatenate([ends[0], field, ends[1]], axis=axis)
-        fields = [f for f in fields if f is not None]
-    return [tuple(fields)]
+    return [tuple(field for field in fields if field is not None)]
 
 
 @assemble("as_strided_")

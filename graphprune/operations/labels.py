@@ -19,12 +19,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from os.path import basename
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 Array = np.ndarray
 Fields = tuple[Array, ...]
+
+
+class Coupling(Protocol):
+    """What a rule asks of labels: the labels themselves, or what stands in for them and notes the questions."""
+
+    def fresh(self, size: int) -> Array: ...
+
+    def join(self, left: Array, right: Array) -> None: ...
+
+    def lock(self, labels: Array, reason: int) -> None: ...
+
+    def joint(self, array: Array) -> None: ...
+
+    def marginal(self, array: Array, axes: tuple[int, ...], carried: bool = False) -> Array: ...
 
 
 class Reason(NamedTuple):
@@ -141,7 +155,10 @@ class Labels:
     def block(self, array: Array) -> int:
         """The number of the labels handed out together that ``array`` holds, all of them and in order along one axis; else -1."""
         whole = array if array.base is None else array.base
-        number, made = self._blocks.get(id(whole), (-1, None))
+        known = self._blocks.get(id(whole))
+        if known is None:
+            return -1
+        number, made = known
         if made is array:
             return number
         size = array.size
@@ -165,7 +182,10 @@ class Labels:
             if min(blocks) >= 0:
                 self.wholes.append(blocks)
                 return
-        self.pairs.append((left, right) if left.shape == right.shape else tuple(np.broadcast_arrays(left, right)))
+            self.pairs.append((left, right))
+            return
+        left, right = np.broadcast_arrays(left, right)
+        self.pairs.append((left, right))
 
     def reason(self, reason: Reason) -> int:
         self.reasons.append(reason)

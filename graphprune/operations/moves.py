@@ -83,7 +83,7 @@ def _expand(array, shape, out, *args, **kwargs):
 
 @move("flip")
 def _flip(array, shape, out, dims):
-    return [np.flip(array, [_wrap(d, len(shape)) for d in dims])]
+    return [np.flip(array, tuple(_wrap(d, len(shape)) for d in dims))]
 
 
 @move("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "split_with_sizes_copy", part=True)
@@ -146,7 +146,8 @@ def _channel_shuffle(array, shape, out, groups):
 
 @move("rot90")
 def _rot90(array, shape, out, k=1, dims=(0, 1)):
-    return [np.rot90(array, k, [_wrap(d, len(shape)) for d in dims])]
+    first, second = dims
+    return [np.rot90(array, k, (_wrap(first, len(shape)), _wrap(second, len(shape))))]
 
 
 describe("as_strided", why="the same memory in another layout")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import BadRule
-from .labels import Array, Fields, Labels, compact, varying
+from .labels import Array, Coupling, Fields, compact, varying
 
 Axes = tuple[tuple[str, ...], ...]
 
@@ -216,7 +216,7 @@ class _Operand:
     fields: dict[tuple[str, ...], Array]
 
 
-def meet(labels: Labels, rule: Expr, results: Sequence[tuple[int, ...]], reason: int) -> tuple[list[Fields], bool]:
+def meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reason: int) -> tuple[list[Fields], bool]:
     """Apply a rule: join, lock and name slices; return the fields of every result, and whether an axis is reduced.
 
     Where every field varies over one axis, what is done depends on the form alone: it is worked out once, then replayed.
@@ -267,7 +267,7 @@ class Recipe:
     outs: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
     reduces: bool
 
-    def replay(self, labels: Labels, rule: Expr, reason: int) -> tuple[list[Fields], bool]:
+    def replay(self, labels: Coupling, rule: Expr, reason: int) -> tuple[list[Fields], bool]:
         flat = [array if array.ndim == 1 else array.ravel() for value in rule.operands if value.__class__ is Value for array in value.fields]
         for left, right in self.joins:
             labels.join(flat[left], flat[right])
@@ -276,7 +276,7 @@ class Recipe:
         return [tuple([flat[index] if len(view) == 1 else flat[index].reshape(view) for index, view in out]) for out in self.outs], self.reduces
 
 
-class _Told(Exception):
+class _BeyondForm(Exception):
     """The outcome depends on more than the form."""
 
 
@@ -291,20 +291,24 @@ class _Listener:
     def of(self, array: Array) -> int:
         index, size = self.fields.get(array.__array_interface__["data"][0], (-1, 0))
         if size != array.size:
-            raise _Told
+            raise _BeyondForm
         return index
 
     def join(self, left: Array, right: Array) -> None:
         if left is not right:
             self.joins.append((self.of(left), self.of(right)))
 
-    def lock(self, array: Array, reason: int) -> None:
-        self.locks.append(self.of(array))
+    def lock(self, labels: Array, reason: int) -> None:
+        self.locks.append(self.of(labels))
 
-    def joint(self, *args: Any) -> None:
-        raise _Told
+    def joint(self, array: Array) -> None:
+        raise _BeyondForm
 
-    marginal = fresh = joint
+    def marginal(self, array: Array, axes: tuple[int, ...], carried: bool = False) -> Array:
+        raise _BeyondForm
+
+    def fresh(self, size: int) -> Array:
+        raise _BeyondForm
 
 
 def _recipe(rule: Expr, results: Sequence[tuple[int, ...]]) -> Recipe | None:
@@ -318,15 +322,15 @@ def _recipe(rule: Expr, results: Sequence[tuple[int, ...]]) -> Recipe | None:
         operands.append(value)
     try:
         outs, reduces = _meet(listener, Expr(rule.text, tuple(operands), rule.sizes), results, 0)
-        told = tuple(tuple((listener.of(f), tuple(-1 if n > 1 else 1 for n in f.shape)) for f in held) for held in outs)
-    except _Told:
+        views = tuple(tuple((listener.of(f), tuple(-1 if n > 1 else 1 for n in f.shape)) for f in fields) for fields in outs)
+    except _BeyondForm:
         return None
-    if any(view.count(-1) != 1 for held in told for _, view in held):
+    if any(view.count(-1) != 1 for fields in views for _, view in fields):
         return None
-    return Recipe(tuple(listener.joins), tuple(listener.locks), told, reduces)
+    return Recipe(tuple(listener.joins), tuple(listener.locks), views, reduces)
 
 
-def _meet(labels: Labels, rule: Expr, results: Sequence[tuple[int, ...]], reason: int) -> tuple[list[Fields], bool]:
+def _meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reason: int) -> tuple[list[Fields], bool]:
     lefts, rights = parse(rule.text)
     operands, order = [], {}
     for axes, value in zip(lefts, rule.operands, strict=True):
@@ -349,7 +353,7 @@ def _meet(labels: Labels, rule: Expr, results: Sequence[tuple[int, ...]], reason
     return [_carry(labels, shared, *out) for out in outs], reduces
 
 
-def _operand(labels: Labels, axes: Axes, value: Value, sizes: Mapping[str, int], order: dict, reason: int) -> _Operand:
+def _operand(labels: Coupling, axes: Axes, value: Value, sizes: Mapping[str, int], order: dict, reason: int) -> _Operand:
     if len(axes) != len(value.shape):
         raise BadRule(f"{len(axes)} axes named, the tensor has shape {tuple(value.shape)}")
     names, lengths = factors(axes, value.shape, sizes)
@@ -420,7 +424,7 @@ def solved(rule: Expr, shapes: Sequence[Sequence[int] | None]) -> dict[str, int]
     return found
 
 
-def _drop_fixed(labels: Labels, array: Array, names: tuple[str, ...], reason: int) -> tuple[Array, tuple[str, ...]]:
+def _drop_fixed(labels: Coupling, array: Array, names: tuple[str, ...], reason: int) -> tuple[Array, tuple[str, ...]]:
     fixed = [axis for axis, name in enumerate(names) if name[0] == "_"]
     if not fixed:
         return array, names
@@ -435,14 +439,14 @@ def _drop_fixed(labels: Labels, array: Array, names: tuple[str, ...], reason: in
     return first.reshape([array.shape[axis] for axis in keep]), tuple(names[axis] for axis in keep)
 
 
-def _over(labels: Labels, array: Array, names: tuple[str, ...], onto: Sequence[str], carried: bool = False) -> Array:
+def _over(labels: Coupling, array: Array, names: tuple[str, ...], onto: Sequence[str], carried: bool = False) -> Array:
     """The labels of the slices of a field along the axes ``onto``, in the field's own order of axes."""
     if len(onto) == len(names):
         return array
     return labels.marginal(array, tuple(i for i, name in enumerate(names) if name in onto), carried)
 
 
-def _lock_uncovered(labels: Labels, operand: _Operand, shared: dict, reason: int) -> None:
+def _lock_uncovered(labels: Coupling, operand: _Operand, shared: dict, reason: int) -> None:
     for names, array in list(shared.items()):
         mine = [name for name in names if name in operand.sizes]
         covered = {name for held in operand.fields for name in held}
@@ -453,7 +457,7 @@ def _lock_uncovered(labels: Labels, operand: _Operand, shared: dict, reason: int
             del shared[names]
 
 
-def _join_overlaps(labels: Labels, shared: dict) -> None:
+def _join_overlaps(labels: Coupling, shared: dict) -> None:
     entries = list(shared.items())
     for index, (names, array) in enumerate(entries):
         for others, other in entries[:index]:
@@ -467,7 +471,7 @@ def _result(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], order:
     return [n for group in names for n in group if n[0] not in "_1"], names, shape
 
 
-def _carry(labels: Labels, shared: dict, kept: list[str], dims: list[list[str]], shape: tuple[int, ...]) -> Fields:
+def _carry(labels: Coupling, shared: dict, kept: list[str], dims: list[list[str]], shape: tuple[int, ...]) -> Fields:
     best: dict[tuple[str, ...], Array] = {}
     for names, array in shared.items():
         onto = tuple(name for name in names if name in kept)

@@ -68,7 +68,8 @@ def _met_already(graph: Graph, request: Request) -> str:
         limits = request.aims.limits(full)
         rows = [f"{name}: at most {show(name, limits[name])} were asked for, the model has {show(name, getattr(full, name))}" for name in asked]
         return f"nothing was cut: the model meets its targets already ({'; '.join(rows)})"
-    if request.aims.timed or not request.ratio or not request.spec.coarse or len(request.wanted) > 1 or request.wanted[0].amount is not None:
+    first, *others = request.wanted
+    if request.aims.timed or not request.ratio or not request.spec.coarse or others or first.amount is not None:
         return ""
     return f"ratio={request.ratio:g} removes nothing: no group has enough units for it, or multiple_of and at_least keep them all"
 

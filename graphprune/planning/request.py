@@ -175,7 +175,7 @@ def _checked(name: str, value: Any) -> Any:
     spec = parse(name)
     if isinstance(value, Sequence) and spec.name in DEPTH and value and all(whole(each) or isinstance(each, str) for each in value):
         return tuple(value)
-    if value is None or (whole(value) and value > 0 and (spec.coarse or spec.name in DEPTH)):
+    if value is None or (isinstance(value, int) and whole(value) and value > 0 and (spec.coarse or spec.name in DEPTH)):
         return value
     if isinstance(value, float) and 0 <= value < 1:
         return value

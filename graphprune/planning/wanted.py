@@ -49,7 +49,9 @@ def amounts(groups: Groups, request: Request) -> dict[int, float]:
     """The ratios of the groups of a kind for which the request says how much goes."""
     own = {}
     for each in request.wanted:
-        for index in of_kind(groups, each.spec.name) if each.amount is not None else ():
+        if each.amount is None:
+            continue
+        for index in of_kind(groups, each.spec.name):
             size = groups.groups[index].size
             if not isinstance(each.amount, float) and each.amount > size:
                 raise BadRatio(f"{each.amount} units of {each.name} were asked for; {groups.groups[index].name} has {size}")

@@ -165,8 +165,11 @@ def brought(batch: Any, model: nn.Module) -> Any:
 
 def _moved(item: Any, device: torch.device) -> Any:
     """Tensors in any nest; of packed sequences all but the lengths, of mappings (what tokenizers give, say) a copy."""
-    if isinstance(item, Tensor | PackedSequence):
-        return item.to(device=device)
+    if isinstance(item, Tensor):
+        return item.to(device)
+    if isinstance(item, PackedSequence):
+        packed: Any = item  # torch declares its ``to`` for dtypes alone
+        return packed.to(device)
     if isinstance(item, MutableMapping):
         twin = copy.copy(item)
         for key, value in item.items():

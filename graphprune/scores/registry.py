@@ -133,7 +133,9 @@ def _options(function: Callable) -> list[str]:
     return list(inspect.signature(function).parameters)[1:]
 
 
-def scorer(family: str, line: str, reference: str, *, needs: str = "nothing", cost: str, default: dict[str, Any] | None = None) -> Callable:
+def scorer(
+    family: str, line: str, reference: str, *, needs: str = "nothing", cost: str, default: dict[str, Any] | None = None
+) -> Callable[[Callable[..., Scores]], Score]:
     """Enter a function ``(task, **options) -> Scores`` under its own name."""
 
     def entered(function: Callable[..., Scores]) -> Score:

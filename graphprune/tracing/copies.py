@@ -65,7 +65,7 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _module(module: nn.Module, kind: type, memo: dict[int, Any]) -> nn.Module:
-    twin = memo[id(module)] = kind.__new__(kind)
+    twin = memo[id(module)] = nn.Module.__new__(kind)
     state = module.__dict__.copy()
     state.pop("_compiled_call_impl", None)  # as nn.Module's own copying does
     for key, value in state.items():

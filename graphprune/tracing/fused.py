@@ -54,7 +54,7 @@ def attention(
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         zero, never = (torch.full((), number, dtype=query.dtype, device=attn_mask.device) for number in (0.0, -torch.inf))
         attn_mask = torch.where(attn_mask, zero, never)
-    return torch._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
 
 
 def gathered(model: nn.Module) -> nn.Module:

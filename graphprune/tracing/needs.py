@@ -95,12 +95,20 @@ class Asked:
         """A count of copies: the new length where one entry is copied; else it may not change."""
         if length == 1:
             self.needs(given, self.out, "size", dim)
-            leaf = given.expr if isinstance(given, Size) and self.out else ("",)
-            if leaf[0] == "dim" and leaf[1].shape[leaf[2]] == self.out.shape[dim]:  # as many as an axis has entries: they go with those
-                for field, axis in ((f, a) for f in self.out.fields for a in leaf[1].fields if f.shape[dim] == f.size and a.shape[leaf[2]] == a.size):
-                    self.recorder.labels.join(field.ravel(), axis.ravel())
+            if isinstance(given, Size) and self.out and given.expr[0] == "dim":
+                _, source, along = given.expr
+                self.as_many(self.out, dim, source, along)
         elif isinstance(given, Size):
             self.needs(given, self.out, "count", dim, number(given))
+
+    def as_many(self, copies: Value, dim: int, source: Value, along: int) -> None:
+        """As many copies as an axis has entries go with those entries."""
+        if source.shape[along] != copies.shape[dim]:
+            return
+        for field in copies.fields:
+            for axis in source.fields:
+                if field.shape[dim] == field.size and axis.shape[along] == axis.size:
+                    self.recorder.labels.join(field.ravel(), axis.ravel())
 
 
 READERS: dict[str, Callable[[Asked], None]] = {}  # by the name of the function; "conv" of every convolution
@@ -238,8 +246,9 @@ def _chunk(asked: Asked) -> None:
 
 def _even(asked: Asked, dim: int) -> None:
     """Equal parts must stay equal: tie them entry by entry."""
-    values = [asked.known(part) for part in asked.result]
-    if not values or any(value is None for value in values):
+    parts = [asked.known(part) for part in asked.result]
+    values = [value for value in parts if value is not None]
+    if not values or len(values) < len(parts):
         return
     first = values[0]
     if any(value.shape[dim] != first.shape[dim] for value in values):
@@ -363,12 +372,12 @@ def _pad(asked: Asked) -> None:
         asked.needs(given, asked.out, side, dim, number(given))
         before = amounts[index - 1]
         if index % 2 and type(given) is Size and type(before) is Size and given.expr == before.expr:
-            _both_ends(asked, dim, number(given))
+            _both_ends(asked, asked.out, dim, number(given))
 
 
-def _both_ends(asked: Asked, dim: int, count: int) -> None:
+def _both_ends(asked: Asked, padded: Value, dim: int, count: int) -> None:
     """One size gives the padding on both sides: as much must stay before as after."""
-    for field in asked.out.fields:
+    for field in padded.fields:
         if field.shape[dim] > 1 and field.size == field.shape[dim]:
             flat = field.ravel()
             asked.recorder.labels.join(flat[:count], flat[len(flat) - count :])

@@ -124,8 +124,12 @@ class Node:
             return None
         names = self.op.arguments
         eps = self.argument("eps" if "eps" in names else "epsilon")
-        values = [self.argument(name) for name in ("weight", "bias", "running_mean", "running_var")]
-        return Norm(self.op.norm, self.args[0], *(v if isinstance(v, Value) else None for v in values), float(eps or 0.0), bool(self.argument("training")))
+        weight, bias, mean, var = (self._value(name) for name in ("weight", "bias", "running_mean", "running_var"))
+        return Norm(self.op.norm, self.args[0], weight, bias, mean, var, float(eps or 0.0), bool(self.argument("training")))
+
+    def _value(self, name: str) -> Value | None:
+        argument = self.argument(name)
+        return argument if isinstance(argument, Value) else None
 
     @property
     def is_move(self) -> bool:

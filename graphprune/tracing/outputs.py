@@ -73,8 +73,9 @@ def _walk(tree: Any, path: str, plain: bool, seen: set[int], found: list[Item]) 
 def _parts(tree: Any) -> Iterable[tuple[Any, Any]] | None:
     if isinstance(tree, Mapping):
         return tree.items()
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return zip(tree._fields, tree, strict=True)
+    names = getattr(tree, "_fields", None)
+    if isinstance(tree, tuple) and names is not None:
+        return zip(names, tree, strict=True)
     if isinstance(tree, list | tuple | set | frozenset | Iterator):
         return enumerate(tree)
     if is_dataclass(tree):

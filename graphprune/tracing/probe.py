@@ -63,6 +63,7 @@ class _Watch(TorchFunctionMode):
         if not places:
             return func(*args, **kwargs)
         args, kwargs = self.shown((args, kwargs), [(i, value) for given, i, value in places if given])
+        assert kwargs is not None
         return self.shown(func(*args, **kwargs), [(i, value) for given, i, value in places if not given])
 
     def next(self, name: str) -> list[tuple[bool, int, Value]]:

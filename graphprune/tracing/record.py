@@ -292,6 +292,7 @@ class Recorder(TorchDispatchMode):
         return known.carry(known.op, args, kwargs, given, shapes, reason)
 
     def made(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        assert op.assemble is not None
         return op.assemble(self.labels, reason, shapes, *args, **kwargs), False
 
     def picked(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
@@ -305,6 +306,7 @@ class Recorder(TorchDispatchMode):
         return outs, False
 
     def assembled(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+        assert op.assemble is not None
         outs = op.assemble(self.labels, reason, shapes, *args, **kwargs)
         if op.copies:
             self.copied |= {id(field): field for field in outs[0][len(args[0].fields) :]}
@@ -312,6 +314,7 @@ class Recorder(TorchDispatchMode):
 
     def moved(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
         source, rest = args[0], args[1:]
+        assert op.move is not None
         moved = [op.move(f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
         moved = self.copies(source.fields, moved, reason)
         outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)

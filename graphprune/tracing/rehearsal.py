@@ -169,8 +169,9 @@ class Rehearsal(Recorder):
             return func is not CLONE
         if node.func is not SLICE or (func is SLICE and args[1:2] == node.args[1:2]):
             return False
-        dim = node.args[1] if len(node.args) > 1 else 0
-        return self.length(node.args[0], dim) == self.length(node.outs[0], dim)
+        source, *rest = node.args
+        dim = rest[0] if rest else 0
+        return self.length(source, dim) == self.length(node.outs[0], dim)
 
     def length(self, value: Value, dim: int) -> int:
         return self.along(value, dim)[1] if value.fields else value.shape[dim]

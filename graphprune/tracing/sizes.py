@@ -184,10 +184,10 @@ class Size(int):
     def __rdivmod__(self, other: Any) -> Any:
         return (other // self, other % self)
 
-    def __neg__(self) -> Size:
+    def __neg__(self) -> Any:
         return 0 - self
 
-    def __abs__(self) -> Size:
+    def __abs__(self) -> Any:
         return -self if self < 0 else self
 
     def __round__(self, digits: Any = None) -> int:

@@ -44,13 +44,21 @@ class _OnCondition:
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
-        self.marginal, self.joint, self.fresh = labels.marginal, labels.joint, labels.fresh
+
+    def fresh(self, size: int) -> Array:
+        return self.labels.fresh(size)
+
+    def joint(self, array: Array) -> None:
+        self.labels.joint(array)
+
+    def marginal(self, array: Array, axes: tuple[int, ...], carried: bool = False) -> Array:
+        return self.labels.marginal(array, axes, carried)
 
     def join(self, left: Array, right: Array) -> None:
         self.labels.conditions.append(("statistic", left, right, -1))
 
-    def lock(self, array: Array, reason: int) -> None:
-        self.labels.conditions.append(("statistic", array, array, reason))
+    def lock(self, labels: Array, reason: int) -> None:
+        self.labels.conditions.append(("statistic", labels, labels, reason))
 
 
 def _over(node: Node) -> bool:

@@ -76,12 +76,13 @@ def _own(model: nn.Module) -> Iterator[int]:
 
 def _planted(path: tuple, value: Any, symbols: dict[tuple, int], uses: Uses) -> Any:
     """The value with sizes for its integers."""
-    if type(value) is int and value > 1:
+    kind: type = type(value)
+    if kind is int and value > 1:
         symbols[path] = value
         return Size(value, ("attr", path), uses)
-    if type(value) in (list, tuple) and 0 < len(value) < 64 and any(type(v) in (int, list, tuple) for v in value):
-        return type(value)(_planted((*path, i), v, symbols, uses) for i, v in enumerate(value))
-    if type(value) is dict and 0 < len(value) < 64:
+    if kind in (list, tuple) and 0 < len(value) < 64 and any(type(v) in (int, list, tuple) for v in value):
+        return kind(_planted((*path, i), v, symbols, uses) for i, v in enumerate(value))
+    if kind is dict and 0 < len(value) < 64:
         return {key: _planted((*path, key), v, symbols, uses) if type(key) is str and key[:1] != "_" else v for key, v in value.items()}
     return value
 

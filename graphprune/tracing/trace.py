@@ -158,7 +158,7 @@ def _batch_norm(*args: Any) -> torch.Tensor:
 
 RUNNING = threading.RLock()  # random numbers that a run draws are put back, for all threads: one at a time
 # What a function does in one call, where torch's way to it makes several.
-DIRECT = {torch.batch_norm: _batch_norm}
+DIRECT: dict[Any, Callable[..., Any]] = {torch.batch_norm: _batch_norm}
 PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, DATA, DEVICE, CALL = range(11)
 # Calls by their name: those that give out sizes, those that give plain numbers made of them, those by which values leave torch.
 KINDS = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR, "__len__": PLAIN, "stride": PLAIN, "numpy": LEAVES, "tolist": LEAVES, "__array__": LEAVES}
@@ -272,7 +272,7 @@ class Functions(TorchFunctionMode):
         self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
 
-    def plainly(self, func: Any, name: str, args: tuple, kwargs: dict, given: list[torch.Tensor]) -> Any:
+    def plainly(self, func: Callable[..., Any], name: str, args: tuple, kwargs: dict, given: list[torch.Tensor]) -> Any:
         """The call, without kernels that do many operations in one."""
         if name in FUSED and not any(tensor.is_meta for tensor in given):
             if name not in RECURRENT:

@@ -59,10 +59,10 @@ def replace(tree: Any, swap: Any) -> Any:
         return swap(tree)
     if kind is tuple or kind is list:
         return kind([item if type(item) in PLAIN else replace(item, swap) for item in tree])
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return kind(*(replace(item, swap) for item in tree))
     if kind is dict:
         return {key: replace(item, swap) for key, item in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return kind(*(replace(item, swap) for item in tree))
     return tree
 
 

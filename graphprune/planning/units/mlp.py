@@ -22,7 +22,7 @@ MATRIX = 2  # axes of a matrix
 @of_groups("mlp", "hidden units of MLPs, gated ones with their gates")
 def mlp(groups: Groups) -> set[int]:
     leaves, state = groups.graph.leaves, recurrent(groups)
-    others = hidden(groups) | attended(groups)
+    others = {*hidden(groups), *attended(groups)}
     found = set()
     for group, mine in zip(groups, links(groups), strict=True):
         weights = [(link.role, len(leaves[link.leaf].shape)) for link in mine if len(leaves[link.leaf].shape) >= MATRIX]
