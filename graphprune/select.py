@@ -33,6 +33,15 @@ def width(size: int, ratio: float, multiple_of: int = 1, min_units: int = 1) -> 
     return min(size, max(left, min_units, 1))
 
 
+def at_least(min_units: int | Mapping[int, int], index: int) -> int:
+    """How many units of a group stay in any case.
+
+    >>> at_least(4, 0), at_least({1: 2}, 0)
+    (4, 1)
+    """
+    return max(1, min_units if isinstance(min_units, int) else min_units.get(index, 1))
+
+
 def check_ratio(ratio: float, what: str = "ratio") -> float:
     if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < 1:
         raise BadRatio(f"{what} is {ratio!r}; it is the share of units to remove, a number with 0 <= {what} < 1")
@@ -46,11 +55,11 @@ def select(
     *,
     scope: str = "layer",
     multiple_of: int = 1,
-    min_units: int = 1,
+    min_units: int | Mapping[int, int] = 1,
     ratios: Mapping[int, float] | None = None,
     ties: Sequence[frozenset[int]] = (),
 ) -> Kept:
-    """The kept units (sorted indices) of every group; ``ratios`` overrides the ratio by group index.
+    """The kept units (sorted indices) of every group; ``ratios`` overrides the ratio by group index, and ``min_units`` may be a mapping by it.
 
     The groups of a tie keep exactly the same share, because the model's code derives one size from the other.
     """
@@ -72,13 +81,14 @@ class Ranking:
         *,
         scope: str = "layer",
         multiple_of: int = 1,
-        min_units: int = 1,
+        min_units: int | Mapping[int, int] = 1,
         ratios: Mapping[int, float] | None = None,
         ties: Sequence[frozenset[int]] = (),
     ) -> None:
         if scope not in ("layer", "global", "isomorphic"):
             raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic'; shrink also knows 'allocated'")
-        self.multiple_of, self.min_units = multiple_of, min_units
+        self.multiple_of = multiple_of
+        self.least = np.array([at_least(min_units, group.index) for group in groups], dtype=np.int64)
         self.sizes = np.array([group.size for group in groups], dtype=np.int64)
         self.orders = orders_of(scores)
         self.ratios = np.full(len(groups), np.nan)  # where a group has none of its own
@@ -98,11 +108,11 @@ class Ranking:
         for members, owner in self.pools:
             counts[members] = np.bincount(owner[: width(len(owner), ratio)], minlength=len(members))
         counts = -(-counts // self.multiple_of) * self.multiple_of
-        counts = np.minimum(self.sizes, np.maximum(counts, max(self.min_units, 1)))
+        counts = np.minimum(self.sizes, np.maximum(counts, self.least))
         for tie in self.ties:
             sizes, shares = self.sizes[tie], counts[tie] / self.sizes[tie]
             step = math.gcd(*sizes.tolist())
-            share = shares.max() if self.min_units > 1 else shares.sum() / len(shares)
+            share = shares.max() if (self.least[tie] > 1).any() else shares.sum() / len(shares)
             steps = max(1, min(step, math.ceil(step * share - 0.5)))
             while steps < step and (sizes * steps // step % self.multiple_of).any():
                 steps += 1

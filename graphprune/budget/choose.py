@@ -34,7 +34,7 @@ def fit(
     *,
     scope: str = "layer",
     multiple_of: int | Mapping[int, int] = 1,
-    min_units: int = 1,
+    min_units: int | Mapping[int, int] = 1,
     ratios: Mapping[int, float] | None = None,
     ties: Sequence[frozenset[int]] = (),
     time: float = 0.0,
@@ -100,8 +100,9 @@ def _take_back(narrow: Array, wide: Array, fits: Callable[[Array], bool], allowe
     return first(low)
 
 
-def _rules(multiple_of: int | Mapping[int, int], min_units: int, ratios: Mapping[int, float] | None) -> str:
-    rules = ["one unit per group" if min_units <= 1 else f"min_units={min_units}"]
+def _rules(multiple_of: int | Mapping[int, int], min_units: int | Mapping[int, int], ratios: Mapping[int, float] | None) -> str:
+    least = min_units if isinstance(min_units, int) else min(min_units.values(), default=1)
+    rules = ["one unit per group" if least <= 1 else f"min_units={least}"]
     rules += ["aligned widths"] if not isinstance(multiple_of, int) else [f"multiple_of={multiple_of}"] if multiple_of > 1 else []
     rules += ["the ratios given for single groups"] if ratios else []
     return ", ".join([*rules, "and what keep rules and operations leave whole"])

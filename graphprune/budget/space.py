@@ -11,7 +11,7 @@ import numpy as np
 
 from ..coupling.groups import Groups
 from ..operations.labels import Array
-from ..select import width
+from ..select import at_least, width
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def space(
     ratio: float = 0.0,
     *,
     multiple_of: int | Mapping[int, int] = 1,
-    min_units: int = 1,
+    min_units: int | Mapping[int, int] = 1,
     ratios: Mapping[int, float] | None = None,
     ties: Sequence[frozenset[int]] = (),
 ) -> Space:
@@ -115,15 +115,16 @@ def space(
         steps = [multiple_of if isinstance(multiple_of, int) else multiple_of.get(index, 1) for index in members]
         fixed = [overrides[index] for index in members if index in overrides]
         share = sum(fixed) / len(fixed) if fixed else ratio
-        levels = _levels(np.array(sizes), np.array(steps), share, min_units)
+        least = np.array([at_least(min_units, index) for index in members])
+        levels = _levels(np.array(sizes), np.array(steps), share, least)
         choices.append(Choice(members, levels[-1:] if fixed else levels[::-1]))
     return Space(tuple(choices), len(groups))
 
 
-def _levels(sizes: Array, steps: Array, ratio: float, min_units: int) -> Array:
+def _levels(sizes: Array, steps: Array, ratio: float, min_units: Array) -> Array:
     """(levels, members) widths that members of these sizes may have together, narrowest first."""
     parts = math.gcd(*sizes.tolist())
-    top = width(parts, ratio) if len(sizes) > 1 else width(parts, ratio, int(steps[0]), min_units)
+    top = width(parts, ratio) if len(sizes) > 1 else width(parts, ratio, int(steps[0]), int(min_units[0]))
     every = np.arange(1, top + 1)[:, None] * (sizes // parts)
     whole = every[((every % steps == 0) | (every == sizes)).all(axis=1)]
     offered = whole if len(whole) else every

@@ -122,7 +122,7 @@ def _notes(first: Plan, second: Plan) -> tuple[str, ...]:
 
 
 def _lines(first: Plan, second: Plan) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*first.lines, *second.lines)))
+    return tuple(dict.fromkeys((*first.remarks, *second.remarks)))
 
 
 def _outline(first: Plan, second: Plan, cuts: dict) -> Outline | None:

@@ -58,7 +58,7 @@ def brief_text(plan: Plan) -> str:
     wholes = list(whole_lines(plan))
     if wholes:
         lines += ["", *wholes[:WHOLES], *([f"… and {counted(len(wholes) - WHOLES, 'more reason')}"] if len(wholes) > WHOLES else [])]
-    extra = [*plan.lines, *plan.notes]
+    extra = [*plan.remarks, *plan.notes]
     if extra:
         lines += ["", *(_cut(line) for line in extra[-NOTES:])]
         lines += [f"… and {counted(len(extra) - NOTES, 'more line')}"] if len(extra) > NOTES else []
@@ -107,12 +107,19 @@ def explain_text(plan: Plan, verbose: bool) -> str:
     else:
         lines += [_width_line(index, width) for index, width in enumerate(plan.outline.widths)]
         lines += whole_lines(plan)
-    return "\n".join((*lines, *plan.lines, *plan.notes))
+    return "\n".join((*lines, *plan.remarks, *plan.notes))
 
 
 def _width_line(index: int, width: Width) -> str:
     parts = f"{counted(1 + len(width.places), 'place')}; {100 * width.params:.1f} % of the parameters, {100 * width.macs:.1f} % of the MACs lie along it"
     return f"group {index} ({width.name} axis {width.axis}): {width.before} -> {width.after} units in {width.where}; {parts}"
+
+
+def every_line(plan: Plan) -> Iterator[str]:
+    """A line for each group, each axis that stays whole, and each remark."""
+    if plan.outline is not None:
+        yield from (line for line in _every_tensor(plan, plan.outline) if line[0] != " ")
+    yield from plan.remarks
 
 
 def _every_tensor(plan: Plan, outline: Outline) -> Iterator[str]:

@@ -21,7 +21,7 @@ from ..tables import Table
 from ..tracing.needs import Need
 from ..tracing.picks import renumber
 from ..tracing.trees import leaf_tensors
-from .describe import brief_text, compared, explain_text, headline, html_text, kept_positions, table_of
+from .describe import brief_text, compared, every_line, explain_text, headline, html_text, kept_positions, table_of
 from .gains import Gain, gains_of
 from .outline import Outline, outline
 from .parts import Part, survivors
@@ -45,7 +45,7 @@ class Plan:
     shapes: dict[str, tuple[int, ...]]
     edits: tuple[tuple, ...] = ()
     notes: tuple[str, ...] = ()
-    lines: tuple[str, ...] = field(default=(), compare=False)
+    remarks: tuple[str, ...] = field(default=(), compare=False)
     rewrites: tuple[str, ...] = ()
     numbers: dict[str, list[int]] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
@@ -98,6 +98,11 @@ class Plan:
         """Where ``other``, a plan of the same model, differs: widths, positions, totals. Empty when the two do the same."""
         return compared(self, other)
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What stays of every group, which axes stay whole and why, and remarks on how that came about, a line each."""
+        return tuple(every_line(self))
+
     def __str__(self) -> str:
         return brief_text(self)
 
@@ -110,7 +115,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as nested lists, texts and numbers, for JSON."""
         cuts = {name: {str(axis): kept for axis, kept in axes.items()} for name, axes in self.cuts.items()}
-        data: dict[str, Any] = {"version": VERSION, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.lines}
+        data: dict[str, Any] = {"version": VERSION, "cuts": cuts, "shapes": self.shapes, "edits": self.edits, "notes": self.notes, "lines": self.remarks}
         data |= {"rewrites": self.rewrites} if self.rewrites else {}
         data |= {"numbers": self.numbers} if self.numbers else {}
         data |= {"outline": self.outline.to_dict()} if self.outline else {}

@@ -265,6 +265,8 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
 
     args = node.refitted(replace(node.args, take), _survivors(node.rule, cuts))
     small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
+    if node.op.chooses_from is not None:  # what is gone is never chosen; positions are those of the original
+        small = [_renumbered(tensor, value, masks) for tensor, value in zip(small, node.outs, strict=True)]
     return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
 
 
@@ -301,6 +303,14 @@ def _survivors(rule: Expr | None, cuts: dict) -> dict[str, int]:
                 stays[cuts[id(value)].get(dim, slice(None))] = True
                 found[name] = int(stays.reshape(rule.sizes[name], -1).any(dim=1).sum())
     return found
+
+
+def _renumbered(tensor: torch.Tensor, value: Value, masks: Masks) -> torch.Tensor:
+    """Positions among the survivors as positions of the original."""
+    if value.numbers is None:
+        return tensor
+    kept = torch.from_numpy(np.flatnonzero(masks.stays[value.numbers.labels]))
+    return kept.to(tensor.device)[tensor]
 
 
 def _spread(tensor: torch.Tensor, value: Value, kept: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -236,5 +236,5 @@ def _tradeoff(found: Tradeoff) -> str:
 
 
 def _notes(plan: Plan | None) -> str:
-    lines = [*(plan.lines if plan else ()), *(plan.notes if plan else ())]
+    lines = [*(plan.remarks if plan else ()), *(plan.notes if plan else ())]
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines[:200])}</ul>" if lines else ""

@@ -113,9 +113,11 @@ def stack(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) 
 
 @assemble("cat", "concatenate")
 def cat(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) -> list[Fields]:
-    tensors = [t for t in tensors if t.shape != (0,) or len(outs[0]) == 1]
     rank = len(outs[0])
     dim %= rank
+    tensors = [t for t in tensors if t.shape != (0,) and t.shape[dim]]  # nothing comes from what is empty
+    if not tensors:
+        return [()]
     rest = [Value(_but(t.shape, dim), tuple(f for f in t.fields if f.shape[dim] == 1)) for t in tensors]
     along = [[f for f in t.fields if f.shape[dim] > 1] for t in tensors]
     (fields,), _ = meet(labels, pointwise(rest, [rank]), [rest[0].shape], reason)

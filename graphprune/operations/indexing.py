@@ -172,3 +172,11 @@ def isin(x, among, *args, **kwargs):
 describe("multinomial", why="positions are drawn at random")
 describe("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", why="as many results as the values have it")
 describe("masked_scatter", "take", "put", why="entries are numbered over all axes at once")
+
+describe("nonzero", finds=True)
+describe("bincount", "histc", tallies=True)
+describe("gather", "index_select", addresses=lambda x, dim, index, **kwargs: [(x, dim, index)])
+describe("scatter", "scatter_add", "scatter_reduce", addresses=lambda x, dim, index, *args, **kwargs: [(x, dim, index)], writes_at=True)
+describe("index_add", addresses=lambda x, dim, index, source, **kwargs: [(x, dim, index)], writes_at=True)
+describe("embedding", addresses=lambda weight, index, *args, **kwargs: [(weight, 0, index)])
+describe("index", addresses=lambda x, indices: [(x, dim, index) for dim, index in enumerate(indices) if isinstance(index, Value)])

@@ -43,6 +43,8 @@ class Value:
     dtype: Any = None
     storage: int = -1
     order: tuple[int, ...] | None = None
+    numbers: Any = None  # what its entries are positions of (:mod:`graphprune.tracing.choices`)
+    tally: Any = None  # what its entries count: for each position that was chosen from, how often that was chosen
 
     def __repr__(self) -> str:
         origin = self.leaf or (f"call {self.node}" if self.node >= 0 else "")

@@ -75,14 +75,22 @@ def trilinear(x, y, z, expand1, expand2, expand3, sumdim, unroll_dim=1):
     return expr(f"{', '.join(axes[:3])} -> {axes[3]}", x, y, z)
 
 
-@computes("_grouped_mm", "_scaled_grouped_mm", aligned=True)
-def grouped_mm(x, y, offsets=None, bias=None, *args, offs=None, **kwargs):
-    # Rows (or columns) of one operand belong to the experts in turn, as the offsets say: they stay.
+def _multiplied(x, y, offsets=None, bias=None, *args, offs=None, **kwargs):
+    """Every row is multiplied once, with the matrix of one expert."""
     offsets = offs if offsets is None else offsets
     if bias is not None or offsets is None:
-        return bmm(x, y)
+        return [bmm(x, y)]
     left, right = {(2, 3): ("_t i, _ i o", "_t o"), (3, 2): ("_ n i, i _t", "n _t"), (2, 2): ("n _t, _t o", "_ n o")}[len(x.shape), len(y.shape)]
-    return expr(f"{left}, _ -> {right}", x, y, offsets)
+    return [expr(f"{left}, _ -> {right}", x, y, offsets)]
+
+
+@computes("_grouped_mm", "_scaled_grouped_mm", aligned=True, products=_multiplied)
+def grouped_mm(x, y, offsets=None, bias=None, *args, offs=None, **kwargs):
+    # Rows of the first operand belong to the experts in turn, as the offsets say: an expert goes with its offset, if that counts none.
+    offsets = offs if offsets is None else offsets
+    if bias is not None or offsets is None or (len(x.shape), len(y.shape)) != (2, 3):
+        return _multiplied(x, y, offsets, bias)[0]
+    return expr("_t i, e i o, e -> _t o", x, y, offsets)
 
 
 def _conv(x, weight, bias, stride, padding, dilation, transposed, extra, groups) -> Onnx:

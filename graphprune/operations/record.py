@@ -83,6 +83,14 @@ class Operation:
     inverts: bool = False  # one over its operand, or over a root of it
     zero: str = ""  # what the result is where operands are zero: "one" (zero if any is), "all" (zero if all are), "first" (zero if the first is)
     entries: Callable[..., Array] | None = None  # which positions of an axis it takes, see positions.py
+    chooses_from: Callable[..., tuple[Value, int, int]] | None = None  # the largest along an axis, with their positions: tensor, axis, how many
+    addresses: Callable[..., list[tuple[Value, int, Value]]] | None = None  # (tensor, axis, positions of it that are read or written)
+    writes_at: bool = False  # the result is the tensor that was addressed, written to
+    orders: bool = False  # the same entries in another order, then where they were
+    tallies: bool = False  # how often each number is there
+    accumulates: bool = False  # sums from the start of an axis to every position
+    finds: bool = False  # the positions of what is not zero
+    compares: bool = False  # tells how entries compare
     looks: bool = False  # gives a number of its operands to Python, which may branch on it
     unset: bool = False  # nobody wrote the values of the result yet
     any_size: Callable[..., bool] | None = None  # whether the call runs at any size, so that nobody minds if its result is not used

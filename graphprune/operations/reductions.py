@@ -57,9 +57,12 @@ def along(x, dim=-1, *args, **kwargs):
     return expr(f"{axes} -> {axes}, {axes}", x)
 
 
-@computes("topk")
+@computes("topk", chooses_from=lambda x, k, dim=-1, *args, **kwargs: (x, dim, int(k)))
 def topk(x, k, dim=-1, *args, **kwargs):
-    return along(x, dim=dim)
+    """The largest along an axis and their positions, as of a statistic: what is gone is never among them. What the positions are used for decides whether it may go."""
+    axes = [LETTERS[i] for i in range(len(x.shape))]
+    left, right = ([f"[{a}]" if i == dim % len(axes) else a for i, a in enumerate(axes)], ["_" if i == dim % len(axes) else a for i, a in enumerate(axes)])
+    return expr(f"{' '.join(left)} -> {' '.join(right)}, {' '.join(right)}", x)
 
 
 @computes("median", "nanmedian", "mode", "kthvalue", "argmax", "argmin")
@@ -111,3 +114,5 @@ def triangle(x, *args):
 
 
 describe("sum", "linalg_vector_norm", "norm", planned=True)
+describe("sort", "argsort", orders=True)
+describe("cumsum", accumulates=True)

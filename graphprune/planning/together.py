@@ -54,7 +54,7 @@ def together(graph: Graph, model: nn.Module, stages: Sequence[Request], plan_one
         except BadTarget:
             continue  # the last kind alone does not meet it: the next larger share of the others does
         lines = (f"{' and '.join(stage.text for stage in stages)} under one budget: {ratio:.1%} of each, and of {stages[last].text} what is still asked for",)
-        return replace(found, lines=(*lines, *found.lines))
+        return replace(found, remarks=(*lines, *found.remarks))
     raise AssertionError("the larger of two shares meets the limits")
 
 

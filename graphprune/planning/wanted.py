@@ -15,6 +15,7 @@ from ..granularity.spec import SAME
 from ..names import Makers
 from ..operations.labels import Array
 from ..options import Widths
+from ..tracing.choices import least
 from .request import Request
 from .units import kind
 
@@ -47,7 +48,7 @@ def of_kind(groups: Groups, name: str) -> set[int]:
 
 def amounts(groups: Groups, request: Request) -> dict[int, float]:
     """The ratios of the groups of a kind for which the request says how much goes."""
-    own = {}
+    own, enough = {}, least(groups, groups.graph.choices)
     for each in request.wanted:
         if each.amount is None:
             continue
@@ -55,6 +56,8 @@ def amounts(groups: Groups, request: Request) -> dict[int, float]:
             size = groups.groups[index].size
             if not isinstance(each.amount, float) and each.amount > size:
                 raise BadRatio(f"{each.amount} units of {each.name} were asked for; {groups.groups[index].name} has {size}")
+            if not isinstance(each.amount, float) and each.amount < enough.get(index, 1):
+                raise BadRatio(f"{each.amount} units of {each.name} were asked for; the code chooses {enough[index]} of them for every token, so that these stay")
             own[index] = each.amount if isinstance(each.amount, float) else 1 - each.amount / size
     return own
 

@@ -23,6 +23,7 @@ from ..names import overrides
 from ..operations.labels import Array, varying
 from ..scores import Scores
 from ..select import Kept, select
+from ..tracing.choices import least
 from ..tracing.sizes import leaves
 from ..tracing.symbols import Wrong, solve
 from ..tracing.trace import Graph
@@ -141,7 +142,7 @@ def _why(wrong: Wrong) -> str:
 def _choose(groups: Groups, scores: Scores, request: Request, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
     """The units that stay, by a ratio or under the limits that the request set."""
     step = request.multiple_of if isinstance(request.multiple_of, int) else request.multiple_of(groups)
-    rules = {"scope": request.scope, "multiple_of": step, "min_units": request.widths.at_least, "ratios": ratios, "ties": ties}
+    rules = {"scope": request.scope, "multiple_of": step, "min_units": _least(groups, request), "ratios": ratios, "ties": ties}
     if not request.extra_costs and not request.aims.any:
         if request.scope == "allocated":
             raise BadTarget("scope='allocated' chooses widths under a budget; give one of params, macs, size, memory, latency, speedup")
@@ -150,6 +151,14 @@ def _choose(groups: Groups, scores: Scores, request: Request, ratios: Mapping[in
     known = priced(groups, {name: make for name, (_, make) in request.extra_costs.items()})
     asked = request.aims.limits(known.full) | {name: limit for name, (limit, _) in request.extra_costs.items()}
     return fit(groups, scores, asked, known, request.ratio, **rules, time=request.aims.weight)
+
+
+def _least(groups: Groups, request: Request) -> int | dict[int, int]:
+    """How many units stay in any case: what is asked for, and as many experts as are chosen."""
+    enough = least(groups, groups.graph.choices)
+    if not enough:
+        return request.widths.at_least
+    return {group.index: max(request.widths.at_least, enough.get(group.index, 1)) for group in groups}
 
 
 def _widened(

@@ -123,7 +123,7 @@ def repair(
                 done = closed.run(again=True)
         warn_scarce(closed.scarce)
     done += learned + [idle(name, "the model has nothing for it to do") for name in _written(steps) if name not in {*SETS, *_did(done + learned)}]
-    found = replace(plan, lines=(*plan.lines, *map(str, done)))
+    found = replace(plan, remarks=(*plan.remarks, *map(str, done)))
     result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
     return result
 

@@ -22,6 +22,7 @@ from ..operations.assembly import free, merged
 from ..operations.labels import Array, Fields, Labels, Reason, varying
 from ..operations.notation import Value, at, meet, parse, result_place
 from ..operations.record import pointwise, template
+from .choices import Choice, carried, chosen
 from .node import Node, line
 from .picks import INTEGERS, pick, picked
 from .sizes import Branch, Uses
@@ -67,6 +68,8 @@ class Recorder(TorchDispatchMode):
         self.spans: list[tuple[int, int]] = []  # the locks that each call made
         self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
         self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
+        self.choices: list[Choice] = []  # axes that something was chosen from
+        self.numbering: list[tuple[Choice | None, Choice | None]] = []  # what the results of the call at hand number, and count
         self.read: set[int] = set()  # values that the Python code looked into
         self.looked: list[tuple[str, str]] = []  # where: module and line
         self.stopped = False  # whether a run in training mode did not reach its end
@@ -267,6 +270,10 @@ class Recorder(TorchDispatchMode):
         number = len(self.nodes)
         zero = known.zero and bool(held) and held[0].zero
         values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
+        if self.numbering:
+            for value, (choice, tally) in zip(values, self.numbering, strict=True):
+                value.numbers, value.tally = choice, tally
+            self.numbering = []
         for tensor, value in zip(results, values, strict=True):
             if tensor is first and known.op.writes:
                 value.zero = False
@@ -284,11 +291,21 @@ class Recorder(TorchDispatchMode):
         """The fields of the results of a call, and whether an axis is reduced."""
         if not known.op.makes and not (known.op.factory and not given):
             for value in given:
-                if value.fields:
+                if value.fields or value.numbers is not None:  # a position has no axis that may be cut, but counts along one
                     break
             else:
                 return [()] * len(shapes), False
-        reason = self.labels.reason(Reason("meets an axis that keeps its size", known.name, module, where))
+        place = Reason("meets an axis that keeps its size", known.name, module, where)
+        reason = self.labels.reason(place)
+        if self.choices:
+            found = carried(self, known, args, kwargs, given, shapes, reason)
+            if found is not None:
+                return found
+        if known.op.chooses_from is not None:
+            found = chosen(self.labels, known.op, args, kwargs, place)
+            if found:
+                self.choices += found
+                self.numbering = [(None, None), (found[0], None)]
         return known.carry(known.op, args, kwargs, given, shapes, reason)
 
     def made(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
@@ -318,6 +335,7 @@ class Recorder(TorchDispatchMode):
         moved = [op.move(f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
         moved = self.copies(source.fields, moved, reason)
         outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
+        outs = [() if 0 in shape else held for held, shape in zip(outs, shapes, strict=True)]  # nothing is in it that could go
         if len(outs) == 1:
             outs = [merged(self.labels, outs[0], reason)]
         self.box(outs)
@@ -375,10 +393,14 @@ class Recorder(TorchDispatchMode):
         if any(len(shape) != len(source.shape) for shape in shapes):
             return
         for held, shape in zip(outs, shapes, strict=True):
+            if 0 in shape:
+                continue
             for before, after in zip(source.fields, held, strict=True):
                 lost = [a for a, n in enumerate(shape) if n == 1 and before.shape[a] > 1 and after.shape[a] == 1]
-                if lost and not self.labels.is_repeated(before):
-                    self.labels.lock(after.ravel(), reason)
+                if lost and not self.labels.is_repeated(before):  # over several axes: this position of one, the others may go as they like
+                    dense = [a for a, n in enumerate(after.shape) if n > 1 or a in lost]
+                    over = tuple(dense.index(a) for a in lost)
+                    self.labels.lock(self.labels.marginal(after.reshape([after.shape[a] for a in dense]), over).ravel(), reason)
 
     def box(self, outs: list[Fields]) -> None:
         for held in outs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..operations.labels import Array, Labels, Reason
@@ -20,8 +20,11 @@ from .node import Node
 STEPS = 12  # calls from a statistic to where it is used
 
 
-def hold_statistics(labels: Labels, nodes: list[Node]) -> None:
-    """Ask of the labels, on condition, that axes stay whole over which a statistic is taken that is neither a sum of zeros nor a norm's."""
+def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Array], bool] = lambda array: False) -> None:
+    """Ask of the labels, on condition, that axes stay whole over which a statistic is taken that is neither a sum of zeros nor a norm's.
+
+    ``chosen`` says of labels whether the code chooses among them: of such what is gone counts as minus infinity, so that a softmax is over those that stay.
+    """
     taken = [node for node in nodes if (node.op.statistic or node.op.softmax) and node.rule is not None and _over(node)]
     if not taken:
         return
@@ -30,6 +33,8 @@ def hold_statistics(labels: Labels, nodes: list[Node]) -> None:
         assert node.rule is not None
         operands = [value for value in node.rule.operands if isinstance(value, Value)]
         if node.op.statistic in ("sum", "norm") and all(zeros.known(value) for value in operands):  # a distance is taken of two
+            continue
+        if node.op.softmax and all(chosen(entries) for entries in _along(node)):
             continue
         if node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs):
             continue
@@ -63,10 +68,15 @@ class _OnCondition:
 
 def _over(node: Node) -> bool:
     """Whether a call takes its statistic over an axis that may be cut."""
+    return bool(_along(node))
+
+
+def _along(node: Node) -> list[Array]:
+    """The fields along the axes over which a call takes its statistic."""
     assert node.rule is not None
     axes = parse(node.rule.text)[0][0]
     mixed = [dim for dim, names in enumerate(axes) if any(name[0] == "[" for name in names)]
-    return any(field.shape[dim] > 1 for field in node.rule.operands[0].fields for dim in mixed)
+    return [field for field in node.rule.operands[0].fields if any(field.shape[dim] > 1 for dim in mixed)]
 
 
 def _uses(nodes: Iterable[Node]) -> dict[int, list[Node]]:

@@ -24,6 +24,7 @@ from ..errors import BadInput, BadModel, BadRule, UnknownName
 from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
 from .bodies import Bodies
+from .choices import Choice, settled
 from .copies import duplicate
 from .features import Marks, marks
 from .fused import attention, unfused
@@ -94,6 +95,7 @@ class Graph:
     parameters: frozenset[str] = frozenset()  # the leaves that are parameters
     unread: list[str] = field(default_factory=list)  # the leaves that no run reads
     picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
+    choices: list[Choice] = field(default_factory=list)  # axes that the code chooses from, of which entries may go (experts)
     marks: Marks = field(default_factory=Marks)  # which labels learnt weights make and read
     paths: list[str] = field(default_factory=list)  # of the outputs, in the result
     asked: Any = None  # what was run: example, outputs that matter, further examples
@@ -439,7 +441,8 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
     idle = unread(recorder, recorder.nodes + recorder.extra)
     hold(recorder, idle)
-    hold_statistics(labels, recorder.nodes + recorder.extra)
+    choices, of_choice = settled(labels, recorder.choices)
+    hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
     reason = labels.reason(Reason("an output of the model keeps its size"))
     for value in outputs + others:
         for held in value.fields:
@@ -466,6 +469,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         parameters=parameters,
         unread=idle,
         picks=numbered,
+        choices=choices,
         marks=marks(recorder.nodes + recorder.extra, functions.steps, recorder.leaves, learnt),
         paths=paths,
         asked=asked,

@@ -1,0 +1,38 @@
+"""Hidden units of experts: those of a mixture that lie along another axis of the tensors that hold a slice for each expert.
+
+>>> import torch
+>>> from ...coupling.groups import couple
+>>> from ...tracing.trace import trace
+>>> class Mixture(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.router = torch.nn.Linear(4, 6)
+...         self.up, self.down = torch.nn.Parameter(torch.randn(6, 4, 8)), torch.nn.Parameter(torch.randn(6, 8, 4))
+...     def forward(self, x):
+...         scores, at = self.router(x).topk(2)
+...         inner = torch.einsum("ti,tkio->tko", x, self.up[at]).relu()
+...         return (scores.unsqueeze(-1) * torch.einsum("tki,tkio->tko", inner, self.down[at])).sum(1)
+>>> groups = couple(trace(Mixture(), torch.zeros(5, 4)))
+>>> [groups.groups[index].size for index in expert_mlp(groups)]
+[8]
+"""
+
+from __future__ import annotations
+
+from ...coupling.groups import Groups
+from ...coupling.links import links
+from ...granularity.heads import attended
+from .experts import experts, stacked
+from .hidden import hidden
+from .kind import of_groups
+
+
+@of_groups("expert_mlp", "hidden units of experts, the same in all experts that share a tensor")
+def expert_mlp(groups: Groups) -> set[int]:
+    tensors = stacked(groups)
+    others = (experts(groups) | hidden(groups) | attended(groups)) if tensors else set()
+    found = set()
+    for group, own in zip(groups, links(groups) if tensors else (), strict=False):
+        if group.index not in others and {"produces", "consumes"} <= {link.role for link in own if link.leaf in tensors}:
+            found.add(group.index)
+    return found

@@ -1,0 +1,197 @@
+"""Axes that the code chooses from: the experts of a mixture, of which a router takes the largest few.
+
+``topk`` returns positions along an axis, and what those number decides what may go. Where they address an axis of a learnt weight (``weights[positions]``, a
+product in groups, a sum over the tokens of each expert), entry ``e`` of the router and slice ``e`` of the weights are one unit. Its removal means that it is
+never chosen: the router's score of it is minus infinity, so that statistics (a softmax) and the choice itself are taken over those that stay, and positions
+count those that stay. What follows the positions here is :func:`carried`, call by call; what it does not understand leaves the axis whole.
+
+>>> from torch import nn
+>>> from .trace import trace
+>>> class Mixture(nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.router, self.experts = nn.Linear(4, 3), nn.Parameter(torch.randn(3, 4, 4))
+...     def forward(self, x):
+...         scores, at = self.router(x).topk(2)
+...         return (scores.unsqueeze(-1) * torch.einsum("ti,tkio->tko", x, self.experts[at])).sum(1)
+>>> [(each.count, each.failed) for each in trace(Mixture(), torch.zeros(5, 4)).choices]
+[(2, '')]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..operations import Operation
+from ..operations.labels import Array, Fields, Labels, Reason, varying
+from ..operations.notation import Value, meet, parse
+
+
+@dataclass(eq=False)
+class Choice:
+    """``count`` positions of an axis are chosen: ``labels`` names those of the axis, (positions,), and ``entries`` are the labels that stand along it.
+
+    ``stacks`` are the labels of learnt weights along axes that the positions address; ``failed`` says what is done with them otherwise.
+    """
+
+    labels: Array
+    entries: Array
+    count: int
+    place: Reason
+    stacks: list[Array] = field(default_factory=list)
+    failed: str = ""
+
+
+def chosen(labels: Labels, op: Operation, args: tuple, kwargs: dict, place: Reason) -> list[Choice]:
+    """What a call chooses from, if it does and the axis may be cut: one for each field along it."""
+    assert op.chooses_from is not None
+    x, dim, count = op.chooses_from(*args, **kwargs)
+    made = []
+    for entries in x.fields:
+        if not x.shape or entries.shape[dim] == 1:
+            continue
+        over = varying(entries)
+        dense = entries.reshape([entries.shape[axis] for axis in over])
+        made.append(Choice(labels.marginal(dense, (over.index(dim % len(x.shape)),)).ravel(), dense, count, place))
+    for choice in made[1:]:
+        labels.join(made[0].labels, choice.labels)
+    return made
+
+
+def carried(recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool] | None:
+    """The fields of a call's results where it is given positions that were chosen, or counts of them; None where it is given neither.
+
+    What the results number, or count, is left in ``recorder.numbering``, a pair for each.
+    """
+    op: Operation = known.op
+    first = args[0] if args and isinstance(args[0], Value) else None
+    if first is not None and first.tally is not None:
+        return _counts(recorder, known, args, kwargs, given, shapes, reason, first)
+    for value in given if op.rule is not None else ():
+        if value.tally is not None:
+            value.tally.stacks += _beside(op, args, kwargs, value)
+    if first is not None and op.finds and len(first.shape) == 1:
+        return _found(recorder, first, shapes)
+    numbered = [value for value in given if value.numbers is not None]
+    if not numbered:
+        return None
+    if first is not None and first.numbers is not None and len(numbered) == 1:
+        outs = _moved(recorder, known, args, kwargs, given, shapes, reason, first)
+        if outs is not None:
+            return outs
+    slots = op.addresses(*args, **kwargs) if op.addresses is not None else []
+    if slots and all(any(value is index for _, _, index in slots) for value in numbered):
+        return _addressed(recorder, known, args, kwargs, shapes, reason, slots)
+    for value in numbered:
+        value.numbers.failed = value.numbers.failed or f"its chosen positions are used by {op.short}"
+    return known.carry(op, args, kwargs, given, shapes, reason)
+
+
+def _counts(recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int, first: Value) -> tuple[list[Fields], bool]:
+    """Counts stay counts when they are moved, or added up along the axis: nothing is counted for what is gone."""
+    op: Operation = known.op
+    if op.accumulates or op.move is not None or op.pointwise:
+        recorder.numbering = [(None, first.tally)] * len(shapes)
+    if op.accumulates:
+        return [first.fields], False
+    return known.carry(op, args, kwargs, given, shapes, reason)
+
+
+def _beside(op: Operation, args: tuple, kwargs: dict, tally: Value) -> list[Array]:
+    """The labels of learnt weights along the axis of counts that a product is told (the rows that every expert has)."""
+    rule = op.describes(args, kwargs)
+    axes = dict(zip(map(id, rule.operands), parse(rule.text)[0], strict=True))
+    names = {name for dim in axes.get(id(tally), ()) for name in dim if name[0] not in "_1["}
+    found = []
+    for value in rule.operands:
+        if isinstance(value, Value) and value.zero:
+            found += [entries.ravel() for entries in value.fields for dim, own in enumerate(axes[id(value)]) if names & {*own} and entries.shape[dim] > 1]
+    return found
+
+
+def _found(recorder: Any, first: Value, shapes: list) -> tuple[list[Fields], bool] | None:
+    """The positions at which something was counted."""
+    for choice in recorder.choices:
+        if any(entries.size == choice.labels.size and np.array_equal(entries.ravel(), choice.labels) for entries in first.fields):
+            recorder.numbering = [(choice, None)] * len(shapes)
+            return [()] * len(shapes), False
+    return None
+
+
+def _moved(
+    recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int, first: Value
+) -> tuple[list[Fields], bool] | None:
+    """Positions stay positions when they are moved, picked or put in order; counted, they have an axis of what they number."""
+    op: Operation = known.op
+    if op.tallies and len(first.shape) == 1 and shapes[0] == (first.numbers.labels.size,):
+        recorder.numbering = [(None, first.numbers)]
+        return [(first.numbers.labels,)], False
+    keeps = (op.moves or op.part or op.orders or op.picks) and not op.fills
+    sentinel = op.pointwise and all(not 0 <= item < first.numbers.labels.size for item in args[1:] if isinstance(item, int)) and op.compares
+    if not (keeps or op.statistic == "other" or sentinel):
+        return None
+    if keeps:
+        recorder.numbering = [(first.numbers, None)] + [(None if op.orders else first.numbers, None)] * (len(shapes) - 1)
+    return known.carry(op, args, kwargs, given, shapes, reason)
+
+
+def _addressed(recorder: Any, known: Any, args: tuple, kwargs: dict, shapes: list, reason: int, slots: Sequence[tuple]) -> tuple[list[Fields], bool]:
+    """An axis is addressed by what was chosen: its entries are those of the axis that was chosen from."""
+    labels, op = recorder.labels, known.op
+    target, again = slots[0][0], []
+    fields = list(target.fields)
+    for _, dim, index in slots:
+        choice: Choice | None = index.numbers
+        if choice is None:
+            continue
+        dim %= len(target.shape)
+        along = [entries for entries in fields if entries.shape[dim] > 1]
+        if target.shape[dim] != choice.labels.size or len(along) != 1 or len(varying(along[0])) > 1:
+            choice.failed = choice.failed or f"its chosen positions address an axis that keeps its size ({op.short})"
+            continue
+        labels.join(choice.labels, along[0].ravel())
+        choice.stacks += [along[0].ravel()] if target.zero else []
+        fields = [entries for entries in fields if entries is not along[0]]
+        again.append(choice.labels.reshape(along[0].shape))
+    bare = replace(target, fields=tuple(fields))
+    swapped = tuple([bare if item is target else item for item in args])
+    named = {key: bare if item is target else item for key, item in kwargs.items()}
+    outs, reduces = meet(labels, op.describes(swapped, named), shapes, reason)
+    if op.writes_at:  # the result has the axis that was written to
+        outs = [(*outs[0], *again), *outs[1:]]
+    return outs, reduces
+
+
+def settled(labels: Labels, choices: list[Choice]) -> tuple[list[Choice], Any]:
+    """The choices of which entries may go, and a function that says of labels whether all of them are of what is chosen from; all others stay whole."""
+    if not choices:
+        return [], lambda array: False
+    root = labels.partition().parent
+    stacks = [stack for choice in choices for stack in choice.stacks if not choice.failed]
+    mixed = np.zeros(len(root), dtype=bool)
+    if stacks:
+        mixed[root[np.concatenate(stacks)]] = True
+    good = []
+    for choice in choices:
+        if not choice.failed and bool(mixed[root[choice.labels]].all() or mixed[root[choice.entries.ravel()]].all()):
+            good.append(choice)
+            continue
+        text = choice.failed or "the largest along it are chosen, which addresses no learnt weights"
+        labels.lock(choice.labels, labels.reason(choice.place._replace(text=text)))
+    return good, lambda array: bool(mixed[root[array]].all())
+
+
+def least(groups: Any, choices: Iterable[Choice]) -> Mapping[int, int]:
+    """How many units of a group have to stay so that there is something to choose."""
+    found: dict[int, int] = {}
+    for choice in choices:
+        owner = groups.owner[groups.root[choice.labels]]
+        units = groups.root[choice.labels]
+        for index in np.unique(owner[owner >= 0]).tolist():
+            many = int(np.unique(units[owner == index], return_counts=True)[1].min())
+            found[index] = max(found.get(index, 1), min(-(-choice.count // many), groups.groups[index].size))
+    return found
