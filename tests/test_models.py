@@ -58,7 +58,7 @@ ORDER = {
         timing repair granularity planning recipe formats spelling shrink insight loop adapters commands command __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
-    "tracing": """sizes trees picks needs symbols bodies paths fused copies node origin record outputs surroundings
+    "tracing": """sizes trees picks choices needs symbols bodies paths fused copies node origin record outputs surroundings
         unused features statistics summary trace rehearsal probe""",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
@@ -70,7 +70,7 @@ ORDER = {
     "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
     "planning": "shares proof request limits uniform units wanted widths trial depth entries together planner outcome overview",
-    "units": "kind hidden heads mlp layers",
+    "units": "kind hidden experts expert_mlp heads mlp layers",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
     "adapters": "inputs models",
     "commands": "work app",

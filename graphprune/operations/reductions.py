@@ -59,7 +59,7 @@ def along(x, dim=-1, *args, **kwargs):
 
 @computes("topk", chooses_from=lambda x, k, dim=-1, *args, **kwargs: (x, dim, int(k)))
 def topk(x, k, dim=-1, *args, **kwargs):
-    """The largest along an axis and their positions, as of a statistic: what is gone is never among them. What the positions are used for decides whether it may go."""
+    """As of a statistic: what is gone is never among the largest. What their positions are used for decides whether it may go."""
     axes = [LETTERS[i] for i in range(len(x.shape))]
     left, right = ([f"[{a}]" if i == dim % len(axes) else a for i, a in enumerate(axes)], ["_" if i == dim % len(axes) else a for i, a in enumerate(axes)])
     return expr(f"{' '.join(left)} -> {' '.join(right)}, {' '.join(right)}", x)

@@ -57,7 +57,7 @@ def amounts(groups: Groups, request: Request) -> dict[int, float]:
             if not isinstance(each.amount, float) and each.amount > size:
                 raise BadRatio(f"{each.amount} units of {each.name} were asked for; {groups.groups[index].name} has {size}")
             if not isinstance(each.amount, float) and each.amount < enough.get(index, 1):
-                raise BadRatio(f"{each.amount} units of {each.name} were asked for; the code chooses {enough[index]} of them for every token, so that these stay")
+                raise BadRatio(f"{each.amount} units of {each.name} were asked for; the code chooses {enough[index]} for every token: so many stay")
             own[index] = each.amount if isinstance(each.amount, float) else 1 - each.amount / size
     return own
 

@@ -1,4 +1,4 @@
-"""Kinds of units, by what they are to a user: hidden, heads, mlp, experts, expert_mlp, layers, and channels for all others; found from the graph, whatever the model calls them.
+"""Kinds of units, by what they are to a user (hidden, heads, mlp, experts, layers …; channels for all others), found from the graph, whatever names it has.
 
 A kind is one file: a function that finds its groups (or its modules), entered in the catalogue with one line. :func:`roles` says for every group what it is.
 """

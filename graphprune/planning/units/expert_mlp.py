@@ -20,19 +20,17 @@
 from __future__ import annotations
 
 from ...coupling.groups import Groups
-from ...coupling.links import links
 from ...granularity.heads import attended
 from .experts import experts, stacked
 from .hidden import hidden
 from .kind import of_groups
 
+STACK = 3  # axes of a stack of matrices
+
 
 @of_groups("expert_mlp", "hidden units of experts, the same in all experts that share a tensor")
 def expert_mlp(groups: Groups) -> set[int]:
-    tensors = stacked(groups)
-    others = (experts(groups) | hidden(groups) | attended(groups)) if tensors else set()
-    found = set()
-    for group, own in zip(groups, links(groups) if tensors else (), strict=False):
-        if group.index not in others and {"produces", "consumes"} <= {link.role for link in own if link.leaf in tensors}:
-            found.add(group.index)
-    return found
+    stacks = {name for name in stacked(groups) if len(groups.graph.leaves[name].shape) >= STACK}
+    others = experts(groups) | hidden(groups) | attended(groups) if stacks else set()
+    between = {group.index for group in groups if len({name for name, _ in group.places} & stacks) > 1}  # made by one, read by another
+    return between - others

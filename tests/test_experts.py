@@ -1,0 +1,186 @@
+"""Experts: what a router chooses from goes with its slice of every stack; what is cut computes what the original does with those logits at minus infinity."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import graphprune
+from graphprune.errors import BadRatio, NothingToPrune
+
+WIDTH, INNER = 8, 8  # the product in groups wants rows of a multiple of 16 bytes
+
+
+class Mixture(nn.Module):
+    """A layer in, a mixture beside the stream, a layer out; how tokens find their experts is what differs below."""
+
+    def __init__(self, experts: int = 8, chosen: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(experts)
+        self.stem, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 3)
+        self.router = nn.Linear(WIDTH, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, WIDTH, INNER))
+        self.down = nn.Parameter(torch.randn(experts, INNER, WIDTH))
+        self.experts, self.chosen = experts, chosen
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(x + self.mixed(x))
+
+    def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.router(x).softmax(-1).topk(self.chosen)
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        share, at = self.routed(x)
+        inner = torch.einsum("ti,tkio->tko", x, self.up[at]).relu()
+        return (share.unsqueeze(-1) * torch.einsum("tko,tkoi->tki", inner, self.down[at])).sum(1)
+
+
+class Normalised(Mixture):
+    def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        share, at = torch.topk(self.router(x), self.chosen)
+        return share.softmax(-1), at
+
+
+class Corrected(Mixture):
+    """Scores of their own choose (with a correction that is no weight of the sum), and others weigh."""
+
+    def __init__(self, experts: int = 8, chosen: int = 2) -> None:
+        super().__init__(experts, chosen)
+        self.register_buffer("correction", torch.randn(experts) / 50)
+
+    def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.router(x).sigmoid()
+        at = (scores + self.correction).topk(self.chosen)[1]
+        share = scores.gather(1, at)
+        return share / share.sum(-1, keepdim=True), at
+
+
+class Sorted(Mixture):
+    """Tokens in the order of their experts, one product for all of them, by how many each expert has."""
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        share, at = self.routed(x)
+        flat = at.reshape(-1)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=self.experts)
+        ends = counts.cumsum(0).int()
+        rows = x[order // self.chosen]
+        inner = torch._grouped_mm(rows, self.up, offs=ends).relu()
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        out = torch._grouped_mm(inner, self.down, offs=ends)[back]
+        return (out.view(len(x), self.chosen, -1) * share.unsqueeze(-1)).sum(1)
+
+
+class Biased(Mixture):
+    def __init__(self, experts: int = 8, chosen: int = 2) -> None:
+        super().__init__(experts, chosen)
+        self.bias, self.shared = nn.Parameter(torch.randn(experts, INNER)), nn.Linear(WIDTH, WIDTH)
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        share, at = self.routed(x)
+        inner = (torch.einsum("ti,tkio->tko", x, self.up[at]) + self.bias[at]).relu()
+        return self.shared(x) + (share.unsqueeze(-1) * torch.einsum("tko,tkoi->tki", inner, self.down[at])).sum(1)
+
+
+LAYOUTS = [Mixture, Normalised, Corrected, Sorted, Biased]
+
+
+def never_chosen(model: nn.Module, gone: list[int], value: float = -torch.inf) -> nn.Module:
+    """The original, whose router says minus infinity (or another number) of some experts."""
+    twin = copy.deepcopy(model)
+
+    def hook(module: nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor(gone), value)
+
+    twin.router.register_forward_hook(hook)
+    if isinstance(twin, Corrected):  # a score after a sigmoid is 0 there, and its correction has to be minus infinity as well
+        twin.correction[gone] = value
+    return twin
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_a_cut_mixture_is_the_original_that_never_chooses_what_is_gone(layout, data) -> None:
+    stays = data.draw(st.integers(2, 6))
+    model, x = layout(), torch.randn(16, 4)
+    small, plan = graphprune.shrink(model, x, what={"experts": stays}, score=graphprune.scores.random.with_(seed=stays), return_plan=True)
+    kept = plan.cuts["router.weight"][0]
+    assert len(kept) == stays and plan.cuts["up"][0] == plan.cuts["down"][0] == kept
+    assert small.up.shape == (stays, WIDTH, INNER) and small.router.out_features == stays
+    gone = [expert for expert in range(8) if expert not in kept]
+    other = torch.randn(64, 4)
+    torch.testing.assert_close(small(other), never_chosen(model, gone)(other), rtol=1e-4, atol=1e-5)
+    wrong = [(expert + 1) % 8 for expert in gone]
+    assert not torch.allclose(small(other), never_chosen(model, wrong)(other))
+
+
+def test_a_logit_of_zero_is_another_model() -> None:
+    """The control: zeroing a router's row does not remove an expert."""
+    model, x = Mixture(), torch.randn(64, 4)
+    small, plan = graphprune.shrink(model, x, what={"experts": 4}, return_plan=True)
+    gone = [expert for expert in range(8) if expert not in plan.cuts["up"][0]]
+    assert not torch.allclose(small(x), never_chosen(model, gone, 0.0)(x))
+    (oracle,) = graphprune.zeroed(model, plan)(x)
+    torch.testing.assert_close(small(x), oracle)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_and_what_is_inside_of_them_go_together(layout) -> None:
+    model, x = layout(), torch.randn(16, 4)
+    small = graphprune.shrink(model, x, what={"experts": 4, "expert_mlp": 4, "hidden": 4})
+    assert small.up.shape == (4, 4, 4) and small.down.shape == (4, 4, 4)
+
+
+@pytest.mark.parametrize("layout", [Mixture, Sorted])
+def test_as_many_stay_as_are_chosen(layout) -> None:
+    model, x = layout(chosen=3), torch.randn(16, 4)
+    assert graphprune.shrink(model, x, 0.9).router.out_features == 3
+    assert graphprune.shrink(model, x, params=0.6, what="experts").router.out_features >= 3
+    with pytest.raises(BadRatio, match="chooses 3"):
+        graphprune.shrink(model, x, what={"experts": 2})
+
+
+class Winners(nn.Module):
+    """The largest of the hidden units go on: nobody's weights are addressed, and zero may well be among the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values, at = self.up(x).topk(3)
+        return self.down(torch.zeros(len(x), 8, dtype=x.dtype).scatter(1, at, values))
+
+
+class Parity(Mixture):
+    """What is done with the numbers of experts depends on the numbers themselves."""
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        share, at = self.routed(x)
+        return super().mixed(x) * (at % 2).sum(-1, keepdim=True)
+
+
+class Table(Mixture):
+    """The positions address something that nobody may cut as well."""
+
+    def forward(self, x: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        return self.head(self.mixed(y)) * prices[self.routed(y)[1]].sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"), [(Winners(), (torch.randn(5, 4),)), (Parity(), (torch.randn(5, 4),)), (Table(), (torch.randn(5, 4), torch.randn(8)))]
+)
+def test_what_is_not_understood_stays_whole(model, inputs) -> None:
+    with pytest.raises(NothingToPrune):
+        graphprune.shrink(model, inputs, what="experts")
+    overview = graphprune.widths(model, inputs)
+    assert not overview["experts"]
