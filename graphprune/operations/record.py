@@ -90,7 +90,6 @@ class Operation:
     tallies: bool = False  # how often each number is there
     accumulates: bool = False  # sums from the start of an axis to every position
     finds: bool = False  # the positions of what is not zero
-    compares: bool = False  # tells how entries compare
     looks: bool = False  # gives a number of its operands to Python, which may branch on it
     unset: bool = False  # nobody wrote the values of the result yet
     any_size: Callable[..., bool] | None = None  # whether the call runs at any size, so that nobody minds if its result is not used

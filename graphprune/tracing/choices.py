@@ -131,8 +131,7 @@ def _moved(
         recorder.numbering = [(None, first.numbers)]
         return [(first.numbers.labels,)], False
     keeps = (op.moves or op.part or op.orders or op.picks) and not op.fills
-    sentinel = op.pointwise and all(not 0 <= item < first.numbers.labels.size for item in args[1:] if isinstance(item, int)) and op.compares
-    if not (keeps or op.statistic == "other" or sentinel):
+    if not (keeps or op.statistic == "other"):
         return None
     if keeps:
         recorder.numbering = [(first.numbers, None)] + [(None if op.orders else first.numbers, None)] * (len(shapes) - 1)

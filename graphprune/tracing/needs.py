@@ -425,12 +425,14 @@ def _attention(asked: Asked) -> None:
         asked.recorder.uses.floats.append(("dim", value, asked.first.dim() - 1))
 
 
-@reader("histc", "bincount")
+@reader("bincount")
 def _tally(asked: Asked) -> None:
+    asked.needs(asked.argument(2, "minlength"), asked.out, "size", 0)
+
+
+@reader("histc")
+def _bins(asked: Asked) -> None:
     """As many bins as what is counted has numbers, the last of them being one less."""
-    if asked.name == "bincount":
-        asked.needs(asked.argument(2, "minlength"), asked.out, "size", 0)
-        return
     bins, top = asked.argument(1, "bins"), asked.argument(3, "max")
     asked.needs(bins, asked.out, "size", 0)
     if type(top) is Size and number(top) == number(bins) - 1:
