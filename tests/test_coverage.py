@@ -7,6 +7,7 @@ import pytest
 import test_hazards as hazards
 import torch
 import torch.nn.functional as F
+from judge import emptied, gap
 from test_hazards import PARTLY
 from torch import nn
 
@@ -478,8 +479,8 @@ KEYWORDS = {
     "view": lambda net, x: x.view(size=(len(x), net.width, -1))[..., None],
     "repeat": lambda net, x: x.repeat(repeats=(1, 2, 1, 1)),
     "repeat_interleave": lambda net, x: torch.repeat_interleave(input=x, repeats=2, dim=1),
-    "conv": lambda net, x: net.convolved(x),  # a number can be replaced where the module's own code holds it
-    "group_norm": lambda net, x: net.normed(x),
+    "conv": lambda net, x: torch.conv2d(input=x, weight=net.kernel, groups=2),
+    "group_norm": lambda net, x: torch.group_norm(input=x, num_groups=4),
     "layer_norm": lambda net, x: torch.layer_norm(input=x.movedim(1, -1), normalized_shape=[net.width]).movedim(-1, 1),
     "channel_shuffle": lambda net, x: F.channel_shuffle(input=x, groups=2),
     "full": lambda net, x: x + torch.full(size=(1, net.width, 1, 1), fill_value=2.0, dtype=x.dtype),
@@ -496,23 +497,43 @@ def test_sizes_given_by_keyword(name):
             self.a, self.b = nn.Conv2d(3, 8, 1), nn.LazyConv2d(5, 1)
             self.kernel = nn.Parameter(torch.randn(8, 4, 1, 1))
 
-        def convolved(self, x):
-            return torch.conv2d(input=x, weight=self.kernel, groups=2)
-
-        def normed(self, x):
-            return torch.group_norm(input=x, num_groups=4)
-
         def forward(self, x):
             return self.b(KEYWORDS[name](self, self.a(x).tanh()))
 
     torch.manual_seed(0)
     net, x = Net().double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     net(x)
-    if name == "group_norm":  # the number of groups stands in the code: nothing follows it, so all stays whole, with the reason
-        with pytest.raises(errors.NothingToPrune, match="group_norm"):
-            graphprune.shrink(net, x[:1], 0.5)
-        return
     small, plan = graphprune.shrink(net, x[:1], 0.5, return_plan=True)
     (zero,) = graphprune.zeroed(net, plan)(x)
     assert (small(x) - zero).abs().max() < 1e-10
-    assert name == "conv" or small.a.out_channels < 8 and (small(x) - net(x)).abs().max() > 1e-3
+    assert small.a.out_channels < 8 and (small(x) - net(x)).abs().max() > 1e-3
+
+
+BLOCKS = {  # numbers of blocks that no attribute holds, on 16 channels
+    "group norm": lambda net, x: F.group_norm(x, 4),
+    "with a gain": lambda net, x: F.group_norm(x, 2, net.gain),
+    "grouped convolution": lambda net, x: F.conv2d(x, net.kernel, groups=4),
+    "one channel each way": lambda net, x: F.conv2d(x, net.single, groups=8),
+    "both": lambda net, x: F.group_norm(F.conv2d(x, net.kernel, groups=4), 8),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("ratio", [0.5, 0.7])
+def test_numbers_of_blocks_in_the_code_leave_every_block_the_same_channels(name, ratio):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 5, 1)
+            self.gain, self.kernel = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16, 4, 1, 1))
+            self.single = nn.Parameter(torch.randn(16, 2, 1, 1))
+
+        def forward(self, x):
+            return self.b(BLOCKS[name](self, self.a(x).tanh()))
+
+    torch.manual_seed(0)
+    net, x = Net().double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x[:1], ratio, score=graphprune.scores.random, return_plan=True)
+    zero = graphprune.zeroed(net, plan)(x)[0] if "norm" in name or name in ("with a gain", "both") else emptied(net, plan)(x)
+    assert small.a.out_channels < 16 and gap(small(x), zero) < 1e-8
+    assert gap(small(x), net(x)) > 1e-3
