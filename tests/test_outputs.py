@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import types
 
 import numpy as np
@@ -45,6 +46,14 @@ class Listed:
         return iter(self.inner)
 
 
+class Bound:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def get(self):
+        return self.inner
+
+
 class Two(nn.Module):
     """A hidden state and what is made of it, wrapped by ``pack``."""
 
@@ -81,6 +90,16 @@ PACKS = {
     "array in a dict": lambda h, y: {"y": y, "h": [h.numpy()]},
     "numbers": lambda h, y: h.tolist(),
     "sparse": lambda h, y: h.to_sparse(),
+    "partial": lambda h, y: (y, functools.partial(torch.add, h)),
+    "partial by keyword": lambda h, y: (y, functools.partial(torch.add, other=h)),
+    "method of a tensor": lambda h, y: (y, h.sin),
+    "method of an object": lambda h, y: (y, Bound(h).get),
+    "default of a function": lambda h, y: (y, lambda h=h: h),
+    "exception": lambda h, y: (y, ValueError("no", h)),
+    "shape": lambda h, y: (y, h.shape),
+    "width": lambda h, y: (y, h.shape[1]),
+    "width in a dict": lambda h, y: {"y": y, "width": h.size(-1)},
+    "count": lambda h, y: [y, h.numel()],
 }
 
 
@@ -92,6 +111,12 @@ def test_outputs_in_any_object_keep_their_size(name):
         wanted, found = items(net(X)), items(small(X))
     assert [(path, np.shape(item)) for path, item in found] == [(path, np.shape(item)) for path, item in wanted]
     assert small.up.out_features == 16
+
+
+@pytest.mark.parametrize("number", [3, 2.5, True])
+def test_numbers_that_are_always_the_same_hold_nothing(number):
+    small, plan = graphprune.shrink(Two(lambda h, y: (y, number)), X, 0.5, return_plan=True)
+    assert small.up.out_features == 8 and small(X)[1] == number
 
 
 @pytest.mark.parametrize("number", [lambda h, y: float(h.sum()), lambda h, y: [h.sum().item(), y.max().item()], lambda h, y: {"n": h[0].sum().item()}])

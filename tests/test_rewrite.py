@@ -219,3 +219,56 @@ def test_what_the_rewritten_source_says():
     import inspect
 
     assert "self.size_1" in inspect.getsource(type(small).forward) and "self.size_1" not in inspect.getsource(LeNet.forward)
+
+
+class Base(nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+    @staticmethod
+    def wide(x):
+        return x.cos()
+
+
+class NamesItsParent(Base):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(784, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.b(super(NamesItsParent, self).forward(self.a(x.flatten(1)).relu()).view(-1, 16))  # noqa: UP008
+
+
+class NamesItself(NamesItsParent):
+    def forward(self, x):
+        return self.b(NamesItself.wide(self.a(x.flatten(1)).relu()).view(-1, 16))
+
+
+class Mangled(NamesItsParent):
+    def forward(self, x):
+        return self.b(self.__turned(self.a(x.flatten(1)).relu()))
+
+    def __turned(self, x):
+        return x.view(len(x), 16) if isinstance(self, Mangled) else x
+
+
+def turned(x):
+    raise AssertionError("a namesake, which nobody calls")
+
+
+class Namesake(NamesItsParent):
+    """What it holds has the name of a function beside the class."""
+
+    def forward(self, x):
+        return self.b(self.turned(self.a(x.flatten(1)).relu()).view(-1, 16))
+
+    def turned(self, x):
+        return x.view(-1, 4, 4).flatten(1).view(-1, 16)
+
+
+@pytest.mark.parametrize("kind", [NamesItsParent, NamesItself, Mangled, Namesake])
+def test_code_that_names_its_class_is_rewritten(kind):
+    net = random(kind().double().eval())
+    small, plan = graphprune.shrink(net, X, 0.5, return_plan=True)
+    assert small.a.out_features == 8 and isinstance(small, kind) and plan.rewrites
+    assert gap(small(X), graphprune.zeroed(net, plan)(X)[0]) < 1e-9 < gap(small(X), net(X))

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import queue
+import sys
 import threading
 import warnings
 
@@ -249,3 +250,64 @@ def test_hooks_of_the_user_notice_nothing(kind):
         assert seen
     finally:
         hook.remove()
+
+
+class Slotted(nn.Module):
+    """What it needs lies outside of its ``__dict__``."""
+
+    __slots__ = ("__own", "shift", "times", "unset")
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.times, self.shift, self.__own = 2, torch.arange(4.0), [3]
+
+    def forward(self, x):
+        return self.down(self.up(x).relu() * self.times) + self.shift * self.__own[0]
+
+
+class SlottedToo(Slotted):
+    __slots__ = "more"
+
+    def __init__(self):
+        super().__init__()
+        self.more = {"gain": 0.5}
+
+    def forward(self, x):
+        return super().forward(x) * self.more["gain"]
+
+
+class SlottedWidth(Slotted):
+    """A width in a slot, which no cut can change: left whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = 16
+
+    def forward(self, x):
+        return self.down(self.up(x).view(-1, self.times))
+
+
+@pytest.mark.parametrize("kind", [Slotted, SlottedToo])
+def test_slots_of_modules_are_copied(kind):
+    net = kind().eval()
+    small, plan = graphprune.shrink(net, X, 0.5, return_plan=True)
+    (zero,) = graphprune.zeroed(net, plan)(X)
+    assert small.up.out_features == 8 and torch.allclose(small(X), zero, atol=1e-6) and not torch.allclose(small(X), net(X), atol=1e-3)
+    assert small._Slotted__own is not net._Slotted__own and small.shift is not net.shift and not hasattr(small, "unset")
+
+
+def test_a_width_in_a_slot_stays():
+    with pytest.raises(graphprune.errors.NothingToPrune, match="view"):
+        graphprune.shrink(SlottedWidth().eval(), X, 0.5)
+
+
+@pytest.mark.parametrize("depth", [150, 200, 220])
+def test_modules_in_modules(depth):
+    inner = nn.Linear(16, 16)
+    for _ in range(depth):
+        inner = nn.Sequential(inner)
+    net, limit = nn.Sequential(nn.Linear(8, 16), inner, nn.Linear(16, 4)), sys.getrecursionlimit()
+    net(X)
+    small = graphprune.shrink(net, X, 0.5)
+    assert small[0].out_features == 8 and small(X).shape == (2, 4) and sys.getrecursionlimit() == limit

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import copyreg
+import dis
 import inspect
 import linecache
 import textwrap
@@ -105,8 +106,9 @@ def _reached(kind: type) -> Iterator[tuple[str, FunctionType, type | None]]:
         if not owner or not isinstance(function, FunctionType) or owner.__module__.partition(".")[0] == "torch":
             continue
         yield name, function, owner
+        called = {step.argval for step in dis.get_instructions(function) if step.opname == "LOAD_GLOBAL"}
         for other in function.__code__.co_names:
-            helper = function.__globals__.get(other)
+            helper = function.__globals__.get(other) if other in called else None  # an attribute may have the name of a function
             if other not in seen and isinstance(helper, FunctionType) and helper.__module__.partition(".")[0] == package and not helper.__closure__:
                 yield f"_{other}_", helper, None
             elif other not in seen and hasattr(kind, other):
@@ -202,9 +204,11 @@ def _put(lines: list[bytes], start: int, column: int, end: int, last: int, text:
 def _compiled(text: str, function: FunctionType, owner: type, file: str) -> FunctionType:
     """The function that the text makes in the place of another: its names, defaults, globals and closure."""
     free = [name for name in function.__code__.co_freevars if name != "__class__"]
-    tree = ast.parse(f"def outer({', '.join(free)}):\n    class {owner.__name__}:\n        pass")
+    # The code may name its class (``super(Net, self)``), which is not the one that stands around it here.
+    outside = "" if owner.__name__ in free else f"    global {owner.__name__}\n"
+    tree = ast.parse(f"def outer({', '.join(free)}):\n{outside}    class {owner.__name__}:\n        pass")
     first, method = function.__code__.co_firstlineno, ast.parse(text).body[0]
-    tree.body[0].body[0].body = [ast.increment_lineno(method, first - 1)]  # type: ignore[attr-defined]
+    tree.body[0].body[-1].body = [ast.increment_lineno(method, first - 1)]  # type: ignore[attr-defined]
     code: Any = compile(tree, file, "exec")
     for name in ("outer", owner.__name__, function.__name__):
         code = next(part for part in code.co_consts if inspect.iscode(part) and part.co_name == name)

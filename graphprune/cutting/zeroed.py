@@ -53,7 +53,7 @@ def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple, 
         return [item for item in _settled(model, plan, asked, training) if item[0].partition(".")[0] not in state]
     if graph is None or [tuple(t.shape) for t in given] != [v.shape for v in graph.inputs]:
         graph = trace(model, args, kwargs, outputs=asked.outputs)
-    if not training and not graph.real and not any(torch.Tag.nondeterministic_seeded in node.func.tags for node in graph.nodes):
+    if not training and not graph.real and not graph.numbers and not any(torch.Tag.nondeterministic_seeded in node.func.tags for node in graph.nodes):
         return list(zip(graph.paths, replay(graph, model, plan, given), strict=True))
     return walk(model, plan, asked, training)
 

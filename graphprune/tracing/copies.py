@@ -23,6 +23,7 @@ PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), type, torc
                    types.BuiltinFunctionType, type(...), type(NotImplemented), range, property})  # fmt: skip
 OWN = frozenset(key for key, value in nn.Module().__dict__.items() if type(value) in (dict, OrderedDict, set))
 ORIGIN = "rewritten_from"  # a class made by graphprune.cutting.rewrite has it: the user's class, like which it copies
+_SLOTS: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
 _ORDINARY: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # a rewritten module is of a class of its own
 
 
@@ -32,8 +33,7 @@ def ordinary(kind: type) -> bool:
     if kind not in _ORDINARY:
         base = nn.Module
         same = getattr(kind, "__getstate__", None) is getattr(base, "__getstate__", None) and kind.__reduce_ex__ is base.__reduce_ex__
-        slots = any(getattr(c, "__slots__", ()) for c in kind.__mro__)
-        _ORDINARY[kind] = same and kind.__reduce__ is base.__reduce__ and not hasattr(kind, "__deepcopy__") and not slots and kind.__new__ is object.__new__
+        _ORDINARY[kind] = same and kind.__reduce__ is base.__reduce__ and not hasattr(kind, "__deepcopy__") and kind.__new__ is object.__new__
     return _ORDINARY[kind]
 
 
@@ -81,4 +81,27 @@ def _module(module: nn.Module, kind: type, memo: dict[int, Any]) -> nn.Module:
         twin.__dict__.update(state)
     else:
         twin.__setstate__(state)
+    for name in slots_of(kind):
+        if hasattr(module, name):
+            object.__setattr__(twin, name, duplicate(getattr(module, name), memo))
     return twin
+
+
+def slots_of(kind: type) -> tuple[str, ...]:
+    """The attributes of a class that lie outside of ``__dict__``; ``copy.deepcopy`` of a module loses them.
+
+    >>> slots_of(type("Slotted", (nn.Module,), {"__slots__": ("width",)}))
+    ('width',)
+    """
+    if kind not in _SLOTS:
+        names = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
+        every = [name for each in names for name in ((each,) if isinstance(each, str) else each)]
+        members = [name for name in every if name not in ("__dict__", "__weakref__")]
+        _SLOTS[kind] = tuple(name if name[:2] != "__" else _mangled(kind, name) for name in members)
+    return _SLOTS[kind]
+
+
+def _mangled(kind: type, name: str) -> str:
+    """The name under which a class keeps a private slot of its own."""
+    owner = next(base for base in kind.__mro__ if name in base.__dict__.get("__slots__", ()))
+    return f"_{owner.__name__.lstrip('_')}{name}"

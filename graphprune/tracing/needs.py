@@ -342,7 +342,7 @@ def _narrow(asked: Asked) -> None:
     if value and isinstance(start, int):  # a tensor may say where it begins
         asked.needs(length, asked.out, "size", dim)
         if number(start):
-            asked.needs(start, value, "before", dim, number(start))
+            _end(asked, value, dim, start)
 
 
 @reader("roll")

@@ -12,13 +12,14 @@ something stands that cannot be looked into is refused: nobody could say whether
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from fractions import Fraction
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ Item = tuple[str, Any]  # the path to it, and a tensor, an array or a number
 Selection = Any  # a name, an index, a predicate (path, tensor) -> bool, a sequence of these, or None
 NUMBERS = (int, float, complex, Fraction, np.generic)
 SILENT = (str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator, range, slice, Enum)
-SILENT += (type, ModuleType, nn.Module, weakref.ref, BuiltinFunctionType, MethodType, torch.Size)
+SILENT += (type, ModuleType, nn.Module, weakref.ref)
+BOUND = (BuiltinFunctionType, MethodType, MethodWrapperType)
 MANY = 100_000  # entries of one result
 
 
@@ -80,9 +82,16 @@ def _parts(tree: Any) -> Iterable[tuple[Any, Any]] | None:
         return enumerate(tree)
     if is_dataclass(tree):
         return [(entry.name, getattr(tree, entry.name, None)) for entry in fields(tree)]
+    if isinstance(tree, functools.partial):
+        return [("func", tree.func), *enumerate(tree.args), *tree.keywords.items()]
+    if isinstance(tree, BOUND):
+        return [("self", tree.__self__)]
+    if isinstance(tree, BaseException):
+        return [*enumerate(tree.args), *_attributes(tree)]
     if isinstance(tree, FunctionType):
         cells = zip(tree.__code__.co_freevars, tree.__closure__ or (), strict=True)
-        return [(name, cell.cell_contents) for name, cell in cells]
+        defaults = [*enumerate(tree.__defaults__ or ()), *(tree.__kwdefaults__ or {}).items()]
+        return [*((name, cell.cell_contents) for name, cell in cells if cell != CellType()), *defaults]
     if getattr(tree, "__dict__", None) or any(getattr(base, "__slots__", ()) for base in type(tree).__mro__):
         return _attributes(tree)
     return enumerate(tree) if isinstance(tree, Iterable) else [] if type(tree).__dictoffset__ else None

@@ -76,13 +76,18 @@ class Uses:
             cache.cache_clear()
         self.caches.clear()
 
-    def doubt(self, expr: Expr, back: int = 2) -> None:
-        frame = sys._getframe(back)
-        self.doubts.append(Doubt(expr, len(self.nodes), (frame.f_code.co_filename, frame.f_lineno)))
+    def doubt(self, expr: Expr) -> None:
+        self.doubts.append(Doubt(expr, len(self.nodes), _user(sys._getframe(2))))
 
-    def branch(self, symbol: str, left: Expr, right: Expr, outcome: bool, back: int = 2) -> None:
-        frame = sys._getframe(back)
-        self.outcomes.append(Branch(symbol, left, right, outcome, len(self.nodes), (frame.f_code.co_filename, frame.f_lineno)))
+    def branch(self, symbol: str, left: Expr, right: Expr, outcome: bool) -> None:
+        self.outcomes.append(Branch(symbol, left, right, outcome, len(self.nodes), _user(sys._getframe(2))))
+
+
+def _user(frame: FrameType) -> tuple[str, int]:
+    """File and line of the first frame that is not in this file."""
+    while frame.f_code.co_filename == __file__ and frame.f_back:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 def _caches(frame: FrameType) -> list[Any]:

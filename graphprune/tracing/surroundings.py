@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping, MutableSet
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from .trees import PLAIN, modules_of
 CACHED = type(functools.lru_cache(lambda: None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 FOREIGN = frozenset(("torch", "numpy", "builtins", "__builtin__", "graphprune", *sys.stdlib_module_names)) - {"__main__"}
+TIMES = 4  # as many frames as Python allows
 DEPTH = 3  # how deep objects and containers are looked into
 _CODE: WeakKeyDictionary[CodeType, frozenset[str]] = WeakKeyDictionary()
 _METHODS: WeakKeyDictionary[type, tuple[FunctionType, ...]] = WeakKeyDictionary()
@@ -47,9 +49,33 @@ def undisturbed_surroundings(model: nn.Module) -> Iterator[None]:
         for hook in hooks.values():
             kept.callable(hook)
     try:
-        yield
+        with _deeper:
+            yield
     finally:
         kept.put_back()
+
+
+class _Deeper:
+    """Room for frames: a run of ours takes more of them for every module inside a module than the model's own, which may be near the limit."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.limit = threading.Lock(), 0, 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.limit = sys.getrecursionlimit()
+                sys.setrecursionlimit(TIMES * self.limit)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                sys.setrecursionlimit(self.limit)
+
+
+_deeper = _Deeper()
 
 
 class _Kept:

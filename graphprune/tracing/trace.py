@@ -98,6 +98,7 @@ class Graph:
     choices: list[Choice] = field(default_factory=list)  # axes that the code chooses from, of which entries may go (experts)
     marks: Marks = field(default_factory=Marks)  # which labels learnt weights make and read
     paths: list[str] = field(default_factory=list)  # of the outputs, in the result
+    numbers: bool = False  # whether plain numbers stand beside them there
     asked: Any = None  # what was run: example, outputs that matter, further examples
     state: frozenset[str] = frozenset()  # parts of the result that the model takes back itself in its next call
     looked: list[tuple[str, str]] = field(default_factory=list)  # (module, line) that looked at a value
@@ -472,6 +473,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         choices=choices,
         marks=marks(recorder.nodes + recorder.extra, functions.steps, recorder.leaves, learnt),
         paths=paths,
+        numbers=len(chosen) > len(paths),
         asked=asked,
         state=state,
         looked=list(dict.fromkeys(recorder.looked)),
