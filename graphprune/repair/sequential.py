@@ -28,6 +28,7 @@ from .fitting import Repaired, Seen, Setting, Weights, fit, fit_scale, idle
 from .moments import moments
 from .paced import runs, side_by_side
 from .pairs import mixes
+from .recurrent import Fed, Recurrence, fit_recurrence, recurrences
 from .rows import chosen, outputs, read, written
 from .sites import Scale, Site, scales, sites
 
@@ -51,7 +52,10 @@ def repair_weights(
     wide = runs(original, graph, (*batches, *spare), work.takes(cut=False), setting.waiting)
     tight = runs(small, graph, (*batches, *spare), work.takes(cut=True), setting.waiting)
     with side_by_side([*wide, *tight]):
-        for place in bar(sorted((*work.sites, *work.scales), key=lambda p: p.step), "repair", progress):
+        for place in bar(sorted((*work.sites, *work.scales, *work.recurrences), key=lambda p: p.step), "repair", progress):
+            if isinstance(place, Recurrence):
+                done += work.recurrent(place, [(a, b) for a, b in zip(wide, tight, strict=True)], len(batches))
+                continue
             if isinstance(place, Scale):
                 done += fit_scale(work.weights, place, [work.scaled(place, a, b) for a, b in zip(wide, tight, strict=True)], len(batches))
                 continue
@@ -59,7 +63,8 @@ def repair_weights(
             data = reduce(add, islice(parts, len(batches)))
             check = reduce(add, parts) if spare else data
             done += fit(work.weights, place, data, check, setting)
-    return done + [idle("left", f"{name}: {reason}") for name, reason in left.items() if name in plan.cuts]
+    fitted = tuple(f"{place.module}.".lstrip(".") for place in work.recurrences)
+    return done + [idle("left", f"{name}: {reason}") for name, reason in left.items() if name in plan.cuts and not name.startswith(fitted)]
 
 
 def taken(run: Any, value: Value, site: Site | Scale, role: str) -> Tensor:
@@ -78,10 +83,15 @@ class _Work:
         # behind a cut stream the norms divide by another size, and not every reader of theirs can be fitted
         found = scales(graph) if {"least-squares", "variance"} & set(setting.steps) else []
         self.scales = [scale for scale in found if 0 in plan.cuts.get(scale.weight, {})]
+        self.recurrences = recurrences(graph, original, small) if "least-squares" in setting.steps else []
+        self.models = original, small
 
     def takes(self, cut: bool) -> dict[int, tuple[Value, Any]]:
         """What to keep of every watched value: the rows that each site needs of it."""
         wanted: dict[int, tuple[Value, list]] = {}
+        for place in self.recurrences:
+            for value in (place.x, *place.states):
+                wanted.setdefault(id(value), (value, []))[1].append((place, "sequence"))
         for scale in self.scales:
             value, role = (scale.x, "x") if cut else (scale.y, "y")
             wanted.setdefault(id(value), (value, []))[1].append((scale, role))
@@ -99,8 +109,10 @@ class _Work:
 
         return {key: (value, take(users)) for key, (value, users) in wanted.items()}
 
-    def rows(self, site: Site | Scale, role: str, tensor: Tensor) -> Tensor:
+    def rows(self, site: Site | Scale | Recurrence, role: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
+        if isinstance(site, Recurrence):
+            return tensor.clone()
         weight = self.weights.tight[site.weight]
         inputs = 1 if isinstance(site, Scale) else weight.numel() // weight.shape[site.axis]
         share = min(self.setting.rows, max(FEWEST, EACH * inputs)) / self.samples
@@ -119,6 +131,16 @@ class _Work:
         if role == "x":
             return read(site, tensor, tuple(weight.shape[2:]), at, self.weights.groups(site, tensor))
         return written(site, tensor, at)
+
+    def recurrent(self, place: Recurrence, runs: list[tuple[Any, Any]], fits: int) -> list[Repaired]:
+        wide, tight = (model.get_submodule(place.module) for model in self.models)
+        assert isinstance(wide, nn.RNNBase) and isinstance(tight, nn.RNNBase)
+
+        def fed(run: Any) -> Fed:
+            x, *states = (run.until(value)[place.step, "sequence"] for value in (place.x, *place.states))
+            return Fed(x, tuple(states))
+
+        return fit_recurrence(place.module, wide, tight, self.weights.plan, [(fed(one), fed(two)) for one, two in runs], fits)
 
     def censors(self, site: Site) -> bool:
         """Whether the targets are intervals: all that is between the weight and a flat activation is known."""

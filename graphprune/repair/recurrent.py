@@ -1,0 +1,259 @@
+"""Recurrent layers fitted to what the original's gates say: inputs, states and projections of LSTM, GRU and plain cells.
+
+The gates of a step are ``W x_t + U h_{t-1} + b``. Their targets are the original's, over the whole sequence; x comes from the repaired cut model and h
+first from the original (teacher forcing), then from the cut layer itself as it was fitted before, so that it also learns to correct the states that it
+really has (Ross, Gordon and Bagnell 2011). A fit is judged, on sequences kept out, by the states that the layer then runs through.
+
+>>> cell = Cell(nn.GRU(3, 4).eval(), 0, "")
+>>> x = torch.randn(2, 5, 3)
+>>> states, _ = unrolled(cell, x, (torch.zeros(2, 4),))
+>>> torch.allclose(states, nn.GRU.forward(cell.module, x.transpose(0, 1))[0].transpose(0, 1), atol=1e-6)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import nn
+
+from ..cutting.plan import Plan
+from ..operations.notation import Value
+from ..tracing.trace import RECURRENT, Graph
+from .fitting import Repaired
+from .moments import Moments, moments
+from .solve import least_squares
+
+Tensor = torch.Tensor
+RIDGES, ROUNDS = (1e-4, 1e-2, 1.0), 2  # of each round's fits; rounds on the layer's own states
+STATES = {"LSTM": 2}  # first states, where they are more than one
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """One call of a recurrent module: its name, and the values of its input and its first states."""
+
+    step: int
+    module: str
+    x: Value
+    states: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What a call is given, of a batch in one model: inputs (batch, time, features) and the first states (layers and directions, batch, units)."""
+
+    x: Tensor
+    states: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer of a recurrent module in one direction (``end``: "" or "_reverse")."""
+
+    module: nn.RNNBase
+    layer: int
+    end: str
+
+    def weight(self, name: str) -> Tensor | None:
+        """A parameter ("weight_ih", "bias_hh", "weight_hr" …), or None where the layer has none."""
+        tensor = getattr(self.module, f"{name}_l{self.layer}{self.end}", None)
+        return None if tensor is None else tensor.detach()
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A parameter that the layer has."""
+        tensor = self.weight(name)
+        assert tensor is not None
+        return tensor
+
+    @property
+    def index(self) -> int:
+        """Its place among the first states."""
+        return self.layer * (2 if self.module.bidirectional else 1) + (self.end != "")
+
+
+def recurrences(graph: Graph, original: nn.Module, small: nn.Module) -> list[Recurrence]:
+    """The calls whose weights are all those of one recurrent module, called once, on sequences that are not packed."""
+    places: list[Recurrence] = []
+    for at, step in enumerate(graph.steps):
+        values = [value for value in step.args if value is not None]
+        leaves = [value.leaf for value in values if value.leaf in graph.leaves]
+        names = {leaf.rpartition(".")[0] for leaf in leaves if not leaf.startswith("<")}
+        if step.name not in RECURRENT or len(names) != 1 or not values or len(values[0].shape) != 3:
+            continue
+        (name,) = names
+        wide, tight = (dict(model.named_modules()).get(name) for model in (original, small))
+        if isinstance(wide, nn.RNNBase) and isinstance(tight, nn.RNNBase) and {f"{name}.{leaf}".lstrip(".") for leaf in wide._flat_weights_names} == set(leaves):
+            states = tuple(values[1 : 1 + STATES.get(wide.mode, 1)])
+            if all(len(state.shape) == 3 and state.leaf not in graph.leaves for state in states):
+                places.append(Recurrence(at, name, values[0], states))
+    repeated = {place.module for place in places if sum(place.module == other.module for other in places) > 1}
+    return [place for place in places if place.module not in repeated]
+
+
+def unrolled(cell: Cell, x: Tensor, first: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The layer's states (batch, time, units), and what its projection reads (the same where it has none), of x (batch, time, features)."""
+    kind, hh = cell.module.mode, cell["weight_hh"]
+    given = nn.functional.linear(x, cell["weight_ih"], cell.weight("bias_ih"))
+    more, project = cell.weight("bias_hh"), cell.weight("weight_hr")
+    h, c = first[0], first[-1]
+    states, inner = [], []
+    times = range(x.shape[1])
+    for t in reversed(times) if cell.end else times:
+        own = nn.functional.linear(h, hh, more)
+        if kind == "LSTM":
+            i, f, g, o = (given[:, t] + own).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        elif kind == "GRU":
+            (r, z, n), (p, q, s) = given[:, t].chunk(3, 1), own.chunk(3, 1)
+            z = (z + q).sigmoid()
+            h = (1 - z) * (n + (r + p).sigmoid() * s).tanh() + z * h
+        else:
+            h = (given[:, t] + own).tanh() if kind == "RNN_TANH" else (given[:, t] + own).relu()
+        inner.append(h)
+        h = h if project is None else h @ project.T
+        states.append(h)
+    if cell.end:
+        states.reverse()
+        inner.reverse()
+    return torch.stack(states, 1), torch.stack(inner, 1)
+
+
+def fit_recurrence(name: str, wide: nn.RNNBase, tight: nn.RNNBase, plan: Plan, runs: list[tuple[Fed, Fed]], fits: int) -> list[Repaired]:
+    """Fit the layers of ``tight`` in place, one after the other; ``runs``: what both models give to the call, batch by batch, the first ``fits`` to fit on."""
+    done: list[Repaired] = []
+    pairs = [(_timed(wide, one), _timed(tight, two)) for one, two in runs]
+    for layer in range(wide.num_layers):
+        outs: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in pairs]
+        for end in ("", "_reverse") if wide.bidirectional else ("",):
+            work = _Layer(name, Cell(wide, layer, end), Cell(tight, layer, end), plan, pairs, fits)
+            done += work.fit()
+            for (over, under), (one, two) in zip(outs, work.outputs(), strict=True):
+                over.append(one)
+                under.append(two)
+        pairs = [
+            (Fed(torch.cat(over, 2), one.states), Fed(torch.cat(under, 2), two.states))
+            for (over, under), (one, two) in zip(outs, pairs, strict=True)
+        ]
+    return done
+
+
+def _timed(module: nn.RNNBase, run: Fed) -> Fed:
+    """Batch first."""
+    return Fed(run.x if module.batch_first else run.x.transpose(0, 1), run.states)
+
+
+class _Layer:
+    """One layer in one direction of both models, and what comes to it."""
+
+    def __init__(self, name: str, wide: Cell, tight: Cell, plan: Plan, pairs: list[tuple[Fed, Fed]], fits: int) -> None:
+        self.name, self.wide, self.tight, self.pairs, self.fits = name, wide, tight, pairs, fits
+        self.rows, self.kept = (self.positions(plan, leaf, axis) for leaf, axis in (("weight_ih", 0), ("weight_hh", 1)))
+        self.start = self.copied()
+        self.targets = [self.run(wide, one) for one, _ in pairs]  # states, and what the projection reads
+
+    def positions(self, plan: Plan, leaf: str, axis: int) -> Tensor | slice:
+        kept = plan.cuts.get(f"{self.name}.{leaf}_l{self.wide.layer}{self.wide.end}".lstrip("."), {}).get(axis)
+        return slice(None) if kept is None else torch.tensor(kept)
+
+    @staticmethod
+    def run(cell: Cell, given: Fed) -> tuple[Tensor, Tensor]:
+        return unrolled(cell, given.x, [state[cell.index] for state in given.states])
+
+    def outputs(self) -> list[tuple[Tensor, Tensor]]:
+        """What both layers give to the next."""
+        return [(target[0], states) for target, states in zip(self.targets, self.states(), strict=True)]
+
+    def states(self) -> list[Tensor]:
+        """Of the cut layer as it is."""
+        return [self.run(self.tight, two)[0] for _, two in self.pairs]
+
+    def error(self) -> float:
+        """Mean squared error of the states over their variance, on the sequences kept out where there are some."""
+        at = self.fits if self.fits < len(self.pairs) else 0
+        wanted = torch.cat([target[0][..., self.kept].flatten() for target in self.targets[at:]]).double()
+        there = torch.cat([run.flatten() for run in self.states()[at:]]).double()
+        return float((there - wanted).square().mean() / wanted.var().clamp(min=torch.finfo(torch.float64).tiny))
+
+    def fit(self) -> list[Repaired]:
+        """Fits on the original's states, then on those of the best fit so far; the best stays, if it is better than the cut."""
+        before = best = self.error()
+        if before < 1e-8:  # nothing before this layer, and nothing of it, was cut
+            return []
+        kept = self.start
+        for round in range(1 + ROUNDS):
+            self.restore(kept)
+            data = self.moments(self.states() if round else [target[0][..., self.kept] for target in self.targets])
+            for ridge in RIDGES:
+                self.put(data, ridge)
+                error = self.error()
+                if error < best:
+                    best, kept = error, self.copied()
+        self.restore(kept)
+        place = f"{self.name}.weight_ih_l{self.wide.layer}{self.wide.end}".lstrip(".")
+        return [Repaired("least-squares", f"{place}, and what the state is read with", before, best, best < before)]
+
+    def copied(self) -> dict[str, Tensor]:
+        tensors = {name: self.tight.weight(name) for name in WEIGHTS}
+        return {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.tight[name].copy_(tensor)
+
+    def moments(self, states: list[Tensor]) -> dict[str, Moments]:
+        """Of every fit: [x, h] against the gates; of a GRU's candidate x and h apart, since a gate stands between; and of the projection."""
+        found: dict[str, list[Moments]] = {}
+        for (one, two), target, state in list(zip(self.pairs, self.targets, states, strict=True))[: self.fits]:
+            over, under = self.before(one, target[0], self.wide), self.before(two, state, self.tight)
+            given, own = self.said(one.x, "ih"), self.said(over, "hh")
+            rows: dict[str, tuple[Tensor, Tensor]] = {"gates": (torch.cat([two.x, under], 2), given + own)}
+            if self.wide.module.mode == "GRU":
+                share = given.shape[2] * 2 // 3
+                rows = {
+                    "gates": (rows["gates"][0], rows["gates"][1][..., :share]),
+                    "input": (two.x, given[..., share:]),
+                    "state": (under, own[..., share:]),
+                }
+            if self.wide.weight("weight_hr") is not None:
+                rows["projection"] = (self.run(self.tight, two)[1], target[0][..., self.kept])
+            for name, (x, y) in rows.items():
+                found.setdefault(name, []).append(moments(x.flatten(0, 1)[None], y.flatten(0, 1)[None]))
+        return {name: reduce(add, parts) for name, parts in found.items()}
+
+    @staticmethod
+    def before(given: Fed, states: Tensor, cell: Cell) -> Tensor:
+        """The state that each step reads."""
+        first = given.states[0][cell.index][:, None]
+        return torch.cat([states[:, 1:], first], 1) if cell.end else torch.cat([first, states[:, :-1]], 1)
+
+    def said(self, x: Tensor, name: str) -> Tensor:
+        """What the original's input or state says to the gates that are left."""
+        return nn.functional.linear(x, self.wide[f"weight_{name}"], self.wide.weight(f"bias_{name}"))[..., self.rows]
+
+    def put(self, data: dict[str, Moments], ridge: float) -> None:
+        """Write the fits, with a ridge towards the weights as they were cut, into the layer."""
+        cell, start, biased = self.tight, self.start, "bias_ih" in self.start
+        gates, inputs = data["gates"].y.shape[1], start["weight_ih"].shape[1]
+        for name, fitted in data.items():
+            if name == "projection":
+                cell["weight_hr"].copy_(least_squares(fitted, ridge, start["weight_hr"][None], False)[0][0])
+                continue
+            rows = slice(0, gates) if name == "gates" else slice(gates, None)
+            both = torch.cat([start["weight_ih"][rows], start["weight_hh"][rows]], 1)
+            prior = {"gates": both, "input": both[:, :inputs], "state": both[:, inputs:]}[name]
+            weight, bias = least_squares(fitted, ridge, prior[None], biased)
+            if name != "state":
+                cell["weight_ih"][rows] = weight[0, :, :inputs].to(prior)
+            if name != "input":
+                cell["weight_hh"][rows] = weight[0, :, -start["weight_hh"].shape[1] :].to(prior)
+            if biased:
+                cell["bias_hh" if name == "state" else "bias_ih"][rows] = bias[0].to(prior)
+                if name == "gates":
+                    cell["bias_hh"][rows] = 0
