@@ -6,7 +6,7 @@ really has (Ross, Gordon and Bagnell 2011). A fit is judged, on sequences kept o
 
 >>> cell = Cell(nn.GRU(3, 4).eval(), 0, "")
 >>> x = torch.randn(2, 5, 3)
->>> states, _ = unrolled(cell, x, (torch.zeros(2, 4),))
+>>> states = unrolled(cell, x, (torch.zeros(2, 4),))
 >>> torch.allclose(states, nn.GRU.forward(cell.module, x.transpose(0, 1))[0].transpose(0, 1), atol=1e-6)
 True
 """
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from ..operations.notation import Value
 from ..tracing.trace import RECURRENT, Graph
 from .fitting import Repaired
 from .moments import Moments, moments
-from .solve import least_squares
+from .solve import least_squares, residual
 
 Tensor = torch.Tensor
 RIDGES, ROUNDS = (1e-4, 1e-2, 1.0), 2  # of each round's fits; rounds on the layer's own states
@@ -88,7 +89,11 @@ def recurrences(graph: Graph, original: nn.Module, small: nn.Module) -> list[Rec
             continue
         (name,) = names
         wide, tight = (dict(model.named_modules()).get(name) for model in (original, small))
-        if isinstance(wide, nn.RNNBase) and isinstance(tight, nn.RNNBase) and {f"{name}.{leaf}".lstrip(".") for leaf in wide._flat_weights_names} == set(leaves):
+        if (
+            isinstance(wide, nn.RNNBase)
+            and isinstance(tight, nn.RNNBase)
+            and {f"{name}.{leaf}".lstrip(".") for leaf in wide._flat_weights_names} == set(leaves)
+        ):
             states = tuple(values[1 : 1 + STATES.get(wide.mode, 1)])
             if all(len(state.shape) == 3 and state.leaf not in graph.leaves for state in states):
                 places.append(Recurrence(at, name, values[0], states))
@@ -96,33 +101,25 @@ def recurrences(graph: Graph, original: nn.Module, small: nn.Module) -> list[Rec
     return [place for place in places if place.module not in repeated]
 
 
-def unrolled(cell: Cell, x: Tensor, first: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The layer's states (batch, time, units), and what its projection reads (the same where it has none), of x (batch, time, features)."""
-    kind, hh = cell.module.mode, cell["weight_hh"]
-    given = nn.functional.linear(x, cell["weight_ih"], cell.weight("bias_ih"))
-    more, project = cell.weight("bias_hh"), cell.weight("weight_hr")
-    h, c = first[0], first[-1]
-    states, inner = [], []
+def unrolled(cell: Cell, x: Tensor, first: Sequence[Tensor]) -> Tensor:
+    """The layer's states (batch, time, units) of x (batch, time, features)."""
+    weights = [tensor for name in WEIGHTS if (tensor := cell.weight(name)) is not None]
+    call = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}[cell.module.mode]
+    states: Any = [state[None].contiguous() for state in first]
+    out = call(x.flip(1) if cell.end else x, states if len(states) > 1 else states[0], weights, cell.module.bias, 1, 0.0, False, False, True)[0]
+    return out.flip(1) if cell.end else out
+
+
+def projected(cell: Cell, x: Tensor, before: Tensor, memory: Tensor) -> Tensor:
+    """What the projection of an LSTM layer reads (batch, time, units), of x, the states that each step reads, and the first memory (batch, units)."""
+    gates = nn.functional.linear(x, cell["weight_ih"], cell.weight("bias_ih")) + nn.functional.linear(before, cell["weight_hh"], cell.weight("bias_hh"))
+    i, f, g, o = gates.chunk(4, 2)
+    kept, new, found = f.sigmoid(), i.sigmoid() * g.tanh(), torch.empty_like(o)
     times = range(x.shape[1])
     for t in reversed(times) if cell.end else times:
-        own = nn.functional.linear(h, hh, more)
-        if kind == "LSTM":
-            i, f, g, o = (given[:, t] + own).chunk(4, 1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-        elif kind == "GRU":
-            (r, z, n), (p, q, s) = given[:, t].chunk(3, 1), own.chunk(3, 1)
-            z = (z + q).sigmoid()
-            h = (1 - z) * (n + (r + p).sigmoid() * s).tanh() + z * h
-        else:
-            h = (given[:, t] + own).tanh() if kind == "RNN_TANH" else (given[:, t] + own).relu()
-        inner.append(h)
-        h = h if project is None else h @ project.T
-        states.append(h)
-    if cell.end:
-        states.reverse()
-        inner.reverse()
-    return torch.stack(states, 1), torch.stack(inner, 1)
+        memory = kept[:, t] * memory + new[:, t]
+        found[:, t] = o[:, t].sigmoid() * memory.tanh()
+    return found
 
 
 def fit_recurrence(name: str, wide: nn.RNNBase, tight: nn.RNNBase, plan: Plan, runs: list[tuple[Fed, Fed]], fits: int) -> list[Repaired]:
@@ -137,10 +134,7 @@ def fit_recurrence(name: str, wide: nn.RNNBase, tight: nn.RNNBase, plan: Plan, r
             for (over, under), (one, two) in zip(outs, work.outputs(), strict=True):
                 over.append(one)
                 under.append(two)
-        pairs = [
-            (Fed(torch.cat(over, 2), one.states), Fed(torch.cat(under, 2), two.states))
-            for (over, under), (one, two) in zip(outs, pairs, strict=True)
-        ]
+        pairs = [(Fed(torch.cat(over, 2), one.states), Fed(torch.cat(under, 2), two.states)) for (over, under), (one, two) in zip(outs, pairs, strict=True)]
     return done
 
 
@@ -156,44 +150,53 @@ class _Layer:
         self.name, self.wide, self.tight, self.pairs, self.fits = name, wide, tight, pairs, fits
         self.rows, self.kept = (self.positions(plan, leaf, axis) for leaf, axis in (("weight_ih", 0), ("weight_hh", 1)))
         self.start = self.copied()
-        self.targets = [self.run(wide, one) for one, _ in pairs]  # states, and what the projection reads
+        self.targets = [self.run(wide, one) for one, _ in pairs]
+        states = [self.before(one, target, wide) for (one, _), target in zip(pairs, self.targets, strict=True)]
+        self.gates = [(self.said(one.x, "ih"), self.said(state, "hh")) for (one, _), state in zip(pairs[:fits], states[:fits], strict=True)]
 
     def positions(self, plan: Plan, leaf: str, axis: int) -> Tensor | slice:
         kept = plan.cuts.get(f"{self.name}.{leaf}_l{self.wide.layer}{self.wide.end}".lstrip("."), {}).get(axis)
         return slice(None) if kept is None else torch.tensor(kept)
 
     @staticmethod
-    def run(cell: Cell, given: Fed) -> tuple[Tensor, Tensor]:
+    def run(cell: Cell, given: Fed) -> Tensor:
         return unrolled(cell, given.x, [state[cell.index] for state in given.states])
 
     def outputs(self) -> list[tuple[Tensor, Tensor]]:
         """What both layers give to the next."""
-        return [(target[0], states) for target, states in zip(self.targets, self.states(), strict=True)]
+        return list(zip(self.targets, self.states(), strict=True))
 
     def states(self) -> list[Tensor]:
         """Of the cut layer as it is."""
-        return [self.run(self.tight, two)[0] for _, two in self.pairs]
+        return [self.run(self.tight, two) for _, two in self.pairs]
 
-    def error(self) -> float:
-        """Mean squared error of the states over their variance, on the sequences kept out where there are some."""
-        at = self.fits if self.fits < len(self.pairs) else 0
-        wanted = torch.cat([target[0][..., self.kept].flatten() for target in self.targets[at:]]).double()
-        there = torch.cat([run.flatten() for run in self.states()[at:]]).double()
-        return float((there - wanted).square().mean() / wanted.var().clamp(min=torch.finfo(torch.float64).tiny))
+    def errors(self) -> tuple[float, float]:
+        """Of the states as they are against those of the original that stay, and what a weight behind them, fitted too, would miss of all of the original's.
+
+        Both squared, over the variance, on sequences kept out where there are some.
+        """
+        states = self.states()
+        parts = [moments(*(t.flatten(0, 1)[None] for t in (state, target))) for state, target in zip(states, self.targets, strict=True)]
+        known, at = reduce(add, parts[: self.fits]), self.fits if self.fits < len(parts) else 0
+        checks = reduce(add, parts[at:])
+        missed = residual(checks, *least_squares(known, RIDGES[0]))
+        apart = [(state - target[..., self.kept]).square().sum(dtype=torch.float64) for state, target in zip(states[at:], self.targets[at:], strict=True)]
+        spread = checks.yy[0].clamp(min=torch.finfo(torch.float64).tiny)
+        return float(sum(apart) / spread[self.kept].sum()), float(missed.sum() * checks.count / spread.sum())
 
     def fit(self) -> list[Repaired]:
-        """Fits on the original's states, then on those of the best fit so far; the best stays, if it is better than the cut."""
-        before = best = self.error()
+        """Fits on the original's states, then on those of the best fit so far; the nearest stays, unless what follows can do better with the cut."""
+        before, bar = self.errors()
         if before < 1e-8:  # nothing before this layer, and nothing of it, was cut
             return []
-        kept = self.start
+        best, kept = before, self.start
         for round in range(1 + ROUNDS):
             self.restore(kept)
-            data = self.moments(self.states() if round else [target[0][..., self.kept] for target in self.targets])
+            data = self.moments(self.states() if round else [target[..., self.kept] for target in self.targets])
             for ridge in RIDGES:
                 self.put(data, ridge)
-                error = self.error()
-                if error < best:
+                error, missed = self.errors()
+                if error < best and missed <= bar:
                     best, kept = error, self.copied()
         self.restore(kept)
         place = f"{self.name}.weight_ih_l{self.wide.layer}{self.wide.end}".lstrip(".")
@@ -210,9 +213,8 @@ class _Layer:
     def moments(self, states: list[Tensor]) -> dict[str, Moments]:
         """Of every fit: [x, h] against the gates; of a GRU's candidate x and h apart, since a gate stands between; and of the projection."""
         found: dict[str, list[Moments]] = {}
-        for (one, two), target, state in list(zip(self.pairs, self.targets, states, strict=True))[: self.fits]:
-            over, under = self.before(one, target[0], self.wide), self.before(two, state, self.tight)
-            given, own = self.said(one.x, "ih"), self.said(over, "hh")
+        for (_, two), target, (given, own), state in zip(self.pairs, self.targets, self.gates, states, strict=False):  # as far as the gates go
+            under = self.before(two, state, self.tight)
             rows: dict[str, tuple[Tensor, Tensor]] = {"gates": (torch.cat([two.x, under], 2), given + own)}
             if self.wide.module.mode == "GRU":
                 share = given.shape[2] * 2 // 3
@@ -222,7 +224,8 @@ class _Layer:
                     "state": (under, own[..., share:]),
                 }
             if self.wide.weight("weight_hr") is not None:
-                rows["projection"] = (self.run(self.tight, two)[1], target[0][..., self.kept])
+                memory = two.states[1][self.tight.index]
+                rows["projection"] = (projected(self.tight, two.x, under, memory), target[..., self.kept])
             for name, (x, y) in rows.items():
                 found.setdefault(name, []).append(moments(x.flatten(0, 1)[None], y.flatten(0, 1)[None]))
         return {name: reduce(add, parts) for name, parts in found.items()}
