@@ -100,6 +100,10 @@ class BadCalibration(GraphpruneError, ValueError):
     """Calibration batches do not fit the model, are too few, constant or not finite: the message says where in the model it shows."""
 
 
+class RankFailed(GraphpruneError, RuntimeError):
+    """Another process of a distributed run failed, or is gone: the message says which and why; nothing was written."""
+
+
 class NeedsValues(GraphpruneError):
     """Internal: control flow asked for a value that a run without values cannot give; trace with real values."""
 

@@ -18,6 +18,7 @@ from .options import Repair, Runtime, Widths
 from .planning.outcome import disappointments
 from .planning.planner import decide, proved
 from .planning.request import ask, flag
+from .ranks import across_ranks, agreed
 from .recipe import AUTO, settled
 from .repair import after_cut, before_cut, refill
 from .scores import Criterion
@@ -33,6 +34,7 @@ def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_pla
 @overload
 def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[False] = False, **options: Any) -> Model: ...
 @respelled
+@across_ranks
 def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave the options to this signature)
     model: nn.Module,
     example_input: Any,
@@ -105,6 +107,8 @@ def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave
     request = settled(graph, model, request if verify else replace(request, proof="calls"), repairs)
     chosen = expressed(graph, model, request, decide)
     chosen, small = proved(graph, model, request, chosen) if verify else (chosen, apply(model, chosen))
+    common = agreed(chosen)
+    chosen, small = (chosen, small) if common is chosen else (common, apply(model, common))
     small, chosen = after_cut(small, model, chosen, repairs, graph)
     if inplace:
         with undone(model, chosen.edits):
@@ -116,6 +120,7 @@ def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave
 
 
 @respelled
+@across_ranks
 def plan(
     model: nn.Module,
     example_input: Any,
@@ -153,4 +158,4 @@ def plan(
     graph = trace(model, example_input, example_kwargs, outputs=outputs, examples=examples)
     chosen = expressed(graph, model, request, decide)
     disappointments(graph, model, chosen, request)
-    return chosen
+    return agreed(chosen)

@@ -54,8 +54,8 @@ def test_nothing_in_the_package_knows_a_model():
 
 
 ORDER = {
-    "": """errors version catalogue options quantities wording tables operations tracing coupling cost scores select names cutting budget
-        timing repair granularity planning recipe formats spelling shrink insight loop adapters commands command __main__""",
+    "": """errors version catalogue options quantities wording tables operations tracing distributed coupling cost scores select names cutting budget
+        timing repair granularity planning ranks recipe formats spelling shrink insight loop adapters checkpoint commands command __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
     "tracing": """sizes trees picks choices needs symbols bodies paths fused copies node origin record outputs surroundings
@@ -72,7 +72,8 @@ ORDER = {
     "planning": "shares proof request limits uniform units wanted widths trial depth entries together planner outcome overview",
     "units": "kind hidden experts expert_mlp heads mlp layers",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
-    "adapters": "inputs models",
+    "adapters": "inputs models pretrained",
+    "checkpoint": "shards stored writing layout partial",
     "commands": "work app",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }

@@ -92,8 +92,8 @@ def _factors(small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Sl
     """The axes whose numbers in the configuration are also factors, if the model that is built computes something else."""
     if not _differs(small, small, solution, graph):
         return frozenset()
-    wanted, built = _values(small), _values(loaded(small, solution.tree))
-    off = {place for place, value in wanted.items() if built.get(place, value) != value}
+    wanted, built = (_promised(small), _promised(small, solution.tree)) if _hollow(small) else (_values(small), _values(loaded(small, solution.tree)))
+    off = {place for place, value in wanted.items() if _other(built.get(place, value), value)}
     culprits: set[Slot] = set()
     reach = solution.reach()
     for path in solution.changes:
@@ -185,17 +185,29 @@ class Saving:
         self.model, self.changes, self.fewer, self.reason = model, dict(changes or {}), dict(fewer or {}), reason
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if masked(self.model):
-            raise BadConfig("weights of this model are masked, which its class does not know: small = graphprune.bake(small) first, or use graphprune.save")
-        if self.reason:
-            raise BadConfig(self.reason)
-        whole, _ = closed(self.model)
-        _configure(whole, self.fewer)
+        whole = as_written(self.model)[0]
+        kind: Any = type(whole)
+        return kind.save_pretrained(whole, *args, **kwargs)
+
+
+def as_written(small: nn.Module) -> tuple[nn.Module, Lists]:
+    """A cut model as it is written, with its blocks closed up and a configuration that says so, and which lists of blocks were.
+
+    Raises :class:`~graphprune.errors.BadConfig` where no configuration gives this model.
+    """
+    saving = small.__dict__.get("save_pretrained")
+    if masked(small):
+        raise BadConfig("weights of this model are masked, which its class does not know: small = graphprune.bake(small) first, or use graphprune.save")
+    if isinstance(saving, Saving) and saving.reason:
+        raise BadConfig(saving.reason)
+    whole, lists = closed(small)
+    if isinstance(saving, Saving):
+        _configure(whole, saving.fewer)
+    if configured(whole):
         reason = _reason(compare(_builder(whole), whole, _tree(whole)))
         if reason:  # it was changed by other hands since
             raise BadConfig(reason)
-        kind: Any = type(whole)
-        return kind.save_pretrained(whole, *args, **kwargs)
+    return whole, lists
 
 
 def _solved(whole: nn.Module, small: nn.Module, lists: Lists, graph: Graph | None) -> tuple[Solution, str]:
@@ -292,6 +304,9 @@ def _quiet() -> Iterator[None]:
 
 def _differs(whole: nn.Module, small: nn.Module, solution: Solution, graph: Graph) -> str:
     """Why a model that is built from the configuration, with the weights of the cut one, does not compute the same on the example (or nothing)."""
+    if _hollow(small):
+        wanted, built = _promised(whole), _promised(whole, solution.tree)
+        return _factor(solution) if any(_other(built.get(place, value), value) for place, value in wanted.items()) else ""
     args, kwargs = graph.example
     try:
         again = loaded(whole, solution.tree)
@@ -304,8 +319,34 @@ def _differs(whole: nn.Module, small: nn.Module, solution: Solution, graph: Grap
     worst = max((_apart(a, b) for a, b in zip(mine, theirs, strict=False)), default=0.0)
     if len(mine) == len(theirs) and worst <= 1:
         return ""
+    return _factor(solution)
+
+
+def _factor(solution: Solution) -> str:
     keys = ", ".join(f"{'.'.join(map(str, path))}={value}" for path, value in solution.changes.items())
     return f"the model that its configuration builds ({keys}) has the same shapes and computes something else: a number is also a factor. {CURES}"
+
+
+def _hollow(model: nn.Module) -> bool:
+    """Whether the weights have no values, so that nothing can be computed with them."""
+    return any(tensor.is_meta for tensor in model.parameters())
+
+
+def _promised(model: nn.Module, tree: Tree | None = None) -> dict[tuple[str, str], Any]:
+    """The numbers that modules hold (:func:`_values`) of a model without values, or of what its class builds from ``tree``.
+
+    Tables are known from building alone; where blocks are gone, those of the model itself are left out, for it is built with all.
+    """
+    if tree is not None:
+        return _values(_builder(model, bare=True)(tree))
+    built = _builder(model, bare=True)(_tree(model))
+    tables = _values(built) if len(list(built.modules())) == len(list(model.modules())) else {}
+    return tables | _values(model)
+
+
+def _other(built: Any, wanted: Any) -> bool:
+    """Whether a number, or a table that was not cut, is another one."""
+    return built != wanted if not isinstance(wanted, tuple) or len(built) == len(wanted) else False
 
 
 def loaded(model: nn.Module, tree: Tree) -> nn.Module:

@@ -31,8 +31,8 @@ def joined(task: Task, parts: list[list[torch.Tensor]], reduce: str) -> Scores:
 
 def powers(task: Task, power: int, over: str, reduce: str, fold: bool) -> Scores:
     """Sums of ``|w| ** power`` over every slice, joined."""
-    if over == "all" and reduce == "sum" and not fold and power in (1, 2) and not any(w.dtype == torch.float64 for w in task.parameters.values()):
-        return unit_sums(task.groups, task.tensors, power)
+    if over == "all" and reduce == "sum" and not fold and power in (1, 2) and not task.double:
+        return unit_sums(task.groups, task.pieces, power)
     weights = folded(task) if fold else task.parameters
     size = (lambda w: w.detach().square()) if power == 2 else (lambda w: w.detach().abs())
     return joined(task, task.slices(weights, over, by=size), reduce)

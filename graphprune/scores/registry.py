@@ -29,7 +29,7 @@ from ..coupling.groups import Groups
 from ..errors import BadLoss, BadOption, BadScore, NeedsBatches, UnknownName
 from .data import Data, undisturbed
 from .normalise import normalised
-from .task import Scores, Task
+from .task import Scores, Stored, Task
 
 NEEDS = ("nothing", "inputs", "loss")
 GENERAL = ("normalise", "within", "seed", "progress", "reduction")
@@ -67,7 +67,16 @@ class Score:
         """The same score with the data that it reads, for :func:`graphprune.shrink`."""
         return on(self, batches, loss)
 
-    def __call__(self, groups: Groups, model: nn.Module, batches: Iterable | None = None, loss: Callable | None = None, **options: Any) -> Scores:
+    def __call__(
+        self,
+        groups: Groups,
+        model: nn.Module,
+        batches: Iterable | None = None,
+        loss: Callable | None = None,
+        *,
+        stored: Stored | None = None,
+        **options: Any,
+    ) -> Scores:
         given = dict(self.with_(**options).options)
         general = {name: given.pop(name) for name in GENERAL if name in given}
         seed, progress = general.get("seed", 0), general.get("progress", True)
@@ -79,7 +88,7 @@ class Score:
                 raise NeedsBatches(f"the score {self.name!r} needs {_what(self.needs_now(given))}; give batches= (any iterable of batches)")
             data = Data(model, batches, loss, general.get("reduction", "mean"), progress, self.name)
         with undisturbed(model, seed) if data else nullcontext():  # without data no score runs the model
-            found = self.function(Task(groups, model, data, self.name, progress), **given)
+            found = self.function(Task(groups, model, data, self.name, progress, stored), **given)
         checked(groups, model, found, self.name)
         return normalised(groups, found, general.get("normalise", "none"), general.get("within", "group"))
 

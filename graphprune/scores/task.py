@@ -12,8 +12,9 @@ from torch import nn
 
 from ..coupling.groups import Group, Groups
 from ..coupling.links import Link, links
+from ..coupling.sums import Rows
 from ..errors import UnknownName
-from ..tracing.trees import leaf_tensors
+from ..tracing.trees import is_parameter, leaf_tensors
 from .data import Data, bar
 
 Tensor = torch.Tensor
@@ -21,13 +22,22 @@ Scores = list[Tensor]
 ROLES = ("all", "produces", "consumes", "passes")
 
 
+class Stored(Mapping[str, Tensor]):
+    """Parameters that are not in memory, by name: each is read as it is asked for, whole or (``pieces``) some rows at a time."""
+
+    pieces: Mapping[str, Rows]
+
+
 @dataclass(frozen=True)
 class Task:
+    """``stored``: where the values of the parameters are, if not in the model."""
+
     groups: Groups
     model: nn.Module
     source: Data | None = None
     name: str = "score"
     progress: bool = True
+    stored: Stored | None = None
 
     @property
     def data(self) -> Data:
@@ -45,9 +55,23 @@ class Task:
         return {name: tensor for name, _, _, tensor in leaf_tensors(self.model) if name in self.groups.graph.leaves}
 
     @cached_property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> Mapping[str, Tensor]:
         """The floating parameters, cut or not, by the name that the graph knows."""
+        if self.stored is not None:
+            return self.stored
         return {n: t for n, t in self.tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point() and not t.is_meta}
+
+    @property
+    def pieces(self) -> Mapping[str, Rows]:
+        """The parameters, to be read some rows at a time."""
+        if self.stored is not None:
+            return self.stored.pieces
+        return {name: tensor for name, tensor in self.tensors.items() if is_parameter(tensor) and not tensor.is_meta}
+
+    @property
+    def double(self) -> bool:
+        """Whether any parameter is in float64, which sums in float32 would not do justice to."""
+        return self.stored is None and any(tensor.dtype == torch.float64 for tensor in self.parameters.values())
 
     @cached_property
     def links(self) -> list[list[Link]]:
