@@ -76,7 +76,8 @@ def made(folder: Path, gigabytes: float) -> int:
 
     layers = max(1, round((gigabytes * 5e8 - 2 * VOCABULARY * HIDDEN) / LAYER))
     numbers = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_attention_heads": HIDDEN // 128, "num_key_value_heads": 8}
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16", **numbers, **TOKENS)
+    facts = {"vocab_size": VOCABULARY, "num_hidden_layers": layers, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    config = transformers.LlamaConfig(**facts, **numbers, **TOKENS)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()}
     folder.mkdir(parents=True)

@@ -1,6 +1,6 @@
 """graphprune: structured pruning for PyTorch. ``small = graphprune.shrink(model, example_input, ratio=0.5)``."""
 
-from . import scores
+from . import checkpoint, scores
 from .catalogue import available, register
 from .cost import Cost, cost, profile
 from .coupling.groups import Group, Groups, couple
@@ -60,6 +60,7 @@ __all__ = [
     "available",
     "bake",
     "check_rule",
+    "checkpoint",
     "compose",
     "cost",
     "couple",

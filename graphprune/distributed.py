@@ -106,7 +106,8 @@ def alike(model: nn.Module) -> None:
         told.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {0.0 if tensor.is_meta else float(tensor.detach().double().sum())}".encode())
     every = gathered(told.hexdigest())
     if any(each != every[0] for each in every):
-        raise RankFailed(f"rank {next(rank for rank, each in enumerate(every) if each != every[0])} has other weights than rank 0: load the same ones everywhere")
+        rank = next(rank for rank, each in enumerate(every) if each != every[0])
+        raise RankFailed(f"rank {rank} has other weights than rank 0: load the same ones everywhere")
 
 
 def whole(model: nn.Module) -> nn.Module:

@@ -59,21 +59,21 @@ ORDER = {
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
     "tracing": """sizes trees picks choices needs symbols bodies paths fused copies node origin record outputs surroundings
-        unused features statistics summary trace rehearsal probe""",
+        unused features statistics summary trace rehearsal probe paced""",
     "coupling": "groups links sums lengths",
-    "scores": """order normalise data task registry fold norm similar others seen gates activations maps greedy waiting reconstruct start expansion
+    "scores": """order normalise data task registry fold norm similar others seen stages gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
     "cutting": "parts gains outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
     "formats": "atomic closing config huggingface folder applied recipe",
     "budget": "targets space ledger problem bound descent optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
-    "repair": "moments solve censored sites rows paced pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
+    "repair": "moments solve censored sites rows pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
     "planning": "shares proof request limits uniform units wanted widths trial depth entries together planner outcome overview",
     "units": "kind hidden experts expert_mlp heads mlp layers",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
     "adapters": "inputs models pretrained",
-    "checkpoint": "shards stored writing layout partial",
+    "checkpoint": "shards stored resident scoring writing layout partial",
     "commands": "work app",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
 }

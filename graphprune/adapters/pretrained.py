@@ -51,7 +51,8 @@ def hollow(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         tree = json.loads(file.read_text(encoding="utf-8"))
         diffuser = "_class_name" in tree
     except (OSError, ValueError, TypeError) as error:
-        raise BadModel(f"{file} cannot be read ({error}): a folder with config.json and safetensors files is expected; or give model=, on the meta device") from error
+        hint = "a folder with config.json and safetensors files is expected; or give model=, on the meta device"
+        raise BadModel(f"{file} cannot be read ({error}): {hint}") from error
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             model = _diffusers(folder, tree) if diffuser else _transformers(folder, tree, trust_remote_code)
@@ -70,7 +71,8 @@ def _transformers(folder: Path, tree: Mapping[str, Any], trust_remote_code: bool
     if tree.get("quantization_config"):
         raise BadModel(f"the weights in {folder} are quantised ({tree['quantization_config'].get('quant_method')}): cut the model they were made from")
     if tree.get("auto_map") and not trust_remote_code and not hasattr(transformers, (tree.get("architectures") or [""])[0]):
-        raise BadModel(f"{folder} needs code of its own ({several(list(tree['auto_map'].values()))}), which is not run; read it, then give trust_remote_code=True")
+        code = several(list(tree["auto_map"].values()))
+        raise BadModel(f"{folder} needs code of its own ({code}), which is not run; read it, then give trust_remote_code=True")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     architecture = (config.architectures or [""])[0]
     kind = getattr(transformers, architecture, None)

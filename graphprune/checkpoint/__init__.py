@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapters.pretrained import Names, example, hollow
@@ -28,12 +29,15 @@ from ..options import Widths
 from ..planning.outcome import disappointments
 from ..planning.planner import decide
 from ..planning.request import Request, ask
+from ..scores import OnData
 from ..tracing.trace import trace
+from ..tracing.trees import tensors
 from ..version import VERSION
 from .layout import Layout
 from .partial import Partial
+from .scoring import scored
 from .shards import ENDING, INDEX, Shards
-from .stored import FromFiles, scored
+from .stored import FromFiles
 from .writing import length, write
 
 PLAN = "plan.json"
@@ -59,7 +63,9 @@ def shrink(
 
     - ``example_input``: what the model can be called with; language models and classifiers of images need none.
     - ``model``: for a folder without a configuration that a library knows, the whole model on the meta device, with the names of the files.
-    - ``score``: ``"l2"`` and what else looks at one weight at a time: l1, linf, filter_norm, group_norm, lamp; or random.
+    - ``score``: ``"l2"`` and what else looks at one weight at a time: l1, linf, filter_norm, group_norm, lamp; or random. With data,
+      ``graphprune.scores.on("wanda_sp", batches)``: wanda_sp, flap, activation, apoz, obs, thinet, lasso, leverage, pivoted_qr. The model then runs block by
+      block, with the weights of two blocks in memory at most, and the statistics of one stage.
     - ``widths``: as for :func:`graphprune.shrink`; they are alike in all layers (``uniform``), for so a configuration can say them.
     - ``trust_remote_code``: whether Python files in the folder may run; without it they never do.
     - ``options``: ``params``, ``macs``, ``size``, ``memory``, ``scope``, ``what``, ``keep``, ``example_kwargs``, ``examples``, ``outputs`` of
@@ -83,6 +89,8 @@ def shrink(
     unknown = [name for name in options if name not in (*TARGETS, *ASKED, *TRACED)]
     if unknown:
         raise BadOption(f"a checkpoint is not shrunk by {unknown[0]}=; there are score, widths, {', '.join((*TARGETS, *ASKED, *TRACED))}")
+    if isinstance(score, OnData):
+        score = dataclasses.replace(score, batches=list(score.batches))
     shards = Shards.of(folder)
     whole = hollow(folder, trust_remote_code) if model is None else model.eval()
     check_model(whole)
@@ -182,5 +190,11 @@ def _digest(shards: Shards, folder: Path, asked: Mapping[str, Any]) -> str:
     """What tells this request from others, in any process."""
     config = folder / "config.json"
     said = {name: value for name, value in sorted(asked.items()) if value is not None}
+    told, score = hashlib.sha256(), said["score"]
+    if isinstance(score, OnData):
+        said["score"] = score.score
+        for tensor in tensors(score.batches, torch.Tensor):
+            told.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     facts = [VERSION, shards.digest(), config.read_text(encoding="utf-8") if config.is_file() else "", repr(said)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    told.update(json.dumps(facts).encode())
+    return told.hexdigest()

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
 
 from ..adapters.pretrained import Names, Unit
-from ..coupling.groups import Groups
-from ..coupling.sums import PIECE, Rows
-from ..errors import BadOption
-from ..granularity.spec import parse
-from ..planning.request import DEPTH
-from ..scores import Score, named
-from ..scores.task import Scores, Stored
+from ..coupling.sums import Rows
+from ..scores.task import Stored
 from ..tracing.trees import is_parameter
 from .shards import Shards
 
 Tensor = torch.Tensor
-# Scores that look at one weight after the other.
-STREAMED = ("l1", "l2", "linf", "filter_norm", "group_norm", "lamp", "random")
 WHOLE = 2**28  # bytes of tensors that are converted in one go
 
 
@@ -34,23 +24,32 @@ class FromFiles(Stored):
     shards: Shards
     names: Names
     places: dict[str, tuple[Unit, str]] = field(default_factory=dict)
+    state: dict[str, tuple[Unit, str]] = field(default_factory=dict)  # buffers among them
 
     @classmethod
     def of(cls, shards: Shards, names: Names) -> FromFiles:
         tensors = dict(names.model.named_parameters(remove_duplicate=False))
         floating = {name for name, tensor in tensors.items() if is_parameter(tensor) and tensor.is_floating_point()}
-        places = {names.leaves[name]: (unit, name) for unit in names.units for name in unit.names if name in floating}
-        return cls(shards, names, places)
+        state = {names.leaves[name]: (unit, name) for unit in names.units for name in unit.names}
+        return cls(shards, names, {leaf: place for leaf, place in state.items() if place[1] in floating}, state)
 
     def __getitem__(self, name: str) -> Tensor:
         unit, own = self.places[name]
         return self.made(unit)[own]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the model's state, parameter or buffer, by any of its names."""
+        unit, own = self.state[self.names.leaves[name]]
+        return self.made(unit)[own]
 
     def made(self, unit: Unit) -> dict[str, Tensor]:
         """The tensors of a unit as the model holds them."""
@@ -76,6 +75,9 @@ class Pieces(Mapping[str, Rows]):
             if stack is not None:
                 return stack
         return self.stored[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)
@@ -123,47 +125,3 @@ class Stack:
         files = [file for row in self._sources[rows] for file in row]
         made = self._stored.names.forward(self._unit, {file: self._stored.shards.rows(file) for file in files})
         return made[self._name]
-
-
-def scored(name: Any, stored: Stored, what: Any) -> Any:
-    """A score by name (or a mapping of kinds to names), for the kinds of ``what``, as functions that read the files.
-
-    Raises :class:`~graphprune.errors.BadOption` for scores that need more than one weight at a time.
-    """
-    kinds = [what] if isinstance(what, str) else list(what)
-    names = name if isinstance(name, Mapping) else dict.fromkeys(kinds, name)
-    found = {kind: (depth if parse(kind).name in DEPTH else widths)(each, stored) for kind, each in names.items()}
-    return found if len(found) > 1 else next(iter(found.values()))
-
-
-def widths(name: Any, stored: Stored) -> Any:
-    score = named(name) if isinstance(name, str) else name
-    if not isinstance(score, Score) or score.name not in STREAMED or score.options.get("fold"):
-        what = score.name if isinstance(score, Score) else name
-        raise BadOption(f"score={what!r} cannot be read weight by weight from files; there are {', '.join(STREAMED)}")
-
-    def from_files(groups: Groups, model: nn.Module, batches: Any = None) -> Scores:
-        return score(groups, model, stored=stored)
-
-    from_files.__name__ = score.name
-    return from_files
-
-
-def depth(name: Any, stored: Stored) -> Any:
-    """The same for whole modules: the norm of their weights."""
-    if name == "random":
-        return name
-    if name not in ("l1", "l2"):
-        raise BadOption(f"score={name!r} of whole modules cannot be read from files; it is 'l1', 'l2' or 'random'")
-    power = 1 if name == "l1" else 2
-
-    def from_files(path: str, module: nn.Module) -> float:
-        names = [leaf for leaf in stored if leaf.startswith(f"{path}.")]
-        return sum(_total(stored.pieces[leaf], power) for leaf in names) ** (1 / power)
-
-    return from_files
-
-
-def _total(rows: Rows, power: int) -> float:
-    step = max(1, PIECE // max(1, math.prod(rows.shape[1:])))
-    return sum(float(rows[start : start + step].double().abs().pow(power).sum()) for start in range(0, rows.shape[0], step))

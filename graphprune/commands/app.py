@@ -17,6 +17,10 @@ app = typer.Typer(
 )
 Model = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
 Input = Annotated[list[str], typer.Option("--input", "-i", help="1x3x224x224; input_ids=1x16:int64:1000; a .npy, .npz or .pt file. May be repeated.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", "-i", help="As for the other commands; a folder of transformers with a language model, or a classifier of images, needs none."),
+]
 Weights = Annotated[str | None, typer.Option(help="A state dict to load: .safetensors, or a .pt file of tensors.")]
 Seed = Annotated[int, typer.Option(help="For random weights and inputs.")]
 Calibration = Annotated[str | None, typer.Option("--calibration", "-c", help="A folder of images, an .npz file, or a text file with --tokenizer.")]
@@ -87,13 +91,16 @@ def plan(
 
 @app.command(epilog="Example: graphprune shrink net.py:net -i 1x3x224x224 --macs 50% -c photos/ -o small/")
 def shrink(
-    model: Model, input: Input, out: Folder, ratio: Ratio = None, params: Params = None, macs: Macs = None, size: Size = None, memory: Memory = None,
+    model: Model, out: Folder, input: Inputs = None, ratio: Ratio = None, params: Params = None, macs: Macs = None, size: Size = None, memory: Memory = None,
     latency: Latency = None, speedup: Speedup = None, score: Score = "l2", scope: Scope = None, what: What = None, keep: Keep = None,
     multiple_of: Multiple = None, at_least: Least = None, runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
     steps: Steps = None, time: Time = False, json: Json = False,
 ) -> None:  # fmt: skip
-    """Cut a model, repair it if there is calibration, check it, and save it with the recipe that makes it again."""
+    """Cut a model, repair it if there is calibration, check it, and save it with the recipe that makes it again.
+
+    A folder with config.json and safetensors files is cut file by file, whatever its size, to one of the same kind (without --calibration and times).
+    """
     _run("shrink", dict(locals()))
 
 

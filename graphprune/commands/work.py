@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__, available, couple, load, profile, save, trace
+from .. import __version__, available, checkpoint, couple, load, profile, save, trace
 from .. import measure as measured
 from .. import plan as planned
 from .. import repair as repaired
@@ -27,6 +27,7 @@ from .. import tradeoff as found_tradeoff
 from ..adapters.inputs import calibration_of, example_of
 from ..adapters.models import model_of
 from ..catalogue import KINDS, table
+from ..checkpoint.scoring import STREAMED
 from ..cutting.plan import Plan, plan_of
 from ..errors import BadFile, BadOption, BadPlan, GraphpruneError
 from ..formats.atomic import write
@@ -106,6 +107,10 @@ def _facts(chosen: Plan) -> dict[str, Any]:
 
 
 def shrink(**arguments: Any) -> Outcome:
+    if _by_file(arguments):
+        return _checkpoint(arguments)
+    if not arguments.get("input"):
+        raise BadOption("-i says what the model is called with: -i 1x3x224x224")
     setting = Setting(**arguments)
     options = request(arguments, setting)
     if setting.batches is not None:
@@ -119,6 +124,25 @@ def shrink(**arguments: Any) -> Outcome:
         timing = measured(small, setting.example, setting.model, threads=arguments.get("threads") or 1, runtime=arguments.get("runtime") or "eager")
         lines, data = [*lines, f"measured: {timing}"], data | {"measured": asdict(timing)}
     return Outcome("\n".join(lines), data)
+
+
+def _by_file(arguments: dict[str, Any]) -> bool:
+    """Whether what is asked for needs no more than one tensor of a folder at a time."""
+    folder = Path(arguments["model"])
+    pretrained = (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) and not (folder / RECIPE).is_file()
+    whole = [name for name in ("calibration", "steps", "latency", "speedup", "weights", "time") if arguments.get(name)]
+    return pretrained and not whole and (arguments.get("score") or "l2") in STREAMED
+
+
+def _checkpoint(arguments: dict[str, Any]) -> Outcome:
+    """A folder of safetensors with a configuration: shrunk file by file, to one of the same kind."""
+    options = {name: arguments[name] for name in (*TARGETS, "scope", "what", "keep") if arguments.get(name)}
+    widths = {name: arguments[name] for name in ("multiple_of", "at_least") if arguments.get(name)}
+    inputs = example_of(arguments["input"], arguments.get("seed", 0)) if arguments.get("input") else None
+    out = Path(_place(arguments))
+    chosen = checkpoint.shrink(arguments["model"], out, inputs, score=arguments.get("score") or "l2", widths=Widths(**widths) if widths else None, **options)
+    write(out.with_name(f"{out.name}.{RECIPE}"), recipe_text("shrink", {name: value for name, value in arguments.items() if name != "json"}))
+    return Outcome("\n".join([str(chosen), "", f"saved in {out}"]), _facts(chosen) | {"folder": str(out)})
 
 
 def _saved(small: nn.Module, command: str, arguments: dict[str, Any]) -> Path:

@@ -274,6 +274,11 @@ def _builder(model: nn.Module, bare: bool = False) -> Callable[[Tree], nn.Module
     return build
 
 
+def unfilled(model: nn.Module) -> nn.Module:
+    """The class of a model built again, its weights on the meta device, its tables (positions, scales) computed."""
+    return _builder(model, bare=True)(_tree(model))
+
+
 def _object(config: Any, tree: Tree) -> Any:
     made = type(config).from_dict(copy.deepcopy(tree))
     for key in RUNTIME:

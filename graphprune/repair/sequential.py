@@ -22,11 +22,11 @@ from ..cutting.plan import Plan
 from ..errors import BadCalibration
 from ..operations.notation import Value
 from ..scores.data import bar, samples
+from ..tracing.paced import runs, side_by_side
 from ..tracing.trace import Graph
 from .censored import Rows, intervals
 from .fitting import Repaired, Seen, Setting, Weights, fit, fit_scale, idle
 from .moments import moments
-from .paced import runs, side_by_side
 from .pairs import mixes
 from .recurrent import Fed, Recurrence, fit_recurrence, recurrences
 from .rows import chosen, outputs, read, written

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ..errors import BadCalibration
+from ..tracing.paced import runs, side_by_side
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors
-from .paced import runs, side_by_side
 from .sites import norms
 
 Tensor = torch.Tensor

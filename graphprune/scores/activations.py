@@ -8,7 +8,8 @@ from ..coupling.links import Link
 from ..errors import UnknownName
 from .fold import lacking
 from .registry import scorer
-from .seen import Place, observe, observe_samples, places
+from .seen import Place, observe_samples, places
+from .stages import passed
 from .task import Scores, Task
 
 Tensor = torch.Tensor
@@ -67,7 +68,7 @@ def _averaged(task: Task, measure, otherwise: str | None, name: str) -> Scores:
         sums[place.group] += place.by_unit(measure(rows).sum(1, dtype=torch.float64), size)
         counts[place.group] += place.by_unit(torch.full((len(rows),), float(rows.shape[1])), size)
 
-    observe(task, every, see)
+    passed(task, every, see)
     return _filled(task, every, [s / c.clamp(min=1) for s, c in zip(sums, counts, strict=True)], otherwise, name)
 
 
@@ -112,7 +113,7 @@ def by_reader(task: Task, statistic: str) -> list[dict[str, Tensor]]:
     """
     every = places(task)
     moments = {id(place): Moments() for group_places in every for place in group_places}
-    observe(task, every, lambda place, tensor: moments[id(place)].add(by_position(tensor, place.dim)))
+    passed(task, every, lambda place, tensor: moments[id(place)].add(by_position(tensor, place.dim)))
     sums: list[dict[str, Tensor]] = []
     for group, group_places in zip(task.groups, every, strict=True):
         readers: dict[str, Tensor] = {}
@@ -176,7 +177,7 @@ def flap(task: Task, standardise: bool = True, otherwise: str | None = None) -> 
         return _weighted(task, "variance", otherwise, "flap")
     every = places(task)
     moments = {id(place): Moments() for group_places in every for place in group_places}
-    observe(task, every, lambda place, tensor: moments[id(place)].add(by_position(tensor, place.dim)))
+    passed(task, every, lambda place, tensor: moments[id(place)].add(by_position(tensor, place.dim)))
     scores: list[Tensor | None] = []
     for group, group_places in zip(task.groups, every, strict=True):
         channels: dict[bytes, tuple[Tensor, Tensor]] = {}  # by the unit of each channel: those units, and the sum over the weights that read them so

@@ -25,11 +25,13 @@ from .greedy import lasso_entries, pivots, smallest_sum, surgeon, surgeon_in_blo
 from .registry import scorer
 from .seen import Place, observe, places
 from .similar import by_unit
+from .stages import by_stage
 from .task import Scores, Task
 from .waiting import Waiting, inner, sampled
 
 Tensor = torch.Tensor
 LARGEST = 4096
+MEMORY = 2**28  # bytes of sums over rows up to which those of all groups are taken in one go
 ENTRIES = 2**16
 SMALL = 1024  # columns up to which everything is decomposed in double precision
 WORST = 0.25  # condition over 1 / eps up to which single precision is taken
@@ -51,27 +53,38 @@ class Form:
         return block.reshape(units, each, units, each).sum((1, 3)) if each > 1 else block
 
 
-def forms(task: Task, centre: bool = False) -> Iterator[list[Form]]:
-    """The quadratic forms of every group in turn, one for each activation that a weight reads; ``centre``: covariances instead of Grams."""
+def forms(task: Task, centre: bool = False) -> Iterator[tuple[int, list[Form]]]:
+    """The number and the quadratic forms of every group, one for each activation that a weight reads; ``centre``: covariances instead of Grams.
+
+    Where all of them would take more than MEMORY, those of one stage are taken at a time (:mod:`graphprune.scores.stages`), in the order of the run and in
+    the type of the activations.
+    """
     every = [[p for p in mine if any(r.leaf in task.parameters for r in p.readers)] for mine in places(task)]
     shapes = {id(p): _columns(task.groups.groups[p.group], p) for mine in every for p in mine}
-    sums = {id(place): Waiting(_sums) for mine in every for place in mine}
+    bytes = [sum((columns.numel() if apart else len(columns)) ** 2 * 4 for columns, apart in (shapes[id(p)] for p in mine)) for mine in every]
+    whole = 2 * sum(bytes) <= MEMORY and task.stored is None
+    sums: dict[int, Waiting] = {}
 
-    count = 1
-
-    def begin(size: int) -> None:
-        nonlocal count
-        count = size
-
-    def see(place: Place, tensor: Tensor) -> None:
+    def see(place: Place, tensor: Tensor, count: int) -> None:
         columns, apart = shapes[id(place)]
         rows = sampled(tensor, place.dim, ENTRIES // tensor.shape[place.dim], count)
         rows = rows if torch.equal(columns.flatten(), torch.arange(rows.shape[1])) else rows[:, columns.flatten()]
+        if id(place) not in sums:
+            sums[id(place)] = Waiting(_sums, torch.float64 if whole else rows.dtype)
         sums[id(place)].add(rows if apart else rows.reshape(len(rows), *columns.shape).transpose(1, 2).flatten(0, 1))
 
-    observe(task, every, see, begin)
-    for group, mine in zip(task.groups, every, strict=True):
-        yield [_form(task, group, place, shapes[id(place)], sums.pop(id(place)).total(), centre) for place in mine]
+    def made(index: int) -> tuple[int, list[Form]]:
+        totals = [(place, sums.pop(id(place)).total()) for place in every[index]]
+        return index, [_form(task, task.groups.groups[index], place, shapes[id(place)], total, centre) for place, total in totals]
+
+    if whole:
+        count = [1]
+        observe(task, every, lambda place, tensor: see(place, tensor, count[0]), lambda size: count.__setitem__(0, size))
+        yield from map(made, range(len(every)))
+        return
+    yield from ((index, []) for index, mine in enumerate(every) if not mine)
+    for groups in by_stage(task, every, bytes, see):
+        yield from map(made, groups)
 
 
 def _sums(rows: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -111,8 +124,8 @@ def _form(task: Task, group: Group, place: Place, shape: tuple[Tensor, bool], su
 
 
 def _every(task: Task, compute, otherwise: str | None, name: str, centre: bool = False) -> Scores:
-    found = [compute(mine) if mine else None for mine in task.steps(forms(task, centre))]
-    return lacking(task, found, otherwise, name, "a weight that sums over the units of an activation")
+    found = {index: compute(mine) if mine else None for index, mine in task.steps(forms(task, centre))}
+    return lacking(task, [found[index] for index in range(len(task.groups))], otherwise, name, "a weight that sums over the units of an activation")
 
 
 @scorer(

@@ -109,7 +109,7 @@ class Task:
         from .registry import named  # a score may ask for another by name; the registry knows them all
 
         found = named(name)
-        return found(self.groups, self.model, self.source and self.source.batches, self.source and self.source.loss)
+        return found(self.groups, self.model, self.source and self.source.batches, self.source and self.source.loss, stored=self.stored)
 
 
 def _reduce(tensor: Tensor, axes: set[int], how: str, by: Callable | None) -> dict[int, Tensor]:

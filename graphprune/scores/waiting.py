@@ -59,10 +59,13 @@ def inner(rows: Tensor) -> Tensor:
 
 
 class Waiting:
-    """Copies of rows that wait, at most as many as their columns and MOST; ``add_up`` makes of rows a tuple of what can be added up."""
+    """Copies of rows that wait, at most as many as their columns and MOST; ``add_up`` makes of rows a tuple of what can be added up.
 
-    def __init__(self, add_up: Callable[[Tensor], tuple]) -> None:
-        self.add_up, self.found = add_up, ()
+    Matrices are added up in ``kind``; what else there is, in float64.
+    """
+
+    def __init__(self, add_up: Callable[[Tensor], tuple], kind: torch.dtype = torch.float64) -> None:
+        self.add_up, self.found, self.kind = add_up, (), kind
         self.rows, self.count = torch.empty(0), 0
 
     def add(self, rows: Tensor) -> None:
@@ -85,12 +88,12 @@ class Waiting:
     def _take(self, rows: Tensor) -> None:
         part = self.add_up(rows)
         if not self.found:
-            self.found = tuple(p.double() if isinstance(p, Tensor) else p for p in part)
+            self.found = tuple(p.to(self.kind if p.ndim > 1 else torch.float64) if isinstance(p, Tensor) else p for p in part)
         else:
             self.found = tuple(f.add_(p) if isinstance(f, Tensor) else f + p for f, p in zip(self.found, part, strict=True))
 
     def total(self) -> tuple:
-        """The sums over all rows so far, in float64."""
+        """The sums over all rows so far."""
         self.settle()
         self.rows = torch.empty(0)
         return self.found

@@ -21,8 +21,8 @@ from torch import nn
 
 from ..errors import BadCalibration
 from ..operations.notation import Value
-from ..tracing.probe import batch_inputs, watch
-from ..tracing.trace import Graph
+from .probe import batch_inputs, watch
+from .trace import Graph
 
 Tensor = torch.Tensor
 Take = Callable[[Tensor], Any]
@@ -60,10 +60,10 @@ class Again:
 
 
 class Paced:
-    """Runs the model once, in a thread that waits at every watched value."""
+    """Runs the model once, in a thread that waits at every watched value, or at those in ``rests`` alone (then nothing is held of the others)."""
 
-    def __init__(self, model: nn.Module, graph: Graph, batch: Any, takes: dict[int, tuple[Value, Take]]) -> None:
-        self.model, self.graph, self.batch, self.takes = _own_hooks(model), graph, batch, takes
+    def __init__(self, model: nn.Module, graph: Graph, batch: Any, takes: dict[int, tuple[Value, Take]], rests: frozenset[int] | None = None) -> None:
+        self.model, self.graph, self.batch, self.takes, self.rests = _own_hooks(model), graph, batch, takes, rests
         self.held: dict[int, Any] = {}
         self.go, self.ready = threading.Semaphore(0), threading.Semaphore(0)
         self.error: BaseException | None = None
@@ -86,7 +86,10 @@ class Paced:
         self.ready.release()
 
     def _see(self, value: Value, tensor: Tensor) -> None:
-        self.held[id(value)] = self.takes[id(value)][1](tensor)
+        found = self.takes[id(value)][1](tensor)
+        if self.rests is not None and id(value) not in self.rests:
+            return
+        self.held[id(value)] = found
         self.ready.release()
         self.go.acquire()
         if self.stopped:
@@ -102,6 +105,14 @@ class Paced:
             if self.error is not None:
                 raise self.error
         return self.held[id(value)]
+
+    def finish(self) -> None:
+        """Let the run go on to its end."""
+        while not self.over:
+            self.go.release()
+            self.ready.acquire()
+        if self.error is not None:
+            raise self.error
 
     def close(self) -> None:
         """End the run where it stands."""
