@@ -22,6 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import ROOT
+from zoo_support import declare_operators
+
 FILES, HIDDEN, INNER, VOCABULARY = 24, 3072, 8192, 32000
 LAYER = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * 1024 + 3 * HIDDEN * INNER + 2 * HIDDEN
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -36,6 +39,8 @@ SHAPES = {
     "671B": ("DeepseekV3ForCausalLM", {}),
 }  # fmt: skip
 
+# Where torchvision's own operators cannot be loaded, transformers needs them declared.
+DECLARED = "from zoo_support import declare_operators\ndeclare_operators()\n"
 SHRINK = """
 import json, resource, sys, time, warnings
 warnings.simplefilter("ignore")
@@ -69,6 +74,7 @@ print(json.dumps({"cpu": seconds, "peak": used.ru_maxrss * 1024, "json": len(tex
 
 def made(folder: Path, gigabytes: float) -> int:
     """A checkpoint of a LLaMA-like model in FILES files; its bytes."""
+    declare_operators()
     import torch
     import transformers
 
@@ -110,8 +116,9 @@ def digest(folder: Path) -> str:
 
 
 def child(script: str, *arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    return subprocess.Popen([sys.executable, "-c", DECLARED + script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
 
 
 def outcome(process: subprocess.Popen) -> dict:

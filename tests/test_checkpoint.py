@@ -43,6 +43,9 @@ def written(name, folder, tied=False, dtype=torch.bfloat16):
     if tied:
         model.config.tie_word_embeddings = True
         model.tie_weights()
+    model.save_pretrained(folder / "first")
+    model = type(model).from_pretrained(folder / "first")  # with the types that the library gives some tensors
+    shutil.rmtree(folder / "first")
     model.save_pretrained(folder, max_shard_size=SHARD)
     (folder / "tokenizer.json").write_text("{}")
     inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}

@@ -80,8 +80,8 @@ def _transformers(folder: Path, tree: Mapping[str, Any], trust_remote_code: bool
     with torch.device("meta"):
         if kind is not None:
             model = kind._from_config(config, dtype=dtype)
-            if hasattr(model, "set_experts_implementation"):
-                model.set_experts_implementation("batched_mm")  # the kernels of the others have no form without values; it is not kept
+            if hasattr(model, "set_experts_implementation") and dtype != torch.bfloat16:
+                model.set_experts_implementation("batched_mm")  # the kernel that is the default knows no other type without values; it is not kept
             return model
         auto = next((name for name in tree.get("auto_map", ()) if name.startswith("AutoModel") and tree["auto_map"][name].endswith(architecture)), None)
         if not trust_remote_code or auto is None:
