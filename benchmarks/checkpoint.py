@@ -60,7 +60,6 @@ kind = getattr(transformers, kind)
 config = kind.config_class(**numbers)
 with torch.device("meta"):
     model = kind._from_config(config, dtype=torch.bfloat16).eval()
-model.set_experts_implementation("batched_mm")
 before = resource.getrusage(resource.RUSAGE_SELF)
 draw = lambda groups, model, batches: graphprune.scores.random(groups, model, seed=0)
 plan = graphprune.plan(model, {"input_ids": torch.arange(3, 19)[None], "use_cache": False}, 0.25, score=draw, widths=graphprune.Widths(uniform=True))
@@ -118,7 +117,8 @@ def digest(folder: Path) -> str:
 def child(script: str, *arguments: str) -> subprocess.Popen:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, "-c", DECLARED + script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    command = [sys.executable, "-c", DECLARED + script, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
 
 
 def outcome(process: subprocess.Popen) -> dict:

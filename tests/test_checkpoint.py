@@ -58,7 +58,7 @@ def both(name, folder, ratio=0.5, tied=False, **options):
     model, inputs = written(name, folder / "whole", tied)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        small = graphprune.shrink(model, inputs, ratio, widths=UNIFORM, **options)
+        small = graphprune.shrink(model, inputs, ratio, widths=None if options.get("what") == "layers" else UNIFORM, **options)
     small.save_pretrained(folder / "memory")
     checkpoint.shrink(folder / "whole", folder / "files", inputs, ratio, **options)
     return tensors(folder / "memory"), tensors(folder / "files"), small, inputs
@@ -124,7 +124,7 @@ def test_calibrated_scores_block_by_block(name, score, tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr(resident._Weights, "entered", counted)
-    memory, files, *_ = both(name, tmp_path, what="mlp", score=graphprune.scores.on(score, [{"input_ids": ids, "use_cache": False} for ids in data]))
+    memory, files, *_ = both(name, tmp_path, what="mlp", score=graphprune.scores.on(score, [{"input_ids": ids} for ids in data]))
     assert same(memory, files) and 0 < most[0] <= resident.BLOCKS + 1
     plain, *_ = both(name, tmp_path / "l2", what="mlp")
     assert not same(memory, plain)

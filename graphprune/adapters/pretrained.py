@@ -79,10 +79,7 @@ def _transformers(folder: Path, tree: Mapping[str, Any], trust_remote_code: bool
     dtype = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         if kind is not None:
-            model = kind._from_config(config, dtype=dtype)
-            if hasattr(model, "set_experts_implementation") and dtype != torch.bfloat16:
-                model.set_experts_implementation("batched_mm")  # the kernel that is the default knows no other type without values; it is not kept
-            return model
+            return kind._from_config(config, dtype=dtype)
         auto = next((name for name in tree.get("auto_map", ()) if name.startswith("AutoModel") and tree["auto_map"][name].endswith(architecture)), None)
         if not trust_remote_code or auto is None:
             raise BadModel(f"{folder} names the class {architecture!r}, which transformers {transformers.__version__} does not have")

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..formats.huggingface import configured, unfilled
 from ..tracing.copies import duplicate
+from ..tracing.probe import unwatched
 from .stored import FromFiles
 
 Tensor = torch.Tensor
@@ -52,14 +53,18 @@ class _Weights:
             if path in self.held:
                 self.held.move_to_end(path)
                 return
-            idle = [name for name in self.held if not self.inside[name]]
-            for name in idle[: max(0, len(self.held) - BLOCKS + 1)]:
-                old, tensors = self.held.pop(name)
-                _put(old, {own: tensor.to("meta") for own, tensor in tensors.items()})
-            self.held[path] = module, {name: self.stored.tensor(f"{path}.{name}" if path else name) for name in _names(module)}
-            _put(module, self.held[path][1])
+            with unwatched():
+                self.read(path, module)
 
         return read
+
+    def read(self, path: str, module: nn.Module) -> None:
+        idle = [name for name in self.held if not self.inside[name]]
+        for name in idle[: max(0, len(self.held) - BLOCKS + 1)]:
+            old, tensors = self.held.pop(name)
+            _put(old, {own: tensor.to("meta") for own, tensor in tensors.items()})
+        self.held[path] = module, {name: self.stored.tensor(f"{path}.{name}" if path else name) for name in _names(module)}
+        _put(module, self.held[path][1])
 
     def gone(self, path: str) -> Any:
         def left(*_: Any) -> None:

@@ -28,7 +28,7 @@ from .bodies import Bodies
 from .trace import UNSTEPPED, Graph, Step, floating, trace
 from .trees import replace, tensors
 
-__all__ = ["batch_inputs", "trace", "watch"]
+__all__ = ["batch_inputs", "trace", "unwatched", "watch"]
 
 See = Callable[[Value, torch.Tensor], torch.Tensor | None]
 
@@ -117,6 +117,11 @@ def watch(model: torch.nn.Module, graph: Graph, values: Iterable[Value], see: Se
     finally:
         start.remove()
         end.remove()
+
+
+def unwatched() -> Any:
+    """A context in which what is called is no part of the model's run, though a watch is active."""
+    return torch._C.DisableTorchFunction()
 
 
 def batch_inputs(batch: Any) -> tuple[tuple, dict]:

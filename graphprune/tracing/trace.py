@@ -414,7 +414,8 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     with ExitStack() as scopes:
         scopes.callback(recorder.release)
         scopes.callback(recorder.uses.forgotten)
-        functions = Functions(recorder, calls, any(device.type != "cpu" for device in home), all(device.type == "cpu" for device in home))
+        away = any(device.type not in ("cpu", "meta") for device in home)  # what is on the meta device is taken for what it is with values, on the processor
+        functions = Functions(recorder, calls, away, not away)
         for scope in (torch.no_grad(), undisturbed_surroundings(model), following(modules, stack), recorder, functions):
             scopes.enter_context(scope)
         result = call()
