@@ -187,7 +187,7 @@ class _Kept:
         elif isinstance(item, MutableMapping | list | MutableSet | deque):
             if self.new(item):
                 self.undo.append(_filling(item))
-                for part in list(item.values() if isinstance(item, MutableMapping) else item)[:1000]:
+                for part in list((value for _, value in _entries(item)) if isinstance(item, MutableMapping) else item)[:1000]:
                     if type(part) not in PLAIN:
                         self.value(part, depth + 1)
         elif isinstance(item, MethodType | functools.partial):
@@ -198,11 +198,11 @@ class _Kept:
 
 def _filling(holder: Any) -> Callable[[], None]:
     """Puts the entries of a container back, if they are others."""
-    before = list(holder.items()) if isinstance(holder, MutableMapping) else list(holder)
+    before = _entries(holder) if isinstance(holder, MutableMapping) else list(holder)
 
     def undo() -> None:
         if isinstance(holder, MutableMapping):
-            now = list(holder.items())
+            now = _entries(holder)
             if len(now) == len(before) and all(a is c and b is d for (a, b), (c, d) in zip(now, before, strict=True)):
                 return
         elif len(holder) == len(before) and all(a is b for a, b in zip(holder, before, strict=True)):
@@ -217,6 +217,11 @@ def _filling(holder: Any) -> Callable[[], None]:
                 holder.add(item)
 
     return undo
+
+
+def _entries(holder: MutableMapping) -> list[tuple[Any, Any]]:
+    """What a mapping holds; of a dictionary that makes entries as they are asked for (a library's table of modules to import), those that are there."""
+    return list(dict.items(holder) if isinstance(holder, dict) else holder.items())
 
 
 def _rebind(space: dict[str, Any], before: dict[str, Any]) -> None:
