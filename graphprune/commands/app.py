@@ -19,7 +19,7 @@ Model = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
 Input = Annotated[list[str], typer.Option("--input", "-i", help="1x3x224x224; input_ids=1x16:int64:1000; a .npy, .npz or .pt file. May be repeated.")]
 Inputs = Annotated[
     list[str] | None,
-    typer.Option("--input", "-i", help="As for the other commands; a folder of transformers with a language model, or a classifier of images, needs none."),
+    typer.Option("--input", "-i", help="As for the other commands; a folder with config.json and safetensors files needs none if it reads text or images."),
 ]
 Weights = Annotated[str | None, typer.Option(help="A state dict to load: .safetensors, or a .pt file of tensors.")]
 Seed = Annotated[int, typer.Option(help="For random weights and inputs.")]
