@@ -56,8 +56,8 @@ class Form:
 def forms(task: Task, centre: bool = False) -> Iterator[tuple[int, list[Form]]]:
     """The number and the quadratic forms of every group, one for each activation that a weight reads; ``centre``: covariances instead of Grams.
 
-    Where all of them would take more than MEMORY, those of one stage are taken at a time (:mod:`graphprune.scores.stages`), in the order of the run and in
-    the type of the activations.
+    Where all of them would take more than MEMORY, those of one stage are taken at a time (:mod:`graphprune.scores.stages`), in the order of the run, and
+    large ones in the type of the activations.
     """
     every = [[p for p in mine if any(r.leaf in task.parameters for r in p.readers)] for mine in places(task)]
     shapes = {id(p): _columns(task.groups.groups[p.group], p) for mine in every for p in mine}
@@ -70,7 +70,7 @@ def forms(task: Task, centre: bool = False) -> Iterator[tuple[int, list[Form]]]:
         rows = sampled(tensor, place.dim, ENTRIES // tensor.shape[place.dim], count)
         rows = rows if torch.equal(columns.flatten(), torch.arange(rows.shape[1])) else rows[:, columns.flatten()]
         if id(place) not in sums:
-            sums[id(place)] = Waiting(_sums, torch.float64 if whole else rows.dtype)
+            sums[id(place)] = Waiting(_sums, torch.float64 if whole or columns.numel() <= SMALL else rows.dtype)
         sums[id(place)].add(rows if apart else rows.reshape(len(rows), *columns.shape).transpose(1, 2).flatten(0, 1))
 
     def made(index: int) -> tuple[int, list[Form]]:
