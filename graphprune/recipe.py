@@ -21,6 +21,7 @@ from .planning.request import Request
 from .repair import closed, repair
 from .repair.calibration import parts
 from .scores import SCORES, Score
+from .tracing.surroundings import unchanged
 from .tracing.trace import Graph
 
 AUTO = "auto"
@@ -113,7 +114,7 @@ def _distance(model: nn.Module, small: nn.Module, batches: list) -> float:
     try:
         model.eval()
         small.eval()
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(model):
             return closed.distance(model, small, batches)
     finally:
         for module, mode in modes:

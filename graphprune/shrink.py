@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
@@ -110,12 +111,13 @@ def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave
     common = agreed(chosen)
     chosen, small = (chosen, small) if common is chosen else (common, apply(model, common))
     small, chosen = after_cut(small, model, chosen, repairs, graph)
-    if inplace:
-        with undone(model, chosen.edits):
-            small = refill(apply(model, chosen, inplace=True), small)
-    note_plan(small, so_far(model, chosen))
-    follow(small, graph, verify)
-    disappointments(graph, model, chosen, request)
+    disappointments(graph, model, chosen, request)  # which may be made errors: nothing of the model has changed by now
+    with undone(model, chosen.edits) if inplace else nullcontext():
+        if inplace:
+            cut = apply(model, chosen, inplace=True)
+            small = cut if repairs is None else refill(cut, small)
+        note_plan(small, so_far(model, chosen))
+        follow(small, graph, verify)
     return (small, chosen) if return_plan else small
 
 

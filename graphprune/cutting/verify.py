@@ -69,7 +69,7 @@ def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, exam
         raise NotEqual(_failed(error)) from error
     with torch.no_grad(), same_dice():
         if callable(example):
-            wanted = walk(model, plan, replace_fields(graph.asked, example=example, others=()))
+            wanted = _mattering(walk(model, plan, replace_fields(graph.asked, example=example, outputs=None, others=())), graph)
         else:
             wanted = outcome(model, plan, graph, *example)
     if not found and not wanted:
@@ -84,7 +84,12 @@ def _run(model: nn.Module, example: Any, graph: Graph) -> list[Item]:
     else:
         args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in example)
         result = model(*args, **kwargs)
-    found = [item for item in items(result) if item[0].partition(".")[0] not in graph.state]
+    return _mattering(items(result), graph)
+
+
+def _mattering(found: list[Item], graph: Graph) -> list[Item]:
+    """The outputs that matter; all of them where an example returns something else than the first."""
+    found = [item for item in found if item[0].partition(".")[0] not in graph.state]
     try:
         return selected(found, graph.asked.outputs)
     except UnknownName:

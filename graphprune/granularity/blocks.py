@@ -22,8 +22,10 @@ from torch import nn
 
 from ..cutting.parts import Part
 from ..operations.notation import Value
+from ..tracing.surroundings import unchanged
 from ..tracing.trace import Graph
-from ..tracing.trees import tensors
+from ..tracing.trees import replace, tensors
+from ..tracing.unused import same_dice
 from .liveness import Liveness
 
 
@@ -256,21 +258,21 @@ def _fixed(graph: Graph) -> set[int]:
 def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
     """The modules that were called once and took a tensor of the shape and kind that they returned."""
     calls: dict[str, list] = defaultdict(list)
-    handles = []
-    for name, module in model.named_modules():
-        hook = lambda _, args, kwargs, out, name=name: calls[name].append(_form(args, kwargs, out))  # noqa: E731
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in graph.example)  # a model may write into its inputs
     modes = [(module, module.training) for module in model.modules()]
-    args, kwargs = graph.example
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), same_dice(), unchanged(model):
+        handles = []
+        for name, module in model.named_modules():
+            hook = lambda _, args, kwargs, out, name=name: calls[name].append(_form(args, kwargs, out))  # noqa: E731
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        try:
+            model.eval()
             model(*args, **kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for handle in handles:
-            handle.remove()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for handle in handles:
+                handle.remove()
     return {name: found[0] for name, found in calls.items() if name and len(found) == 1 and found[0]}
 
 

@@ -31,6 +31,7 @@ from ..cutting.plan import Plan, plan_of
 from ..errors import BadCalibration, BadOption, UnknownName
 from ..options import Repair
 from ..tracing.fused import gathered
+from ..tracing.surroundings import unchanged
 from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors
 from .calibration import example, listed, parts, running, waiting
@@ -108,7 +109,8 @@ def repair(
     if graph is None and not fits:
         raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
     learning = [name for name in names if name in DISTANCES]
-    with _quiet(original, result):
+    # Counters and caches do not go on as the models run; a step of somebody else's may write into any tensor of the result.
+    with _quiet(original, result), unchanged(original, *(() if any(map(_is_own, names)) else (result,))):
         if fits:
             _tried(original, names, example(fits[0]))
         room = waiting(original, [*fits, *checks]) if fits else 1.0
@@ -140,7 +142,7 @@ def before_cut(model: nn.Module, asked: Repair | None) -> Repair | None:
     if asked.batches is None:
         return asked
     batches = listed(asked.batches, model)
-    with _quiet(model):
+    with _quiet(model), unchanged(model):
         _tried(model, names, example(batches[0]))
     return replace(asked, batches=batches)
 

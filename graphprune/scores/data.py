@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..errors import BadLoss, BadRatio, GraphpruneError, NeedsBatches
 from ..tracing.fused import spelled_out
 from ..tracing.probe import batch_inputs
+from ..tracing.surroundings import unchanged
 from ..tracing.trees import leaf_tensors, replace, tensors
 
 Tensor = torch.Tensor
@@ -202,7 +203,7 @@ def undisturbed(model: nn.Module, seed: int | None = 0) -> Iterator[None]:
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({t.device.index for t in model.parameters() if t.is_cuda})
     try:
-        with spelled_out(model), torch.random.fork_rng(devices=devices):
+        with spelled_out(model), torch.random.fork_rng(devices=devices), unchanged(model):
             if seed is not None:
                 torch.manual_seed(seed)
                 model.eval()

@@ -19,8 +19,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping, MutableSet
-from contextlib import contextmanager
-from types import CodeType, FunctionType, MethodType, ModuleType
+from contextlib import ExitStack, contextmanager
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +33,8 @@ CACHED = type(functools.lru_cache(lambda: None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 FOREIGN = frozenset(("torch", "numpy", "builtins", "__builtin__", "graphprune", *sys.stdlib_module_names)) - {"__main__"}
 TIMES = 4  # as many frames as Python allows
+BARE = frozenset(nn.Module().__dict__)  # what every module holds
+HOLDERS = (SimpleNamespace, threading.local)  # classes of Python's own whose objects hold what others put there
 DEPTH = 3  # how deep objects and containers are looked into
 _CODE: WeakKeyDictionary[CodeType, frozenset[str]] = WeakKeyDictionary()
 _METHODS: WeakKeyDictionary[type, tuple[FunctionType, ...]] = WeakKeyDictionary()
@@ -78,6 +80,35 @@ class _Deeper:
 _deeper = _Deeper()
 
 
+@contextmanager
+def unchanged(*models: nn.Module) -> Iterator[None]:
+    """The same for models that run themselves, no copies of theirs: what the code of their own modules changes in these is put back as well.
+
+    Counters, lists, caches and buffers of classes that are not torch's: torch's norms keep what was measured anew.
+
+    >>> class Counts(nn.Linear):
+    ...     calls = 0
+    ...     def forward(self, x):
+    ...         self.calls += 1
+    ...         return super().forward(x)
+    >>> net = Counts(2, 2)
+    >>> with unchanged(net):
+    ...     _ = net(torch.zeros(1, 2))
+    >>> net.calls
+    0
+    """
+    kept = _Kept()
+    with ExitStack() as scopes:
+        for model in models:
+            scopes.enter_context(undisturbed_surroundings(model))
+            for _, module in modules_of(model):
+                kept.inside(module)
+        try:
+            yield
+        finally:
+            kept.put_back()
+
+
 class _Kept:
     """What was found, and how to put it back: by the id of what was looked at."""
 
@@ -109,6 +140,38 @@ class _Kept:
             elif kind not in PLAIN and name[0] != "_" and getattr(kind, "__deepcopy__", None) is not None and not isinstance(item, torch.Tensor | nn.Module):
                 self.value(item, 1)  # it may copy as itself
         self.kind(type(module))
+
+    def inside(self, module: nn.Module) -> None:
+        """What a module of the user's holds beside its parameters and modules."""
+        if foreign(type(module)) or isinstance(module, nn.modules.batchnorm._NormBase) or not self.new(module):
+            return
+        own = module.__dict__
+        before = {name: item for name, item in own.items() if name not in BARE}
+
+        def undo() -> None:
+            for name in [name for name in own if name not in BARE and name not in before]:
+                del own[name]
+            own.update(before)
+
+        self.undo.append(undo)
+        for item in (*before.values(), *module._buffers.values()):
+            if isinstance(item, torch.Tensor):
+                self.tensor(item)
+            else:
+                self.value(item, 1)
+
+    def tensor(self, tensor: torch.Tensor) -> None:
+        """The entries of a tensor, which are written back where they were written to."""
+        if tensor.is_meta or tensor.is_inference() or tensor.layout is not torch.strided or not self.new(tensor):
+            return
+        version, entries = tensor._version, tensor.detach().clone()
+
+        def undo() -> None:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(entries)
+
+        self.undo.append(undo)
 
     def kind(self, kind: type) -> None:
         """A class of the user: what its attributes hold, and what its methods can name."""
@@ -151,22 +214,30 @@ class _Kept:
             self.value(item, 1)
 
     def function(self, function: FunctionType) -> None:
-        """The globals and the closure of a function."""
-        if not self.new(function.__code__):
-            return
-        space = function.__globals__
-        before = {name: space.get(name, _ABSENT) for name in named(function.__code__)}
-        for item in before.values():
-            if item is not _ABSENT:
-                self.value(item, 1)
-        self.undo.append(lambda: _rebind(space, before))
+        """The globals and the closure of a function; functions of one code (those that a function makes) share the globals, and have closures of their own."""
+        if self.new(function.__code__):
+            names = named(function.__code__)
+            for item in self.space(function.__globals__, names):
+                if type(item) is ModuleType and not _is_foreign(item.__name__) and item.__dict__ is not function.__globals__:
+                    self.space(item.__dict__, names)
         for cell in function.__closure__ or ():
+            if not self.new(cell):
+                continue
             try:
                 content = cell.cell_contents
             except ValueError:  # not filled yet
                 continue
             self.value(content, 1)
             self.undo.append(lambda cell=cell, content=content: setattr(cell, "cell_contents", content) if cell.cell_contents is not content else None)
+
+    def space(self, space: dict[str, Any], names: frozenset[str]) -> list[Any]:
+        """What some names mean in a module of the user's; returns it."""
+        before = {name: space.get(name, _ABSENT) for name in names}
+        present = [item for item in before.values() if item is not _ABSENT]
+        for item in present:
+            self.value(item, 1)
+        self.undo.append(lambda: _rebind(space, before))
+        return present
 
     def value(self, item: Any, depth: int) -> None:
         """What a name holds: its content if it can be filled."""
@@ -192,7 +263,7 @@ class _Kept:
                         self.value(part, depth + 1)
         elif isinstance(item, MethodType | functools.partial):
             self.callable(item)
-        elif not foreign(kind) and hasattr(item, "__dict__") and self.new(item):
+        elif (kind in HOLDERS or not foreign(kind)) and hasattr(item, "__dict__") and self.new(item):
             self.value(item.__dict__, depth)
 
 
@@ -226,16 +297,21 @@ def _entries(holder: MutableMapping) -> list[tuple[Any, Any]]:
 
 def _rebind(space: dict[str, Any], before: dict[str, Any]) -> None:
     for name, item in before.items():
-        if space.get(name, _ABSENT) is not item:
-            if item is _ABSENT:
-                del space[name]
-            else:
+        now = space.get(name, _ABSENT)
+        if now is not item:
+            if item is not _ABSENT:
                 space[name] = item
+            elif not isinstance(now, ModuleType):  # an import inside a function happens once
+                del space[name]
 
 
 def foreign(item: type | FunctionType) -> bool:
     """Whether a class or a function is torch's, Python's or this package's own."""
-    return not item.__module__ or item.__module__.partition(".")[0] in FOREIGN
+    return not item.__module__ or _is_foreign(item.__module__)
+
+
+def _is_foreign(module: str) -> bool:
+    return module.partition(".")[0] in FOREIGN
 
 
 def methods(kind: type) -> tuple[FunctionType, ...]:

@@ -419,7 +419,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         for scope in (torch.no_grad(), undisturbed_surroundings(model), following(modules, stack), recorder, functions):
             scopes.enter_context(scope)
         result = call()
-        state = handed_back(model, result, *asked.example)
+        state = frozenset() if callable(asked.example) else handed_back(model, result, *asked.example)
         found = [item for item in items(result) if item[0].partition(".")[0] not in state]
         chosen = selected(found, asked.outputs)
         recorder.uses.floats.extend([number.expr for _, number in chosen if type(number) is Size])
