@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -18,13 +19,18 @@ from torch import nn
 from .coupling.groups import Group, Groups
 from .coupling.links import Link, links
 from .errors import BadRatio, UnknownName
+from .options import whole
 from .select import check_ratio
 from .tracing.trees import leaf_tensors
+from .wording import brief
 
 
 def named(model: nn.Module, keep: Any) -> list[str]:
     """The tensors that ``keep`` speaks of: names, patterns, module types, modules or predicates."""
-    wanted = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
+    alone = isinstance(keep, str | type) or callable(keep)
+    if not alone and not isinstance(keep, Iterable):
+        raise UnknownName(f"{keep!r} is neither a name, a pattern, a module type nor a predicate, nor a list of these")
+    wanted = [keep] if alone else list(keep)
     if not wanted:
         return []
     modules, tensors = dict(model.named_modules()), [name for name, *_ in leaf_tensors(model)]
@@ -40,17 +46,26 @@ def _hits(item: Any, modules: dict[str, nn.Module], tensors: list[str]) -> list[
     if isinstance(item, str):
         hits = [name for name in (*modules, *tensors) if name and (name == item or fnmatch.fnmatchcase(name, item))]
         if not hits:
-            near = difflib.get_close_matches(item, [*modules, *tensors], 3)
+            near = difflib.get_close_matches(item, [name for name in (*modules, *tensors) if name], 3)
             hint = f"the nearest are {', '.join(near)}" if near else "model.named_modules() lists what there is"
             raise UnknownName(f"{item!r} fits no module or parameter; {hint}")
         return hits
     if isinstance(item, type):
         return [name for name, module in modules.items() if isinstance(module, item)]
     if isinstance(item, nn.Module):
-        return [name for name, module in modules.items() if module is item]
+        hits = [name for name, module in modules.items() if module is item]
+        if not hits:
+            raise UnknownName(f"{brief(item)} is a module, but none of this model; give one of model.modules(), or its name")
+        return hits
     if isinstance(item, Callable):
+        try:
+            inspect.signature(item).bind("name", nn.Identity())
+        except TypeError as error:
+            raise UnknownName(f"{getattr(item, '__name__', item)!r} is no predicate (name, module) -> bool: {error}") from None
+        except ValueError:  # some built-in functions have no signature
+            pass
         return [name for name, module in modules.items() if item(name, module)]
-    raise UnknownName(f"{item!r} is neither a name, a pattern, a module type nor a predicate")
+    raise UnknownName(f"{brief(item)} is neither a name, a pattern, a module type nor a predicate")
 
 
 class Makers:
@@ -109,13 +124,27 @@ class Makers:
 
 def overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Callable | None, to: Mapping[Any, int] | None = None) -> dict[int, float]:
     """The ratio of every group that has one of its own, or a width; ``ratios`` may also be a function of the groups that returns just this."""
-    own = dict(ratios(groups)) if callable(ratios) else {}
+    own = _computed(groups, ratios) if callable(ratios) else {}
     makers = Makers(groups, model)
     for key, ratio in ratios.items() if isinstance(ratios, Mapping) else ():
         check_ratio(ratio, f"the ratio of {key!r}")
         own |= dict.fromkeys(makers.of(key), ratio)
     for key, width in (to or {}).items():
         own |= {index: 1 - makers.units(groups.groups[index], key, width) / groups.groups[index].size for index in makers.of(key)}
+    return own
+
+
+def _computed(groups: Groups, ratios: Callable) -> dict[int, float]:
+    """What a function says of the groups; raises :class:`~graphprune.errors.BadRatio` or :class:`~graphprune.errors.UnknownName` for anything else."""
+    try:
+        inspect.signature(ratios).bind(groups)
+        own = dict(ratios(groups))
+    except (TypeError, ValueError) as error:
+        raise BadRatio(f"ratios is a function (groups) -> {{group.index: ratio}}; it cannot be called so, or returns something else: {error}") from error
+    for index, ratio in own.items():
+        check_ratio(ratio, f"the ratio of group {index!r}")
+        if not whole(index) or not 0 <= index < len(groups):
+            raise UnknownName(f"there is no group {index!r}; they are numbered from 0 to {len(groups) - 1}")
     return own
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from .catalogue import names
 from .errors import BadCalibration, BadMeasure, BadRatio, BadTarget
 
 OBJECTIVES = {"score": 0.0, "time": 1.0}
+TARGETS = ("block", "layer")  # of a repair
 
 
 class _Brief:
@@ -29,9 +31,21 @@ class _Brief:
         for index, field in enumerate(dataclasses.fields(self)):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if value is not default and not (isinstance(value, str | int | dict) and value == default):
+            if value is not default and not (isinstance(value, str | int | float | dict) and value == default):
+                value = _Batches(value) if field.name == "batches" else value
                 shown.append(repr(value) if index == 0 and isinstance(value, str) else f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class _Batches:
+    """Stands in for data, which a person does not want to see number by number."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __repr__(self) -> str:
+        count = f"{len(self.batches)} " if isinstance(self.batches, Sized) else ""
+        return f"<{count}batches>"
 
 
 def whole(value: Any) -> bool:
@@ -108,6 +122,18 @@ class Runtime(_Brief):
         return OBJECTIVES.get(self.objective, self.objective) if isinstance(self.objective, str) else self.objective
 
 
+def check_repair(target: Any, spare: Any, rows: Any, progress: Any) -> None:
+    """Raise :class:`~graphprune.errors.BadCalibration` for options of a repair that make no sense."""
+    if target not in TARGETS:
+        raise BadCalibration(f"target is {target!r}; fits are made to the output of each {' or of each '.join(map(repr, TARGETS))}")
+    if not isinstance(spare, Real) or isinstance(spare, bool) or not 0 <= spare < 1:
+        raise BadCalibration(f"spare is {spare!r}; it is the share of the batches that is kept out of the fits, 0 <= spare < 1")
+    if not whole(rows) or rows < 1:
+        raise BadCalibration(f"rows is {rows!r}; it is how many positions each fit sees, a whole number from 1 on")
+    if not isinstance(progress, bool):
+        raise BadCalibration(f"progress is {progress!r}; it is True or False")
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Repair(_Brief):
     """How the cut model is repaired: ``batches`` of inputs (no labels; a list or a data loader) and the ``steps`` of :func:`graphprune.repair`.
@@ -126,6 +152,7 @@ class Repair(_Brief):
     def __post_init__(self) -> None:
         if self.batches is None and self.steps == "auto":
             raise BadCalibration('a repair learns from inputs: Repair(batches), any iterable of input batches; Repair(steps="data-free") needs none')
+        check_repair(self.target, self.spare, self.rows, self.progress)
 
     @classmethod
     def of(cls, asked: Any) -> Repair | None:

@@ -52,7 +52,7 @@ def amount(name: str, value: Any) -> Any:
 
     ``"30%"`` and ``"0.3"`` are shares (a float up to 1), ``"5 MB"`` is 5,000,000 and ``"5 MiB"`` 5 x 2**20 bytes, ``"8 ms"`` 0.008 seconds, and two FLOPs
     are one MAC. A latency in seconds is returned as :class:`Seconds`, since a plain float up to 1 is a share of the original's time.
-    Raises :class:`~graphprune.errors.BadTarget` for text that says no amount of this kind.
+    A comma parts thousands ("1,500,000") and nothing else. Raises :class:`~graphprune.errors.BadTarget` for text that says no amount of this kind.
 
     >>> amount("params", "1.5M"), amount("macs", "3 GFLOPs"), amount("memory", "2 MiB"), amount("latency", "8 ms")
     (1500000, 1500000000, 2097152, Seconds(0.008))
@@ -62,7 +62,7 @@ def amount(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     kind = KINDS[name]
-    match = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*([A-Za-zµμ%]*)\s*", value)
+    match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*\.?[0-9]*|[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?\s*([A-Za-zµμ%]*)\s*", value)
     if not match:
         raise _unreadable(name, value, kind)
     digits, word = match[1].replace("_", "").replace(",", "") + (match[2] or ""), match[3]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ def at_least(min_units: int | Mapping[int, int], index: int) -> int:
 
 
 def check_ratio(ratio: float, what: str = "ratio") -> float:
-    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not 0 <= ratio < 1:
+    if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 <= ratio < 1:
         raise BadRatio(f"{what} is {ratio!r}; it is the share of units to remove, a number with 0 <= {what} < 1")
     return float(ratio)
 

@@ -10,6 +10,7 @@ criterion= is an old spelling; write score='l1'
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import warnings  # noqa: F401  (the example above)
@@ -32,6 +33,11 @@ def respelled(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
+        strange = next((name for name in options if name not in known and name not in OLD), None)
+        if strange is not None:
+            near = difflib.get_close_matches(strange, [*known, *OLD], 1)
+            hint = f"the nearest is {near[0]!r}; " if near else ""
+            raise BadOption(f"{function.__name__} has no option {strange!r}; {hint}help(graphprune.{function.__name__}) lists them")
         return function(*args, **modern(options, "repair" in known))
 
     return call  # type: ignore[return-value]

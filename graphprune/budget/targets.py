@@ -55,6 +55,8 @@ class Aims:
     objective: str | float = "score"
 
     def __post_init__(self) -> None:
+        for name in NAMES:
+            _checked(name, getattr(self, name))
         if self.latency is not None and self.speedup is not None:
             raise BadTarget(f"latency={self.latency!r} and speedup={self.speedup!r} say the same thing twice; give one of them")
         if self.speedup is not None and not (_number(self.speedup) and self.speedup >= 1):
@@ -113,6 +115,11 @@ def _within(value: Any) -> bool:
     return _number(value) and 0 <= value <= 1
 
 
+def _checked(name: str, value: Any) -> None:
+    if value is not None and not (_number(value) and value > 0):
+        raise BadTarget(f"{name} is {value!r}; give the share of the original that may stay (a float, 0 < {name} <= 1) or an absolute number (5_000_000)")
+
+
 def moment(text: str) -> float:
     """Seconds of a time with its unit.
 
@@ -135,8 +142,7 @@ def limits(full: Cost, given: Mapping[str, Any]) -> dict[str, float]:
     for name, value in given.items():
         if value is None:
             continue
-        if not _number(value) or value <= 0:
-            raise BadTarget(f"{name} is {value!r}; give the share of the original that may stay (a float, 0 < {name} <= 1) or an absolute number (5_000_000)")
+        _checked(name, value)
         share = isinstance(value, float | np.floating) and value <= 1
         found[name] = float(value) * getattr(full, name) if share else float(value)
     return found

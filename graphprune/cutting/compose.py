@@ -27,6 +27,9 @@ def compose(first: Plan, second: Plan) -> Plan:
 
     Raises :class:`~graphprune.errors.BadPlan` when ``second`` was made for other shapes than ``first`` leaves.
     """
+    for plan in (first, second):
+        if not isinstance(plan, Plan):
+            raise BadPlan(f"a {type(plan).__name__} is no plan; give what shrink(..., return_plan=True) or graphprune.plan(...) returned")
     second = _unmasked(second, {part.name for part in first.parts if part.kind == "mask"})
     cuts = {name: dict(axes) for name, axes in first.cuts.items()}
     shapes = dict(first.shapes)

@@ -251,8 +251,8 @@ def kept_positions(plan: Plan, name: str, axis: int) -> list[int]:
     if tensor is None:
         near = difflib.get_close_matches(name, [*dict.fromkeys(map(module_of, shapes)), *shapes], 3)
         raise UnknownName(f"{name!r} is no tensor or module of this plan{f'; the nearest are {several(near)}' if near else ''}")
-    if not -len(shapes[tensor]) <= axis < len(shapes[tensor]):
-        raise UnknownName(f"{tensor} has {counted(len(shapes[tensor]), 'axis', 'axes')} (shape {tuple(shapes[tensor])}), axis {axis} was asked for")
+    if not isinstance(axis, int) or isinstance(axis, bool) or not -len(shapes[tensor]) <= axis < len(shapes[tensor]):
+        raise UnknownName(f"{tensor} has {counted(len(shapes[tensor]), 'axis', 'axes')} (shape {tuple(shapes[tensor])}), axis {axis!r} was asked for")
     axis %= len(shapes[tensor])
     return list(plan.cuts.get(tensor, {}).get(axis, range(shapes[tensor][axis])))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ..errors import BadPlan
+from ..errors import BadModel, BadPlan
 from ..tracing.trees import leaf_tensors
 from .masks import masks_of, parameter_name
 from .parts import narrowed, unpack
@@ -64,7 +64,11 @@ def _spread(data: torch.Tensor, columns: torch.Tensor, cuts: Mapping[int, Sequen
 
 def known_plan(small: nn.Module, plan: Plan | None) -> Plan:
     """The plan that is given, or the one that the model carries."""
-    known = plan or plan_of(small)
+    if not isinstance(small, nn.Module):
+        raise BadModel(f"the model is a {type(small).__name__}; an nn.Module is needed")
+    known = plan_of(small) if plan is None else plan
+    if known is not None and not isinstance(known, Plan):
+        raise BadPlan(f"the plan is a {type(known).__name__}; give the one that shrink(..., return_plan=True) returned, or Plan.from_json(text)")
     if known is None:
         raise BadPlan("the model carries no plan; pass the one that shrink(..., return_plan=True) returned")
     return known

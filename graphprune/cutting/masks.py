@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..errors import BadModel, BadPlan
+from ..errors import BadModel, BadOption, BadPlan
 from ..tracing.fused import gathered
 from .parts import Part, narrowed, unpack
 from .plan import Plan, note_plan, plan_of
@@ -153,6 +153,8 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     >>> list(bake(layer).state_dict()), type(bake(layer)) is nn.Linear
     (['weight', 'bias'], True)
     """
+    if not isinstance(inplace, bool):
+        raise BadOption(f"inplace is {inplace!r}; it is True or False")
     names = list(masked(model))
     if not names:
         raise BadModel("no weight of this model is masked; there is nothing to bake")

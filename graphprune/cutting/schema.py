@@ -35,6 +35,8 @@ def read(text: str | bytes, most: int = TEXT) -> tuple[dict[str, Any], dict[str,
 
     Raises :class:`~graphprune.errors.BadPlan` when the text is none, is damaged, is of another version, or is longer than ``most``.
     """
+    if not isinstance(text, str | bytes):
+        raise BadPlan(f"this is not a plan written by graphprune: text is expected, not a {type(text).__name__}")
     if len(text) > most:
         raise BadPlan(f"this is not a plan written by graphprune: its text has {len(text)} characters, a plan for this model at most {most}")
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import BadInput
+from ..errors import BadInput, BadPlan
 from ..operations.notation import Expr, Value, parse
 from ..tracing.fused import gathered
 from ..tracing.outputs import Item, items, selected
@@ -30,6 +30,8 @@ from .plan import Plan
 
 def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable[..., list[torch.Tensor]]:
     """A function of the model's inputs that returns the list of output tensors of the zeroed original."""
+    if not isinstance(plan, Plan):
+        raise BadPlan(f"the plan is a {type(plan).__name__}; give what graphprune.plan(...) or shrink(..., return_plan=True) returned")
 
     def run(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
         return [item for _, item in outcome(model, plan, graph or Examples((args, kwargs)), args, kwargs) if isinstance(item, torch.Tensor)]

@@ -32,7 +32,7 @@ from ..cutting.parts import Part, pack, widened
 from ..cutting.plan import Plan, note_plan
 from ..cutting.schema import CHECKSUM, checksum
 from ..cutting.schema import read as read_plan
-from ..errors import BadFile, BadPlan, GraphpruneError
+from ..errors import BadFile, BadModel, BadPlan, GraphpruneError
 from ..tracing.trees import is_parameter, leaf_tensors
 from .atomic import current, ordinary, read, replacing
 from .huggingface import noted, remembered
@@ -45,17 +45,22 @@ FIXED, EACH, DIGITS = 2**24, 2**12, 32  # bytes of a plan: of its notes; of ever
 def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path:
     """Write ``model.safetensors`` and ``plan.json`` into ``folder`` (made if needed); tensors that are tied are stored once.
 
-    ``plan`` is the one :func:`shrink` gave the model; raises :class:`~graphprune.errors.BadPlan` when there is none, and
-    :class:`~graphprune.errors.BadFile` where the folder cannot be written. Then, and when the process is killed, it holds what it held.
+    ``plan`` is the one :func:`shrink` gave the model; raises :class:`~graphprune.errors.BadPlan` when there is none,
+    :class:`~graphprune.errors.BadModel` where a tensor cannot be stored, and :class:`~graphprune.errors.BadFile` where the folder cannot be written.
+    Then, and when the process is killed, it holds what it held.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder = Path(folder)
+    folder = _folder(folder)
     plan = known_plan(small, plan)
     masks = masks_of(small, plan)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in _stored(small, masks):
+        if tensor.is_meta:
+            raise BadModel(f"{name} has no memory (it lies on the meta device), so that there is nothing to save; keep the plan: plan.to_json()")
+        if tensor.layout is not torch.strided or tensor.dtype not in KINDS:
+            raise BadModel(f"{name} ({tensor.dtype}, {tensor.layout}) cannot be stored as safetensors; convert it, or take it off the model before saving")
         keep = masks.get(parameter_name(name))
         tensors[name] = (tensor.detach() if keep is None else tensor.detach()[keep]).cpu().contiguous().clone()
     for name, keep in masks.items():
@@ -83,9 +88,17 @@ def load(folder: str | Path, base: nn.Module) -> nn.Module:
     return restore(folder, base)
 
 
+def _folder(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise BadFile(f"the folder is {folder!r}; give its path")
+    return Path(folder)
+
+
 def restore(folder: str | Path, base: nn.Module, cast: bool = False) -> nn.Module:
     """What :func:`load` gives; ``cast`` takes weights that were saved in other dtypes."""
-    folder = Path(folder)
+    folder = _folder(folder)
+    if not isinstance(base, nn.Module):
+        raise BadModel(f"the base is a {type(base).__name__}; give a fresh, uncut model of the same kind")
     for more in reversed(range(TRIES)):
         before = _seen(folder)
         try:

@@ -66,7 +66,6 @@ class Modules:
         self.order = {name: at for at, name in enumerate(self.modules)}
         self.liveness = Liveness(graph)
         self._living = {path: sum(self.liveness.live[index] for index in calls) for path, calls in self.inside.items()}
-        self._unused = {path for path, count in self._living.items() if not count}
         self._residual: dict[str, bool] = {}
 
     def blocks(self) -> list[Removable]:
@@ -220,9 +219,12 @@ class Modules:
         return tuple(Part("skip", name, (self.shaped[name].source, self.shaped[name].form, gone.get(name, False))) for name in order)
 
     def _dead(self, fallen: set[int], gone: dict[str, bool]) -> list[str]:
-        """The outermost modules with weights of which no call lives, when these calls do not either."""
+        """The outermost modules with weights of which no call lives any more, when these calls do not either.
+
+        What lives of itself for nobody (an output that does not matter) is not needed less by that, and stays.
+        """
         fewer = Counter(path for index in fallen for path in paths(self.graph.nodes[index].module))
-        empty = self._unused | {path for path, count in fewer.items() if count == self._living[path]}
+        empty = {path for path, count in fewer.items() if count == self._living[path]}
         dead: list[str] = []
         inside = set(gone)  # of what is gone by itself
         for name in sorted(empty & self.order.keys(), key=self.order.__getitem__):

@@ -7,12 +7,14 @@ arguments ends with the model that it would have ended with, bit for bit.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..cutting.apply import apply
 from ..cutting.compose import compose
 from ..cutting.plan import Plan, note_plan, plan_of
+from ..cutting.verify import check_model
 from ..errors import BadLoop, BadTarget, LessThanAsked, NothingToPrune
+from ..granularity.spec import parse
+from ..options import Widths, whole
+from ..planning.request import flag
 from ..shrink import shrink
 from ..spelling import OLD, modern
 from ..tracing.fused import spelled_out
@@ -89,8 +95,10 @@ def iterate(
     >>> done.model[0].out_features, [row.params for row in done.history.rows]
     (4, [58, 44, 30])
     """
-    _check(options, floor)
+    check_model(model)
+    _check(options, floor, train, evaluate, {"train_first": train_first, "evaluate_cuts": evaluate_cuts, "progress": progress})
     options = modern(options)
+    _check_amounts(options)
     asked = pick_target(target, options)
     phases = _phases(check_steps(steps), train_first, evaluate_cuts)
     example = normal_inputs(example_input, example_kwargs)
@@ -293,14 +301,34 @@ def macs(model: nn.Module, example: tuple[tuple, dict]) -> int:
     return counter.get_total_flops() // 2
 
 
-def _check(options: dict[str, Any], floor: Any) -> None:
+def _check_amounts(options: Mapping[str, Any]) -> None:
+    """Refuse what every round would do again, on what the round before left."""
+    what, widths = options.get("what", "channel"), options.get("widths")
+    shares = [name for name, amount in what.items() if amount is not None and not whole(amount)] if isinstance(what, Mapping) else []
+    if shares:
+        raise BadLoop(f"what={{{shares[0]!r}: {what[shares[0]]!r}}} would be taken in every round, of what the round before left; give the target alone")
+    kinds = [parse(name) for name in what] if isinstance(what, Mapping | list | tuple) else []
+    if len(kinds) > 1 and any(kind.masks for kind in kinds):
+        raise BadLoop("masked entries are counted again in every round, units that are cut are not: prune entries in a run of their own")
+    if isinstance(widths, Widths) and widths.ratios and len(kinds) > 1:
+        raise BadLoop("ratios of single groups are approached round by round for one kind of unit; what= names several")
+
+
+def _check(options: dict[str, Any], floor: Any, train: Any, evaluate: Any, flags: Mapping[str, Any]) -> None:
+    for name, function in (("train", train), ("evaluate", evaluate)):
+        if not callable(function):
+            raise BadLoop(f"{name} is {function!r}; it is a function")
+    for name, value in flags.items():
+        flag(name, value)
     known = inspect.signature(shrink).parameters
     for name, value in options.items():
         if name in OURS or (name not in known and name not in KINDS and name not in OLD):
-            raise BadLoop(f"iterate has no option {name!r}; beside its own it takes those of shrink, without {', '.join(OURS)}")
+            near = difflib.get_close_matches(name, [each for each in known if each not in OURS], 1)
+            hint = f" (the nearest is {near[0]!r})" if near else ""
+            raise BadLoop(f"iterate has no option {name!r}{hint}; beside its own it takes those of shrink, without {', '.join(OURS)}")
         if isinstance(value, Iterator):
             raise BadLoop(f"{name} is an iterator, which the first round would use up; pass a list, a data loader or anything that can start again")
-    if floor is not None and (not isinstance(floor, int | float) or math.isnan(floor)):
+    if floor is not None and (not isinstance(floor, Real) or isinstance(floor, bool) or math.isnan(floor)):
         raise BadLoop(f"floor is {floor!r}; it is the smallest number that evaluate may return")
 
 

@@ -25,7 +25,7 @@ from ..cost import NAMES, profile
 from ..coupling.groups import Groups, couple
 from ..cutting.plan import Plan
 from ..errors import BadLoop, LessThanAsked
-from ..granularity.spec import parse
+from ..granularity.spec import Spec, parse
 from ..names import named, overrides
 from ..options import Runtime, Widths
 from ..select import check_ratio
@@ -63,10 +63,29 @@ class Way:
         if self.kind == "ratio":
             return self._ratio(number, model, plan)
         left = 1 - self.removed(number)
+        options = {**self.options, **self._apart(number, model, plan)}
         if self.kind in TIMES:
             now = _watch(self.original, self.example, self.options)(model).share if number > 1 else 1.0
-            return {**self.options, "latency": min(1.0, left / now)}
-        return {**self.options, self.kind: math.floor(left * self.full * (1 + 1e-12))}
+            return {**options, "latency": min(1.0, left / now)}
+        return {**options, self.kind: math.floor(left * self.full * (1 + 1e-12))}
+
+    def _apart(self, number: int, model: nn.Module, plan: Plan) -> dict[str, Any]:
+        """The ratios that single groups have beside a budget: each is approached as well, not taken anew in every round."""
+        widths = widths_of(self.options)
+        if not isinstance(widths.ratios, Mapping) or not widths.ratios:
+            return {}
+        spec = _spec(self.options)
+        if not spec.coarse:
+            return {"widths": self._finer(number, spec.masks)["widths"]}
+
+        def shares(groups: Groups) -> dict[int, tuple[float, float]]:
+            return {index: self._steps(number, final) for index, final in overrides(groups, model, widths.ratios).items()}
+
+        return {"widths": replace(widths, ratios=toward(plan, shares))}
+
+    def _steps(self, number: int, final: float) -> tuple[float, float]:
+        """The shares that should be gone after this round and after the one before, where ``final`` is that at the end."""
+        return share(final, number, self.steps, self.schedule), share(final, number - 1, self.steps, self.schedule)
 
     def _ratio(self, number: int, model: nn.Module, plan: Plan) -> dict[str, Any]:
         now, last = self.removed(number), self.removed(number - 1)
@@ -81,7 +100,7 @@ class Way:
         def shares(groups: Groups) -> dict[int, tuple[float, float]]:
             own = overrides(groups, model, widths.ratios)
             finals = {index: own.get(index, self.final) for index in (own if ranked else range(len(groups)))}
-            return {index: (share(s, number, self.steps, self.schedule), share(s, number - 1, self.steps, self.schedule)) for index, s in finals.items()}
+            return {index: self._steps(number, final) for index, final in finals.items()}
 
         ratio = 1 - (1 - now) / (1 - last)
         if ranked:
@@ -93,7 +112,7 @@ class Way:
         """Ratios of a granularity that cuts no axes: masked entries are still there and counted again, what is gone is not."""
 
         def at(final: float) -> float:
-            now, last = (share(final, step, self.steps, self.schedule) for step in (number, number - 1))
+            now, last = self._steps(number, final)
             return now if masks else 1 - (1 - now) / (1 - last)
 
         widths = widths_of(self.options)
@@ -146,6 +165,11 @@ def _aims(options: Mapping[str, Any], target: Mapping[str, Any]) -> Aims:
 
 def _watch(model: nn.Module, example: tuple[tuple, dict], options: Mapping[str, Any]) -> Stopwatch:
     return Stopwatch(model, trace(model, *example), _aims(options, {"latency": 1.0}))
+
+
+def _spec(options: Mapping[str, Any]) -> Spec:
+    what = options.get("what", "channel")
+    return parse(what if isinstance(what, str) else next(iter(what)))
 
 
 def widths_of(options: Mapping[str, Any]) -> Widths:

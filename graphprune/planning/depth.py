@@ -90,7 +90,8 @@ def _named(found: Candidates, choice: Sequence[int | str], kind: str) -> list[Re
             raise UnknownName(
                 f"there is no {kind} {each!r} that can go; there are {len(every)}, numbered from 0: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
             )
-    gone = [every[names.index(each) if isinstance(each, str) else each] for each in dict.fromkeys(choice)]
+    places = dict.fromkeys((names.index(each) if isinstance(each, str) else each) % len(every) for each in choice)
+    gone = [every[place] for place in places]
     kept = [one.name for one in gone if one not in found.free]
     if kept:
         raise BadRatio(f"{kept[0]} is to go and to be kept; leave it out of keep= or of what=")
@@ -104,7 +105,7 @@ def _chosen(found: Candidates, graph: Graph, model: nn.Module, request: Request,
     gone: list[Removable] = []
     extra: list[Removable] = []  # for the limits alone
     for own, pool in sorted(found.pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
-        count = _count(pool, own, request)
+        count = _count(pool, own, request, len(found.every) - len(found.free))
         for at, one in enumerate(_order(graph, model, list(pool), request)):
             if at >= count and (own is not None or holds(remaining.costs, limits)):
                 break
@@ -121,13 +122,15 @@ def _chosen(found: Candidates, graph: Graph, model: nn.Module, request: Request,
     return [one for one in gone if one.name not in back]
 
 
-def _count(pool: Sequence[Removable], own: float | None, request: Request) -> int:
-    """How many of a pool go in any case."""
+def _count(pool: Sequence[Removable], own: float | None, request: Request, kept: int) -> int:
+    """How many of a pool go in any case, where ``kept`` others stay on request."""
     amount = request.wanted[0].amount
     if own is None and isinstance(amount, int):
-        if amount > len(pool):
-            raise BadRatio(f"{amount} {request.text} are to stay; {len(pool)} can go")
-        return len(pool) - amount
+        if amount > len(pool) + kept:
+            raise BadRatio(f"{amount} {request.text} are to stay; there are {len(pool) + kept} that can go or are kept")
+        if amount <= kept:
+            raise BadRatio(f"{amount} {request.text} are to stay; {kept} are kept on request, and one of the others always stays")
+        return len(pool) + kept - amount
     share = own if own is not None else request.ratio if amount is None else amount
     return len(pool) - width(len(pool), share)
 

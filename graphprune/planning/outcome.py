@@ -15,9 +15,10 @@ from ..cutting.plan import Plan
 from ..cutting.rewrite import removed
 from ..errors import LessThanAsked, warn
 from ..names import Makers, named
+from ..options import whole
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors
-from .request import Request
+from .request import DEPTH, Request
 
 SHORT = 0.1  # a ratio r that removes less than this times r of all parameters fell far short
 
@@ -32,21 +33,26 @@ def disappointments(graph: Graph, model: nn.Module, plan: Plan, request: Request
 
 
 def _unheard(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> list[str]:
-    """The names with a ratio of their own that cut nothing, each with what holds it."""
-    ratios = request.widths.ratios
-    asked = [key for key, ratio in ratios.items() if ratio > 0] if isinstance(ratios, Mapping) else []
+    """The names with a ratio or a width of their own that cut nothing, each with what holds it."""
+    ratios, widths = request.widths.ratios, request.widths.to
+    asked = [(key, None) for key, ratio in ratios.items() if ratio > 0] if isinstance(ratios, Mapping) else []
+    asked += [(key, width) for key, width in widths.items() if not whole(key)]
     if not asked or not any(each.spec.coarse for each in request.wanted):
         return []
     groups = couple(graph, tuple((name, None) for name in request.keep if name in graph.leaves))
     makers = Makers(groups, model)
     texts = []
-    for key in asked:
-        mine = makers.of(key)
-        places = [place for index in mine for place in groups.groups[index].places]
-        if any(axis in plan.cuts.get(name, ()) for name, axis in places):
+    for key, width in asked:
+        mine = [groups.groups[index] for index in makers.of(key)]
+        if any(axis in plan.cuts.get(name, ()) for group in mine for name, axis in group.places):
             continue
-        reason = f"the ratio is too small for {groups.groups[mine[0]].size} units" if mine else _held(groups, named(model, [key]))
-        texts.append(f"the ratio of {key if isinstance(key, str) else getattr(key, '__name__', key)!r} cuts nothing: {reason}")
+        if width is not None and mine and all(makers.units(group, key, width) == group.size for group in mine):  # as wide as it is
+            continue
+        small = f"the ratio is too small for {mine[0].size} units" if width is None and mine else ""
+        reason = small or ("it is left whole for the reasons in the notes of the plan" if mine else _held(groups, named(model, [key])))
+        texts.append(
+            f"the {'ratio' if width is None else 'width'} of {key if isinstance(key, str) else getattr(key, '__name__', key)!r} cuts nothing: {reason}"
+        )
     return texts
 
 
@@ -69,6 +75,8 @@ def _met_already(graph: Graph, request: Request) -> str:
         rows = [f"{name}: at most {show(name, limits[name])} were asked for, the model has {show(name, getattr(full, name))}" for name in asked]
         return f"nothing was cut: the model meets its targets already ({'; '.join(rows)})"
     first, *others = request.wanted
+    if request.ratio and request.spec.name not in DEPTH and not request.spec.coarse and request.spec.threshold is None and not others:
+        return f"ratio={request.ratio:g} removes nothing: no weight has enough units of granularity {request.spec.text!r} for it"
     if request.aims.timed or not request.ratio or not request.spec.coarse or others or first.amount is not None:
         return ""
     return f"ratio={request.ratio:g} removes nothing: no group has enough units for it, or multiple_of and at_least keep them all"

@@ -22,6 +22,7 @@ from ..tracing.trace import Graph
 from .proof import Fault
 
 DEPTH = ("block", "layer")  # whole modules
+SCOPES = ("layer", "global", "isomorphic", "allocated")
 REASONS = {
     "size": "masked entries are stored as zeros: ask for params= or macs=",
     "memory": "it leaves every activation as large as it is: cut channels",
@@ -143,16 +144,21 @@ def ask(
     """
     aims = _aims(targets or {}, on or Runtime())
     widths = _widths(widths)
+    given = ratio
     ratio = amount("ratio", ratio) if isinstance(ratio, str) and "%" in ratio else ratio  # "0.5" may as well be a mistake
     if ratio is None:
         ratio = 0.0 if aims.any or widths.to else 0.5
     wanted = _wanted(what)
     _fits(wanted, widths, aims)
+    if given is not None and all(each.amount is not None for each in wanted):
+        raise BadOption(f"ratio={given!r} would have no effect: what={what!r} says how much goes of every kind; leave one of them out")
+    if scope is not None and (not isinstance(scope, str) or scope not in SCOPES):
+        raise BadRatio(f"scope is {scope!r}; it is {', '.join(map(repr, SCOPES[:-1]))} or {SCOPES[-1]!r}")
     if on is not None and not (aims.timed or aims.weight or widths.multiple_of == "auto"):
         raise BadOption(f'on={on!r} would have no effect: it says where a time counts; ask for one (speedup=2, latency="8 ms") or for objective="time"')
     score, batches, loss = (score.score, score.batches, score.loss) if isinstance(score, OnData) else (score, None, None)
     facts = {"inplace": inplace, "scope_given": scope is not None, "batches": batches, "loss": loss}
-    return Request(wanted, aims, check_ratio(ratio), scope or aims.scope, score, named(model, keep), widths, **facts)
+    return Request(wanted, aims, check_ratio(ratio), aims.scope if scope is None else scope, score, named(model, keep), widths, **facts)
 
 
 def _wanted(what: Any) -> tuple[Wanted, ...]:

@@ -9,8 +9,9 @@ of each can.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,20 +127,20 @@ class Chain:
             plan = step if plan is None else compose(plan, step)
             if measured or index < len(stages) - 1:
                 model = _cut(model, step)
-                graph = trace(model, *graph.example)
+                graph = trace(model, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others)
         assert plan is not None
         return plan, graph, model
 
     def _step(self, graph: Graph, model: nn.Module, stage: Request) -> Plan:
         """The plan of one stage; one that has nothing to remove leaves everything as it is where others do their part."""
-        stage = replace(stage, widths=replace(stage.widths, ratios=_there(model, stage.widths.ratios), to=_there(model, stage.widths.to) or {}))
+        stage = replace(stage, widths=replace(stage.widths, ratios=_there(model, stage.widths.ratios), to=_there(model, stage.widths.to)))
         return self.plan_one(graph, model, stage)
 
 
-def _there(model: nn.Module, keys: object) -> dict | None:
-    """The rules whose names still fit something: those for modules that are gone are gone as well."""
-    if not isinstance(keys, dict):
-        return None
+def _there(model: nn.Module, keys: Any) -> Any:
+    """The rules whose names still fit something: those for modules that are gone are gone as well. What is no table of names is left as it is."""
+    if not isinstance(keys, Mapping):
+        return keys
     found = {}
     for key, value in keys.items():
         try:

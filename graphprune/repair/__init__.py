@@ -29,7 +29,7 @@ from ..catalogue import enter, entry, open_to_others
 from ..catalogue import names as listed_names
 from ..cutting.plan import Plan, plan_of
 from ..errors import BadCalibration, BadOption, UnknownName
-from ..options import Repair
+from ..options import Repair, check_repair
 from ..tracing.fused import gathered
 from ..tracing.surroundings import unchanged
 from ..tracing.trace import Graph, trace
@@ -97,6 +97,7 @@ def repair(
     >>> better.graphprune_plan.lines[-1].startswith("repair least-squares: 2.weight")
     True
     """
+    check_repair(target, spare, rows, progress)
     names = _named(steps)
     plan = plan or plan_of(small)
     if plan is None:

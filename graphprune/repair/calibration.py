@@ -30,6 +30,8 @@ def listed(calibration: Iterable | None, model: nn.Module) -> list:
     if not batches:
         raise BadCalibration("calibration is empty (a used-up iterator?); give at least one batch")
     for index, batch in enumerate(batches):
+        if not count(batch):
+            raise BadCalibration(f"calibration batch {index} holds no samples; leave it out")
         if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors(batch_inputs(batch), torch.Tensor)):
             raise BadCalibration(f"calibration batch {index} holds values that are not finite")
     return batches

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..errors import BadMeasure
+from ..errors import BadMeasure, BadModel
 from ..tracing.trees import normal_inputs, replace, tensors
 from .runtimes import Call, evaluating, prepare
 
@@ -92,6 +92,9 @@ def measure(
     >>> found.speedup > 1, found.threads
     (True, 1)
     """
+    for each in (model,) if reference is None else (model, reference):
+        if not isinstance(each, nn.Module):
+            raise BadModel(f"what is timed is a {type(each).__name__}; an nn.Module is needed")
     args, kwargs = normal_inputs(example_input, example_kwargs)
     models = [model] if reference is None else [model, reference]
     if memory_format is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -314,7 +314,13 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
     >>> len(trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.zeros(1, 4)).leaves)
     2
     """
+    if not isinstance(model, nn.Module):
+        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed")
     example = normal_inputs(example_input, example_kwargs)
+    if isinstance(examples, torch.Tensor | str | Mapping) or not isinstance(examples, Iterable):
+        raise BadInput(f"examples is a {type(examples).__name__}; it is a list of further inputs, or of functions (model) -> result")
+    if isinstance(outputs, bool) or (isinstance(outputs, Sized) and not len(outputs)):
+        raise BadInput(f"outputs is {outputs!r}; it is a name, an index, a function (path, tensor) -> bool, or several of these (None: all)")
     others = tuple(each if callable(each) else normal_inputs(each, example_kwargs) for each in examples)
     with RUNNING, same_dice():
         return _traced(model, Examples(example, outputs, others))

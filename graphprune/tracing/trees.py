@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..errors import BadInput
 from ..operations.notation import Value
 
 # What most attributes of modules are: asking whether they are tensors takes longer than looking their type up.
@@ -126,6 +127,8 @@ def _held(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:
     """Positional and keyword arguments: a tensor, a tuple (positional) or a dict (keyword)."""
+    if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
+        raise BadInput(f"example_kwargs is a {type(example_kwargs).__name__}; it is a dict of the keywords of the call")
     kwargs = dict(example_kwargs or {})
     if isinstance(example_input, Mapping):
         return (), {**example_input, **kwargs}
