@@ -274,3 +274,66 @@ def test_a_function_is_an_example(examples, outputs):
     assert torch.allclose(small.encode(X), wanted, atol=1e-6)
     alone = graphprune.shrink(net, X, 0.5)  # the control: nobody spoke of the other method
     assert alone.two.in_features == 8
+
+
+# -- what a call stands in ------------------------------------------------------------
+
+
+def test_inside_of_the_meta_device_a_call_says_so(tmp_path):
+    net, plan = chain(), graphprune.plan(chain(), X, 0.5)
+    small = graphprune.shrink(net, X, 0.5)
+    graphprune.save(small, tmp_path)
+    calls = (
+        lambda: graphprune.shrink(net, X, 0.5),
+        lambda: graphprune.shrink(net, X, 0.5, inplace=True),
+        lambda: graphprune.plan(net, X, 0.5),
+        lambda: graphprune.apply(net, plan),
+        lambda: graphprune.save(small, tmp_path / "more"),
+        lambda: graphprune.load(tmp_path, net),
+        lambda: graphprune.widths(net, X),
+    )
+    for call in calls:
+        with torch.device("meta"), pytest.raises(BadOption, match="leave that block"):
+            call()
+        with torch.device("cpu"):
+            call() if call is not calls[1] else None
+    assert widths(net) == [8, 6, 2]
+
+
+NORMS = [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_mode_of_a_model_does_not_matter(norm):
+    """A weight that is made in training mode goes on with the vectors that it keeps; nothing may look at it on the way."""
+    cuts = []
+    for mode in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 2)).train(mode)
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        small, plan = graphprune.shrink(net, X, 0.5, return_plan=True)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items()) and small.training is mode
+        cuts.append((plan.cuts, {name: tensor.clone() for name, tensor in small.state_dict().items()}))
+    assert cuts[0][0] == cuts[1][0] and all(torch.equal(cuts[0][1][name], tensor) for name, tensor in cuts[1][1].items())
+
+
+class Turned(nn.Linear):
+    """Keeps its weight the other way around."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight = nn.Parameter(self.weight.data.t().contiguous())
+
+    def forward(self, x):
+        return (x @ self.weight + self.bias).unflatten(1, (2, self.out_features // 2)).flatten(1)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_what_is_not_cut_keeps_its_attributes(place):
+    sizes = [(4, 12), (12, 8), (8, 6), (6, 8), (8, 2)]
+    net = nn.Sequential(*[Turned(*each) if at == place else nn.Linear(*each) for at, each in enumerate(sizes)])
+    small = graphprune.shrink(net, X, 0.5, keep=[str(at) for at in (place - 1, place) if at >= 0])
+    assert (small[place].in_features, small[place].out_features) == sizes[place]
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+    others = [at for at in range(5) if at not in (place - 1, place, place + 1)]  # the control: what is cut says its new sizes
+    assert all((small[at].out_features, small[at].in_features) == small[at].weight.shape for at in others)

@@ -89,10 +89,12 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
         small = duplicate(model, {**memo, **cut})
     if plan.rewrites:
         small = spell(small, plan.rewrites)
-    for _, module in modules_of(small):
+    touched = {_holder(name, own) for name, _, own, tensor in held if id(tensor) in cut}
+    for path, module in modules_of(small):
         if module._forward_pre_hooks:
             _remake(module)
-        _follow(module)
+        if path in touched:
+            _follow(module)
     for edit in plan.edits:
         _edit(small, edit[:-1], edit[-1])
     for part in plan.parts:
@@ -100,6 +102,16 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
             CHANGES[part.kind](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
     apply_skips(small, [part for part in plan.parts if part.kind == "skip"])
     return gathered(small)
+
+
+def _holder(name: str, own: str) -> str:
+    """The path of the module whose tensor it is, or whose tensor is made of it.
+
+    >>> _holder("0.conv.weight", "weight"), _holder("weight", "weight"), _holder("fc.parametrizations.weight.original", "original")
+    ('0.conv', '', 'fc')
+    """
+    path = name[: -len(own)].removesuffix(".")
+    return f".{path}".partition(".parametrizations.")[0][1:]
 
 
 def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[tuple, tuple] | None = None) -> torch.Tensor:
@@ -193,8 +205,21 @@ def _weight(module: nn.Module) -> Any:
             return module._parameters[name]
     held = getattr(module, "parametrizations", None)
     if held is not None and "weight" in held:
-        return getattr(module, "weight", None)
+        return _made(module, held["weight"])
     return next((held[name] for held in (module._buffers, module.__dict__) for name in ("weight", "running_mean") if isinstance(held.get(name), Tensor)), None)
+
+
+def _made(module: nn.Module, steps: nn.Module) -> Any:
+    """The weight as its parametrization makes it, which in training mode would go on with what it keeps (the vectors of a spectral norm)."""
+    modes = [(step, step.training) for step in steps.modules()]
+    try:
+        for step, _ in modes:
+            step.training = False
+        with torch.no_grad():
+            return getattr(module, "weight", None)
+    finally:
+        for step, mode in modes:
+            step.training = mode
 
 
 def _remake(module: nn.Module) -> None:

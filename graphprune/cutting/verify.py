@@ -16,7 +16,7 @@ from ..tracing.node import line
 from ..tracing.outputs import Item, items, selected
 from ..tracing.surroundings import undisturbed_surroundings
 from ..tracing.trace import Graph, fails, raised_at
-from ..tracing.trees import leaf_tensors, modules_of, replace, tensors
+from ..tracing.trees import check_scope, leaf_tensors, modules_of, replace, tensors
 from ..tracing.unused import same_dice
 from .plan import Plan
 from .zeroed import outcome, walk
@@ -176,6 +176,7 @@ def _failed(error: Exception) -> str:
 
 def check_model(model: Any) -> None:
     """Refuse what cannot be cut, and say what to give instead."""
+    check_scope()
     if isinstance(model, torch.jit.ScriptModule):
         raise BadModel("the model is scripted (torch.jit); shrink the nn.Module it was made from")
     if not isinstance(model, nn.Module):

@@ -12,6 +12,7 @@ from ..cutting.plan import Plan, note_plan
 from ..cutting.undo import undone
 from ..errors import BadModel, BadPlan
 from ..planning.request import flag
+from ..tracing.trees import check_scope
 from .huggingface import guarded
 
 
@@ -27,6 +28,7 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
     >>> apply(net, Plan({"0.weight": {0: [0, 1]}, "0.bias": {0: [0, 1]}, "2.weight": {1: [0, 1]}}, {"0.weight": (8, 4), "0.bias": (8,), "2.weight": (2, 8)}))[0]
     Linear(in_features=4, out_features=2, bias=True)
     """
+    check_scope()
     if not isinstance(model, nn.Module):
         raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed")
     if not isinstance(plan, Plan):

@@ -33,7 +33,7 @@ from ..cutting.plan import Plan, note_plan
 from ..cutting.schema import CHECKSUM, checksum
 from ..cutting.schema import read as read_plan
 from ..errors import BadFile, BadModel, BadPlan, GraphpruneError
-from ..tracing.trees import is_parameter, leaf_tensors
+from ..tracing.trees import check_scope, is_parameter, leaf_tensors
 from .atomic import current, ordinary, read, replacing
 from .huggingface import noted, remembered
 
@@ -89,6 +89,7 @@ def load(folder: str | Path, base: nn.Module) -> nn.Module:
 
 
 def _folder(folder: Any) -> Path:
+    check_scope()
     if not isinstance(folder, str | os.PathLike):
         raise BadFile(f"the folder is {folder!r}; give its path")
     return Path(folder)

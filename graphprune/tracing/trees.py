@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..errors import BadInput
+from ..errors import BadInput, BadOption
 from ..operations.notation import Value
 
 # What most attributes of modules are: asking whether they are tensors takes longer than looking their type up.
@@ -123,6 +123,19 @@ def _held(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{path}[{key}]", item
         elif type(item) in HOLDERS and item:
             yield from _held(item, f"{path}[{key}]")
+
+
+def check_scope() -> None:
+    """Raises :class:`~graphprune.errors.BadOption` inside of ``torch.device("meta")``, where nothing that is made has values.
+
+    >>> with torch.device("meta"):
+    ...     check_scope()
+    Traceback (most recent call last):
+    ...
+    graphprune.errors.BadOption: tensors are made on the meta device here (torch.device("meta") around this call): leave that block first
+    """
+    if torch.get_default_device().type == "meta":
+        raise BadOption('tensors are made on the meta device here (torch.device("meta") around this call): leave that block first')
 
 
 def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:
