@@ -211,7 +211,7 @@ def test_what_fails_in_place_takes_values_and_classes_back(granularity, monkeypa
 
     net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), torch.randn(1, 3, 8, 8)
     before, text = net(x), repr(net)
-    monkeypatch.setattr(sys.modules["graphprune.shrink"], "refill", fails)
+    monkeypatch.setattr(sys.modules["graphprune.shrink"], "note_plan", fails)
     with pytest.raises(RuntimeError, match="too late"):
         graphprune.shrink(net, x, 0.5, granularity=granularity, inplace=True)
     assert torch.equal(net(x), before) and repr(net) == text and [type(m) for m in net] == [nn.Conv2d, nn.ReLU, nn.Conv2d]

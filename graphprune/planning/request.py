@@ -153,7 +153,7 @@ def ask(
     if given is not None and all(each.amount is not None for each in wanted):
         raise BadOption(f"ratio={given!r} would have no effect: what={what!r} says how much goes of every kind; leave one of them out")
     if scope is not None and (not isinstance(scope, str) or scope not in SCOPES):
-        raise BadRatio(f"scope is {scope!r}; it is {', '.join(map(repr, SCOPES[:-1]))} or {SCOPES[-1]!r}")
+        raise BadRatio(f"scope is {scope!r}; it is 'layer', 'global' or 'isomorphic', and with a budget also 'allocated'")
     if on is not None and not (aims.timed or aims.weight or widths.multiple_of == "auto"):
         raise BadOption(f'on={on!r} would have no effect: it says where a time counts; ask for one (speedup=2, latency="8 ms") or for objective="time"')
     score, batches, loss = (score.score, score.batches, score.loss) if isinstance(score, OnData) else (score, None, None)
