@@ -5,6 +5,7 @@ product in groups, a sum over the tokens of each expert), entry ``e`` of the rou
 never chosen: the router's score of it is minus infinity, so that statistics (a softmax) and the choice itself are taken over those that stay, and positions
 count those that stay. What follows the positions here is :func:`carried`, call by call; what it does not understand leaves the axis whole.
 
+>>> import torch
 >>> from torch import nn
 >>> from .trace import trace
 >>> class Mixture(nn.Module):

@@ -87,7 +87,7 @@ def unchanged(*models: nn.Module) -> Iterator[None]:
     Counters, lists, caches and buffers of classes that are not torch's: torch's norms keep what was measured anew.
 
     >>> class Counts(nn.Linear):
-    ...     calls = 0
+    ...     __module__, calls = "yours", 0
     ...     def forward(self, x):
     ...         self.calls += 1
     ...         return super().forward(x)
