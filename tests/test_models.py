@@ -67,7 +67,7 @@ ORDER = {
     "formats": "atomic closing config huggingface folder applied recipe",
     "budget": "targets space ledger problem bound descent optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
-    "repair": "moments solve censored sites rows pairs unseen effect fitting sequential statistics belief free calibration closed imitation __init__",
+    "repair": "moments solve censored sites rows pairs unseen effect fitting recurrent sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
     "planning": "shares proof request limits uniform units wanted widths trial depth entries together planner outcome overview",
     "units": "kind hidden experts expert_mlp heads mlp layers",
