@@ -245,12 +245,22 @@ def _settle(parts: Partition, joints: list[Joint]) -> None:
     named = [c for c in classes.values() if any(j.slices is not None for j in c)]
     rest = [c for c in classes.values() if all(j.slices is None for j in c)]
     seen: dict[int, Array] = {}
+    sets = [(_set(members[0].array), members) for members in named]
     for members in named + rest:
-        _decide(parts, members)
+        _decide(parts, members, _within(_set(members[0].array), sets))
         seen.update((id(joint), _follow(parts, joint)) for joint in members)
     for joint in joints:
         if not np.array_equal(parts.find(joint.array), seen[id(joint)]):  # what was settled later changed what a slice holds
             _follow(parts, joint)
+
+
+def _within(every: Array, sets: list[tuple[Array, list[Joint]]]) -> list[Joint]:
+    """The joints with names of slices that hold some of these labels and no others: what is asked of a part is asked of the whole."""
+    inside: list[Joint] = []
+    for labels, members in sets:
+        if len(labels) < len(every) and every[0] <= labels[0] and labels[-1] <= every[-1] and not np.setdiff1d(labels, every, assume_unique=True).size:
+            inside += [joint for joint in members if joint.slices is not None]
+    return inside
 
 
 def _set(array: Array) -> Array:
@@ -290,7 +300,7 @@ def _name_slices(parts: Partition, joints: list[Joint]) -> None:
     parts.union(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
 
 
-def _decide(parts: Partition, members: list[Joint]) -> None:
+def _decide(parts: Partition, members: list[Joint], inside: Sequence[Joint] = ()) -> None:
     candidates: dict[bytes, tuple[tuple[int, int, int], Array]] = {}
     for number, joint in enumerate(members):
         local = parts.find(joint.array)
@@ -302,7 +312,7 @@ def _decide(parts: Partition, members: list[Joint]) -> None:
             if key not in candidates or rank < candidates[key][0]:
                 candidates[key] = (rank, rows)
     for _, rows in sorted(candidates.values(), key=lambda c: c[0]):
-        if _choices(parts, rows, members) >= 2:
+        if _choices(parts, rows, [*members, *inside]) >= 2:
             parts.union(np.repeat(rows[:, 0], rows.shape[1]), rows.ravel())
             break
     else:

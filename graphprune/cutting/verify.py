@@ -19,7 +19,7 @@ from ..tracing.trace import Graph, fails, raised_at
 from ..tracing.trees import check_scope, leaf_tensors, modules_of, replace, tensors
 from ..tracing.unused import same_dice
 from .plan import Plan
-from .zeroed import outcome, walk
+from .zeroed import outcome, reading, walk
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # largest relative difference; of shorter numbers 5e-2
 
@@ -33,7 +33,7 @@ def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, toleranc
     if any(tensor.is_meta for *_, tensor in leaf_tensors(small)):
         warn("the model lies on the meta device and has no values, so that nothing is checked against the zeroed original; do that where the weights are")
         return 0.0
-    worst, void = 0.0, True
+    graph, worst, void = reading(graph, model, plan), 0.0, True
     for example in (graph.example, *graph.asked.others):
         for inputs, drawn in _inputs(example):
             gap, tells = _compared(graph, model, small, plan, inputs, tolerance, drawn)

@@ -54,10 +54,22 @@ def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple, 
         state = graph.state if graph else ()
         return [item for item in _settled(model, plan, asked, training) if item[0].partition(".")[0] not in state]
     if graph is None or [tuple(t.shape) for t in given] != [v.shape for v in graph.inputs]:
-        graph = trace(model, args, kwargs, outputs=asked.outputs)
+        graph = trace(model, args, kwargs, outputs=asked.outputs, apart=asked.apart)
+    graph = reading(graph, model, plan)
+    asked = replace_fields(asked, apart=graph.asked.apart)
     if not training and not graph.real and not graph.numbers and not any(torch.Tag.nondeterministic_seeded in node.func.tags for node in graph.nodes):
         return list(zip(graph.paths, replay(graph, model, plan, given), strict=True))
     return walk(model, plan, asked, training)
+
+
+def reading(graph: Graph, model: nn.Module, plan: Plan) -> Graph:
+    """The run in which a plan cuts what goes together: where copies share an axis with what was copied, it may be the one that keeps them apart."""
+    if not graph.labels.repeated or graph.asked.apart or not plan.cuts:
+        return graph
+    masks = Masks(graph, plan)
+    if all(int(masks.axis(graph.leaves[name], axis).sum()) == len(kept) for name, axes in plan.cuts.items() for axis, kept in axes.items()):
+        return graph
+    return trace(model, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others, apart=True)
 
 
 def walk(model: nn.Module, plan: Plan, asked: Examples, training: bool = False) -> list[Item]:
@@ -147,10 +159,11 @@ class Masks:
         slices = [(root[joint.rows()], root[joint.slices.ravel()]) for joint in graph.labels.joints if joint.slices is not None]
         before = -1
         while before != (before := int(gone.sum())):
+            stays = _still_there(graph, root, gone, slices) if graph.labels.apart else np.zeros(len(root), dtype=bool)
             for rows, names in slices:
-                gone[names[gone[rows].all(axis=1)]] = True
+                gone[names[gone[rows].all(axis=1) & ~stays[names]]] = True
                 gone[rows[gone[names]]] = True
-        self.stays = ~gone[root]
+        self.stays, self.apart = ~gone[root], graph.labels.apart
 
     def axis(self, value: Value, dim: int) -> np.ndarray:
         """Which positions along one axis survive."""
@@ -171,6 +184,17 @@ class Masks:
             if not mask.all():
                 found[dim] = mask.nonzero().ravel()
         return found
+
+
+def _still_there(graph: Any, root: np.ndarray, gone: np.ndarray, slices: list) -> np.ndarray:
+    """The names of slices of which a leaf still has one: the same query of every group has one name, and goes from one group before it goes from all."""
+    held, stays = (np.zeros(len(root), dtype=bool) for _ in range(2))
+    for leaf in graph.leaves.values():
+        for field in leaf.fields:
+            held[root[field.ravel()]] = True
+    for rows, names in slices:
+        stays[names[held[rows].all(axis=1) & ~gone[rows].all(axis=1)]] = True
+    return stays
 
 
 def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -254,7 +278,9 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
     kwargs = dict(node.kwargs)
     if "device" in kwargs:
         kwargs["device"] = device
-    cuts = {id(v): masks.kept(v) for v in tensors((node.args, kwargs))} if node.reduces else {}
+    # A sum of zeros is one; where copies are apart, the names of heads in a result do not tell which of its groups a head was in.
+    plain = not node.reduces or (masks.apart and bool(node.products))
+    cuts = {} if plain else {id(v): masks.kept(v) for v in tensors((node.args, kwargs))}
     if not any(cuts.values()):
         swap = lambda v: held[id(v)]  # noqa: E731
         return _executed(node, replace(node.args, swap), replace(kwargs, swap))

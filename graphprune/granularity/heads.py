@@ -42,6 +42,39 @@ def _weighing(graph: Graph) -> Iterator[Product]:
             weighted.add(id(node.outs[0]))
 
 
+def inside(groups: Groups) -> set[int]:
+    """The groups within heads: what queries are compared with keys by, and what of the values is handed on."""
+    found: set[int] = set()
+    for product in _comparing(groups.graph):
+        found |= _along(groups, product, frozenset(name for operand in product.operands for dim in operand.summed for name in operand.axes[dim]))
+    for product in _weighing(groups.graph):
+        found |= {index for operand in product.operands for dim in operand.made for index in groups.along(operand.value, dim)}
+    return found
+
+
+def whole_heads(graph: Graph) -> list[tuple[Array, str]]:
+    """Locks for the heads themselves, so that what lies inside of them may go."""
+    locks = []
+    for product in _weighing(graph):
+        for operand in product.operands:
+            for dim in product.along(operand, product.shared):
+                locks += [(field.ravel(), "heads stay: what goes is inside of them") for field in operand.value.fields if field.shape[dim] == field.size > 1]
+    return locks
+
+
+def _comparing(graph: Graph) -> Iterator[Product]:
+    """The products of queries with keys: those whose results a softmax is taken of."""
+    wanted: set[int] = set()
+    for node in reversed(graph.nodes):
+        if node.op.softmax:
+            wanted.update(map(id, node.held))
+        elif any(id(value) in wanted for value in node.outs):
+            if node.product is not None:
+                yield node.product
+            elif node.is_move or node.is_pointwise:
+                wanted.update(map(id, node.held))
+
+
 def _along(groups: Groups, product: Product, names: Any) -> set[int]:
     """The groups along the axes of these names that the operands of a product have."""
     every = [groups.along(operand.value, dim) for operand in product.operands for dim in product.along(operand, names)]

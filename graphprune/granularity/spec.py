@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..catalogue import enter, entry, names
@@ -46,6 +47,21 @@ class Spec:
     def coarse(self) -> bool:
         """Are whole axes cut, as the engine's groups say?"""
         return self.name in ("channel", "head") or "cut" in entry("granularity", self.name).facts
+
+    @property
+    def apart(self) -> bool:
+        """Are its units those of another reading of the run, in which copies go instead of what is copied?"""
+        return entry("granularity", self.name).facts.get("apart", False)
+
+    @property
+    def alone(self) -> bool:
+        """Does it need a plan of its own, since other units stay whole for it, or are others?"""
+        return self.apart or self.locks is not None
+
+    @property
+    def locks(self) -> Callable | None:
+        """What of a run stays whole so that its units may go."""
+        return entry("granularity", self.name).facts.get("locks")
 
     @property
     def masks(self) -> bool:

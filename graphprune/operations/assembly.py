@@ -41,9 +41,12 @@ def merged(labels: Labels, fields: Fields, reason: int) -> Fields:
     """Without the numbers of copies that now share an axis with what was copied: so many copies stay, of whatever stays.
 
     (Heads of keys and values, repeated for the queries of their group: the heads go, each with all its copies.)
+    ``labels.apart`` turns that round: what was copied stays whole, and the same copies of everything may go (queries within their group).
     """
     if len(fields) < 2 or not labels.repeated:
         return fields
+    if labels.apart:
+        return without_copied(labels, fields, reason)
     left = []
     for array in fields:
         over = varying(array)
@@ -53,6 +56,31 @@ def merged(labels: Labels, fields: Fields, reason: int) -> Fields:
         else:
             left.append(array)
     return tuple(left)
+
+
+def without_copied(labels: Labels, fields: Fields, reason: int) -> Fields:
+    """The fields with entries of their own for every copy, of which those with one number go together; what was copied stays whole."""
+    numbers = {varying(array)[0]: array for array in fields if len(varying(array)) == 1 and labels.is_repeated(array)}
+    left, used = [], set()
+    for array in fields:
+        over = varying(array)
+        shared = next((axis for axis in over if axis in numbers and array is not numbers[axis]), None)
+        if shared is None:
+            left.append(array)
+            continue
+        labels.lock(array, reason)
+        own = labels.fresh(array.size).reshape(array.shape)
+        labels.copied.append(own)
+        dense = own.reshape([array.shape[axis] for axis in over])
+        for index, axis in enumerate(over):
+            names = labels.marginal(dense, (index,)).ravel()
+            if axis == shared:
+                labels.join(names, numbers[axis].ravel())
+            else:
+                labels.lock(names, reason)
+        left.append(own)
+        used.add(id(numbers[shared]))
+    return tuple(array for array in left if id(array) not in used)
 
 
 @assemble("expand", copies=True, makes=True)

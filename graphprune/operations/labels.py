@@ -133,6 +133,8 @@ class Labels:
     reasons: list[Reason] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
     repeated: list[tuple[int, int]] = field(default_factory=list)
+    copied: list[Array] = field(default_factory=list)  # entries of copies that are apart from what was copied
+    apart: bool = False  # where copies share an axis with what was copied, the copies may go, and what was copied stays
     # (kind, left, right, reason): joined, or locked with a reason that is not -1, unless the kind is freed.
     conditions: list[tuple[str, Array, Array, int]] = field(default_factory=list)
     _names: dict[bytes, int] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from ..errors import BadRatio, BadScore, NotEqual
 from ..scores import SCORES, Score
 from ..scores.attempts import attempts, remembered
 from ..timing.latency import predicted, reach, steps
-from ..tracing.trace import Graph
+from ..tracing.trace import Graph, trace
 from .depth import plan_depth
 from .entries import plan_entries
 from .request import DEPTH, Request
@@ -37,6 +37,8 @@ def one_stage(graph: Graph, model: nn.Module, request: Request) -> Plan:
         return plan_depth(graph, model, _by_name(request))
     if not request.spec.coarse:
         return plan_entries(graph, model, _by_name(request))
+    if request.spec.apart:
+        graph = trace(model, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others, apart=True)
     aims, scope = request.aims, request.scope
     request = replace(with_steps(graph, model, request), extra_costs=predicted(graph, aims, scope))
     scored = remembered(attempts(model, request.score, request.batches, request.loss, draft=scope == "layer" and not aims.any))

@@ -89,9 +89,10 @@ class Request:
     def stages(self) -> tuple[Request, ...]:
         """One request for each planner, in the order in which they work: whole modules first, then widths, then entries."""
         depth = [(each,) for each in self.wanted if each.spec.name in DEPTH]
-        widths = tuple(each for each in self.wanted if each.spec.coarse)
+        alone = [(each,) for each in self.wanted if each.spec.alone]
+        widths = tuple(each for each in self.wanted if each.spec.coarse and not each.spec.alone)
         entries = [(each,) for each in self.wanted if not each.spec.coarse and each.spec.name not in DEPTH]
-        every = (*depth, *((widths,) if widths else ()), *entries)
+        every = (*depth, *alone, *((widths,) if widths else ()), *entries)
         return tuple(replace(self.stage(each), alone=len(every) == 1) for each in every)
 
     def stage(self, wanted: tuple[Wanted, ...]) -> Request:

@@ -31,7 +31,8 @@ def best(graph: Graph, model: nn.Module, request: Request, scored: Scored) -> Pl
     paths = tuple(sorted(literals))
     try:
         other = spelled(model, paths)
-        found = plan_widths(trace(other, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others), other, request, scored)[2]
+        again = trace(other, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others, apart=graph.asked.apart)
+        found = plan_widths(again, other, request, scored)[2]
         names = ", ".join(name or "the model" for name in paths)
         note = f"note: sizes are literals in the code of {names}; it is rewritten to read them from attributes, in a subclass of the same name"
         found = replace(found, rewrites=paths, notes=(*found.notes, note))

@@ -46,6 +46,7 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
     proof = Proof(graph, model, request.proof == "values", bool(request.proof))
     locks: list = [(fault.labels, fault.text) for where, fault in request.faults if where is graph]
     notes: list[str] = [f"note: {text}" for _, text in locks]
+    locks += request.spec.locks(graph) if request.spec.locks else []
     joins: list[tuple[Array, Array]] = []
     tied: set[tuple] = set()
     held: list[tuple[str, int | None]] = [item if isinstance(item, tuple) else (item, None) for item in request.keep]

@@ -37,6 +37,10 @@ class Marks:
     spread: list[Array] = field(default_factory=list)
     read: list[Array] = field(default_factory=list)
 
+    def with_made(self, arrays: list[Array]) -> Marks:
+        """These labels are made as well."""
+        return Marks([*self.made, *arrays], self.spread, self.read) if arrays else self
+
     def features(self, root: Array) -> Array:
         """Whether each label, by the name of its set, is a feature: boolean, (labels,)."""
         made, spread, read = (_among(root, arrays) for arrays in (self.made, self.spread, self.read))

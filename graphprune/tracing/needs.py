@@ -15,7 +15,7 @@ import torch
 
 from ..operations.labels import Reason
 from ..operations.notation import Value
-from .sizes import Expr, Size, expression, number
+from .sizes import Expr, Size, expression, leaves, number
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,9 @@ class Asked:
             if isinstance(given, Size) and self.out and given.expr[0] == "dim":
                 _, source, along = given.expr
                 self.as_many(self.out, dim, source, along)
+        elif isinstance(given, Size) and self.recorder.labels.apart:
+            self.understood.add(id(given))
+            self.needs(given * length, self.out, "size", dim)
         elif isinstance(given, Size):
             self.needs(given, self.out, "count", dim, number(given))
 
@@ -423,6 +426,24 @@ def _attention(asked: Asked) -> None:
     value = asked.known(asked.first)
     if value and asked.kwargs.get("scale") is None:
         asked.recorder.uses.floats.append(("dim", value, asked.first.dim() - 1))
+    if asked.recorder.labels.apart and asked.kwargs.get("enable_gqa"):
+        _copies_inside(asked)
+
+
+def _copies_inside(asked: Asked) -> None:
+    """A kernel that repeats keys itself is told no number of copies; one that the module compared on the way here, and that is the same, is that number."""
+    recorder = asked.recorder
+    every = [(value, dim) for node in recorder.nodes[asked.since :] if node.op.copies for value in node.outs for dim in _repeated(recorder.labels, value)]
+    compared = {leaf for branch in recorder.uses.outcomes for expr in branch[1:3] for leaf in leaves(expr) if leaf[0] == "attr" and leaf[1][0] == asked.module}
+    for leaf in sorted(compared, key=str):
+        for value, dim in every:
+            if recorder.symbols.get(leaf[1]) == value.shape[dim]:
+                asked.calls.append(Call(leaf, Need("size", value, dim), asked.name, asked.module, recorder.line(), asked.since, len(recorder.nodes)))
+
+
+def _repeated(labels: Any, value: Value) -> list[int]:
+    """The axes of a tensor along which something is repeated."""
+    return [dim for field in value.fields for dim, size in enumerate(field.shape) if size > 1 and size == field.size and labels.is_repeated(field)]
 
 
 @reader("bincount")

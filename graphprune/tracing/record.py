@@ -68,6 +68,7 @@ class Recorder(TorchDispatchMode):
         self.spans: list[tuple[int, int]] = []  # the locks that each call made
         self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
         self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
+        self.symbols: dict[tuple, int] = {}  # the attributes that remember what they are
         self.choices: list[Choice] = []  # axes that something was chosen from
         self.numbering: list[tuple[Choice | None, Choice | None]] = []  # what the results of the call at hand number, and count
         self.read: set[int] = set()  # values that the Python code looked into
@@ -375,7 +376,7 @@ class Recorder(TorchDispatchMode):
 
     def copies(self, before: Fields, moved: list[list], reason: int) -> list[list]:
         """A count of copies that comes to lie on one axis with what is copied (grouped-query heads): the count stays, so that the rest may go."""
-        if not any(id(field) in self.copied for field in before):
+        if self.labels.apart or not any(id(field) in self.copied for field in before):
             return moved
         kept = []
         for field, column in zip(before, moved, strict=True):

@@ -302,11 +302,14 @@ class Functions(TorchFunctionMode):
         return torch.Size([Size(n, ("dim", value, i), self.recorder.uses) if i in moving else n for i, n in enumerate(shape)])
 
 
-def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = None, *, outputs: Any = None, examples: Sequence[Any] = ()) -> Graph:
+def trace(
+    model: nn.Module, example_input: Any, example_kwargs: dict | None = None, *, outputs: Any = None, examples: Sequence[Any] = (), apart: bool = False
+) -> Graph:
     """Run ``model`` once and return what it computes, with the labels of every tensor.
 
     ``outputs`` says which parts of the result keep their size (by default all): a name, an index, a predicate ``(path, tensor) -> bool``, or several.
     ``examples`` are further ones that must hold, too: inputs as ``example_input``, or functions ``(model) -> result``.
+    ``apart``: where something is repeated along the axis on which it lies (keys for the queries of their group), copies may go instead of what is copied.
 
     Raises :class:`~graphprune.errors.BadInput` when the model does not run on the example, :class:`~graphprune.errors.BadModel` when it does, but cannot
     be followed there, :class:`~graphprune.errors.UnknownName` when ``outputs`` names nothing.
@@ -323,7 +326,7 @@ def trace(model: nn.Module, example_input: Any, example_kwargs: dict | None = No
         raise BadInput(f"outputs is {outputs!r}; it is a name, an index, a function (path, tensor) -> bool, or several of these (None: all)")
     others = tuple(each if callable(each) else normal_inputs(each, example_kwargs) for each in examples)
     with RUNNING, same_dice():
-        return _traced(model, Examples(example, outputs, others))
+        return _traced(model, Examples(example, outputs, others, apart))
 
 
 @dataclass(frozen=True)
@@ -333,6 +336,7 @@ class Examples:
     example: tuple[tuple, dict]
     outputs: Any = None
     others: tuple[Any, ...] = ()
+    apart: bool = False
 
     def called(self, model: nn.Module, swap: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], Callable[[], Any]]]:
         """For every example its tensors, and the call; what the model writes into its inputs is written into copies."""
@@ -405,14 +409,14 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         twin.train()
     names = {id(tensor): name for tensor, name in held}
     parameters = frozenset([name for tensor, name in held if is_parameter(tensor)])
-    labels, stack, calls = Labels(), [], []
+    labels, stack, calls = Labels(apart=asked.apart), [], []
     recorder = Recorder(labels, names, stack, real)
     recorder.amend = amend
     modules = modules_of(twin)
     kernels = set(_kernels(modules))
     for tensor, name in held:
         recorder.leaf(tensor, name, 2 if id(tensor) in kernels else tensor.ndim)
-    symbols = plant(modules, recorder.values, model, recorder.uses)
+    symbols = recorder.symbols = plant(modules, recorder.values, model, recorder.uses)
     home = {tensor.device for *_, tensor in leaf_tensors(model)}
     swap = lambda t: t.detach().clone() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     first, *more = asked.called(twin, swap)
@@ -478,7 +482,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         unread=idle,
         picks=numbered,
         choices=choices,
-        marks=marks(recorder.nodes + recorder.extra, functions.steps, recorder.leaves, learnt),
+        marks=marks(recorder.nodes + recorder.extra, functions.steps, recorder.leaves, learnt).with_made(labels.copied),
         paths=paths,
         numbers=len(chosen) > len(paths),
         asked=asked,

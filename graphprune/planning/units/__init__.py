@@ -5,7 +5,7 @@ A kind is one file: a function that finds its groups (or its modules), entered i
 
 from __future__ import annotations
 
-from . import expert_mlp, experts, heads, hidden, layers, mlp
+from . import expert_mlp, experts, head_dim, heads, hidden, layers, mlp, query_heads
 from .kind import CHANNELS, Kind, kind, roles
 
-__all__ = ["CHANNELS", "Kind", "expert_mlp", "experts", "heads", "hidden", "kind", "layers", "mlp", "roles"]
+__all__ = ["CHANNELS", "Kind", "expert_mlp", "experts", "head_dim", "heads", "hidden", "kind", "layers", "mlp", "query_heads", "roles"]

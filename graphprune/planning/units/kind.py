@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from ...catalogue import enter, entry, names, open_to_others
 from ...coupling.groups import Groups
 from ...errors import BadOption
+from ...operations.labels import Array
+from ...tracing.trace import Graph
 
 CHANNELS = "channels"  # what is none of the kinds that are found
 
 Find = Callable[[Groups], Iterable[int]]
+Locks = Callable[[Graph], list[tuple[Array, str]]]
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,15 @@ class Kind:
         return found
 
 
-def of_groups(name: str, line: str, *, role: bool = True) -> Callable[[Find], Find]:
-    """Enter a kind that is cut from axes under ``name``; what was entered first names a group that several kinds claim."""
+def of_groups(name: str, line: str, *, role: bool = True, apart: bool = False, locks: Locks | None = None) -> Callable[[Find], Find]:
+    """Enter a kind that is cut from axes under ``name``; what was entered first names a group that several kinds claim.
+
+    ``apart``: its groups are those of a run in which copies may go instead of what is copied (``trace(..., apart=True)``).
+    ``locks``: what stays whole of a run so that units of this kind may go. Both are planned by themselves.
+    """
 
     def entered(find: Find) -> Find:
-        enter("granularity", name, line, find, cut=Kind(name, find, role))
+        enter("granularity", name, line, find, cut=Kind(name, find, role), apart=apart, locks=locks)
         return find
 
     return entered
