@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import graphprune
+from graphprune.cutting.passthrough import Passthrough
 from graphprune.errors import BadModel, BadOption, BadPlan, LessThanAsked
+from graphprune.formats.closing import closed
 from graphprune.tracing.surroundings import unchanged
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
@@ -337,3 +339,25 @@ def test_what_is_not_cut_keeps_its_attributes(place):
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
     others = [at for at in range(5) if at not in (place - 1, place, place + 1)]  # the control: what is cut says its new sizes
     assert all((small[at].out_features, small[at].in_features) == small[at].weight.shape for at in others)
+
+
+# -- blocks that are gone ------------------------------------------------------------
+
+
+class Numbered(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.inner, self.stride = number, nn.Conv1d(2, 2, 1), 1
+        self.inner.number = number
+
+
+@pytest.mark.parametrize("gone", [(0,), (0, 2), (0, 3), (1, 2)])
+def test_blocks_are_numbered_anew_and_nothing_else_is(gone):
+    count = 2 if gone == (0,) else 4
+    net = nn.Sequential(*[Numbered(at) for at in range(count)])
+    for at in gone:
+        net[at] = Passthrough(net[at], 0)
+    small, _ = closed(net)
+    assert [block.number for block in small] == [block.inner.number for block in small] == list(range(count - len(gone)))
+    assert all(block.stride == block.inner.groups == 1 and block.inner.stride == (1,) for block in small)
+    assert [block.number for block in net] == list(range(count))

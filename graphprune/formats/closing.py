@@ -39,7 +39,8 @@ def closed(model: nn.Module) -> tuple[nn.Module, Lists]:
         if any(gone) and list(holder._modules) == [str(i) for i in range(len(gone))]:
             kept = tuple(i for i, away in enumerate(gone) if not away)
             blocks = [holder._modules[str(i)] for i in kept]
-            for old, new, attributes in _numbers(kept, blocks):
+            gone_blocks = {int(key): child for key, child in holder._modules.items() if isinstance(child, Passthrough)}
+            for old, new, attributes in _numbers(kept, blocks, gone_blocks):
                 for holds, key in attributes:
                     holds[key] = new if holds[key] == old else holds[key]
             holder._modules.clear()
@@ -48,11 +49,14 @@ def closed(model: nn.Module) -> tuple[nn.Module, Lists]:
     return twin, lists
 
 
-def _numbers(kept: tuple[int, ...], blocks: list[Any]) -> Iterator[tuple[int, int, list[tuple[dict, str]]]]:
+def _numbers(kept: tuple[int, ...], blocks: list[Any], gone: dict[int, nn.Module]) -> Iterator[tuple[int, int, list[tuple[dict, str]]]]:
     """The attributes that say, in every block, which one it is: the old number, the new, and who holds them."""
     every = [{(path, key): module.__dict__ for path, module in block.named_modules() for key in _plain(module)} for block in blocks]
     counts = set.intersection(*(set(names) for names in every)) if every else set()
     counts = {name for name in counts if all(names[name][name[1]] == old for old, names in zip(kept, every, strict=True))}
+    if len(kept) == 1:  # any number of one block may be its own by chance (groups=1): those that are gone have to agree
+        agreed = set.intersection(*({key for key in _plain(block) if block.__dict__[key] == old} for old, block in gone.items()))
+        counts = {name for name in counts if name[1] in agreed}
     for new, (old, names) in enumerate(zip(kept, every, strict=True)):
         yield old, new, [(names[name], name[1]) for name in counts]
 
