@@ -26,6 +26,10 @@ class BadOption(GraphpruneError, ValueError):
     """An argument makes no sense, contradicts another, or would have no effect: ``shrink(m, x, verify="no")``; the message says what to write."""
 
 
+class UnknownOption(BadOption, TypeError):
+    """An argument that the function does not have: ``shrink(m, x, multipleof=8)``; the message says the nearest."""
+
+
 class BadMeasure(GraphpruneError, ValueError):
     """Times cannot be taken: the runtime is missing, or ``measure=`` returns nonsense or scatters too much."""
 

@@ -17,7 +17,7 @@ import warnings  # noqa: F401  (the example above)
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from .errors import BadOption, warn
+from .errors import BadOption, UnknownOption, warn
 from .options import Repair, Runtime, Widths
 from .scores.registry import OnData, check_data
 
@@ -37,7 +37,7 @@ def respelled(function: F) -> F:
         if strange is not None:
             near = difflib.get_close_matches(strange, [*known, *OLD], 1)
             hint = f"the nearest is {near[0]!r}; " if near else ""
-            raise BadOption(f"{function.__name__} has no option {strange!r}; {hint}help(graphprune.{function.__name__}) lists them")
+            raise UnknownOption(f"{function.__name__} has no option {strange!r}; {hint}help(graphprune.{function.__name__}) lists them")
         return function(*args, **modern(options, "repair" in known))
 
     return call  # type: ignore[return-value]

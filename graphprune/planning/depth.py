@@ -127,7 +127,7 @@ def _count(pool: Sequence[Removable], own: float | None, request: Request, kept:
     amount = request.wanted[0].amount
     if own is None and isinstance(amount, int):
         if amount > len(pool) + kept:
-            raise BadRatio(f"{amount} {request.text} are to stay; there are {len(pool) + kept} that can go or are kept")
+            raise BadRatio(f"{amount} {request.text} are to stay; {len(pool) + kept} can go{' or are kept' if kept else ''}")
         if amount <= kept:
             raise BadRatio(f"{amount} {request.text} are to stay; {kept} are kept on request, and one of the others always stays")
         return len(pool) + kept - amount
