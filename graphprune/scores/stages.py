@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import GraphpruneError, NeedsBatches
 from ..operations.notation import Value
 from ..tracing.paced import Paced, side_by_side
 from ..tracing.trace import Graph
@@ -88,11 +89,18 @@ def by_stage(task: Task, every: Sequence[Sequence[Place]], bytes: Sequence[int],
     with side_by_side(runs):
         for stage in plan:
             for run in runs:
-                if stage.rest is None:
-                    run.finish()
-                else:
-                    run.until(stage.rest)
+                _go_on(task, run, stage.rest)
             yield stage.groups
+
+
+def _go_on(task: Task, run: Paced, rest: Value | None) -> None:
+    """Let a run go on to its next rest, or to its end."""
+    try:
+        run.finish() if rest is None else run.until(rest)
+    except GraphpruneError:
+        raise
+    except Exception as error:
+        raise NeedsBatches(f"a batch of the score {task.name!r} does not fit the model: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 def _shown(graph: Graph) -> tuple[dict[int, tuple[int, Value]], list[int]]:
