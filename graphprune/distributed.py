@@ -29,6 +29,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_p
          "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
          "_forward_hooks_always_called")  # fmt: skip
 ENGINE = "torch.distributed"
+NOTES = ("__composable_api", "_fsdp", "_is_fsdp")  # what the engine writes into modules
 # Whether this call of graphprune brings together what the ranks know.
 _JOINED: ContextVar[bool] = ContextVar("joined", default=False)
 
@@ -130,7 +131,7 @@ def spread(model: nn.Module) -> bool:
 
 def _parts(model: nn.Module) -> list[Any]:
     """The tensors that lie on several ranks in parts (DTensor)."""
-    if size() == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return []
     every = (tensor for module in model.modules() for held in (module._parameters, module._buffers) for tensor in held.values())
     return [tensor for tensor in every if tensor is not None and hasattr(tensor, "full_tensor")]
@@ -140,7 +141,7 @@ def _plain(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """The same tree of modules, of the classes they had before the engine wrapped them, without its hooks."""
     for module in model.modules():
         twin = memo[id(module)] = object.__new__(_class(module))
-        twin.__dict__.update(module.__dict__)
+        twin.__dict__.update({name: value for name, value in module.__dict__.items() if not name.startswith(NOTES)})
     for module in model.modules():
         state = memo[id(module)].__dict__
         state["_modules"] = {name: child if child is None else memo[id(child)] for name, child in module._modules.items()}

@@ -32,9 +32,9 @@ def across_ranks(function: F) -> F:
         if parts and options.get("inplace"):
             raise BadModel("the model is spread over ranks (DTensor) and cannot be cut in place: take what shrink returns, and spread that (fully_shard)")
         with together(bool(read) or repair is not None or parts):
+            model = whole(model) if parts else model
             if not joined():
                 return function(model, *args, **options)
-            model = whole(model)
             alike(model)
             if read:
                 options["score"] = {kind: _of_all(each) for kind, each in score.items()} if isinstance(score, Mapping) else _of_all(score)
