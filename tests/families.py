@@ -106,9 +106,9 @@ def result(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def written(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def written(model: nn.Module, inputs: dict[str, torch.Tensor], cache: bool = True) -> torch.Tensor | None:
     """What a generative model writes, greedily."""
     if not hasattr(model, "generate") or not model.can_generate():
         return None
     start = {key: value for key, value in inputs.items() if not key.startswith("decoder")}
-    return model.generate(**start, max_new_tokens=6, do_sample=False)
+    return model.generate(**start, max_new_tokens=6, do_sample=False, use_cache=cache)

@@ -184,3 +184,17 @@ def test_what_is_not_understood_stays_whole(model, inputs) -> None:
         graphprune.shrink(model, inputs, what="experts")
     overview = graphprune.widths(model, inputs)
     assert not overview["experts"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_public_mixtures_come_back_from_their_configuration(family, tmp_path) -> None:
+    pytest.importorskip("transformers")
+    from families import build, result
+
+    model, inputs = build(family)
+    small = graphprune.shrink(model, inputs, 0.3, what="experts", widths=graphprune.Widths(uniform=True))
+    assert graphprune.plan_of(small) is not None and small.num_parameters() < model.num_parameters()
+    small.save_pretrained(tmp_path)
+    back = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(result(back, inputs), result(small, inputs))
+    assert not torch.allclose(result(back, inputs), result(model, inputs))

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..catalogue import names
 from ..cost import costs
 from ..coupling.groups import Group, Groups, couple
 from ..cutting.verify import check_model
 from ..granularity.blocks import Modules
 from ..granularity.remaining import Remaining
+from ..granularity.spec import parse
 from ..names import Makers
 from ..quantities import count
 from ..tracing.trace import Graph, trace
-from .units import roles
+from .units import kind, roles
 
 SHOWN = 6  # rows of what stays whole
 
@@ -88,7 +90,7 @@ def widths(model: nn.Module, example_input: Any, *, example_kwargs: dict | None 
     check_model(model)
     graph = trace(model, example_input, example_kwargs)
     groups = couple(graph)
-    return Overview((*_blocks(graph, model), *_groups(groups, model), *_whole(groups)))
+    return Overview((*_blocks(graph, model), *_groups(groups, model), *_by_themselves(graph, model), *_whole(groups)))
 
 
 def alike(name: str) -> str:
@@ -100,21 +102,37 @@ def alike(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def _groups(groups: Groups, model: nn.Module) -> list[Row]:
-    """One row for groups of one kind, name and size; each costs what the first of them does."""
-    makers, kinds = Makers(groups, model), roles(groups)
+def _by_themselves(graph: Graph, model: nn.Module) -> list[Row]:
+    """The kinds that have a plan of their own: queries within their group, and what lies inside of heads."""
+    rows = []
+    for name in names("granularity"):
+        found = kind(name)
+        spec = parse(name) if found is not None else None
+        if found is None or spec is None or not spec.alone or (spec.apart and not graph.labels.repeated):
+            continue
+        other = trace(model, *graph.example, apart=True) if spec.apart else graph
+        groups = couple(other, locks=tuple(spec.locks(other)) if spec.locks else ())
+        rows += _groups(groups, model, dict.fromkeys(found.groups(groups), name))
+    return rows
+
+
+def _groups(groups: Groups, model: nn.Module, kinds: Mapping[int, str] | None = None) -> list[Row]:
+    """One row for groups of one kind, name and size (of those in ``kinds``, or all); each costs what the first of them does."""
+    makers, kinds = Makers(groups, model), roles(groups) if kinds is None else kinds
     same: dict[tuple[str, str, int], list[Group]] = defaultdict(list)
     for group in groups:
+        if group.index not in kinds:
+            continue
         where = next((leaf for leaf in dict.fromkeys(name for name, _ in group.places) if leaf in makers.made[group.index]), group.name)
         same[kinds[group.index], alike(where.rpartition(".")[0] or where), group.size].append(group)
     each = _each([members[0] for members in same.values()], groups)
     rows = []
-    for (kind, where, size), members in same.items():
+    for (role, where, size), members in same.items():
         one = members[0]
         own = [units for (leaf, _), units in one.places.items() if leaf in makers.made[one.index]]
         outputs = max((int((np.asarray(units) >= 0).sum()) / size for units in own), default=1.0)
         only = where if len(members) > 1 else (next(iter(makers.made[one.index]), one.name).rpartition(".")[0] if len(makers.made[one.index]) == 1 else where)
-        rows.append(Row(kind, only or where, len(members), size, outputs, *each[one.index]))
+        rows.append(Row(role, only or where, len(members), size, outputs, *each[one.index]))
     return sorted(rows, key=lambda row: -row.params * row.size * row.count)
 
 
