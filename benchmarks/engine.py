@@ -1,6 +1,6 @@
 """From model to pruned model, side by side with Torch-Pruning in one run; growth with depth; a 7B shape without weights.
 
-    python benchmarks/engine.py --out docs/engine.md
+    python benchmarks/engine.py --rows engine.jsonl --out docs/engine.md
 
 Both remove half of every group by L2 norm. Times are medians of ``--repeats`` runs: seconds of the processor, one thread, alternating,
 a process for each model.
@@ -100,34 +100,46 @@ def prepare() -> None:
     declare_operators()
 
 
-def measured(name: str, repeats: int, limit: float, most: int) -> tuple[str, float | None]:
-    """One row of the table, and how many times as long Torch-Pruning takes, if both handle the model."""
+def measured(name: str, repeats: int, limit: float, most: int) -> dict:
+    """The seconds of both, and why either does not handle the model."""
     model, x = build(name)
-    wrong, peer = handles(theirs, model, x, most)
+    wrong, first = handles(theirs, model, x, most)
     failed = [f"{who}: {why}" for who, why in (("graphprune", handles(ours, model, x)[0]), ("Torch-Pruning", wrong)) if why]
-    mine, checked, other = [], [], [peer] if peer >= limit else []
+    times: dict[str, list[float]] = {"plain": [], "checked": [], "peer": [first] if first >= limit else []}
     for _ in range(repeats):
-        mine.append(timed(ours, model, x))
-        checked.append(timed(lambda m, x: ours(m, x, True), model, x))
-        if not wrong and peer < limit:
-            other.append(timed(theirs, model, x))
-    a, b = statistics.median(mine), statistics.median(checked)
-    if failed:
-        return f"| {name} | {a:.3f} | {b:.3f} | {'; '.join(failed).replace('|', '/')} | |", None
-    c = statistics.median(other)
-    return f"| {name} | {a:.3f} | {b:.3f} | {c:.3f} | {c / a:.1f}x |", c / a
+        times["plain"].append(timed(ours, model, x))
+        times["checked"].append(timed(partial(ours, verify=True), model, x))
+        if not wrong and first < limit:
+            times["peer"].append(timed(theirs, model, x))
+    medians = {name: statistics.median(values) for name, values in times.items() if values}
+    return {"model": name, **medians, "failed": "; ".join(failed).replace("|", "/")}
 
 
-def compare(repeats: int, names: list[str], limit: float, most: int) -> list[str]:
-    """The table. Every model has a fresh process of its own: what an earlier one left in memory slows the next one's pages down, for either side."""
-    rows, ratios = ["| model | graphprune s | with self-check s | Torch-Pruning s | ratio |", "|---|---|---|---|---|"], []
+def compare(repeats: int, names: list[str], limit: float, most: int, rows: common.Rows) -> None:
+    """A row for each model. Every model has a fresh process of its own: what an earlier one left in memory slows the next one's pages down, for either."""
+    todo = [name for name in names if name not in rows.by("model")]
     with get_context("spawn").Pool(1, prepare, maxtasksperchild=1) as pool:
-        for row, ratio in pool.imap(partial(measured, repeats=repeats, limit=limit, most=most), names):
-            rows.append(row)
-            ratios += [] if ratio is None else [ratio]
-            print(row, flush=True)
-    middle = f"{statistics.median(ratios):.1f}x" if ratios else "?"
-    return [*rows, "", f"Median over {len(ratios)} models that both handle: {middle} faster without the self-check."]
+        for row in pool.imap(partial(measured, repeats=repeats, limit=limit, most=most), todo):
+            rows.add(row)
+
+
+def table(rows: list[dict]) -> list[str]:
+    lines = ["| model | with check s | without s | Torch-Pruning s | with check | without |", "|---|---|---|---|---|---|"]
+    ratios: list[tuple[float, float]] = []
+    for row in rows:
+        start = f"| {row['model']} | {row['checked']:.3f} | {row['plain']:.3f} |"
+        if row["failed"]:
+            lines.append(f"{start} {row['failed']} | | |")
+            continue
+        ratios.append((row["peer"] / row["checked"], row["peer"] / row["plain"]))
+        lines.append(f"{start} {row['peer']:.3f} | {ratios[-1][0]:.1f}x | {ratios[-1][1]:.1f}x |")
+    if not ratios:
+        return lines
+    with_check, without = (statistics.median(column) for column in zip(*ratios, strict=True))
+    slower = sum(pair[0] < 1 for pair in ratios)
+    both = f"{with_check:.1f}x as fast with the check (the default; slower in {slower}), {without:.1f}x without"
+    text = f"Median over {len(ratios)} models that both handle: {both}."
+    return [*lines, "", text]
 
 
 class Chain(nn.Module):
@@ -195,16 +207,15 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=20, help="seconds of the peer above which its first run is its time")
     parser.add_argument("--most", type=int, default=100, help="seconds after which the peer is stopped: it does not handle the model")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", type=Path, help="a file of rows, which a stopped run continues")
     options = parser.parse_args()
     prepare()
-    if options.only is not None:
-        compare(options.repeats, options.only, options.limit, options.most)
-        return
-    seven = seven_billion()
-    print(seven[0], flush=True)
-    parts = [*seven, "", *growth(), "", *compare(options.repeats, MODELS + TIMM, options.limit, options.most)]
+    rows = common.Rows(options.rows)
+    compare(options.repeats, MODELS + TIMM if options.only is None else options.only, options.limit, options.most, rows)
+    print("\n".join(table(rows.rows)))
     if options.out:
-        made = f"{common.made_by(f'python benchmarks/engine.py --out {options.out}', 'torch-pruning', 'torchvision', 'timm')} One thread."
+        made = f"{common.made_by(f'python benchmarks/engine.py --out {options.out}', 'torch-pruning', 'torchvision', 'timm', rows=rows)} One thread."
+        parts = [*seven_billion(), "", *growth(), "", *table(rows.rows)]
         options.out.write_text("\n".join(["# Engine speed", "", made, "", *parts, ""]))
 
 
