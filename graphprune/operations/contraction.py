@@ -12,7 +12,6 @@ the product of the lengths of all axes that have a name; what stays without one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -100,26 +99,33 @@ class Product:
 
     def volume(self) -> tuple[int, list[tuple[Value, int]]]:
         """A number, and axes of tensors, whose lengths multiplied with it are the multiply-accumulates."""
-        lengths: dict[str, int] = {}
         sides = [(operand.value, operand.axes) for operand in (self.weight, self.input, *self.others)]
         if self.result is not None:
             sides.append((self.result, parse(self.rule.text)[1][0]))
-        for value, axes in sides:
-            for name, size in factors(axes, value.shape, self.rule.sizes)[1].items():
-                lengths[name] = max(size, lengths.get(name, 1))
-        open_names = {name for _, axes in sides for name in named(axes)}
-        found: list[tuple[Value, int]] = []
-        for value, axes in sides:
-            for dim, group in enumerate(axes):
-                if value.shape[dim] > 1 and "_" not in group and open_names.issuperset(group):
-                    found.append((value, dim))
-                    open_names.difference_update(group)
-        return math.prod(lengths[name] for name in open_names), found
+        constant, found = _volume(tuple([(axes, tuple(value.shape)) for value, axes in sides]), tuple(self.rule.sizes.items()))
+        return constant, [(sides[side][0], dim) for side, dim in found]
 
     @property
     def macs(self) -> int:
         constant, axes = self.volume()
         return constant * math.prod(value.shape[dim] for value, dim in axes)
+
+
+@lru_cache(maxsize=4096)  # layers of a network repeat each other
+def _volume(sides: tuple[tuple[Axes, tuple[int, ...]], ...], sizes: tuple[tuple[str, int], ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """:meth:`Product.volume` of tensors by their numbers."""
+    lengths: dict[str, int] = {}
+    for axes, shape in sides:
+        for name, size in factors(axes, shape, dict(sizes))[1].items():
+            lengths[name] = max(size, lengths.get(name, 1))
+    open_names = {name for axes, _ in sides for name in named(axes)}
+    found: list[tuple[int, int]] = []
+    for side, (axes, shape) in enumerate(sides):
+        for dim, group in enumerate(axes):
+            if shape[dim] > 1 and "_" not in group and open_names.issuperset(group):
+                found.append((side, dim))
+                open_names.difference_update(group)
+    return math.prod(lengths[name] for name in open_names), tuple(found)
 
 
 def product(rule: Expr, result: Value | None, weight: int = -1) -> Product | None:
@@ -130,30 +136,33 @@ def product(rule: Expr, result: Value | None, weight: int = -1) -> Product | Non
     form = contraction(rule.text)
     if form is None:
         return None
-    lefts, rights = parse(rule.text)
     present = [i for i in form.operands if isinstance(rule.operands[i], Value)]
     if len(present) < 2:
         return None
     if weight not in present:
         still = [i for i in present if rule.operands[i].zero]
         weight = still[0] if len(still) == 1 else present[1]
-    others = [i for i in present if i != weight]
-    kept = {name for axes in rights for name in named(axes)}
-    shared = frozenset(kept.intersection(*(named(lefts[i]) for i in present)))
-    made = list(_operands(rule, [weight, *others], lefts, form.summed, kept))
+    shared, operands = _roles(rule.text, weight, tuple(present))
+    made = [Operand(rule.operands[number], *axes) for number, *axes in operands]
     bias = rule.operands[form.bias] if form.bias >= 0 else None
     return Product(rule, result, made[0], made[1], tuple(made[2:]), bias if isinstance(bias, Value) else None, shared)
 
 
-def _operands(rule: Expr, numbers: list[int], lefts: tuple[Axes, ...], summed: frozenset[str], kept: set[str]) -> Iterator[Operand]:
+@lru_cache(maxsize=4096)
+def _roles(text: str, weight: int, present: tuple[int, ...]) -> tuple[frozenset[str], tuple[tuple, ...]]:
+    """The axes that all operands and the result have, and what :class:`Operand` says of each, by its number; the weight first."""
+    lefts, rights = parse(text)
+    form = contraction(text)
+    assert form is not None
+    kept = {name for axes in rights for name in named(axes)}
+    shared = frozenset(kept.intersection(*(named(lefts[number]) for number in present)))
+    numbers, operands = [weight, *(number for number in present if number != weight)], []
     for number in numbers:
         axes = lefts[number]
         elsewhere = {name for other in numbers if other != number for name in named(lefts[other])}
         own = named(axes) - elsewhere
-        yield Operand(
-            rule.operands[number],
-            axes,
-            tuple(dim for dim, group in enumerate(axes) if summed.intersection(group)),
-            tuple(dim for dim, group in enumerate(axes) if own.intersection(group) & kept),
-            tuple(dim for dim, group in enumerate(axes) if any(name in own and name not in kept for name in group)),
-        )
+        summed = tuple(dim for dim, group in enumerate(axes) if form.summed.intersection(group))
+        made = tuple(dim for dim, group in enumerate(axes) if own.intersection(group) & kept)
+        taps = tuple(dim for dim, group in enumerate(axes) if any(name in own and name not in kept for name in group))
+        operands.append((number, axes, summed, made, taps))
+    return shared, tuple(operands)

@@ -71,6 +71,11 @@ def axis_names(dim: tuple[str, ...]) -> tuple[str, ...]:
     return tuple([name.strip("[]") for name in dim if name[0] not in "_1"])
 
 
+@lru_cache(maxsize=4096)
+def _names(tensors: tuple[Axes, ...]) -> frozenset[str]:
+    return frozenset(name for axes in tensors for dim in axes for name in axis_names(dim))
+
+
 def marks(nodes: Iterable[Node], steps: Sequence, leaves: Mapping[str, Value], parameters: frozenset[str]) -> Marks:
     """What the calls of a run make, spread and read; ``parameters`` names the leaves that are learnt."""
     reader = _Reader(steps)
@@ -111,7 +116,7 @@ class _Reader:
     def used(self, node: Node, rule: Expr, layer: bool, result: str | None) -> str | None:
         """Note what a call does to the axes of its weights; returns what kind its result is."""
         lefts, rights = parse(rule.text)
-        out = frozenset(name for axes in rights for dim in axes for name in axis_names(dim))
+        out = _names(rights)
         operands = [self.operand(value, axes, rule) for value, axes in zip(rule.operands, lefts, strict=True) if isinstance(value, Value)]
         if node.op.table or node.op.picks:
             if operands[0].kind == WEIGHT:
@@ -131,7 +136,7 @@ class _Reader:
 
     def operand(self, value: Value, axes: Axes, rule: Expr) -> _Operand:
         axes = real_axes(axes, value.shape, rule.sizes)
-        return _Operand(value, axes, frozenset(name for dim in axes for name in axis_names(dim)), self.kinds.get(id(value)))
+        return _Operand(value, axes, _names((axes,)), self.kinds.get(id(value)))
 
     def product(self, factors: list[_Operand], out: _Operand, summed: frozenset[str], layer: bool) -> None:
         """Note the axes that a product makes, spreads and reads."""

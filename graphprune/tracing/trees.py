@@ -16,6 +16,7 @@ from ..operations.notation import Value
 
 # What most attributes of modules are: asking whether they are tensors takes longer than looking their type up.
 TENSORLESS = frozenset({int, float, bool, str, type(None), OrderedDict, set})
+EVERY = frozenset(nn.Module().__dict__)  # attributes that every module has: of tensors, only its parameters and buffers
 HOLDERS = frozenset((list, tuple, dict))
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
@@ -101,6 +102,8 @@ def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
                 if tensor is not None:
                     yield dot + name, module, name, tensor
         for name, value in list(own.items()):
+            if name in EVERY:
+                continue
             kind = type(value)
             if kind in TENSORLESS:
                 continue
