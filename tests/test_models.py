@@ -63,7 +63,7 @@ ORDER = {
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen stages gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
-    "cutting": "parts gains outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed verify",
+    "cutting": "parts gains outline schema describe plan rewrite masks kernels passthrough undo apply compose expand zeroed sampled verify",
     "formats": "atomic closing config huggingface folder applied recipe",
     "budget": "targets space ledger problem bound descent optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",

@@ -8,7 +8,8 @@ and each call that takes statistics is made anew over the survivors before its r
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator
+import math
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace as replace_fields
 from typing import Any
 
@@ -81,7 +82,9 @@ def walk(model: nn.Module, plan: Plan, asked: Examples, training: bool = False) 
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or tensor.layout is not torch.strided or bool(tensor.isfinite().all())
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        return True
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())  # which takes five times as long; a sum may overflow
 
 
 class _Amended:
@@ -129,15 +132,53 @@ def _settled(model: nn.Module, plan: Plan, asked: Examples, training: bool) -> l
 
 
 def _masked(model: nn.Module, plan: Plan) -> nn.Module:
-    memo, known = {}, {*plan.cuts, *(part.name for part in plan.parts)}
+    memo, gone, known = {}, {}, {*plan.cuts, *(part.name for part in plan.parts)}
     for leaf, _, _, tensor in leaf_tensors(model):
         name = leaf if leaf in known else parameter_name(leaf)
-        data = tensor.detach().clone()
+        data = tensor.detach()
         # What numbers positions goes on doing so: nobody asks for those that are gone.
         counts = name in plan.numbers or not (data.is_floating_point() or data.is_complex() or data.dtype is torch.bool)
-        data = data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0) if name in known and not counts else data
+        data = without(data, plan, name, gone) if name in known and not counts else data.clone()
         memo.setdefault(id(tensor), nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
     return gathered(copy.deepcopy(model, memo))
+
+
+def without(data: torch.Tensor, plan: Plan, name: str, known: dict[tuple, torch.Tensor] | None = None) -> torch.Tensor:
+    """A copy of a tensor of the model with zeros where the plan removes entries; ``known`` remembers positions that tensors share."""
+    if any(part.name == name and part.kind != "skip" for part in plan.parts):
+        return data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0)
+    known = {} if known is None else known
+    axes = {axis: _positions(kept, data, known) for axis, kept in plan.cuts.get(name, {}).items()}
+    if not axes:
+        return data.clone()
+    if data.ndim == 1:
+        return data.masked_fill(_removed(axes[0], data, known), 0)
+    zeros = torch.zeros_like(data)
+    if len(axes) == 1 or not data.is_contiguous() or list(axes) != [0, 1]:
+        first, *more = axes.items()
+        part = data.index_select(*first)
+        for axis, kept in more:
+            part.masked_fill_(_removed(kept, part, known, axis), 0)
+        return zeros.index_copy_(*first, part)
+    kernel = data[0, 0].numel()  # of two axes, the entries behind them are copied in one piece each
+    at = (axes[0][:, None] * data.shape[1] + axes[1]).view(-1)
+    zeros.view(-1, kernel).index_copy_(0, at, torch.embedding(data.view(-1, kernel), at))
+    return zeros
+
+
+def _positions(kept: list[int], data: torch.Tensor, known: dict[tuple, torch.Tensor]) -> torch.Tensor:
+    key = id(kept), data.device
+    if key not in known:
+        known[key] = torch.from_numpy(np.array(kept, dtype=np.int64)).to(data.device)
+    return known[key]
+
+
+def _removed(kept: torch.Tensor, data: torch.Tensor, known: dict[tuple, torch.Tensor], axis: int = 0) -> torch.Tensor:
+    """A mask that broadcasts to the data, true for the positions of an axis that go."""
+    key = id(kept), data.shape[axis], "removed"
+    if key not in known:
+        known[key] = torch.ones(data.shape[axis], dtype=torch.bool, device=data.device).index_fill_(0, kept, False)
+    return known[key] if data.ndim == 1 else known[key].view([-1 if other == axis else 1 for other in range(data.ndim)])
 
 
 class Masks:
@@ -164,26 +205,39 @@ class Masks:
                 gone[names[gone[rows].all(axis=1) & ~stays[names]]] = True
                 gone[rows[gone[names]]] = True
         self.stays, self.apart = ~gone[root], graph.labels.apart
+        self.known: dict[tuple, tuple[np.ndarray, torch.Tensor] | None] = {}  # by axis and the ids of fields
+        self.axes: dict[tuple, dict[int, torch.Tensor]] = {}  # by the ids of fields
+        self.alive: list[Sequence] = []  # the fields, so that ids stay theirs
 
     def axis(self, value: Value, dim: int) -> np.ndarray:
         """Which positions along one axis survive."""
-        mask = np.ones(value.shape[dim], dtype=bool)
-        if dim in (kept := self.kept(value)):
-            mask[:] = False
-            mask[kept[dim].numpy()] = True
-        return mask
+        stays = self.along(value, dim)
+        return np.ones(value.shape[dim], dtype=bool) if stays is None else stays[0]
 
     def kept(self, value: Value) -> dict[int, torch.Tensor]:
-        found = {}
-        for dim, size in enumerate(value.shape):
-            mask = torch.ones(size, dtype=torch.bool)
-            for field in value.fields:
-                if field.shape[dim] > 1:
-                    stays = np.moveaxis(self.stays[field], dim, 0)
-                    mask &= torch.from_numpy(stays.reshape(size, -1).any(axis=1))
-            if not mask.all():
-                found[dim] = mask.nonzero().ravel()
-        return found
+        """The surviving positions of the axes that lose some."""
+        if not value.fields:
+            return {}
+        key = tuple(map(id, value.fields))
+        if key not in self.axes:
+            along = [self.along(value, dim) for dim in range(len(value.shape))]
+            self.axes[key] = {dim: stays[1] for dim, stays in enumerate(along) if stays is not None}
+            self.alive.append(value.fields)
+        return self.axes[key]
+
+    def along(self, value: Value, dim: int) -> tuple[np.ndarray, torch.Tensor] | None:
+        """Which positions of an axis survive, as a mask and as numbers, or None where all do; most values share their fields with others."""
+        fields = [field for field in value.fields if field.shape[dim] > 1]
+        if not fields:
+            return None
+        key = (dim, *map(id, fields))
+        if key not in self.known:
+            mask = np.ones(value.shape[dim], dtype=bool)
+            for field in fields:
+                mask &= self.stays[field].any(axis=tuple(axis for axis in range(field.ndim) if axis != dim))
+            self.known[key] = None if mask.all() else (mask, torch.from_numpy(np.flatnonzero(mask)))
+            self.alive.append(fields)
+        return self.known[key]
 
 
 def _still_there(graph: Any, root: np.ndarray, gone: np.ndarray, slices: list) -> np.ndarray:
@@ -212,36 +266,48 @@ def replayed(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tens
     """The results of the recorded calls on the zeroed leaves, call by call, and in the end the outputs; to be run without gradients."""
     masks = Masks(graph, plan)
     held: dict[int, torch.Tensor] = {}
-    shared: dict[int, torch.Tensor] = {}
+    gone: dict[tuple, torch.Tensor] = {}
+    waiting: dict[int, tuple[torch.Tensor, str]] = {}  # leaves that no call has read yet, by the id of their value: made when one does
+    same: dict[int, list[int]] = {}  # the values of tied tensors
     for name, _, _, tensor in leaf_tensors(model):
         leaf = graph.leaves.get(name)
-        if leaf is None:
-            continue
-        if id(tensor) not in shared:
-            data = tensor.detach()
-            mask = plan.mask(name, tuple(data.shape)).to(data.device)
-            shared[id(tensor)] = data.masked_fill(~mask, 0) if name in plan.cuts else data.clone()
-        held[id(leaf)] = shared[id(tensor)]
+        if leaf is not None:
+            same.setdefault(id(tensor), []).append(id(leaf))
+            waiting[id(leaf)] = tensor, name
+
+    def ready(value: Value) -> None:
+        if id(value) in waiting:
+            tensor, name = waiting[id(value)]
+            made = without(tensor.detach(), plan, name, gone)
+            for key in same[id(tensor)]:
+                held[key] = made
+                waiting.pop(key, None)
+
     for name, tensor in graph.constants.items():
         held[id(graph.leaves[name])] = tensor.clone()
     for value, tensor in zip(graph.inputs, inputs, strict=True):
         held[id(value)] = tensor.detach().clone()
-    device = next((t.device for t in shared.values()), torch.device("cpu"))
-    last = {id(v): i for i, node in enumerate(graph.nodes) for v in tensors((node.args, node.kwargs))}
+    device = next((tensor.device for tensor, _ in waiting.values()), torch.device("cpu"))
+    last = {id(value): index for index, node in enumerate(graph.nodes) for value in node.held}
     wanted = {id(value) for value in graph.outputs}
     filled = graph.filled
     made = _Made(graph, model, plan)
     for index, node in enumerate(graph.nodes):
+        for value in node.held:
+            ready(value)
         results = _call(node, held, masks, device)
         for value, tensor in zip(node.outs, results, strict=True):
             tensor = filled[id(value)].clone() if id(value) in filled else tensor
-            held[id(value)] = _filled(tensor, masks.kept(value)) if not _finite(tensor) else tensor
+            kept = masks.kept(value)
+            held[id(value)] = _filled(tensor, kept) if kept and not _finite(tensor) else tensor
         for value, tensor in made.after(node):
             held[id(value)] = _filled(tensor, masks.kept(value), everything=True)
         yield [held[id(value)] for value in node.outs]
-        for value in list(tensors((node.args, node.kwargs))):
+        for value in node.held:
             if last[id(value)] == index and id(value) not in wanted:
                 held.pop(id(value), None)
+    for value in graph.outputs:
+        ready(value)
     missing = [value for value in graph.outputs if id(value) not in held]
     if missing:
         raise BadInput("an output of the model does not come from the recorded run")
@@ -291,11 +357,9 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
             tensor = tensor.index_select(dim, kept.to(tensor.device))
         return tensor
 
-    args = node.refitted(replace(node.args, take), _survivors(node.rule, cuts))
+    args = node.refitted(replace(node.args, take), survivors(node.rule, cuts))
     small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
-    if node.op.chooses_from is not None:  # what is gone is never chosen; positions are those of the original
-        small = [_renumbered(tensor, value, masks) for tensor, value in zip(small, node.outs, strict=True)]
-    return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
+    return among_all(node, small, masks)
 
 
 def _executed(node: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
@@ -318,7 +382,7 @@ def _filled(tensor: torch.Tensor, kept: dict[int, torch.Tensor], everything: boo
     return tensor
 
 
-def _survivors(rule: Expr | None, cuts: dict) -> dict[str, int]:
+def survivors(rule: Expr | None, cuts: dict) -> dict[str, int]:
     """How many of the equal blocks that a rule takes an axis apart into (groups of a convolution) have survivors."""
     found: dict[str, int] = {}
     if rule is None or not rule.sizes:
@@ -331,6 +395,13 @@ def _survivors(rule: Expr | None, cuts: dict) -> dict[str, int]:
                 stays[cuts[id(value)].get(dim, slice(None))] = True
                 found[name] = int(stays.reshape(rule.sizes[name], -1).any(dim=1).sum())
     return found
+
+
+def among_all(node: Any, small: list[torch.Tensor], masks: Masks) -> list[torch.Tensor]:
+    """The results of a call on what stays, among zeros for what is gone."""
+    if node.op.chooses_from is not None:  # what is gone is never chosen; positions are those of the original
+        small = [_renumbered(tensor, value, masks) for tensor, value in zip(small, node.outs, strict=True)]
+    return [_spread(tensor, value, masks.kept(value)) for tensor, value in zip(small, node.outs, strict=True)]
 
 
 def _renumbered(tensor: torch.Tensor, value: Value, masks: Masks) -> torch.Tensor:

@@ -42,11 +42,12 @@ _ABSENT = object()
 
 
 @contextmanager
-def undisturbed_surroundings(model: nn.Module) -> Iterator[None]:
-    """What the code of a model can reach outside of it is put back at the end, also after an error."""
+def undisturbed_surroundings(*models: nn.Module) -> Iterator[None]:
+    """What the code of models can reach outside of them is put back at the end, also after an error."""
     kept = _Kept()
-    for _, module in modules_of(model):
-        kept.module(module)
+    for model in models:
+        for _, module in modules_of(model):
+            kept.module(module)
     for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks):
         for hook in hooks.values():
             kept.callable(hook)

@@ -103,6 +103,7 @@ class Graph:
     state: frozenset[str] = frozenset()  # parts of the result that the model takes back itself in its next call
     looked: list[tuple[str, str]] = field(default_factory=list)  # (module, line) that looked at a value
     trained: bool = False  # whether what training mode does is part of the labels
+    training: list[Node] = field(default_factory=list)  # the calls of a run in training mode, where that may be another one
     random_in_training: bool = False  # whether any run drew random numbers
 
     def __str__(self) -> str:
@@ -437,7 +438,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         outputs = [recorder.value(item) for _, item in chosen if isinstance(item, torch.Tensor)]
         if results is not None:
             results += [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in chosen]
-        steps, others = list(functions.steps), []
+        steps, others, in_training = list(functions.steps), [], []
         recorder.amend = None
         for tensors_of, other in more:
             entered(recorder, tensors_of)
@@ -445,9 +446,12 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         trained = reads_mode(modules) or bool(parameters.intersection(unread(recorder, recorder.nodes + recorder.extra)))
         if trained:
             twin.train()
-            again, call = next(asked.called(twin, swap))
+            with _disable_current_modes():
+                again, call = next(asked.called(twin, swap))
             entered(recorder, again)
+            before = len(recorder.extra)
             others += train_run(recorder, call, asked.outputs, state)
+            in_training = [] if recorder.stopped else recorder.extra[before:]
     calls += channels_of_bare_norms(recorder.nodes, symbols)
     forget(recorder, outputs)
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
@@ -489,6 +493,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         state=state,
         looked=list(dict.fromkeys(recorder.looked)),
         trained=trained and not recorder.stopped,
+        training=in_training,
         random_in_training=any(torch.Tag.nondeterministic_seeded in node.func.tags for node in (*recorder.nodes, *recorder.extra)),
     )
 
