@@ -90,8 +90,7 @@ class Sampled:
         return self.graph.training if training else self.graph.nodes
 
     def possible(self, training: bool = False) -> bool:
-        """Whether a run can be told from the recorded one by its calls, and made of them: no weights that are made of whole ones, no random
-        numbers, and no numbers among the outputs."""
+        """Whether calls tell a run from the recorded one: no weights that are made of whole ones, no random numbers, no plain numbers as outputs."""
         nodes, plan = self.nodes(training), self.plan
         if not nodes or plan.parts or plan.gains or self.graph.numbers:
             return False
