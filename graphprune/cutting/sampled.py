@@ -134,8 +134,8 @@ def shared(model: nn.Module, plan: Plan | None = None, long: bool = False) -> tu
             memory.add(twin.untyped_storage()._cdata)
         else:
             data = longer(tensor.detach(), long)
-            zero = plan is not None and name not in plan.numbers and (data.is_floating_point() or data.is_complex() or data.dtype is torch.bool)
-            memo[id(tensor)] = without(data, plan, name, gone) if zero else data.clone()
+            counts = not (data.is_floating_point() or data.is_complex() or data.dtype is torch.bool)
+            memo[id(tensor)] = data.clone() if plan is None or counts or name in plan.numbers else without(data, plan, name, gone)
     return gathered(duplicate(model, memo)), names, memory
 
 
@@ -178,10 +178,10 @@ class _Functions(TorchFunctionMode):
         if func in LEAVING:
             raise Parted(f"{func} gives memory away")
         body = self.bodies[func]
-        if body is not None:
-            with self:
-                return body(*args, **(kwargs or {}))
-        return DIRECT.get(func, func)(*args, **(kwargs or {}))
+        if body is None:
+            return DIRECT.get(func, func)(*args, **(kwargs or {}))
+        with self:
+            return body(*args, **(kwargs or {}))
 
 
 class _Followed(TorchDispatchMode):
