@@ -36,7 +36,7 @@ MOST = 200_000_000  # numbers of a model of which a copy in float64 is made
 LONG, SHORT, STEP = 128, 64, 32  # a length from 128 on becomes 64 and what it has beyond a multiple of 32: networks halve pictures five times
 RUNNING = ("running_mean", "running_var")  # a batch norm in training mode writes into them, which its schema does not say
 # After these, memory may be written where no call shows it.
-LEAVING = frozenset((Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__, Tensor.share_memory_))
+LEAVING: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__, Tensor.share_memory_))
 COPIES = frozenset((torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default))
 PRODUCTS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.bmm.default))
 NUMBER, LIFTED = torch.ops.aten.scalar_tensor.default, torch.ops.aten.lift_fresh.default
