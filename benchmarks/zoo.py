@@ -128,13 +128,14 @@ def ended(name: str, code: int | None) -> dict:
     return {"name": name, "verdict": "FAIL", "kind": name.split("/")[0], "commit": COMMIT, "why": why}
 
 
-def measure(todo: list[str], jobs: int, limit: float, report) -> list[dict]:
+def measure(todo: list[str], jobs: int, limit: float, report, work=one) -> list[dict]:
+    """The row of every name, each from ``work(name, send, limit)`` in a process of its own."""
     rows, running, queue = [], [], list(todo)
     context = mp.get_context("fork")
     while queue or running:
         while queue and len(running) < jobs:
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=one, args=(queue[0], send, limit))
+            process = context.Process(target=work, args=(queue[0], send, limit))
             process.start()
             send.close()
             running.append((queue.pop(0), process, receive))
