@@ -1,11 +1,15 @@
 """The command line: every command from a text to a result, recipes that give the same bytes, errors in a sentence with a status, no files in part."""
 
+import contextlib
+import io
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -120,7 +124,43 @@ def test_report_export_and_repair(net, capsys):
     assert Path("better/model.safetensors").read_bytes() == Path("twice/model.safetensors").read_bytes()
 
 
+MADE = [
+    ("inspect", [], "a.json", 0), ("plan", ["-r", "30%"], "a.json", 1), ("report", ["-r", "50%"], "a.html", 1),
+    ("sensitivity", ["--ratios", "50%"], "a.csv", 1), ("sensitivity", ["--ratios", "50%"], "a.svg", 1), ("tradeoff", ["--shares", "50%"], "a.csv", 1),
+    ("tradeoff", ["--shares", "50%"], "a.png", 1), ("export", [], "a.pt2", 1), ("export", [], "a.ts", 1), ("export", [], "a.onnx", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "options", "name", "seeded"), MADE, ids=[f"{made[0]} {made[2]}" for made in MADE])
+def test_what_a_command_writes_comes_with_a_recipe_that_gives_the_same_bytes(net, capsys, command, options, name, seeded):
+    for needed in {".png": ["matplotlib"], ".svg": ["matplotlib"], ".onnx": ["onnx", "onnxscript"]}.get(Path(name).suffix, ()):
+        pytest.importorskip(needed)
+    out(capsys, command, net, *INPUT, *options, "-o", f"first/{name}")
+    assert {path.name for path in Path("first").iterdir()} == {name, f"{name}.recipe.yaml"}
+    out(capsys, "run", f"first/{name}.recipe.yaml", "-o", f"second/{name}")
+    first = Path("first", name).read_bytes()
+    assert first and first == Path("second", name).read_bytes()
+    out(capsys, command, net, *INPUT, *options, "--seed", "1", "-o", f"third/{name}")
+    assert not seeded or first != Path("third", name).read_bytes()  # control: other weights, other bytes
+
+
+def test_results_of_a_comparison_and_of_a_timing_are_kept(net, capsys):
+    out(capsys, "shrink", net, *INPUT, "-r", "50%", "-o", "small")
+    out(capsys, "plan", net, *INPUT, "-r", "25%", "-o", "other.json")
+    out(capsys, "compare", "small", "other.json", "-o", "differences.json")
+    assert json.loads(Path("differences.json").read_text())["rows"]
+    out(capsys, "run", "differences.json.recipe.yaml", "-o", "again.json")
+    assert Path("differences.json").read_bytes() == Path("again.json").read_bytes()
+    out(capsys, "measure", "small", *INPUT, "--against", net, "--seconds", "0.05", "--threads", "1", "-o", "time.json")
+    assert json.loads(Path("time.json").read_text())["seconds"] > 0
+    out(capsys, "run", "time.json.recipe.yaml", "-o", "later.json")
+    assert json.loads(Path("later.json").read_text())["threads"] == 1
+
+
 WRONG = [
+    (["inspect", "mynet.py:net"], 2, "--input"),
+    (["inspect", "mynet.py:net", "-i", "ids=1x3", "-i", "2x3"], 1, "name all of them or none"),
+    (["inspect", "mynet.py:net", "-i", "missing.npy"], 1, "holds no input"),
     (["plan", "nothing", *INPUT], 1, "'nothing' is no model"),
     (["plan", "mynet.py:nett", *INPUT], 1, "has no 'nett'; there are"),
     (["plan", "other.py:net", *INPUT], 1, "there is no file other.py"),
@@ -148,15 +188,69 @@ WRONG = [
     (["export", "mynet.py:net", *INPUT, "-o", "x.bin"], 1, "one of onnx"),
     (["sensitivity", "mynet.py:net", *INPUT, "--evaluate", "mynet.py:nothing"], 1, "is no function"),
     (["list", "colours"], 1, "no kind 'colours'"),
+    (["doctor", "--verbose"], 2, "No such option"),
+    (["shrink", "mynet.py:net", *INPUT, "-r", "1.5", "-o", "x"], 1, "ratio"),
+    (["shrink", "mynet.py:net", *INPUT, "--keep", "9", "-o", "x"], 1, "fits no module or parameter"),
+    (["shrink", "mynet.py:net", *INPUT, "--what", "feathers", "-o", "x"], 1, "feathers"),
+    (["repair", "nowhere", "-c", "x", "-o", "y"], 1, "no folder that graphprune shrink wrote"),
+    (["measure", "mynet.py:net", *INPUT, "--runtime", "abacus"], 1, "it is one of"),
+    (["measure", "mynet.py:net", *INPUT, "--threads", "0"], 1, "whole number from 1 on"),
+    (["sensitivity", "mynet.py:net", *INPUT, "--ratios", "half"], 3, "half"),
+    (["sensitivity", "mynet.py:net", *INPUT, "--ratios", "50%", "-o", "x.docx"], 1, "pictures are written as"),
+    (["tradeoff", "mynet.py:net", *INPUT, "--by", "taste"], 1, "taste"),
+    (["tradeoff", "mynet.py:net", *INPUT, "--shares", "0.1%"], 3, "0.1%"),
+    (["export", "mynet.py:net", *INPUT, "-o", "mynet.py/x.pt2"], 1, "cannot be written"),
+    (["export", "mynet.py:net", *INPUT], 2, "--out"),
+    (["report", "mynet.py:net", *INPUT, "--plan", "none.json"], 1, "cannot be read"),
+    (["report", "mynet.py:net", *INPUT, "-r", "50%", "-o", "mynet.py/r.html"], 1, "cannot be written"),
+    (["compare", "mynet.py"], 2, "Missing argument"),
+    (["run", "none.yaml"], 1, "is no recipe"),
 ]
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+
+
+def plain(text):
+    """What was printed, without the frames that the parser draws."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
+
+
+def row(arguments, status, text):
+    """A line of the table of mistakes: the command, its status, and the sentence."""
+    sentence = plain(text).split("graphprune: ")[-1] if status != 2 else re.sub(r"^.* Error ", "", plain(text))
+    return f"| `graphprune {shlex.join(arguments)}` | {status} | {sentence[:150] + ('…' if len(sentence) > 150 else '')} |".replace("||", "| |")
 
 
 @pytest.mark.parametrize(("arguments", "status", "words"), WRONG, ids=[" ".join(w[0][:1] + w[0][-2:]) for w in WRONG])
 def test_mistakes_are_a_sentence_and_a_status(net, capsys, arguments, status, words):
     before = {path.name for path in Path().iterdir()}
     text = out(capsys, *arguments, status=status)
-    assert words in " ".join(text.split()).replace("│ ", "") and "Traceback" not in text
+    assert words in plain(text) and "Traceback" not in text
     assert {path.name for path in Path().iterdir()} - before <= {"__pycache__"}
+    assert status == 2 or row(arguments, status, text) in PAGE.read_text(), "python tests/test_command.py writes the table of docs/cli.md anew"
+
+
+def test_every_command_has_its_mistakes():
+    from graphprune.commands.work import COMMANDS
+
+    assert {arguments[0] for arguments, *_ in WRONG} >= set(COMMANDS)
+
+
+def write_table():
+    """The table of mistakes in docs/cli.md, from what the commands say."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        Path("mynet.py").write_text(textwrap.dedent(NET))
+        for arguments, status, _ in sorted(WRONG, key=lambda wrong: wrong[0][0]):
+            stream = io.StringIO()
+            with contextlib.redirect_stderr(stream):
+                assert main(list(arguments)) == status, arguments
+            rows.append(row(arguments, status, stream.getvalue()))
+    text = PAGE.read_text()
+    head = "| command | status | says |\n|---|---|---|\n"
+    PAGE.write_text(text[: text.index(head) + len(head)] + "\n".join(rows) + "\n")
 
 
 def test_models_and_inputs_from_texts(net, tmp_path):
@@ -222,3 +316,7 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     for line in commands:
         assert line.startswith("graphprune ") and main(shlex.split(line)[1:]) == 0, (line, capsys.readouterr().err)
     assert Path("small/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
+if __name__ == "__main__":
+    write_table()

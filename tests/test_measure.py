@@ -1,5 +1,8 @@
 """Timing: what interleaved medians recover from a synthetic clock, and that the user's state survives."""
 
+import time
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +110,73 @@ def test_other_runtimes_compute_the_same(runtime):
     wanted = net(*given, torch.tensor(2.0))
     for mine, theirs in zip(list(found.values()) if hasattr(found, "values") else found, wanted.values(), strict=True):
         torch.testing.assert_close(torch.as_tensor(np.array(mine)), theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+class Branch(nn.Module):
+    """Control flow on values, which torch.export refuses and a trace decides once."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.a = kind, nn.Linear(8, 3)
+
+    def forward(self, x):
+        if self.kind == "sign" and x.sum() > 1e9:
+            return self.a(-x)
+        if self.kind == "number":
+            return self.a(x) * min(1.0, float(x.abs().max()) + 2)
+        rounds = int((x > -1e9).sum()) // x.numel() if self.kind == "count" else 1
+        return sum(self.a(x) for _ in range(rounds))
+
+
+def opset(file):
+    import onnx
+
+    return onnx.load_from_string(file).opset_import[0].version
+
+
+@pytest.mark.parametrize("kind", ["sign", "number", "count"])
+def test_onnx_is_written_by_the_new_exporter_and_by_the_old_one_with_a_word(kind, monkeypatch):
+    pytest.importorskip("onnxscript")
+    from graphprune.timing.runtimes import prepare, to_onnx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert opset(to_onnx(NET, (X,), {})) >= 18
+    net = Branch(kind).eval()
+    with pytest.warns(UserWarning, match="older exporter.*cannot be used"):
+        assert opset(to_onnx(net, (X,), {})) == 17
+    pytest.importorskip("onnxruntime")
+    with pytest.warns(UserWarning, match="older exporter"):
+        outputs = prepare(net, (X,), {}, "onnxruntime", 1)()
+    torch.testing.assert_close(torch.as_tensor(outputs[0]), net(X).detach(), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="onnxscript is not installed"):
+        to_onnx(NET, (X,), {})
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_of_a_session_do_not_wait_on_the_cores_of_the_next_one(threads):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from graphprune.timing.runtimes import prepare, to_onnx
+
+    wide, x = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval(), torch.randn(256, 512)
+
+    def idle(call):
+        """Processor seconds in the pauses between calls."""
+        call()
+        seconds = []
+        for _ in range(9):
+            call()
+            start = time.process_time()
+            time.sleep(0.02)
+            seconds.append(time.process_time() - start)
+        return float(np.median(seconds))
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(to_onnx(wide, (x,), {}), options, providers=["CPUExecutionProvider"])
+    assert idle(prepare(wide, (x,), {}, "onnxruntime", threads)) < 1e-3
+    assert idle(lambda: session.run(None, {"x0": x.numpy()})) > 1e-3  # control: as ONNX Runtime is by itself
 
 
 def test_bad_measures_say_what_to_do():

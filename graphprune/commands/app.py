@@ -48,6 +48,7 @@ Steps = Annotated[str | None, typer.Option(help="How to repair: a name of `graph
 Time = Annotated[bool, typer.Option("--time", help="Also measure against the original.")]
 Evaluate = Annotated[str | None, typer.Option(help="file.py:function, model in, number out, larger is better; default: closeness to the original's outputs.")]
 Out = Annotated[str | None, typer.Option("--out", "-o", help="The file to write.")]
+Results = Annotated[str | None, typer.Option("--out", "-o", help="Write the results as JSON to this file, and a recipe beside it.")]
 Folder = Annotated[str, typer.Option("--out", "-o", help="The folder to write; it holds the weights, the plan and a recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -72,7 +73,7 @@ class Interrupted(BaseException):
 
 
 @app.command(epilog="Example: graphprune inspect net.py:net -i 1x3x224x224")
-def inspect(model: Model, input: Input, weights: Weights = None, seed: Seed = 0, json: Json = False) -> None:
+def inspect(model: Model, input: Input, weights: Weights = None, seed: Seed = 0, out: Results = None, json: Json = False) -> None:
     """Show what a model computes, which groups are coupled, and what stays whole and why."""
     _run("inspect", dict(locals()))
 
@@ -117,7 +118,7 @@ def repair(
 def measure(
     model: Model, input: Input, against: Annotated[str | None, typer.Option(help="The model to compare with, timed in turn.")] = None,
     runtime: RuntimeName = None, threads: Threads = None, seconds: Annotated[float, typer.Option(help="At most so long.")] = 10.0,
-    weights: Weights = None, seed: Seed = 0, json: Json = False,
+    weights: Weights = None, seed: Seed = 0, out: Results = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Time a model, with the band and the control that say how sure it is."""
     _run("measure", dict(locals()))
@@ -174,6 +175,7 @@ def report(
 def compare(
     plan: Annotated[str, typer.Argument(help="A plan.json, or a folder that shrink wrote.")],
     other: Annotated[str, typer.Argument(help="The plan to compare it with.")],
+    out: Results = None,
     json: Json = False,
 ) -> None:
     """Say where two plans of one model differ."""

@@ -30,8 +30,8 @@ from ..catalogue import KINDS, table
 from ..checkpoint.scoring import STREAMED
 from ..cutting.plan import Plan, plan_of
 from ..errors import BadFile, BadOption, BadPlan, GraphpruneError
-from ..formats.atomic import write
 from ..formats.recipe import RECIPE, read_recipe, recipe_text
+from ..insight.axes import filed
 from ..options import Repair, Runtime, Widths
 from ..quantities import amount
 from ..tracing.trees import normal_inputs, tensors
@@ -86,7 +86,8 @@ def inspect(**arguments: Any) -> Outcome:
     graph = trace(setting.model, setting.example)
     groups = couple(graph)
     cost = profile(setting.model, setting.example)
-    return Outcome(f"{cost}\n\n{graph}\n\n{groups}", {"cost": asdict(cost), "groups": list(groups.table()), "whole": _wholes(groups.locked)})
+    data = {"cost": asdict(cost), "groups": list(groups.table()), "whole": _wholes(groups.locked)}
+    return _kept(Outcome(f"{cost}\n\n{graph}\n\n{groups}", data), "inspect", arguments)
 
 
 def _wholes(locked: dict) -> list[dict[str, Any]]:
@@ -148,7 +149,7 @@ def _checkpoint(arguments: dict[str, Any]) -> Outcome:
 def _saved(small: nn.Module, command: str, arguments: dict[str, Any]) -> Path:
     """The folder, with the recipe that makes it again."""
     folder = save(small, _place(arguments))
-    write(folder / RECIPE, recipe_text(command, {name: value for name, value in arguments.items() if name != "json"}))
+    _recipe(folder / RECIPE, command, arguments)
     return folder
 
 
@@ -161,13 +162,27 @@ def _place(arguments: dict[str, Any]) -> str:
 def _write(file: str, text: str, command: str, arguments: dict[str, Any]) -> Path:
     """A file and the recipe beside it."""
     path = Path(file)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, text)
-        write(path.with_name(f"{path.name}.{RECIPE}"), recipe_text(command, arguments))
-    except OSError as error:
-        raise BadFile.of(error, f"{path} cannot be written: {error.strerror or error}") from error
+    with filed(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return _with_recipe(path, command, arguments)
+
+
+def _with_recipe(path: Path, command: str, arguments: dict[str, Any]) -> Path:
+    """What was written, with the recipe that makes it again beside it."""
+    _recipe(path.with_name(f"{path.name}.{RECIPE}"), command, arguments)
     return path
+
+
+def _recipe(file: Path, command: str, arguments: dict[str, Any]) -> None:
+    with filed(file) as part:
+        part.write_text(recipe_text(command, {name: value for name, value in arguments.items() if name != "json"}), encoding="utf-8")
+
+
+def _kept(outcome: Outcome, command: str, arguments: dict[str, Any]) -> Outcome:
+    """What a command has to say, also as JSON in a file where one is named."""
+    if arguments.get("out"):
+        _write(arguments["out"], as_json(outcome), command, arguments)
+    return outcome
 
 
 def repair(**arguments: Any) -> Outcome:
@@ -184,7 +199,7 @@ def repair(**arguments: Any) -> Outcome:
     better = repaired(small, setting.model, plan_of(small), setting.batches, arguments.get("steps") or "auto")
     kept = {**whole, **{name: arguments.get(name) for name in ("steps", "out")}, "model": first["model"], "of": str(folder)}
     target = save(better, _place(arguments))
-    write(target / RECIPE, recipe_text("repair", kept))
+    _recipe(target / RECIPE, "repair", kept)
     return Outcome(f"{plan_of(better)}\n\nsaved in {target}", {"folder": str(target)})
 
 
@@ -192,8 +207,8 @@ def measure(**arguments: Any) -> Outcome:
     setting = Setting(**arguments)
     reference = model_of(arguments["against"], arguments.get("weights"), arguments.get("seed", 0)) if arguments.get("against") else None
     options = {"runtime": arguments.get("runtime") or "eager", "threads": arguments.get("threads"), "seconds": arguments.get("seconds") or 10.0}
-    found = measured(setting.model, setting.example, reference, **options)
-    return Outcome(str(found), asdict(found))
+    timing = measured(setting.model, setting.example, reference, **options)
+    return _kept(Outcome(str(timing), asdict(timing)), "measure", arguments)
 
 
 def _evaluate(setting: Setting, text: str | None) -> Callable[[nn.Module], Any]:
@@ -243,6 +258,7 @@ def _tabled(command: str, found: Any, data: dict[str, Any], arguments: dict[str,
         _write(out, found.to_csv(), command, arguments)
     elif out:
         found.plot(out)
+        _with_recipe(Path(out), command, arguments)
     return Outcome(str(found), data)
 
 
@@ -263,20 +279,16 @@ def export(**arguments: Any) -> Outcome:
     if kind not in EXPORTS:
         raise BadOption(f"--to is {kind!r}; it is one of {', '.join(EXPORTS)} (or --out ends in .onnx, .pt2 or .ts)")
     args, kwargs = normal_inputs(setting.example, None)
-    part = out.with_name(f".{out.name}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        EXPORTS[kind](setting.model.eval(), args, kwargs, part)
-        part.replace(out)
+        with filed(out) as part:
+            EXPORTS[kind](setting.model.eval(), args, kwargs, part)
     except GraphpruneError:
         raise
     except ImportError as error:
         raise BadOption(f"exporting as {kind} needs a library: {error}; pip install 'graphprune[export]'") from error
     except Exception as error:
         raise BadOption(f"the model cannot be exported as {kind}: {type(error).__name__}: {str(error)[:500]}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    size = out.stat().st_size
+    size = _with_recipe(out, "export", arguments).stat().st_size
     return Outcome(f"{out}: {size:,} bytes", {"file": str(out), "bytes": size, "as": kind})
 
 
@@ -296,8 +308,8 @@ def _program(model: nn.Module, args: tuple, kwargs: dict, file: Path) -> None:
 
 
 def _torchscript(model: nn.Module, args: tuple, kwargs: dict, file: Path) -> None:
-    with torch.no_grad():
-        torch.jit.save(torch.jit.trace(model, args or None, example_kwarg_inputs=kwargs or None), str(file))
+    with torch.no_grad(), file.open("wb") as stream:  # the name of a file would be written into it
+        torch.jit.save(torch.jit.trace(model, args or None, example_kwarg_inputs=kwargs or None), stream)
 
 
 EXPORTS: dict[str, Callable[[nn.Module, tuple, dict, Path], None]] = {"onnx": _onnx, "program": _program, "torchscript": _torchscript}
@@ -328,12 +340,14 @@ def report(**arguments: Any) -> Outcome:
         extra["tradeoff"] = found_tradeoff(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), measure=False)
     score = _score(arguments.get("score") or "l2", setting)
     path = reported(setting.model, setting.example, chosen, arguments.get("out") or "report.html", asked=asked, score=score, **extra)
+    _with_recipe(path, "report", arguments)
     return Outcome(f"{path}: {path.stat().st_size:,} bytes", {"file": str(path), "bytes": path.stat().st_size})
 
 
 def compare(**arguments: Any) -> Outcome:
-    found = plan_at(arguments["plan"]).compare(plan_at(arguments["other"]))
-    return Outcome(str(found) if len(found) else "the plans do the same", {"rows": list(found)})
+    differences = plan_at(arguments["plan"]).compare(plan_at(arguments["other"]))
+    text = str(differences) if len(differences) else "the plans do the same"
+    return _kept(Outcome(text, {"rows": list(differences)}), "compare", arguments)
 
 
 def doctor(**_: Any) -> Outcome:
@@ -396,5 +410,10 @@ COMMANDS: dict[str, Callable[..., Outcome]] = {
 }  # fmt: skip
 
 
-def printed(outcome: Outcome, as_json: bool) -> None:
-    sys.stdout.write((json.dumps(outcome.data, indent=2, default=str) if as_json else outcome.text) + "\n")
+def as_json(outcome: Outcome) -> str:
+    return json.dumps(outcome.data, indent=2, default=str) + "\n"
+
+
+def printed(outcome: Outcome, machine: bool) -> None:
+    """For people, or as JSON for machines."""
+    sys.stdout.write(as_json(outcome) if machine else outcome.text + "\n")

@@ -33,9 +33,16 @@ READY, PART = ".graphprune.ready", ".graphprune.part"
 
 def write(path: Path, text: str) -> None:
     """Replace one file by ``text``."""
-    part = path.with_name(_name())
-    try:
+    with replacement(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """A place to write what replaces ``path`` in the end, with the same suffix; where the writing fails, ``path`` is as it was."""
+    part = path.with_name(f"{_name()}{path.suffix}")
+    try:
+        yield part
         sync(part)
         os.replace(part, path)
         sync(path.parent)

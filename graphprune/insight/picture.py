@@ -11,7 +11,7 @@ from torch import nn
 from ..coupling.groups import couple
 from ..cutting.plan import Plan
 from ..tracing.trace import trace
-from .axes import axes_for, drawn
+from .axes import axes_for, drawn, filed
 from .chart import Chart, chart, spread
 from .svg import PALETTE, chart_svg
 
@@ -28,7 +28,8 @@ def picture(model: nn.Module, example_input: Any, plan: Plan | None = None, targ
     """
     drawing = chart(couple(trace(model, example_input, example_kwargs)), plan.outline if plan is not None else None)
     if isinstance(target, str | Path) and str(target).endswith(".svg"):
-        Path(target).write_text(chart_svg(drawing, colours=True), encoding="utf-8")
+        with filed(Path(target)) as part:
+            part.write_text(chart_svg(drawing, colours=True), encoding="utf-8")
         return Path(target)
     axes = axes_for(target, 9 + 0.25 * drawing.columns, 1 + 0.24 * len(drawing.rows))
     _draw(drawing, axes)

@@ -16,12 +16,12 @@ from ..coupling.groups import Groups
 from ..cutting.describe import headline, whole_lines, widths_of
 from ..cutting.outline import Outline
 from ..cutting.plan import Plan, plan_of
-from ..errors import BadFile, BadPlan, GraphpruneError
-from ..formats.atomic import write
+from ..errors import BadPlan, GraphpruneError
 from ..quantities import count, share
 from ..tables import Table
 from ..timing.measure import Measurement
 from ..version import VERSION
+from .axes import filed
 from .chart import Chart, chart
 from .sensitivity import Sensitivity
 from .study import Study
@@ -95,7 +95,10 @@ def report(
         + "".join(f'<section id="{key}"><h2>{escape(name)}</h2>{body}</section>' for key, name, body in shown)
         + f'<p class="dim">graphprune {escape(VERSION)}</p></body></html>\n'
     )
-    return _written(text, Path(file))
+    path = Path(file)
+    with filed(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
 
 
 def _belongs(plan: Plan, groups: Groups) -> None:
@@ -107,16 +110,6 @@ def _belongs(plan: Plan, groups: Groups) -> None:
             raise BadPlan(
                 f"the plan was made for {name} of shape {tuple(shape)}, this model's has {tuple(leaves[name].shape)}; give the original, not the cut model"
             )
-
-
-def _written(text: str, file: Path) -> Path:
-    """The file with this text, or as it was; raises :class:`~graphprune.errors.BadFile` where it cannot be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, text)
-    except OSError as error:
-        raise BadFile.of(error, f"{file} cannot be written: {error.strerror or error}") from error
-    return file
 
 
 def _card(name: str, value: str, note: str = "") -> str:

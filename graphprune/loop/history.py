@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from ..insight.axes import axes_for, drawn
 
 HEAD = ("round", "asked", "parameters", "MACs", "after the cut", "after training")
 
@@ -75,9 +76,9 @@ class History:
     def plot(self, target: Any = None) -> Any:
         """Accuracy against the MACs left, after each cut and after each training; returns the axes.
 
-        ``target`` is a file to write, matplotlib axes to draw on, or nothing. Needs matplotlib (``pip install graphprune[plot]``).
+        ``target`` is a file to write, matplotlib axes to draw on, or nothing. Needs matplotlib (``pip install 'graphprune[report]'``).
         """
-        axes = target if hasattr(target, "plot") else _axes()
+        axes = axes_for(target)
         whole = self.rows[0].macs
         for name, style in (("trained", "o-"), ("cut", "x--")):
             points = [(row.macs / whole, getattr(row, name)) for row in self.rows if getattr(row, name) is not None]
@@ -85,9 +86,7 @@ class History:
         axes.set_xlabel("MACs left")
         axes.set_ylabel("evaluate")
         axes.legend()
-        if isinstance(target, str | Path):
-            axes.figure.savefig(target)
-        return axes
+        return drawn(axes, target)
 
     def to_dict(self) -> list[dict]:
         return [asdict(row) for row in self.rows]
@@ -95,11 +94,3 @@ class History:
     @classmethod
     def from_dict(cls, rows: list[Mapping[str, Any]]) -> History:
         return cls(tuple(Row(**row) for row in rows))
-
-
-def _axes() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("History.plot needs matplotlib: pip install 'graphprune[plot]'") from error
-    return Figure(figsize=(6, 4), layout="constrained").subplots()

@@ -7,6 +7,7 @@ A runtime is a record of the catalogue: a name, a line, and a function ``(model,
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -98,13 +99,25 @@ def _compiled(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) 
 
 
 def to_onnx(model: nn.Module, args: tuple, kwargs: dict) -> bytes:
-    """The model as an ONNX file; inputs are named x0, x1 … in the order of the given tensors."""
-    given = tuple(tensors((args, kwargs), torch.Tensor))
-    file = io.BytesIO()
-    names = [f"x{index}" for index in range(len(given))]
+    """The model as an ONNX file; inputs are named x0, x1 … in the order of the given tensors.
+
+    Written by torch's exporter over ``torch.export``, which needs onnxscript; by the older one, with a warning, where it is not installed or fails.
+    """
+    inputs = tuple(tensors((args, kwargs), torch.Tensor))
+    flat, names = Flat(model, args, kwargs).eval(), [f"x{index}" for index in range(len(inputs))]
+    reason = "onnxscript is not installed" if importlib.util.find_spec("onnxscript") is None else ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(Flat(model, args, kwargs).eval(), given, file, input_names=names, opset_version=17, dynamo=False)  # pyright: ignore[reportArgumentType]
+        if not reason:
+            try:
+                program = torch.onnx.export(flat, inputs, input_names=names, dynamo=True, verbose=False)
+                assert program is not None  # with dynamo it returns one
+                return program.model_proto.SerializeToString()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        file = io.BytesIO()
+        torch.onnx.export(flat, inputs, file, input_names=names, opset_version=17, dynamo=False)  # pyright: ignore[reportArgumentType]
+    warnings.warn(f"ONNX: written by torch's older exporter, since the one over torch.export cannot be used ({reason})", stacklevel=2)
     return file.getvalue()
 
 
@@ -114,6 +127,8 @@ def _onnxruntime(model: nn.Module, args: tuple, kwargs: dict, threads: int | Non
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or torch.get_num_threads()
+    # Threads that wait for the next call keep their cores busy, and those of the other models that are timed in turn would find none.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(to_onnx(model, args, kwargs), options, providers=["CPUExecutionProvider"])
     known = {item.name for item in session.get_inputs()}
     feed = {f"x{index}": tensor.detach().cpu().contiguous().numpy() for index, tensor in enumerate(tensors((args, kwargs), torch.Tensor))}
@@ -150,5 +165,5 @@ def _openvino(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) 
 
 enter("runtime", "eager", "PyTorch as it is", _eager, fuses=False, install="torch", plain=True)
 enter("runtime", "compile", "torch.compile", _compiled, fuses=True, install="torch", plain=True)
-enter("runtime", "onnxruntime", "ONNX Runtime on the processor", _onnxruntime, fuses=True, install="onnxruntime onnx", plain=False)
+enter("runtime", "onnxruntime", "ONNX Runtime on the processor", _onnxruntime, fuses=True, install="onnxruntime onnx onnxscript", plain=False)
 enter("runtime", "openvino", "OpenVINO on the processor", _openvino, fuses=True, install="openvino", plain=False)
