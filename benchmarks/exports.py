@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import Rows, commit, made_by
+from common import Rows, made_by
 from torch import nn
 from zoo import grow, measure
 from zoo_models import build
@@ -38,18 +38,20 @@ from graphprune.timing.runtimes import Flat
 from graphprune.tracing.trees import tensors
 
 NAMES = """torchvision/resnet18 timm/vit_tiny_patch16_224 transformers/text/bert timm/mobilenetv3_small_050 torchvision/squeezenet1_1 timm/convnext_atto
-transformers/causal/llama ultralytics/yolov8n torchvision/shufflenet_v2_x0_5 timm/ghostnet_100 smp/Unet transformers/text/distilbert torchvision/mobilenet_v2
-timm/mixer_s16_224 diffusers/unet2d transformers/causal/gpt2 torchvision/mnasnet0_5 timm/regnetx_002 timm/lcnet_050 transformers/text/roberta torchvision/resnet50
-timm/deit_tiny_patch16_224 transformers/image/vit torchvision/regnet_y_400mf timm/repvgg_a0 timm/mobileone_s0 transformers/causal/qwen2 ultralytics/yolo11n
-timm/starnet_s1 timm/edgenext_xx_small transformers/seq2seq/t5 segmentation/lraspp_mobilenet_v3_large torchvision/efficientnet_b0 timm/tinynet_e
-timm/mobilenetv4_conv_small transformers/causal/opt timm/efficientvit_b0 smp/FPN transformers/image/dinov2 torchvision/googlenet timm/efficientvit_m0
-timm/mobilevit_xxs transformers/text/electra diffusers/vae timm/levit_128s timm/convnextv2_atto transformers/causal/gpt_neox timm/resmlp_12_224
-transformers/text/albert timm/fastvit_t8 torchvision/densenet121 timm/selecsls42 transformers/causal/phi timm/efficientformer_l1 smp/DeepLabV3Plus
-transformers/seq2seq/bart timm/mobilenetv2_050 transformers/image/segformer timm/dla34 torchvision/regnet_x_400mf timm/vovnet39a transformers/causal/gemma
-timm/poolformer_s12 timm/pit_ti_224 diffusers/dit transformers/text/mpnet timm/cs3darknet_s torchvision/resnext50_32x4d video/r3d_18 timm/gernet_s
-transformers/causal/bloom timm/hgnetv2_b0 timm/repvit_m0_9 transformers/text/modernbert segmentation/deeplabv3_mobilenet_v3_large timm/xcit_nano_12_p16_224
-torchvision/swin_t transformers/image/convnext timm/rexnet_100 timm/hrnet_w18_small transformers/causal/mistral smp/Linknet timm/inception_next_tiny
-torchvision/convnext_tiny timm/mambaout_femto transformers/image/swin timm/mobilevitv2_050 timm/pvt_v2_b0 transformers/causal/falcon""".split()
+transformers/causal/llama ultralytics/yolov8n torchvision/shufflenet_v2_x0_5 timm/ghostnet_100 smp/Unet transformers/text/distilbert
+torchvision/mobilenet_v2 timm/mixer_s16_224 diffusers/unet2d transformers/causal/gpt2 torchvision/mnasnet0_5 timm/regnetx_002 timm/lcnet_050
+transformers/text/roberta torchvision/resnet50 timm/deit_tiny_patch16_224 transformers/image/vit torchvision/regnet_y_400mf timm/repvgg_a0
+timm/mobileone_s0 transformers/causal/qwen2 ultralytics/yolo11n timm/starnet_s1 timm/edgenext_xx_small transformers/seq2seq/t5
+segmentation/lraspp_mobilenet_v3_large torchvision/efficientnet_b0 timm/tinynet_e timm/mobilenetv4_conv_small transformers/causal/opt
+timm/efficientvit_b0 smp/FPN transformers/image/dinov2 torchvision/googlenet timm/efficientvit_m0 timm/mobilevit_xxs transformers/text/electra
+diffusers/vae timm/levit_128s timm/convnextv2_atto transformers/causal/gpt_neox timm/resmlp_12_224 transformers/text/albert timm/fastvit_t8
+torchvision/densenet121 timm/selecsls42 transformers/causal/phi timm/efficientformer_l1 smp/DeepLabV3Plus transformers/seq2seq/bart
+timm/mobilenetv2_050 transformers/image/segformer timm/dla34 torchvision/regnet_x_400mf timm/vovnet39a transformers/causal/gemma timm/poolformer_s12
+timm/pit_ti_224 diffusers/dit transformers/text/mpnet timm/cs3darknet_s torchvision/resnext50_32x4d video/r3d_18 timm/gernet_s
+transformers/causal/bloom timm/hgnetv2_b0 timm/repvit_m0_9 transformers/text/modernbert segmentation/deeplabv3_mobilenet_v3_large
+timm/xcit_nano_12_p16_224 torchvision/swin_t transformers/image/convnext timm/rexnet_100 timm/hrnet_w18_small transformers/causal/mistral smp/Linknet
+timm/inception_next_tiny torchvision/convnext_tiny timm/mambaout_femto transformers/image/swin timm/mobilevitv2_050 timm/pvt_v2_b0
+transformers/causal/falcon""".split()
 CLOSE = 1e-3  # the largest difference of outputs, as a share of the largest output; quantised models are only run
 SHORTEST = 2  # samples of the example; the other batch has one more
 
@@ -324,21 +326,25 @@ def page(rows: list[dict[str, Any]], known: Rows) -> str:
     worse = [f"{name} to {TARGETS[target][0]}" for name, target, pair in pairs if regressed(pair)]
     both = sum(pair[0]["passes"] and pair[1]["passes"] for _, _, pair in pairs)
     only = sum(not pair[0]["passes"] and pair[1]["passes"] for _, _, pair in pairs)
-    counts = ", ".join(f"{TARGETS[target][0]} {sum(row[target][1]['passes'] for row in rows if target in row)} of {sum(target in row for row in rows)}" for target in targets)
+    reached = {target: [row[target][1]["passes"] for row in rows if target in row] for target in targets}
+    counts = ", ".join(f"{TARGETS[target][0]} {sum(passes)} of {len(passes)}" for target, passes in reached.items())
     sizes = [row["onnx"][0]["size"] / row["onnx"][1]["size"] for row in rows if "onnx" in row and all(part["passes"] for part in row["onnx"])]
     params = [row["params"][0] / row["params"][1] for row in rows if "onnx" in row and all(part["passes"] for part in row["onnx"])]
     smaller = f" ONNX files are {statistics.median(sizes):.2f} times smaller (median), parameters {statistics.median(params):.2f} times fewer." if sizes else ""
-    made = made_by("python benchmarks/exports.py --json exports.jsonl --out docs/exports.md", "onnx", "onnxscript", "onnxruntime", "openvino", "executorch", rows=known)
+    libraries = ("onnx", "onnxscript", "onnxruntime", "openvino", "executorch")
+    made = made_by("python benchmarks/exports.py --json exports.jsonl --out docs/exports.md", *libraries, rows=known)
+    verdict = f"{len(worse)} regressions{': ' + ', '.join(worse) if worse else ''}"
     return f"""# Exports: what the original exports to, the cut model exports to
 
 {made}
 
-{len(rows)} architectures with random weights, cut at ratio 0.5, and {len(targets)} targets: **{len(worse)} regressions{": " + ", ".join(worse) if worse else ""}**, {both} of {len(pairs)} pairs pass for both,
+{len(rows)} architectures with random weights, cut at ratio 0.5, and {len(targets)} targets: **{verdict}**, {both} of {len(pairs)} pairs pass for both,
 {only} for the cut model only. The cut model passes: {counts}.{smaller}
 
-A cell holds the largest difference between what was exported (original or cut) and the PyTorch model it was made from, as a share of the largest output; 1e-3 is allowed, and int8 (static
-quantisation of ONNX Runtime, calibrated on the example alone, of random weights) only has to run. The batch size is open (*fixed batch*: neither model's can be) but for ExecuTorch (XNNPACK) and torch.compile. ONNX comes from the
-dynamo exporter, OpenVINO reads that file. *Neither*: the reasons are below. Times are of a call with two samples, CPU time on one thread.
+A cell holds the largest difference between what was exported (original or cut) and the PyTorch model it was made from, as a share of the largest
+output; 1e-3 is allowed, and int8 (static quantisation of ONNX Runtime, calibrated on the example alone, of random weights) only has to run. The batch
+size is open (*fixed batch*: neither model's can be) but for ExecuTorch (XNNPACK) and torch.compile. ONNX comes from the dynamo exporter, OpenVINO reads
+that file. *Neither*: the reasons are below. Times are of a call with two samples, CPU time on one thread.
 
 {table(rows, targets)}
 

@@ -1,7 +1,7 @@
 """A report of every architecture of the zoo, cut in half: whether it is written, how large it is, and whether the same input gives the same bytes.
 
-    python benchmarks/reports.py --json reports.jsonl --out docs/reports.md            # run again to go on after a stop
-    python benchmarks/reports.py --json reports.jsonl --out docs/reports.md --table    # from the rows there are
+python benchmarks/reports.py --json reports.jsonl --out docs/reports.md            # run again to go on after a stop
+python benchmarks/reports.py --json reports.jsonl --out docs/reports.md --table    # from the rows there are
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ VOID = {"meta", "br", "hr", "img", "input", "link", "col", "circle", "rect", "pa
 def unbalanced(text: str) -> str:
     """The first tag of a page that is closed by another one; nothing where all are in order."""
     open_tags: list[str] = []
-    for end, tag, alone in re.findall(r"<(/?)([a-z][a-z0-9]*)[^<>]*?(/?)>", text.partition("</style>")[2]):
+    for end, tag, alone in re.findall(r"<(/?)([a-z][a-z0-9]*)[^<>]*?(/?)>", text.partition("</head>")[2]):
+        if tag == "html":
+            continue  # opened before
         if end:
             if not open_tags or open_tags.pop() != tag:
                 return tag
         elif not alone and tag not in VOID:
             open_tags.append(tag)
-    return next((tag for tag in open_tags if tag not in ("html", "head", "body")), "")
+    return open_tags[0] if open_tags else ""
 
 
 def one(name: str, send: Any, limit: float) -> None:
@@ -54,7 +56,8 @@ def one(name: str, send: Any, limit: float) -> None:
             files = [graphprune.report(model, args, plan, Path(folder) / f"{number}.html", example_kwargs=kwargs, asked={"ratio": 0.5}) for number in (0, 1)]
             row["seconds"] = (time.process_time() - start) / 2
             first, second = (file.read_bytes() for file in files)
-        row |= {"bytes": len(first), "same": first == second, "unbalanced": unbalanced(first.decode()), "groups": len(plan.outline.widths) if plan.outline else 0}
+        row |= {"bytes": len(first), "same": first == second, "unbalanced": unbalanced(first.decode())}
+        row["groups"] = len(plan.outline.widths) if plan.outline else 0
     except BaseException as error:
         row["why"] = f"{type(error).__name__}: {error}"[:300]
     finally:
@@ -70,13 +73,14 @@ def page(rows: list[dict[str, Any]], known: Rows) -> str:
     written = sorted((row for row in rows if "bytes" in row), key=lambda row: row["bytes"])
     kinds = Counter(row["name"].rpartition("/")[0] for row in rows)
     largest = ", ".join(f"{row['name']} {row['bytes'] / 1e3:.0f} kB" for row in written[:-4:-1])
-    wrong = [f"- {row['name']}: {row.get('why') or ('other bytes' if not row.get('same') else 'unbalanced ' + row['unbalanced'])}" for row in rows if not good(row)]
+    wrong = [f"- {row['name']}: {row.get('why') or row['unbalanced'] or 'other bytes'}" for row in rows if not good(row)]
+    families = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
     lines = "\n".join(f"| {row['name']} | {row['groups']} | {row['bytes'] / 1e3:.0f} | {row['seconds']:.1f} |" for row in rows if "bytes" in row)
     return f"""# Reports of the zoo
 
 {made_by("python benchmarks/reports.py --json reports.jsonl --out docs/reports.md", rows=known)}
 
-**{sum(map(good, rows))} of {len(rows)} architectures, cut at ratio 0.5, give a whole report, with the same bytes when written again** ({", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))}).
+**{sum(map(good, rows))} of {len(rows)} architectures, cut at ratio 0.5, give a whole report, with the same bytes when written again** ({families}).
 Median {written[len(written) // 2]["bytes"] / 1e3:.0f} kB; the largest: {largest}. CPU seconds include tracing.
 {chr(10).join(wrong)}
 

@@ -218,7 +218,8 @@ def plain(text):
 
 def row(arguments, status, text):
     """A line of the table of mistakes: the command, its status, and the sentence."""
-    sentence = plain(text).split("graphprune: ")[-1] if status != 2 else re.sub(r"^.* Error ", "", plain(text))
+    said = re.search(r"graphprune: (?!warning)(.*)" if status != 2 else r" Error (.*)", plain(text))
+    sentence = said[1] if said else plain(text)
     return f"| `graphprune {shlex.join(arguments)}` | {status} | {sentence[:150] + ('…' if len(sentence) > 150 else '')} |".replace("||", "| |")
 
 

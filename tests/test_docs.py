@@ -1,7 +1,10 @@
 """The code of the pages runs, block after block, with public names only; what a page adds to graphprune is short."""
 
 import ast
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,15 @@ from graphprune.scores import SCORES
 DOCS = Path(__file__).parents[1] / "docs"
 GUIDES = [DOCS.parent / "README.md"] + [DOCS / f"{name}.md" for name in ("index", "tutorial", "insight", "report", "cli")] + sorted(DOCS.glob("guide-*.md"))
 PAGES = sorted(DOCS.glob("own-*.md"))
-NEEDS = {"tutorial": ["sklearn"], "guide-deploy": ["onnxruntime", "onnxscript", "openvino"]}
+NEEDS = {
+    "tutorial": ["sklearn"],
+    "guide-deploy": ["onnxruntime", "onnxscript", "openvino"],
+    "guide-yolo": ["ultralytics", "cv2", "onnx", "onnxruntime"],
+    "guide-frameworks": ["lightning", "transformers", "accelerate", "diffusers", "segmentation_models_pytorch"],
+}
 LONGEST = 15  # lines of the block that adds something
+RECIPES = {"guide-yolo", "guide-frameworks"}  # whose blocks are at most so long, and run in a process of their own: the libraries warn, and set torch up
+RECIPE = 30
 
 
 def blocks(page: Path) -> list[str]:
@@ -23,9 +33,12 @@ def blocks(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", [*PAGES, *GUIDES], ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
-    for package in NEEDS.get(page.stem, ()):
-        pytest.importorskip(package)
+    absent = [package for package in NEEDS.get(page.stem, ()) if importlib.util.find_spec(package) is None]
+    if absent:
+        pytest.skip(f"needs {', '.join(absent)}")
     monkeypatch.chdir(tmp_path)  # a page may write files
+    if page.stem in RECIPES:
+        return run_alone(page)
     for kind, entries in catalogue._ENTRIES.items():  # … and enter names, which end with it
         monkeypatch.setitem(catalogue._ENTRIES, kind, dict(entries))
     known = {*SCORES}
@@ -37,6 +50,26 @@ def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
         exec(compile(code, f"{page.name}:{number}", "exec"), names)
     for name in {*SCORES} - known:
         del SCORES[name]
+
+
+def run_alone(page):
+    """The blocks one after the other in a new process, which says how far it came."""
+    parts = blocks(page)
+    assert parts and max(len(part.strip().splitlines()) for part in parts) <= RECIPE, f"a recipe of {page.name} has more than {RECIPE} lines"
+    program = ["import sys", f"sys.path.insert(0, {str(Path(__file__).parent)!r})", "from zoo_support import declare_operators", "declare_operators()", *parts]
+    script = Path("page.py")
+    script.write_text("\n".join([*program, "print('the end of the page')"]))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("the end of the page\n"), done.stderr[-3000:]
+
+
+def test_a_page_that_fails_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code in ("assert 1 == 2", "raise SystemExit", "x = 1\n" * (RECIPE + 1)):
+        page = tmp_path / "guide-wrong.md"
+        page.write_text(f"```python\n{code}\n```\n")
+        with pytest.raises(AssertionError):
+            run_alone(page)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *GUIDES], ids=lambda page: page.stem)

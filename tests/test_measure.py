@@ -120,12 +120,8 @@ class Branch(nn.Module):
         self.kind, self.a = kind, nn.Linear(8, 3)
 
     def forward(self, x):
-        if self.kind == "sign" and x.sum() > 1e9:
-            return self.a(-x)
-        if self.kind == "number":
-            return self.a(x) * min(1.0, float(x.abs().max()) + 2)
-        rounds = int((x > -1e9).sum()) // x.numel() if self.kind == "count" else 1
-        return sum(self.a(x) for _ in range(rounds))
+        turned = {"sum": lambda: x.sum() > 1e9, "item": lambda: x[0, 0].item() > 1e9, "any": lambda: bool((x != x).any())}[self.kind]()
+        return self.a(-x) if turned else self.a(x)
 
 
 def opset(file):
@@ -134,7 +130,7 @@ def opset(file):
     return onnx.load_from_string(file).opset_import[0].version
 
 
-@pytest.mark.parametrize("kind", ["sign", "number", "count"])
+@pytest.mark.parametrize("kind", ["sum", "item", "any"])
 def test_onnx_is_written_by_the_new_exporter_and_by_the_old_one_with_a_word(kind, monkeypatch):
     pytest.importorskip("onnxscript")
     from graphprune.timing.runtimes import prepare, to_onnx

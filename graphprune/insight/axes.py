@@ -46,6 +46,8 @@ def drawn(axes: Any, target: Any) -> Any:
 @contextmanager
 def filed(file: Path) -> Iterator[Path]:
     """A place to write what becomes ``file``; raises :class:`~graphprune.errors.BadFile` where the disk refuses it, and then leaves the file as it was."""
+    if file.parent.exists() and not file.parent.is_dir():
+        raise BadFile(f"{file} cannot be written: {file.parent} is no folder")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacement(file) as part:
