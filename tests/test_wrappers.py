@@ -5,7 +5,7 @@ import torch
 from torch import fx, nn
 
 import graphprune
-from graphprune.errors import BadModel
+from graphprune.errors import BadInput, BadModel
 
 X = torch.zeros(1, 4)
 
@@ -53,6 +53,32 @@ def test_the_inner_module_is_named(holder, words):
     for call in (graphprune.shrink, graphprune.plan):
         with pytest.raises(BadModel, match=words):
             call(holder(), X)
+
+
+class Task(nn.Module):
+    """What trains a network, and leaves ``forward`` to others."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = net()
+
+    def training_step(self, batch):
+        return self.network(batch).sum()
+
+
+class Passing(Task):
+    def forward(self, *args):
+        return super().forward(*args)
+
+
+@pytest.mark.parametrize("holder", [Task, Passing, lambda: nn.ModuleDict({"network": net()})])
+def test_the_inner_module_is_named_where_there_is_no_forward(holder):
+    for call in (graphprune.shrink, graphprune.plan):
+        with pytest.raises(BadInput, match=r"no forward of its own; it holds one in \.network \(Sequential\): shrink that"):
+            call(holder(), X)
+    with pytest.raises(BadInput) as error:  # control: a model whose own code is not there yet
+        graphprune.shrink(nn.Module(), X)
+    assert "it holds" not in str(error.value)
 
 
 def test_what_holds_none_says_so_and_what_is_a_model_passes():

@@ -17,7 +17,7 @@ from ..tracing.node import line
 from ..tracing.outputs import Item, items, selected
 from ..tracing.surroundings import undisturbed_surroundings
 from ..tracing.trace import Graph, fails, raised_at
-from ..tracing.trees import check_scope, leaf_tensors, modules_of, replace, tensors
+from ..tracing.trees import check_scope, inner_modules, leaf_tensors, modules_of, replace, tensors
 from ..tracing.unused import same_dice
 from .plan import Plan
 from .sampled import Parted, Sampled, smaller
@@ -220,10 +220,10 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise BadModel("the model is scripted (torch.jit); shrink the nn.Module it was made from")
     if not isinstance(model, nn.Module):
-        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed{_inner(model)}")
+        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed{inner_modules(model)}")
     call = getattr(type(model).__call__, "__module__", "") or ""
-    if type(model).__call__ is not nn.Module.__call__ and not call.startswith("torch.") and _inner(model):
-        raise BadModel(f"the model is a {type(model).__name__}, which is called in its own way (it has a __call__ of its own){_inner(model)}")
+    if type(model).__call__ is not nn.Module.__call__ and not call.startswith("torch.") and inner_modules(model):
+        raise BadModel(f"the model is a {type(model).__name__}, which is called in its own way (it has a __call__ of its own){inner_modules(model)}")
     if hasattr(model, "_orig_mod"):
         raise BadModel("the model is compiled; shrink model._orig_mod and compile the result")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -238,16 +238,6 @@ def check_model(model: Any) -> None:
             raise BadModel(f"{name or 'the model'} is quantised; shrink the floating-point model and quantise the result")
     if len(devices) > 1:
         raise BadModel(f"the model lies on several devices ({', '.join(sorted(map(str, devices)))}); move it to one")
-
-
-def _inner(holder: Any) -> str:
-    """Which modules an object holds, in words, where it holds any."""
-    children = {**getattr(holder, "__dict__", {}), **getattr(holder, "__dict__", {}).get("_modules", {})}
-    inner = [f".{name} ({type(value).__name__})" for name, value in children.items() if isinstance(value, nn.Module)]
-    if not inner:
-        return ""
-    first = inner[0].partition(" ")[0]
-    return f"; it holds {'one' if len(inner) == 1 else 'several'} in {', '.join(inner[:4])}: shrink that, and put it back (x{first} = shrink(x{first}, …))"
 
 
 def _quantised(kind: type) -> bool:

@@ -39,6 +39,7 @@ PAGE = (
     ".cards{display:flex;flex-wrap:wrap;gap:10px}"
     ".card{background:var(--panel);border-radius:8px;padding:10px 14px;min-width:150px}.card b{display:block;font-size:20px}"
     ".grid{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0;width:204px}figcaption{font-size:12px;overflow-wrap:anywhere}a{color:var(--kept)}"
+    "@media(max-width:640px){body{padding:12px 12px 40px}.card{min-width:46%;flex:1}.card b{font-size:17px}}"
     "td.heat{text-align:right}details{margin:8px 0}summary{cursor:pointer}nav{font-size:13px}code{font-size:13px}svg{max-width:none}"
 )
 

@@ -15,12 +15,13 @@ COLOURS = 12  # classes c0 … c11 of the style sheet
 
 
 def chart_svg(chart: Chart, colours: bool = False) -> str:
-    """Rows with their names and widths, lanes beside them, arcs at the left. Every element of a lane has the class ``g`` and its number; with ``colours``
+    """Rows with their names, lanes beside them, widths at the right, arcs at the left. Every element of a lane has the class ``g`` and its number; with ``colours``
     the text carries its own style sheet, so that it is a file of its own.
     """
     names = max([len(_name(row)) for row in chart.rows] + [12]) * 7.0 + 20
-    left, lanes = ARCS + names, ARCS + names + BAR + 92
-    width, height = lanes + max(4, chart.columns) * WIDE + 20, (len(chart.rows) + 2) * HIGH
+    lanes = ARCS + names
+    left = lanes + max(4, chart.columns) * WIDE + 24
+    width, height = left + BAR + 112, (len(chart.rows) + 2) * HIGH
     of_row = _lanes_of_rows(chart)
     parts = [_head(width, height, colours)]
     parts += [_arc(start, end, of_row) for start, end in chart.arcs]

@@ -55,7 +55,24 @@ def _noted(stack: list[str], path: str, forward: Callable) -> Callable:
             stack.pop()
 
     noted.__wrapped__ = getattr(forward, "__func__", forward)  # its signature is the module's own
+    noted.followed = lambda other: _noted(stack, path, other)
     return noted
+
+
+@contextmanager
+def instead(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let a module run another forward for a while, followed as its own is."""
+    own = module.__dict__
+    before = own.get("forward")
+    followed = getattr(before, "followed", None)
+    own["forward"] = forward if followed is None else MethodType(followed(forward), module)
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
 
 
 def _push(stack: list[str], path: str) -> Callable[..., None]:

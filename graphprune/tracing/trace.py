@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -39,8 +40,9 @@ from .statistics import hold_statistics
 from .summary import summary
 from .surroundings import undisturbed_surroundings
 from .symbols import channels_of_bare_norms, plant
-from .trees import is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
+from .trees import inner_modules, is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, more_run, reads_mode, same_dice, train_run, unread
+from .ways import Way, ways
 
 __all__ = ["Graph", "Node", "Step", "trace"]
 
@@ -342,7 +344,10 @@ class Examples:
     def called(self, model: nn.Module, swap: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[list[torch.Tensor], Callable[[], Any]]]:
         """For every example its tensors, and the call; what the model writes into its inputs is written into copies."""
         for example in (self.example, *self.others):
-            if callable(example):
+            if isinstance(example, Way):
+                args, kwargs = replace(example.args, swap), replace(example.kwargs, swap)
+                yield tensors((args, kwargs), torch.Tensor), lambda way=example, args=args, kwargs=kwargs: way.run(model, args, kwargs)
+            elif callable(example):
                 yield [], lambda example=example: example(model)
             else:
                 args, kwargs = replace(example[0], swap), replace(example[1], swap)
@@ -353,7 +358,7 @@ def _traced(model: nn.Module, asked: Examples) -> Graph:
     try:
         graph = run(model, asked, real=False)
         stale = any("[" in name for name in graph.unread)  # a cache that the run looked for under another device
-        return run(model, asked, real=True) if stale else graph
+        return run(model, asked, real=True) if stale else _other_ways(model, graph, asked)
     except (BadRule, UnknownName):
         raise
     except Exception as first:
@@ -368,6 +373,17 @@ def _traced(model: nn.Module, asked: Examples) -> Graph:
             raise (error if isinstance(error, BadInput) else BadModel(text)) from (error if str(error) else first)
 
 
+def _other_ways(model: nn.Module, graph: Graph, asked: Examples) -> Graph:
+    """The graph, made again where the model has further ways that read sizes which this run did not."""
+    further = ways(model, graph, lambda: shadow(model, real=False)[0], lambda t: t.detach().clone() if not t.is_floating_point() else t.detach().to(META))
+    if not further:
+        return graph
+    try:
+        return run(model, replace_fields(asked, others=(*asked.others, *further)), real=False)
+    except Exception:  # a way that cannot be followed asks for nothing
+        return graph
+
+
 def fails(model: nn.Module, example: Any, training: bool = False) -> None:
     """Raises :class:`~graphprune.errors.BadInput` if the model itself fails on an example, run by nobody but torch."""
     try:
@@ -380,7 +396,9 @@ def fails(model: nn.Module, example: Any, training: bool = False) -> None:
                 args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in example)
                 twin(*args, **kwargs)
     except Exception as error:
-        raise BadInput(NOT_RUN.format(type(error).__name__, error)) from error
+        inner = inner_modules(model) if isinstance(error, NotImplementedError) else ""
+        hint = f" {type(model).__name__} has no forward of its own{inner}" if inner else ""
+        raise BadInput(NOT_RUN.format(type(error).__name__, error) + hint) from error
 
 
 def raised_at(error: BaseException) -> tuple[str, int] | None:

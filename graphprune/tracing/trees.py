@@ -151,3 +151,13 @@ def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tupl
     if isinstance(example_input, tuple) and not isinstance(example_input, PackedSequence):  # which is one argument
         return example_input, kwargs
     return (example_input,), kwargs
+
+
+def inner_modules(holder: Any) -> str:
+    """Which modules an object holds, in words, where it holds any."""
+    children = {**getattr(holder, "__dict__", {}), **getattr(holder, "__dict__", {}).get("_modules", {})}
+    inner = [f".{name} ({type(value).__name__})" for name, value in children.items() if isinstance(value, nn.Module)]
+    if not inner:
+        return ""
+    first = inner[0].partition(" ")[0]
+    return f"; it holds {'one' if len(inner) == 1 else 'several'} in {', '.join(inner[:4])}: shrink that, and put it back (x{first} = shrink(x{first}, …))"

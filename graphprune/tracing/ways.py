@@ -1,0 +1,112 @@
+"""Ways through a module that the run did not take: a second forward method that an exporter switches to, code behind a flag.
+
+Such code may read a size that no call of the run read (``self.width``), which would keep its old value in the cut model and fail there, long after the cut.
+:func:`ways` finds the methods and flags whose code names such a size, and keeps those with which the model runs on the example and returns results
+of the same shapes. They are further examples of the run: what they ask of sizes is solved like everything else, and checked against the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .outputs import items
+from .paths import instead
+from .sizes import leaves
+from .surroundings import foreign, methods, named, undisturbed_surroundings
+from .trees import modules_of, replace
+from .unused import same_dice
+
+MOST = 4  # ways that are tried
+Swap = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, repr=False)
+class Way:
+    """The example, run with another method in place of ``forward``, or with a flag turned, in all modules that have it."""
+
+    name: str
+    flag: bool
+    args: tuple
+    kwargs: dict
+
+    def __call__(self, model: nn.Module) -> Any:
+        copied = lambda tensor: tensor.detach().clone()  # noqa: E731
+        return self.run(model, replace(self.args, copied), replace(self.kwargs, copied))
+
+    def __repr__(self) -> str:
+        return f"<Way: {self.name} {'turned' if self.flag else 'as forward'}>"
+
+    def run(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """The model, called on other inputs."""
+        with ExitStack() as scopes:
+            for _, module in modules_of(model):
+                if self.flag and type(module.__dict__.get(self.name)) is bool:
+                    scopes.enter_context(_turned(module, self.name))
+                elif not self.flag and any(method.__name__ == self.name for method in _own_methods(module)):
+                    scopes.enter_context(instead(module, MethodType(getattr(type(module), self.name), module)))
+            return model(*args, **kwargs)
+
+
+@contextmanager
+def _turned(module: nn.Module, flag: str) -> Iterator[None]:
+    before = module.__dict__[flag]
+    module.__dict__[flag] = not before
+    try:
+        yield
+    finally:
+        module.__dict__[flag] = before
+
+
+def _own_methods(module: nn.Module) -> Iterator[Any]:
+    for base in type(module).__mro__:
+        if not foreign(base):
+            yield from methods(base)
+
+
+def ways(model: nn.Module, graph: Any, twin: Callable[[], nn.Module], swap: Swap) -> tuple[Way, ...]:
+    """The ways that hold for the model. ``graph`` is that of its run, ``twin`` makes a throw-away copy, ``swap`` a tensor that it can be called with."""
+    read = {leaf[1] for call in graph.calls for leaf in leaves(call.expr) if leaf[0] == "attr"}
+    idle: dict[str, set[str]] = {}
+    for path in graph.symbols:
+        if path not in read:
+            idle.setdefault(path[0], set()).add(path[1])
+    offers: dict[tuple[str, bool], None] = {}
+    for name, module in modules_of(model):
+        if name in idle and not foreign(type(module)):
+            offers |= dict.fromkeys(_offered(module, idle[name]))
+    if not offers:
+        return ()
+    args, kwargs = graph.example
+    plain = _shapes(model, twin, lambda copy: copy(*replace(args, swap), **replace(kwargs, swap)))
+    candidates = [Way(name, flag, args, kwargs) for name, flag in list(offers)[:MOST]]
+    runs = lambda way: lambda copy: way.run(copy, replace(args, swap), replace(kwargs, swap))  # noqa: E731
+    return tuple(way for way in candidates if plain is not None and _shapes(model, twin, runs(way)) == plain)
+
+
+def _offered(module: nn.Module, idle: set[str]) -> Iterator[tuple[str, bool]]:
+    """Methods that are other forwards, and flags, whose code names one of the sizes."""
+    for method in _own_methods(module):
+        words = named(method.__code__)
+        if not idle & words or method.__name__ in ("__init__", "train", "eval"):
+            continue
+        if "forward" in method.__name__ and method.__name__ != "forward":
+            yield method.__name__, False
+        for word in sorted(words - {"training"}):
+            if type(module.__dict__.get(word)) is bool:
+                yield word, True
+
+
+def _shapes(model: nn.Module, twin: Callable[[], nn.Module], call: Callable[[nn.Module], Any]) -> list[tuple] | None:
+    """Paths and shapes of what a call returns; None where it fails, as a way that is not meant for this may."""
+    try:
+        with torch.no_grad(), same_dice(), undisturbed_surroundings(model):
+            return [(path, tuple(item.shape)) for path, item in items(call(twin())) if isinstance(item, torch.Tensor)]
+    except Exception:
+        return None
