@@ -353,7 +353,8 @@ def page(rows: list[dict[str, Any]], known: Rows) -> str:
 {made}
 
 {len(rows)} architectures with random weights (timm's with one block in every stage where their factory takes that, transformers' with two layers), cut
-at ratio 0.5, and {len(targets)} targets: **{verdict}**, {both} of {len(pairs)} pairs pass for both, {only} for the cut model only. The cut model passes: {counts}.{smaller}
+at ratio 0.5, and {len(targets)} targets: **{verdict}**, {both} of {len(pairs)} pairs pass for both, {only} for the cut model only.
+The cut model passes: {counts}.{smaller}
 
 A cell holds the largest difference between what was exported (original or cut) and the PyTorch model it was made from, as a share of the largest
 output; 1e-3 is allowed, and int8 (static quantisation of ONNX Runtime, calibrated on the example alone, of random weights) only has to run. The batch

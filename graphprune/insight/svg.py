@@ -15,8 +15,8 @@ COLOURS = 12  # classes c0 … c11 of the style sheet
 
 
 def chart_svg(chart: Chart, colours: bool = False) -> str:
-    """Rows with their names, lanes beside them, widths at the right, arcs at the left. Every element of a lane has the class ``g`` and its number; with ``colours``
-    the text carries its own style sheet, so that it is a file of its own.
+    """Rows with their names, lanes beside them, widths at the right, arcs at the left. Every element of a lane has the class ``g`` and its number; with
+    ``colours`` the text carries its own style sheet, so that it is a file of its own.
     """
     names = max([len(_name(row)) for row in chart.rows] + [12]) * 7.0 + 20
     lanes = ARCS + names
