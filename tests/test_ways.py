@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -104,12 +104,12 @@ def built(kind, nested, *sizes):
     return model.double().eval()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(st.sampled_from(list(WAYS)), st.booleans(), st.integers(2, 20), st.integers(0, 3), st.sampled_from([0.25, 0.5, 0.75]))
 def test_the_other_way_of_the_cut_model_computes_the_same(kind, nested, width, blocks, ratio):
     small, plan = graphprune.shrink(built(kind, nested, width, blocks), X, ratio, return_plan=True)
     with torch.no_grad():
-        wanted = graphprune.zeroed(built(kind, nested, width, blocks), plan)(X)
+        wanted = graphprune.zeroed(built(kind, nested, width, blocks), plan)(X)[0]
     torch.testing.assert_close(otherwise(small), wanted)
 
 

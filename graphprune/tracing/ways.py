@@ -7,7 +7,7 @@ of the same shapes. They are further examples of the run: what they ask of sizes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -92,8 +92,11 @@ def ways(model: nn.Module, graph: Any, twin: Callable[[], nn.Module], swap: Swap
 
 def _offered(module: nn.Module, idle: set[str]) -> Iterator[tuple[str, bool]]:
     """Methods that are other forwards, and flags, whose code names one of the sizes."""
+    helpers: dict[str, frozenset[str]] = {}
     for method in _own_methods(module):
-        words = named(method.__code__)
+        helpers.setdefault(method.__name__, named(method.__code__))
+    for method in _own_methods(module):
+        words = _with_helpers(method.__name__, helpers)
         if not idle & words or method.__name__ in ("__init__", "train", "eval"):
             continue
         if "forward" in method.__name__ and method.__name__ != "forward":
@@ -101,6 +104,17 @@ def _offered(module: nn.Module, idle: set[str]) -> Iterator[tuple[str, bool]]:
         for word in sorted(words - {"training"}):
             if type(module.__dict__.get(word)) is bool:
                 yield word, True
+
+
+def _with_helpers(method: str, helpers: Mapping[str, frozenset[str]]) -> set[str]:
+    """The names that a method asks for, also through other methods of the module."""
+    words: set[str] = set()
+    todo = [method]
+    while todo:
+        fresh = helpers[todo.pop()] - words
+        words |= fresh
+        todo += [word for word in fresh if word in helpers]
+    return words
 
 
 def _shapes(model: nn.Module, twin: Callable[[], nn.Module], call: Callable[[nn.Module], Any]) -> list[tuple] | None:
