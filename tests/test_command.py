@@ -144,13 +144,6 @@ def test_what_a_command_writes_comes_with_a_recipe_that_gives_the_same_bytes(net
     assert not seeded or first != Path("third", name).read_bytes()  # control: other weights, other bytes
 
 
-def test_torchscript_of_two_processes_is_the_same(net):
-    """In one process, TorchScript numbers its types on."""
-    for arguments in (["export", net, *INPUT, "-o", "first/a.ts"], ["run", "first/a.ts.recipe.yaml", "-o", "second/a.ts"]):
-        subprocess.run([sys.executable, "-m", "graphprune", *arguments], check=True, capture_output=True)
-    assert Path("first/a.ts").read_bytes() == Path("second/a.ts").read_bytes()
-
-
 def test_results_of_a_comparison_and_of_a_timing_are_kept(net, capsys):
     out(capsys, "shrink", net, *INPUT, "-r", "50%", "-o", "small")
     out(capsys, "plan", net, *INPUT, "-r", "25%", "-o", "other.json")

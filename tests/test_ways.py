@@ -62,13 +62,24 @@ class Flag(Base):
 class Listed(Base):
     def __init__(self, *sizes):
         super().__init__(*sizes)
-        self.sizes, self.fast = [self.width, self.width], True
+        self.sizes = [self.width, self.width]
+        self.fast = True
 
     def forward(self, x):
         return self.tail(self.enter(x).chunk(2, 1) if self.fast else self.slow(x))
 
     def slow(self, x):
         return self.enter(x).split(self.sizes, 1)
+
+
+class Shared(Flag):
+    """The flag is the class's."""
+
+    export = False
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        del self.export
 
 
 class Nested(nn.Module):
@@ -82,14 +93,14 @@ class Nested(nn.Module):
         return self.head(self.first(x).relu())
 
 
-WAYS = {Method: "forward_split", Prefixed: "export_forward", Narrowed: "forward_export", Flag: "export", Listed: "fast"}
+WAYS = {Method: "forward_split", Prefixed: "export_forward", Narrowed: "forward_export", Flag: "export", Listed: "fast", Shared: "export"}
 
 
 def otherwise(model):
     """The model by its other way."""
     for module in model.modules():
         for kind, name in WAYS.items():
-            if isinstance(module, kind):
+            if type(module) is kind:
                 if name in ("export", "fast"):
                     setattr(module, name, not getattr(module, name))
                 else:
@@ -142,7 +153,20 @@ class Other(Base):
         type(self).calls += self.width
 
 
+class Built(Base):
+    """A flag that says how the module was built, and is never turned."""
+
+    def __init__(self, split=False):
+        super().__init__()
+        self.split = split
+
+    def forward(self, x):
+        y = self.enter(x)
+        return self.tail(y.split((self.width, self.width), 1) if self.split else y.chunk(2, 1))
+
+
 def test_what_is_no_way_of_the_run_asks_for_nothing():
+    assert not graphprune.trace(Built().double().eval(), X).asked.others
     model = built(Other, False)
     assert not graphprune.trace(model, X).asked.others
     assert graphprune.shrink(model, X, 0.5).enter.out_channels == 12 and Other.calls == 0

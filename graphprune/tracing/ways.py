@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from dis import get_instructions
 from types import MethodType
 from typing import Any
 
@@ -47,7 +48,7 @@ class Way:
         """The model, called on other inputs."""
         with ExitStack() as scopes:
             for _, module in modules_of(model):
-                if self.flag and type(module.__dict__.get(self.name)) is bool:
+                if self.flag and type(getattr(module, self.name, None)) is bool:
                     scopes.enter_context(_turned(module, self.name))
                 elif not self.flag and any(method.__name__ == self.name for method in _own_methods(module)):
                     scopes.enter_context(instead(module, MethodType(getattr(type(module), self.name), module)))
@@ -56,12 +57,15 @@ class Way:
 
 @contextmanager
 def _turned(module: nn.Module, flag: str) -> Iterator[None]:
-    before = module.__dict__[flag]
-    module.__dict__[flag] = not before
+    before = module.__dict__.get(flag)  # of the class, where there is none
+    module.__dict__[flag] = not getattr(module, flag)
     try:
         yield
     finally:
-        module.__dict__[flag] = before
+        if before is None:
+            del module.__dict__[flag]
+        else:
+            module.__dict__[flag] = before
 
 
 def _own_methods(module: nn.Module) -> Iterator[Any]:
@@ -102,8 +106,26 @@ def _offered(module: nn.Module, idle: set[str]) -> Iterator[tuple[str, bool]]:
         if "forward" in method.__name__ and method.__name__ != "forward":
             yield method.__name__, False
         for word in sorted(words - {"training"}):
-            if type(module.__dict__.get(word)) is bool:
+            if type(getattr(module, word, None)) is bool and _switched(module, word):
                 yield word, True
+
+
+def _switched(module: nn.Module, flag: str) -> bool:
+    """Whether a flag is one that somebody turns later: an attribute of the class, or one that ``__init__`` sets to a constant.
+
+    A flag that is computed there, or given, says how the module was built.
+    """
+    if flag not in module.__dict__:
+        return True
+    for base in type(module).__mro__:
+        build = None if foreign(base) else vars(base).get("__init__")
+        if build is None:
+            continue
+        steps = list(get_instructions(build))
+        for value, _, store in zip(steps, steps[1:], steps[2:], strict=False):
+            if store.opname == "STORE_ATTR" and store.argval == flag and type(value.argval) is bool:
+                return True
+    return False
 
 
 def _with_helpers(method: str, helpers: Mapping[str, frozenset[str]]) -> set[str]:
