@@ -142,7 +142,7 @@ def _checkpoint(arguments: dict[str, Any]) -> Outcome:
     inputs = example_of(arguments["input"], arguments.get("seed", 0)) if arguments.get("input") else None
     out = Path(_place(arguments))
     chosen = checkpoint.shrink(arguments["model"], out, inputs, score=arguments.get("score") or "l2", widths=Widths(**widths) if widths else None, **options)
-    write(out.with_name(f"{out.name}.{RECIPE}"), recipe_text("shrink", {name: value for name, value in arguments.items() if name != "json"}))
+    _with_recipe(out, "shrink", arguments)
     return Outcome("\n".join([str(chosen), "", f"saved in {out}"]), _facts(chosen) | {"folder": str(out)})
 
 
