@@ -217,8 +217,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path):
     for stop in range(1, steps + 1, max(1, steps // 6)):
         out = tmp_path / f"killed{stop}"
         assert run(out, stop).returncode == -signal.SIGKILL
-        assert not out.exists() or bytes_of(out) == wanted
-        assert run(out, 0).returncode == 0
+        complete = out.exists()
+        assert not complete or bytes_of(out) == wanted
+        assert run(out, 0).returncode == 0 or complete  # which then is in the way
         assert bytes_of(out) == wanted and not out.with_name(out.name + ".partial").exists()
 
 

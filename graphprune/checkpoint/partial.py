@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile
-from ..formats.atomic import sync
+from ..formats.atomic import PART, sync
 from ..formats.atomic import write as write_text
 
 ENDING, JOURNAL, FILES = ".partial", "journal.json", "files"
@@ -65,7 +65,7 @@ class Partial:
         if os.path.lexists(self.out) and not (self.out.is_dir() and not self.out.is_symlink() and not any(self.out.iterdir())):
             raise BadFile(f"{self.out} is there already: remove it, or write to another folder")
         if os.path.lexists(self.folder) and self._asked() != self.request:
-            if self._asked() is None and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            if self._asked() is None and (not self.folder.is_dir() or any(not _begun(path) for path in self.folder.iterdir())):
                 raise BadFile(f"{self.folder} is in the way, and was not written by graphprune: move it away")
             shutil.rmtree(self.folder)
         with _writing(self.folder):
@@ -110,9 +110,11 @@ class Partial:
     def finish(self) -> None:
         """Let the folder appear in its place, and remove what was beside it."""
         with _writing(self.out):
-            for path in self.files.rglob("*"):
+            for path in list(self.files.rglob("*")):
                 if path.is_dir():
                     sync(path)
+                elif _begun(path):  # by a process that was killed
+                    path.unlink()
             sync(self.files)
             with contextlib.suppress(FileNotFoundError):
                 self.out.rmdir()  # an empty one
@@ -121,7 +123,12 @@ class Partial:
         self.clear()
 
     def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.files, ignore_errors=True)
+        for name in (*(path.name for path in self.folder.glob("*") if path.name != JOURNAL), JOURNAL):  # which tells whose the rest is
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+            self.folder.with_name(self.folder.name + ".lock").unlink(missing_ok=True)
 
     def _asked(self) -> str | None:
         try:
@@ -129,6 +136,11 @@ class Partial:
             return str(found["request"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _begun(path: Path) -> bool:
+    """Whether a file was being written when its process was killed."""
+    return path.name.startswith(PART) or path.name.endswith(".part")
 
 
 def _lock(handle: int, folder: Path) -> None:
