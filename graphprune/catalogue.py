@@ -5,12 +5,12 @@ A file that offers something enters it where it is defined; :func:`register` doe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BadOption, UnknownName
+from .wording import nearest
 
 KINDS = ("score", "granularity", "target", "repair", "runtime")
 PLURALS = {"score": "scores", "granularity": "granularities", "target": "targets", "repair": "repairs", "runtime": "runtimes"}
@@ -96,7 +96,7 @@ def entry(kind: str, name: str) -> Entry:
     """
     found = _ENTRIES[kind].get(name)
     if found is None:
-        near = difflib.get_close_matches(str(name), _ENTRIES[kind], 1)
+        near = nearest(name, _ENTRIES[kind], 1)
         raise UnknownName(f"no {kind} {name!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(_ENTRIES[kind])}")
     return found
 

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"graphprune: the command line needs {error.name}: pip install 'graphprune[cli]'", file=sys.stderr)
         return 2
-    from .errors import BadTarget, GraphpruneError
+    from .errors import BadAmount, BadTarget, GraphpruneError
 
     with warnings.catch_warnings():
         warnings.showwarning = _warned
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 130
         except GraphpruneError as error:
             print(f"graphprune: {type(error).__name__}: {error}", file=sys.stderr)
-            return 3 if isinstance(error, BadTarget) else 1
+            return 3 if isinstance(error, BadTarget) and not isinstance(error, BadAmount) else 1
     return 0
 
 

@@ -48,7 +48,17 @@ class Cost:
 
     def __str__(self) -> str:
         params, macs, flops = (_unit(n) for n in (self.params, self.macs, self.flops))
-        return f"{params} params, {macs}MACs ({flops}FLOPs), {self.size / 2**20:.0f} MiB, peak activations {self.memory / 2**20:.1f} MiB"
+        return f"{params.strip()} params, {macs}MACs ({flops}FLOPs), {_mebi(self.size, 0)}, peak activations {_mebi(self.memory, 1)}"
+
+
+def _mebi(size: int, digits: int) -> str:
+    """
+    >>> _mebi(2**30, 0), _mebi(80_000, 1), _mebi(400, 1)
+    ('1024 MiB', '78.1 KiB', '400 bytes')
+    """
+    if size >= 2**20:
+        return f"{size / 2**20:.{digits}f} MiB"
+    return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size} bytes"
 
 
 def _unit(number: float) -> str:
@@ -199,7 +209,7 @@ def profile(model: nn.Module, example_input: Any, example_kwargs: dict | None = 
     """Parameters, MACs, bytes and peak activation memory of a model on an example; raises what :func:`trace` raises.
 
     >>> print(profile(nn.Linear(1000, 500), torch.zeros(1, 1000)))
-    500.50 k params, 500.00 kMACs (1.00 MFLOPs), 2 MiB, peak activations 0.0 MiB
+    500.50 k params, 500.00 kMACs (1.00 MFLOPs), 2 MiB, peak activations 5.9 KiB
     """
     return cost(couple(trace(model, example_input, example_kwargs)))
 

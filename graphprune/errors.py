@@ -22,12 +22,16 @@ class BadTarget(BadRatio):
     """A target cannot be met or makes no sense: ``shrink(m, x, params=-1)``; the message says the smallest reachable value."""
 
 
+class BadAmount(BadTarget):
+    """A text says no amount: ``shrink(m, x, macs="0.5x")``; the message says how one is written."""
+
+
 class BadOption(GraphpruneError, ValueError):
     """An argument makes no sense, contradicts another, or would have no effect: ``shrink(m, x, verify="no")``; the message says what to write."""
 
 
 class UnknownOption(BadOption, TypeError):
-    """An argument that the function does not have: ``shrink(m, x, multipleof=8)``; the message says the nearest."""
+    """An argument that the function does not have: ``shrink(m, x, pruning_ratio=0.5)``; the message says which one does it here."""
 
 
 class BadMeasure(GraphpruneError, ValueError):
@@ -114,6 +118,17 @@ class NeedsValues(GraphpruneError):
 
 class LessThanAsked(UserWarning):
     """Nothing, or far less, was cut than was asked for; the message says why. ``warnings.simplefilter("ignore", graphprune.errors.LessThanAsked)``."""
+
+
+def no_module(model: object, what: str = "the model") -> str:
+    """What is wrong with something that is no module where one is needed.
+
+    >>> no_module(3), no_module(int)
+    ('the model is a int; an nn.Module is needed', 'the model is the class int; give an instance of it: int(...)')
+    """
+    if isinstance(model, type):
+        return f"{what} is the class {model.__name__}; give an instance of it: {model.__name__}(...)"
+    return f"{what} is a {type(model).__name__}; an nn.Module is needed"
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:

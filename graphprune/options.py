@@ -9,7 +9,6 @@ Runtime('onnxruntime', threads=1)
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from numbers import Real
 from typing import Any
@@ -18,9 +17,16 @@ from torch import nn
 
 from .catalogue import names
 from .errors import BadCalibration, BadMeasure, BadRatio, BadTarget
+from .wording import nearest
 
 OBJECTIVES = {"score": 0.0, "time": 1.0}
 TARGETS = ("block", "layer")  # of a repair
+
+
+def unknown_runtime(name: Any) -> str:
+    """What is wrong with a name that no runtime has."""
+    near = nearest(name, names("runtime"), 1)
+    return f"runtime is {name!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(names('runtime'))}"
 
 
 class _Brief:
@@ -111,8 +117,7 @@ class Runtime(_Brief):
     def __post_init__(self) -> None:
         known = names("runtime")
         if self.name not in known:
-            near = difflib.get_close_matches(str(self.name), known, 1)
-            raise BadMeasure(f"runtime is {self.name!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(known)}")
+            raise BadMeasure(unknown_runtime(self.name))
         if self.threads is not None and (not whole(self.threads) or self.threads < 1):
             raise BadMeasure(f"threads is {self.threads!r}; it is a whole number from 1 on")
 

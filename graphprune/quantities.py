@@ -13,7 +13,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from .errors import BadTarget
+from .errors import BadAmount
 
 POWERS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -52,7 +52,7 @@ def amount(name: str, value: Any) -> Any:
 
     ``"30%"`` and ``"0.3"`` are shares (a float up to 1), ``"5 MB"`` is 5,000,000 and ``"5 MiB"`` 5 x 2**20 bytes, ``"8 ms"`` 0.008 seconds, and two FLOPs
     are one MAC. A latency in seconds is returned as :class:`Seconds`, since a plain float up to 1 is a share of the original's time.
-    A comma parts thousands ("1,500,000") and nothing else. Raises :class:`~graphprune.errors.BadTarget` for text that says no amount of this kind.
+    A comma parts thousands ("1,500,000") and nothing else. Raises :class:`~graphprune.errors.BadAmount` for text that says no amount of this kind.
 
     >>> amount("params", "1.5M"), amount("macs", "3 GFLOPs"), amount("memory", "2 MiB"), amount("latency", "8 ms")
     (1500000, 1500000000, 2097152, Seconds(0.008))
@@ -95,14 +95,14 @@ class Seconds(float):
 
 def _share(name: str, text: str, share: float) -> float:
     if not 0 <= share <= 1 or (share == 0 and name != "ratio"):
-        raise BadTarget(f"{name} is {text!r}; a share lies above 0 and is at most 100%")
+        raise BadAmount(f"{name} is {text!r}; a share lies above 0 and is at most 100%")
     return share
 
 
-def _unreadable(name: str, text: str, kind: Kind) -> BadTarget:
+def _unreadable(name: str, text: str, kind: Kind) -> BadAmount:
     means = {"ratio": "it is the share of units to remove", "speedup": "it is how many times faster the model shall be"}
     what = means.get(name, "it is the share of the original that may stay, or an amount")
-    return BadTarget(f"{name} is {text!r}; {what}: write it as {kind.examples}")
+    return BadAmount(f"{name} is {text!r}; {what}: write it as {kind.examples}")
 
 
 def count(number: float, unit: str = "") -> str:

@@ -47,7 +47,7 @@ def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave
     memory: Target = None,
     latency: Target = None,
     speedup: Target = None,
-    on: Runtime | None = None,
+    on: Runtime | str | None = None,
     score: Criterion | None = None,
     scope: str | None = None,
     what: Any = "channel",
@@ -71,7 +71,7 @@ def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave
     - ``params``, ``macs``, ``size`` (bytes of the weights), ``memory`` (peak bytes of the activations): upper limits, which hold together. A float up to 1 is
       the share of the original that may stay, a larger number is absolute, text says its unit: ``macs=0.5``, ``params="1M"``, ``size="5 MB"``.
     - ``speedup`` (``2`` or ``"2x"``) or ``latency`` (``"8 ms"``, or the share that may stay): a measured time; ``on`` says where it counts,
-      ``graphprune.Runtime("onnxruntime", threads=1)``, and ``Runtime(objective="time")`` spends another budget on the fastest widths.
+      ``"onnxruntime"`` or ``graphprune.Runtime("onnxruntime", threads=1)``, and ``Runtime(objective="time")`` spends another budget on the fastest widths.
     - ``score``: what matters. With batches for a ``repair`` and a budget the default is ``"auto"``: a few scores and scopes are tried, and the one is taken
       whose repaired model is nearest to the original on inputs kept out (:mod:`graphprune.recipe`; a note in the plan says which); else it is ``"l2"``.
       Or a name of ``graphprune.available()["score"]``, ``graphprune.scores.taylor.on(batches, loss)`` for one that reads data, a mapping of ``what`` to
@@ -134,7 +134,7 @@ def plan(
     memory: Target = None,
     latency: Target = None,
     speedup: Target = None,
-    on: Runtime | None = None,
+    on: Runtime | str | None = None,
     score: Criterion = "l2",
     scope: str | None = None,
     what: Any = "channel",

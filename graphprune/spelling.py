@@ -10,7 +10,6 @@ criterion= is an old spelling; write score='l1'
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import warnings  # noqa: F401  (the example above)
@@ -20,9 +19,42 @@ from typing import Any, TypeVar
 from .errors import BadOption, UnknownOption, warn
 from .options import Repair, Runtime, Widths
 from .scores.registry import OnData, check_data
+from .wording import nearest
 
 WIDTHS = {"multiple_of": "multiple_of", "min_units": "at_least", "ratios": "ratios", "rewrite": "rewrite"}
 RUNTIME = {"runtime": "name", "threads": "threads", "measure": "measure", "objective": "objective"}
+# What other tools, and people, call the options: each word with what is written here.
+_KEEP, _SHARES = "keep=[...] (names, patterns, module types, modules)", 'ratio=0 and widths=graphprune.Widths(ratios={"layer4.*": 0.5})'
+_DATA = "repair=batches (what stays is refitted), or score=graphprune.scores.taylor.on(batches, loss)"
+_LOOP = "graphprune.iterate(model, example_input, {...}, train=..., evaluate=...), which runs your own functions"
+ELSEWHERE = {
+    **dict.fromkeys(("pruning_ratio", "ch_sparsity", "sparsity", "amount", "rate", "prune_ratio", "target_ratio", "percent"), "ratio=0.5"),
+    **dict.fromkeys(("flops", "mac", "target_flops", "max_flops", "ops", "gflops", "gmacs"), 'macs=0.5 (or macs="3 GFLOPs")'),
+    **dict.fromkeys(("parameters", "param", "n_params", "num_params", "max_params", "target_params"), 'params="1M"'),
+    **dict.fromkeys(("filesize", "file_size", "bytes", "mb", "model_size"), 'size="5 MB"'),
+    **dict.fromkeys(("mem", "peak_memory", "activations", "max_memory"), 'memory="8 MB"'),
+    **dict.fromkeys(("time", "ms", "time_ms", "latency_ms", "seconds", "max_latency"), 'latency="8 ms"'),
+    **dict.fromkeys(("speed", "faster", "acceleration", "speed_up"), "speedup=2"),
+    **dict.fromkeys(("importance", "metric", "method", "criteria", "saliency"), 'score="l2"'),
+    **dict.fromkeys(("ignored_layers", "ignore", "ignored", "exclude", "excluded", "skip", "frozen", "unprunable", "dont_prune", "ignored_params"), _KEEP),
+    **dict.fromkeys(("only", "include", "layers", "modules", "targets", "target_modules", "root_module_types"), _SHARES),
+    **dict.fromkeys(("pruning_ratio_dict", "layer_ratios", "per_layer", "ratio_dict"), 'widths=graphprune.Widths(ratios={"layer1.*": 0.2})'),
+    **dict.fromkeys(("round_to", "divisor", "align", "alignment", "channel_multiple"), "widths=graphprune.Widths(multiple_of=8)"),
+    **dict.fromkeys(("min_channels", "min_width", "minimum", "at_least"), "widths=graphprune.Widths(at_least=4)"),
+    **dict.fromkeys(("uniform", "to"), "widths=graphprune.Widths(...)"),
+    **dict.fromkeys(("global_pruning", "globally", "isomorphic"), 'scope="global" or scope="isomorphic"'),
+    **dict.fromkeys(("data", "loader", "dataloader", "train_loader", "inputs", "calib", "calibration_data", "calib_loader", "dataset"), _DATA),
+    **dict.fromkeys(("steps", "iterative_steps", "epochs", "train", "train_fn", "evaluate", "eval_fn", "finetune", "fine_tune"), _LOOP),
+    **dict.fromkeys(("heads", "num_heads", "prune_num_heads"), 'what="heads" (heads are found from the run)'),
+    **dict.fromkeys(("free_outputs", "output", "outputs_to_keep"), "outputs=... (the outputs that keep their size; the others may shrink)"),
+    **dict.fromkeys(("device", "cuda", "dtype"), "model.to(...) before the call: the model and the example say where"),
+    **dict.fromkeys(("verbose", "progress", "quiet"), "repair=graphprune.Repair(batches, progress=False), or nothing: only long runs show a bar"),
+    **dict.fromkeys(("seed", "generator"), "torch.manual_seed(0); a cut draws nothing but score=graphprune.scores.random.with_(seed=0)"),
+    **dict.fromkeys(("dry_run", "plan_only"), "graphprune.plan(...), which cuts nothing"),
+    **dict.fromkeys(("check", "strict", "self_check"), "verify=True"),
+    **dict.fromkeys(("copy", "in_place"), "inplace=True"),
+    **dict.fromkeys(("input", "inputs_example", "example_inputs", "dummy_input", "sample_input", "x"), "example_input, the second argument"),
+}
 OLD = ("criterion", "batches", "loss", "granularity", "calibration", *WIDTHS, *RUNTIME)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,17 +62,32 @@ F = TypeVar("F", bound=Callable[..., Any])
 def respelled(function: F) -> F:
     """A function of :func:`graphprune.shrink`'s options that also takes their old spellings, each with a DeprecationWarning."""
     known = inspect.signature(function).parameters
+    passes = any(each.kind is each.VAR_KEYWORD for each in known.values())  # options that go to another function
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        strange = next((name for name in options if name not in known and name not in OLD), None)
-        if strange is not None:
-            near = difflib.get_close_matches(strange, [*known, *OLD], 1)
-            hint = f"the nearest is {near[0]!r}; " if near else ""
-            raise UnknownOption(f"{function.__name__} has no option {strange!r}; {hint}help(graphprune.{function.__name__}) lists them")
-        return function(*args, **modern(options, "repair" in known))
+        options = modern(options, "repair" in known)
+        if unknown := next((name for name in options if name not in known and not passes), None):
+            raise UnknownOption(_unknown(function.__name__, unknown, list(known)))
+        return function(*args, **options)
 
     return call  # type: ignore[return-value]
+
+
+def _unknown(function: str, name: str, known: list[str]) -> str:
+    """What is wrong with an option that a function does not have, and what is written here.
+
+    >>> _unknown("shrink", "pruning_ratio", ["ratio"]), _unknown("shrink", "sizes", ["ratio", "size"])
+    ('shrink has no option \'pruning_ratio\'; write ratio=0.5', 'shrink has no option \'sizes\'; the nearest is size=')
+    """
+    if function == "plan" and name in ("repair", "verify", "inplace", "return_plan"):
+        return f"plan has no option {name!r}: it decides and cuts nothing; give it to shrink, or to what follows (graphprune.apply, graphprune.repair)"
+    near = nearest(name, known)
+    words = ELSEWHERE.get(name.lower())
+    if words is None:
+        words = f"{', '.join(f'{each}=' for each in near)}" if near else ", ".join(f"{each}=" for each in known[2:])
+        return f"{function} has no option {name!r}; {('the nearest is ' if len(near) == 1 else 'the nearest are ') if near else 'there are '}{words}"
+    return f"{function} has no option {name!r}; write {words}"
 
 
 def modern(options: dict[str, Any], repairs: bool = True) -> dict[str, Any]:

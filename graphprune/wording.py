@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -66,6 +67,21 @@ def several(items: Sequence[str], most: int = 3) -> str:
     """
     shown = ", ".join(items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def nearest(name: Any, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
+    """The known names that a wrong one may stand for, the best first: near in spelling, in other letters' case, or a part of each other.
+
+    >>> nearest("L1", ["l2", "l1"]), nearest("onnx", ["eager", "onnxruntime"]), nearest("layer1", ["head"])
+    (['l1'], ['onnxruntime'], [])
+    """
+    text, names = str(name), list(dict.fromkeys(known))
+    lower: dict[str, str] = {each.lower(): each for each in reversed(names)}
+    if text.lower() in lower:
+        return [lower[text.lower()]]
+    parts = [each for key, each in lower.items() if len(text) > 2 and len(key) > 2 and (key.startswith(text.lower()) or text.lower().startswith(key))]
+    close = [lower[key] for key in difflib.get_close_matches(text.lower(), lower, most, cutoff)]
+    return list(dict.fromkeys(close + parts))[:most]
 
 
 def brief(value: Any, most: int = 6) -> str:

@@ -170,7 +170,7 @@ WRONG = [
     (["plan", "mynet.py:holder", *INPUT], 1, "it holds one in .inner"),
     (["plan", "mynet.py:net", "-i", "1x3x"], 1, "is no input"),
     (["plan", "mynet.py:net", "-i", "1x5x8x8"], 1, "does not run on the example"),
-    (["plan", "mynet.py:net", *INPUT, "--macs", "much"], 3, "write it as"),
+    (["plan", "mynet.py:net", *INPUT, "--macs", "much"], 1, "write it as"),
     (["plan", "mynet.py:net", *INPUT, "--macs", "1k"], 3, "smallest reachable value"),
     (["plan", "mynet.py:net", *INPUT, "--score", "l3"], 1, "no score named 'l3'"),
     (["plan", "mynet.py:net", *INPUT, "--score", "taylor"], 1, "--calibration"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from zoo_support import declare_operators
 
 import graphprune
 from graphprune import catalogue
@@ -20,6 +21,7 @@ PAGES = sorted(DOCS.glob("own-*.md"))
 NEEDS = {
     "tutorial": ["sklearn"],
     "guide-deploy": ["onnxruntime", "onnxscript", "openvino"],
+    "guide-llm": ["transformers"],
     "guide-yolo": ["ultralytics", "cv2", "onnx", "onnxruntime"],
     "guide-frameworks": ["lightning", "transformers", "accelerate", "diffusers", "segmentation_models_pytorch"],
 }
@@ -37,6 +39,8 @@ def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
     absent = [package for package in NEEDS.get(page.stem, ()) if importlib.util.find_spec(package) is None]
     if absent:
         pytest.skip(f"needs {', '.join(absent)}")
+    if page.stem == "guide-llm":
+        declare_operators()  # which transformers asks torchvision for
     monkeypatch.chdir(tmp_path)  # a page may write files
     for kind, entries in catalogue._ENTRIES.items():  # … and enter names, which end with it
         monkeypatch.setitem(catalogue._ENTRIES, kind, dict(entries))
@@ -91,6 +95,22 @@ def test_a_page_uses_public_names_only(page):
                 assert not deep, f"{page.name} imports {deep}"
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "graphprune":
                 assert not node.attr.startswith("_") and hasattr(graphprune, node.attr)
+
+
+def test_the_reference_lists_all_that_is_public():
+    listed = set(re.findall(r"^::: graphprune\.(\w+)$", (DOCS / "reference.md").read_text(), flags=re.M))
+    assert listed >= set(graphprune.__all__) - {"GraphpruneError", "__version__", "scores"}
+    assert all(hasattr(graphprune, name) for name in listed)
+
+
+def test_every_page_is_reached_and_every_link_leads_somewhere():
+    pages = {page.name: page.read_text() for page in DOCS.glob("*.md")}
+    listed = (DOCS.parent / ".mkdocs.yml").read_text()
+    for page in GUIDES[1:] + PAGES:
+        assert page.name in listed, f"{page.name} is not in the site's menu"
+    for name, text in pages.items():
+        for target in re.findall(r"\]\(([\w.-]+\.(?:md|png))\)", text):
+            assert (DOCS / target).is_file(), f"{name} links to {target}"
 
 
 def test_there_is_a_page():

@@ -2,8 +2,8 @@
 
 >>> {name: tuple(x.shape) for name, x in example_of(["ids=1x8:int64:100", "mask=1x8:int64:2"]).items()}
 {'ids': (1, 8), 'mask': (1, 8)}
->>> example_of(["1x3x4x4"]).shape
-torch.Size([1, 3, 4, 4])
+>>> example_of(["1x3x4x4"]).shape == example_of(["1,3,4,4"]).shape
+True
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from ..errors import BadCalibration, BadInput
 from ..tracing.trees import tensors
 
-FORM = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>[a-z]+\d+))?(?::(?P<high>\d+))?")
+FORM = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:[x,]\d+)*)(?::(?P<dtype>[a-z]+\d+))?(?::(?P<high>\d+))?")
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 HOW = 'write a shape ("1x3x224x224"), a name, type and number of values ("input_ids=1x16:int64:1000"), or a file (.npy, .npz, .pt)'
 
@@ -49,7 +49,7 @@ def _random(text: str, generator: torch.Generator) -> tuple[str | None, torch.Te
     dtype = getattr(torch, match["dtype"] or "float32", None) if match else None
     if match is None or not isinstance(dtype, torch.dtype):
         raise BadInput(f"--input {text!r} is no input; {HOW}")
-    shape = tuple(map(int, match["shape"].split("x")))
+    shape = tuple(map(int, match["shape"].replace(",", "x").split("x")))
     if dtype.is_floating_point:
         return match["name"], torch.randn(shape, generator=generator).to(dtype)
     return match["name"], torch.randint(0, int(match["high"] or 2), shape, generator=generator).to(dtype)

@@ -114,7 +114,7 @@ def _attribute(module: Any, name: str, text: str) -> Any:
     for part in name.split("."):
         if not hasattr(value, part):
             there = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
-            raise UnknownName(f"{text!r}: {getattr(module, '__name__', module)} has no {part!r}; there are {several(there, 6)}")
+            raise UnknownName(f"{text!r}: {text.partition(':')[0]} has no {part!r}; there are {several(there, 6)}")
         value = getattr(value, part)
     return _made(value, text)
 

@@ -5,7 +5,6 @@ Everything here reads a plan's fields and writes text or a :class:`~graphprune.t
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnknownName
 from ..quantities import count, share
 from ..tables import Table, aligned
-from ..wording import counted, folded, pattern, several
+from ..wording import counted, folded, nearest, pattern, several
 from .outline import Outline, Totals, Whole, Width, cut_shape, module_of
 from .parts import Part, survivors
 
@@ -249,8 +248,10 @@ def kept_positions(plan: Plan, name: str, axis: int) -> list[int]:
     inside = [tensor for tensor in shapes if module_of(tensor) == name]
     tensor = name if name in shapes else next((t for t in (f"{name}.weight", *inside) if t in shapes), None)
     if tensor is None:
-        near = difflib.get_close_matches(name, [*dict.fromkeys(map(module_of, shapes)), *shapes], 3)
-        raise UnknownName(f"{name!r} is no tensor or module of this plan{f'; the nearest are {several(near)}' if near else ''}")
+        known = [*dict.fromkeys(map(module_of, shapes)), *shapes]
+        near, word = nearest(name, known), "the nearest are"
+        near, word = (near, word) if near else (known, "there are")
+        raise UnknownName(f"{name!r} is no tensor of this plan, and no module that has one; {word} {several(near)}")
     if not isinstance(axis, int) or isinstance(axis, bool) or not -len(shapes[tensor]) <= axis < len(shapes[tensor]):
         raise UnknownName(f"{tensor} has {counted(len(shapes[tensor]), 'axis', 'axes')} (shape {tuple(shapes[tensor])}), axis {axis!r} was asked for")
     axis %= len(shapes[tensor])

@@ -17,6 +17,7 @@ from ..cost import products
 from ..coupling.groups import Groups
 from ..operations.labels import Array
 from ..operations.notation import Value
+from ..tracing.trace import Graph
 from ..wording import brief, folded
 
 
@@ -31,7 +32,7 @@ class Width(NamedTuple):
     """One group: the tensor and axis that name it, its units before and after, and the shares of the model's parameters and MACs along its units.
 
     A weight between two groups counts for both, so that shares add up to more than one. ``places`` are the other (tensor, axis) pairs cut with it,
-    ``makers`` the modules whose weights have its units along their first axis: those that make them, for most layers.
+    ``makers`` the modules whose weights put its units out.
     """
 
     name: str
@@ -199,12 +200,12 @@ def outline(groups: Groups, cuts: Mapping[str, Mapping[int, Sequence[int]]], kep
                 apart[group] = apart.get(group, 1.0) * (1 - share)
         for group, share in apart.items():
             along[group] += whole * (1 - share)
-    widths = []
+    widths, made = [], _made(graph)
     for group, units in zip(groups, kept, strict=True):
         (name, axis), *places = group.places
         touched = sum(volume[n] * np.count_nonzero(unit >= 0) / len(unit) for (n, _), unit in group.places.items() if n in volume)
         share = float(along[group.index] / macs[0]) if macs[0] else 0.0
-        makers = [module_of(n) for n, a in group.places if a == 0 and len(shapes.get(n, ())) > 1] or [module_of(n) for n, _ in group.places]
+        makers = [module_of(n) for n, a in group.places if len(shapes.get(n, ())) > 1 and a in made.get(n, (0,))] or [module_of(n) for n, _ in group.places]
         facts = (group.size, units, min(1.0, float(touched / max(1, params))), share)
         widths.append(Width(name, axis, *facts, tuple(places), tuple(dict.fromkeys(makers))))
     wholes = [
@@ -212,6 +213,15 @@ def outline(groups: Groups, cuts: Mapping[str, Mapping[int, Sequence[int]]], kep
         for (name, axis), reason in groups.locked.items()
     ]
     return Outline(Totals(params, round(macs[0])), Totals(left, round(macs[1])), tuple(widths), tuple(wholes), shapes, buffers)
+
+
+def _made(graph: Graph) -> dict[str, set[int]]:
+    """The axes of every weight along which its outputs lie: the first, but not in a transposed convolution, or with the weight at the right (``x @ w``)."""
+    made: dict[str, set[int]] = {}
+    for product in (product for node in graph.nodes for product in node.products):
+        if leaf := product.weight.value.leaf:
+            made.setdefault(leaf, set()).update(product.weight.made or {0} - set(product.weight.summed))
+    return made
 
 
 def cut_shape(shape: Sequence[int], axes: Mapping[int, Sequence[int]]) -> tuple[int, ...]:

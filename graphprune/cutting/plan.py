@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..coupling.groups import Groups
+from ..errors import BadPlan
 from ..operations.labels import Array
 from ..operations.notation import Value
 from ..select import Kept
@@ -94,9 +95,16 @@ class Plan:
         """
         return kept_positions(self, name, axis)
 
-    def compare(self, other: Plan) -> Table:
-        """Where ``other``, a plan of the same model, differs: widths, positions, totals. Empty when the two do the same."""
-        return compared(self, other)
+    def compare(self, other: Plan | torch.nn.Module) -> Table:
+        """Where ``other``, a plan of the same model (or a model cut by one), differs: widths, positions, totals. Empty when the two do the same.
+
+        Raises :class:`~graphprune.errors.BadPlan` for what is neither.
+        """
+        plan = plan_of(other) if isinstance(other, torch.nn.Module) else other
+        if not isinstance(plan, Plan):
+            text = "carries no plan: it was not cut" if isinstance(other, torch.nn.Module) else "is no plan"
+            raise BadPlan(f"the {type(other).__name__} to compare with {text}; give a plan, or a model that shrink returned")
+        return compared(self, plan)
 
     @property
     def lines(self) -> tuple[str, ...]:

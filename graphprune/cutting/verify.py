@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import BadModel, NotEqual, UnknownName, warn
+from ..errors import BadModel, NotEqual, UnknownName, no_module, warn
 from ..tracing.copies import duplicate
 from ..tracing.fused import gathered
 from ..tracing.node import line
@@ -220,7 +220,7 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise BadModel("the model is scripted (torch.jit); shrink the nn.Module it was made from")
     if not isinstance(model, nn.Module):
-        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed{inner_modules(model)}")
+        raise BadModel(no_module(model) + ("" if isinstance(model, type) else inner_modules(model)))
     call = getattr(type(model).__call__, "__module__", "") or ""
     if type(model).__call__ is not nn.Module.__call__ and not call.startswith("torch.") and inner_modules(model):
         raise BadModel(f"the model is a {type(model).__name__}, which is called in its own way (it has a __call__ of its own){inner_modules(model)}")

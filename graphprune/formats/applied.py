@@ -10,7 +10,7 @@ from ..cutting.apply import apply as cut
 from ..cutting.compose import so_far
 from ..cutting.plan import Plan, note_plan
 from ..cutting.undo import undone
-from ..errors import BadModel, BadPlan
+from ..errors import BadModel, BadPlan, no_module
 from ..planning.request import flag
 from ..tracing.trees import check_scope
 from .huggingface import guarded
@@ -30,10 +30,11 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
     """
     check_scope()
     if not isinstance(model, nn.Module):
-        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed")
+        raise BadModel(no_module(model))
     if not isinstance(plan, Plan):
         raise BadPlan(f"the plan is a {type(plan).__name__}; give what graphprune.plan(...) returns, or graphprune.Plan.from_json(text)")
     with undone(model, plan.edits) if flag("inplace", inplace) else nullcontext():
+        whole = so_far(model, plan)  # before the model itself is cut
         small = guarded(cut(model, plan, inplace))
-        note_plan(small, so_far(model, plan))
+        note_plan(small, whole)
     return small

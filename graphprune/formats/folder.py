@@ -79,12 +79,15 @@ def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     return folder
 
 
-def load(folder: str | Path, base: nn.Module) -> nn.Module:
+def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
     """The saved model: ``base`` (a fresh, uncut model of the same kind) cut by the plan and filled with the weights.
 
     Raises :class:`~graphprune.errors.BadPlan` when the plan does not fit ``base``, and :class:`~graphprune.errors.BadFile` when files are missing,
     damaged, or do not hold exactly the tensors of the cut ``base``: the same names, shapes, dtypes and ties.
     """
+    if not isinstance(base, nn.Module):
+        what = "is missing" if base is None else f"is a {type(base).__name__}"
+        raise BadModel(f"base {what}: the folder holds weights and a plan, but no code; give a fresh, uncut model, graphprune.load(folder, base=Net())")
     return restore(folder, base)
 
 

@@ -21,7 +21,7 @@ from ..cutting.parts import Part
 from ..cutting.passthrough import passed
 from ..errors import BadScore, NeedsBatches
 from ..scores.data import Data, undisturbed
-from ..scores.registry import accepts
+from ..scores.registry import accepts, without_data
 from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
 from ..tracing.trees import tensors
@@ -69,7 +69,7 @@ def _number(name: str, score: Any) -> float:
 
 def batches_of(batches: Any, criterion: str) -> Any:
     if batches is None:
-        raise NeedsBatches(f"the score {criterion!r} needs data; give batches= (any iterable of batches), or take 'l2'")
+        raise NeedsBatches(f"{without_data(criterion, 'inputs')}; 'l2' needs none")
     return batches
 
 

@@ -20,6 +20,7 @@ from ..errors import NeedsBatches
 from ..operations.notation import Value
 from ..scores.data import Data, undisturbed
 from ..scores.data import gradients as data_gradients
+from ..scores.registry import without_data
 from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 from .entries import unit_scores
@@ -43,7 +44,7 @@ def scored(
 def gradients(model: nn.Module, wanted: Sequence[Weight], batches: Iterable | None, loss: Callable | None) -> dict[Weight, torch.Tensor]:
     """The mean gradient of the loss over all samples of the batches; the model and its ``.grad`` are left as they were."""
     if batches is None:
-        raise NeedsBatches("the score 'taylor' needs data and a loss; give batches= (any iterable of batches) and loss=")
+        raise NeedsBatches(without_data("taylor", "loss"))
     held = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
     data, total, count = Data(model, batches, loss, name="taylor"), {}, 0
     with undisturbed(model):

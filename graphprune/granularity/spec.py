@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..catalogue import enter, entry, names
 from ..errors import BadRatio, UnknownName
+from ..wording import nearest
 
 NAMES = {
     "channel": "whole channels and every slice coupled to them: dense and smaller (the default)",
@@ -31,6 +31,15 @@ NAMES = {
 for _name, _line in NAMES.items():
     enter("granularity", _name, _line)
 SAME = {"channels": "channel", "heads": "head", "layers": "block"}  # as they are called in a table of widths
+# What other tools call them.
+ELSEWHERE = {
+    **dict.fromkeys(("filter", "filters", "neuron", "neurons", "unit", "units", "feature", "features", "structured"), "channel"),
+    **dict.fromkeys(("unstructured", "weights", "element", "elements"), "weight"),
+    **dict.fromkeys(("attention", "attention_heads", "num_heads"), "heads"),
+    **dict.fromkeys(("ffn", "intermediate", "intermediate_size"), "mlp"),
+    **dict.fromkeys(("hidden_size", "embedding", "embed_dim", "stream"), "hidden"),
+    **dict.fromkeys(("depth", "num_layers"), "layers"),
+}
 OPTIONS = {"group": ("box",), "vector": ("row", "column")}
 
 
@@ -95,6 +104,7 @@ def parse(granularity: str) -> Spec:
     name, colon, option = granularity.partition(":")
     number = colon and name in ("weight", "kernel", "vector") and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", option)
     if name not in names("granularity") or name == "n:m" or (colon and option not in OPTIONS.get(name, ()) and not number):
-        near = difflib.get_close_matches(granularity, [*names("granularity"), "2:4"], 1, 0.3)
+        known = [*names("granularity"), "2:4"]
+        near = [each for each in [ELSEWHERE.get(granularity.lower())] if each in known] or nearest(granularity, known, 1, 0.3)
         raise UnknownName(f"no granularity {granularity!r}; {f'the nearest is {near[0]!r}; ' if near else ''}there are {', '.join(names('granularity'))}")
     return Spec(name, option)

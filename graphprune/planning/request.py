@@ -128,7 +128,7 @@ def ask(
     ratio: Any = None,
     targets: Mapping[str, Any] | None = None,
     *,
-    on: Runtime | None = None,
+    on: Runtime | str | None = None,
     score: Any = "l2",
     scope: str | None = None,
     what: Any = "channel",
@@ -143,10 +143,11 @@ def ask(
     >>> ask(nn.Linear(2, 2), what={"mlp": 64, "layers": [21, 22]}).wanted[1].amount
     (21, 22)
     """
+    on = Runtime(on) if isinstance(on, str) else on
     aims = _aims(targets or {}, on or Runtime())
     widths = _widths(widths)
     given = ratio
-    ratio = amount("ratio", ratio) if isinstance(ratio, str) and "%" in ratio else ratio  # "0.5" may as well be a mistake
+    ratio = amount("ratio", ratio)
     if ratio is None:
         ratio = 0.0 if aims.any or widths.to else 0.5
     wanted = _wanted(what)

@@ -25,7 +25,8 @@ def listed(calibration: Iterable | None, model: nn.Module) -> list:
     """The batches, on the device of the model; raises :class:`~graphprune.errors.BadCalibration` where there are none, or values are not finite."""
     if isinstance(calibration, torch.Tensor | str | dict) or not isinstance(calibration, Iterable):
         kind = type(calibration).__name__
-        raise BadCalibration(f"calibration is any iterable of batches, such as [x1, x2] or a DataLoader; one {kind} was given, write [x] if it is a batch")
+        single = ": write repair=[batch]" if isinstance(calibration, torch.Tensor | dict) else ""
+        raise BadCalibration(f"what a repair learns from is an iterable of batches, such as repair=[x1, x2] or a DataLoader; it is a {kind}{single}")
     batches = [brought(batch, model) for batch in calibration]
     if not batches:
         raise BadCalibration("calibration is empty (a used-up iterator?); give at least one batch")

@@ -12,7 +12,6 @@ line and the reference are entered in the catalogue.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +26,7 @@ from ..catalogue import enter, forget, open_to_others  # noqa: F401  (forget: th
 from ..catalogue import register as register_any
 from ..coupling.groups import Groups
 from ..errors import BadLoss, BadOption, BadScore, NeedsBatches, UnknownName
+from ..wording import nearest
 from .data import Data, undisturbed
 from .normalise import normalised
 from .task import Scores, Stored, Task
@@ -59,7 +59,7 @@ class Score:
         known = [*_options(self.function), *GENERAL]
         for name in options:
             if name not in known:
-                near = ", ".join(difflib.get_close_matches(name, known, 3) or known)
+                near = ", ".join(nearest(name, known) or known)
                 raise UnknownName(f"the score {self.name!r} has no option {name!r}; the nearest are {near}")
         return replace(self, options={**self.options, **options})
 
@@ -85,7 +85,7 @@ class Score:
         data = None
         if self.needs_now(given) != "nothing":
             if batches is None:
-                raise NeedsBatches(f"the score {self.name!r} needs {_what(self.needs_now(given))}; give batches= (any iterable of batches)")
+                raise NeedsBatches(without_data(self.name, self.needs_now(given)))
             data = Data(model, batches, loss, general.get("reduction", "mean"), progress, self.name)
         with undisturbed(model, seed) if data else nullcontext():  # without data no score runs the model
             found = self.function(Task(groups, model, data, self.name, progress, stored), **given)
@@ -134,8 +134,14 @@ def check_data(batches: Any, loss: Any) -> None:
         raise BadLoss(f"loss is {loss!r}; give a function (output, labels) or (model, batch)")
 
 
-def _what(needs: str) -> str:
-    return "input data" if needs == "inputs" else "data and a loss"
+def without_data(name: str, needs: str) -> str:
+    """What to write where a score reads data and has none.
+
+    >>> without_data("apoz", "inputs")
+    "the score 'apoz' needs input data; write score=graphprune.scores.apoz.on(batches), or give batches= to graphprune.score"
+    """
+    what, loss, more = ("input data", "", "") if needs == "inputs" else ("data and a loss", ", loss", " and loss=")
+    return f"the score {name!r} needs {what}; write score=graphprune.scores.{name}.on(batches{loss}), or give batches={more} to graphprune.score"
 
 
 def _options(function: Callable) -> list[str]:
@@ -184,11 +190,26 @@ def register(name: str, formula: str, source: str = "your own", needs: str = "no
     return register_any("score", name, formula, function, source=source, needs=needs)
 
 
+# What other tools, and people, call the families; each with the names to look at here.
+ELSEWHERE = {
+    "magnitude": ["l1", "l2"],
+    "norm": ["l1", "l2"],
+    "weight": ["l1", "l2"],
+    "gradient": ["taylor", "fisher"],
+    "grad": ["taylor", "fisher"],
+    "hessian": ["obd", "obs"],
+    "wanda": ["wanda_sp"],
+    "bn": ["bn_scale"],
+    "gamma": ["bn_scale"],
+    "slimming": ["bn_scale"],
+}
+
+
 def named(name: str) -> Score:
     """The score of that name; raises UnknownName with the nearest ones."""
     if name not in SCORES:
-        near = difflib.get_close_matches(name, SCORES, 3)
-        hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(SCORES)}"
+        near = ELSEWHERE.get(str(name).lower()) or nearest(name, SCORES)
+        hint = f"the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}" if near else f"there are {', '.join(SCORES)}"
         raise UnknownName(f"no score named {name!r}; {hint}; or give a function (groups, model, batches) -> tensors")
     return SCORES[name]
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..errors import BadMeasure, BadModel
+from ..errors import BadMeasure, BadModel, no_module
 from ..tracing.trees import normal_inputs, replace, tensors
 from .runtimes import Call, evaluating, prepare
 
@@ -85,18 +85,18 @@ def measure(
     Goes on until the band is within ``tolerance`` of the value or ``seconds`` are used up (at least five rounds).
     ``threads=None`` leaves torch's setting; ``memory_format`` converts copies of both models and of four-dimensional
     inputs. ``progress`` shows a bar where it takes more than two seconds and a person may be looking.
-    Raises :class:`~graphprune.errors.BadMeasure` when a runtime is missing or refuses the model.
+    Raises :class:`~graphprune.errors.BadMeasure` when a runtime is missing or refuses the model, :class:`~graphprune.errors.BadModel` for what is none.
 
     >>> wide, slim = nn.Linear(512, 512), nn.Linear(512, 64)
     >>> found = measure(slim, torch.zeros(64, 512), wide, threads=1, seconds=0.2)
     >>> found.speedup > 1, found.threads
     (True, 1)
     """
-    for each in (model,) if reference is None else (model, reference):
-        if not isinstance(each, nn.Module):
-            raise BadModel(f"what is timed is a {type(each).__name__}; an nn.Module is needed")
-    args, kwargs = normal_inputs(example_input, example_kwargs)
     models = [model] if reference is None else [model, reference]
+    for each, what in zip(models, ("the model", "the reference"), strict=False):
+        if not isinstance(each, nn.Module):
+            raise BadModel(no_module(each, what))
+    args, kwargs = normal_inputs(example_input, example_kwargs)
     if memory_format is not None:
         models = [copy.deepcopy(each).to(memory_format=memory_format) for each in models]  # pyright: ignore[reportCallIssue]
         swap = lambda t: t.to(memory_format=memory_format) if t.ndim == 4 else t  # noqa: E731

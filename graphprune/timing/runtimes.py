@@ -19,6 +19,7 @@ from torch import nn
 
 from ..catalogue import enter, entry, names, open_to_others
 from ..errors import BadMeasure
+from ..options import unknown_runtime
 from ..tracing.trees import replace, tensors
 
 Call = Callable[[], Any]
@@ -58,7 +59,7 @@ def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager",
     torch.Size([1, 3])
     """
     if runtime not in names("runtime"):
-        raise BadMeasure(f"runtime is {runtime!r}; it is one of {', '.join(names('runtime'))}")
+        raise BadMeasure(unknown_runtime(runtime))
     record = entry("runtime", runtime)
     assert record.function is not None
     try:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import BadInput, BadModel, BadRule, UnknownName
+from ..errors import BadInput, BadModel, BadRule, UnknownName, no_module
 from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
 from .bodies import Bodies
@@ -321,7 +321,7 @@ def trace(
     2
     """
     if not isinstance(model, nn.Module):
-        raise BadModel(f"the model is a {type(model).__name__}; an nn.Module is needed")
+        raise BadModel(no_module(model))
     example = normal_inputs(example_input, example_kwargs)
     if isinstance(examples, torch.Tensor | str | Mapping) or not isinstance(examples, Iterable):
         raise BadInput(f"examples is a {type(examples).__name__}; it is a list of further inputs, or of functions (model) -> result")
@@ -396,9 +396,28 @@ def fails(model: nn.Module, example: Any, training: bool = False) -> None:
                 args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in example)
                 twin(*args, **kwargs)
     except Exception as error:
+        odd = _odd(example)
+        said = str(error).partition("\n")[0] if odd else error
         inner = inner_modules(model) if isinstance(error, NotImplementedError) else ""
-        hint = f" {type(model).__name__} has no forward of its own{inner}" if inner else ""
-        raise BadInput(NOT_RUN.format(type(error).__name__, error) + hint) from error
+        hint = f" {type(model).__name__} has no forward of its own{inner}" if inner else odd
+        raise BadInput(NOT_RUN.format(type(error).__name__, said) + hint) from error
+
+
+def _odd(example: Any) -> str:
+    """What an example that the model refuses looks like, where that says how to mend it: a shape, arrays of numpy, a list."""
+    if callable(example):
+        return ""
+    args, kwargs = example
+    values = [*args, *kwargs.values()]
+    shape = args[0] if len(args) == 1 and isinstance(args[0], Sequence | torch.Size) else args
+    if shape and not isinstance(shape, str) and all(type(each) is int for each in shape):
+        return f"\nThe example looks like a shape; give a tensor: torch.randn({', '.join(map(str, shape))})."
+    foreign = next((each for each in values if hasattr(each, "__array__") and not isinstance(each, torch.Tensor)), None)
+    if foreign is not None:
+        return f"\nThe example holds a {type(foreign).__module__}.{type(foreign).__name__}; give a tensor: torch.as_tensor(...)."
+    if len(args) == 1 and isinstance(args[0], list) and tensors(args[0], torch.Tensor):
+        return "\nThe example is a list, which is one argument; a tuple is several: tuple(example_input), and one tensor alone is given as it is."
+    return ""
 
 
 def raised_at(error: BaseException) -> tuple[str, int] | None:
