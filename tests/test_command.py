@@ -79,6 +79,20 @@ def out(capsys, *arguments, status=0):
     return caught.err if status else caught.out
 
 
+@pytest.mark.parametrize("asked", [("--ratio", "0.5"), ("--ratio", "50%"), ("--macs", "0.5"), ("--params", "60%"), ("--size", "0.6")])
+def test_amounts_and_shapes_as_people_write_them(net, capsys, asked):
+    saved = json.loads(out(capsys, "plan", net, "-i", "1,3,8,8", *asked, "--json"))
+    assert saved["after"]["params"] < 0.7 * saved["before"]["params"]
+    assert saved == json.loads(out(capsys, "plan", net, "-i", "1x3x8x8", *asked, "--json"))
+
+
+@pytest.mark.parametrize("kind", ["score", "granularity", "runtime", "repair"])
+def test_a_list_is_asked_for_as_it_is_headed(capsys, kind):
+    plural = out(capsys, "list", {"granularity": "granularities"}.get(kind, kind + "s"))
+    assert plural == out(capsys, "list", kind) and len(plural.splitlines()) > 3
+    assert "no kind" in out(capsys, "list", kind + "z", status=1)
+
+
 def test_shrink_saves_and_its_recipe_gives_the_same_bytes(net, capsys):
     text = out(capsys, "shrink", net, *INPUT, "--macs", "50%", "--multiple-of", "4", "-o", "small")
     assert "MACs" in text and "saved in small" in text

@@ -183,3 +183,19 @@ def test_a_table_for_people_and_for_machines():
     assert table["before"] == [8] and table["after"] == [4] and next(iter(table))["group"] == "0.weight"
     assert table.to_csv().splitlines()[0] == "group,axis,where,before,after,kept,params,macs,places"
     assert "50.0 %" in str(table) and ",0.5," in table.to_csv() and table.markdown().startswith("| group |")
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "tensor"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)), (1, 3, 8, 8), "0.weight"),
+        (nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), (1, 4), "0.weight"),
+        (nn.Sequential(nn.Conv1d(3, 8, 3), nn.ConvTranspose1d(8, 2, 3)), (1, 3, 8), "0.weight"),
+        (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 8), nn.Linear(8, 2)), (3, 4), "0.weight"),
+    ],
+)
+def test_what_meets_the_input_says_so_and_nothing_else_does(model, shape, tensor):
+    said = {row["tensor"]: row["whole"] for row in graphprune.plan(model.eval(), torch.randn(shape), 0.5).table("tensors")}
+    assert "meets the model's input" in said[tensor]
+    others = [text for name, text in said.items() if not name.startswith("0.") and text]
+    assert others and not any("the model's input" in text for text in others)

@@ -26,7 +26,7 @@ from .. import shrink as shrunk
 from .. import tradeoff as found_tradeoff
 from ..adapters.inputs import calibration_of, example_of
 from ..adapters.models import model_of
-from ..catalogue import KINDS, table
+from ..catalogue import KINDS, PLURALS, table
 from ..checkpoint.scoring import STREAMED
 from ..cutting.plan import Plan, plan_of
 from ..errors import BadFile, BadOption, BadPlan, GraphpruneError
@@ -383,7 +383,8 @@ PACKAGES = {
 
 
 def names(**arguments: Any) -> Outcome:
-    kinds = arguments.get("kinds") or ()
+    singular = {plural: kind for kind, plural in PLURALS.items()}  # as the lists are headed
+    kinds = [singular.get(kind, kind) for kind in arguments.get("kinds") or ()]
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise BadOption(f"no kind {unknown[0]!r}; there are {', '.join(KINDS)}")

@@ -296,7 +296,8 @@ class Recorder(TorchDispatchMode):
                     break
             else:
                 return [()] * len(shapes), False
-        place = Reason("meets an axis that keeps its size", known.name, module, where)
+        entered = any(value.leaf.startswith("<input ") for value in given)
+        place = Reason("meets the model's input, which keeps its size" if entered else "meets an axis that keeps its size", known.name, module, where)
         reason = self.labels.reason(place)
         if self.choices:
             found = carried(self, known, args, kwargs, given, shapes, reason)
