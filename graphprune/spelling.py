@@ -78,7 +78,7 @@ def _unknown(function: str, name: str, known: list[str]) -> str:
     """What is wrong with an option that a function does not have, and what is written here.
 
     >>> _unknown("shrink", "pruning_ratio", ["ratio"]), _unknown("shrink", "sizes", ["ratio", "size"])
-    ('shrink has no option \'pruning_ratio\'; write ratio=0.5', 'shrink has no option \'sizes\'; the nearest is size=')
+    ("shrink has no option 'pruning_ratio'; write ratio=0.5", "shrink has no option 'sizes'; the nearest is size=")
     """
     if function == "plan" and name in ("repair", "verify", "inplace", "return_plan"):
         return f"plan has no option {name!r}: it decides and cuts nothing; give it to shrink, or to what follows (graphprune.apply, graphprune.repair)"
