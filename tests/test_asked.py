@@ -75,7 +75,7 @@ def test_nonsense_is_found_before_the_model_runs(name):
 
 
 def test_an_option_that_is_not_there_has_a_neighbour():
-    with pytest.raises(BadOption, match="'examples'"):
+    with pytest.raises(BadOption, match="nearest are examples="):
         graphprune.shrink(chain(), X, exampels=[X])
     with pytest.raises(BadOption, match="plan has no option 'inplace'"):
         graphprune.plan(chain(), X, inplace=True)
