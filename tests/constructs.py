@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
+import torch.utils.checkpoint
 from torch import nn
 
 
@@ -611,10 +613,187 @@ class Gumbel(Pair):
         return y * (y == y.amax((2, 3), keepdim=True)).to(y.dtype)
 
 
+# -- more ways to write it -----------------------------------------------------------------------------------------------------------
+
+
+class Rotary(Pair):
+    """Halves turned into each other by a fixed angle."""
+
+    def inner(self, y):
+        half = y.shape[1] // 2
+        a, b = y[:, :half], y[:, half:]
+        return torch.cat([a * 0.6 - b * 0.8, b * 0.6 + a * 0.8], 1)
+
+
+class ComplexPairs(Pair):
+    def inner(self, y):
+        z = torch.view_as_complex(y.movedim(1, -1).unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(z * (0.6 + 0.8j)).flatten(-2).movedim(-1, 1)
+
+
+def halves(y):
+    return y if y.shape[1] <= 2 else torch.cat([halves(y[:, : y.shape[1] // 2]), halves(y[:, y.shape[1] // 2 :]).sin()], 1)
+
+
+class Recursed(Pair):
+    def inner(self, y):
+        return halves(y)
+
+
+class Zipped(Pair):
+    def inner(self, y):
+        return torch.cat([a * b for a, b in zip(y.chunk(2, 1), y.chunk(2, 1)[::-1], strict=True)], 1)
+
+
+class Reduced(Pair):
+    def inner(self, y):
+        return functools.reduce(torch.maximum, y.split(self.width // 2, 1)).repeat(1, 2, 1, 1)
+
+
+class Checkpointed(Pair):
+    def inner(self, y):
+        return torch.utils.checkpoint.checkpoint(torch.tanh, y, use_reentrant=False)
+
+
+class Mapped(Pair):
+    """Each sample by itself."""
+
+    def inner(self, y):
+        return torch.func.vmap(lambda one: one * one.sum())(y)
+
+
+class LiteralBlocks(Pair):
+    """A grouped convolution whose number of groups stands in the code."""
+
+    def extra(self, width):
+        self.kernel = nn.Parameter(torch.randn(width, width // 2, 1, 1))
+
+    def inner(self, y):
+        return F.conv2d(y, self.kernel, groups=2)
+
+
+class NarrowedFromTheEnd(Pair):
+    def inner(self, y):
+        return y + y.narrow(1, -1, 1)
+
+
+class LowRank(Pair):
+    """An adapter beside a layer."""
+
+    def extra(self, width):
+        self.down, self.up, self.scale = nn.Conv2d(width, 4, 1, bias=False), nn.Conv2d(4, width, 1, bias=False), 8 / 4
+
+    def inner(self, y):
+        return y + self.up(self.down(y)) * self.scale
+
+
+class Generated(Pair):
+    """The weights of a product are computed from the input."""
+
+    def extra(self, width):
+        self.make = nn.Linear(width, 3 * width)
+
+    def inner(self, y):
+        weight = self.make(y.mean((2, 3))).unflatten(1, (3, -1))
+        return y * torch.einsum("bchw,bkc->bkhw", y, weight).sum(1, keepdim=True)
+
+
+class Codes(Pair):
+    """The nearest of a book of codes."""
+
+    def extra(self, width):
+        self.book = nn.Embedding(5, width)
+
+    def inner(self, y):
+        flat = y.flatten(2).transpose(1, 2)
+        near = torch.cdist(flat, self.book.weight[None].expand(len(y), -1, -1)).argmin(-1)
+        return y + self.book(near).transpose(1, 2).view(y.shape)
+
+
+class Prototypes(nn.Module):
+    """Distances to learnt points, which a layer reads."""
+
+    def __init__(self, c, mid):
+        super().__init__()
+        self.a, self.points, self.o = nn.Linear(c, mid), nn.Parameter(torch.randn(6, mid)), nn.Linear(6, c)
+
+    def forward(self, x):
+        flat = self.a(x.flatten(2).transpose(1, 2))
+        apart = (flat[:, :, None] - self.points).square().sum(-1)
+        return x + self.o(apart.neg().exp()).transpose(1, 2).reshape(x.shape)
+
+
+class Masked(Pair):
+    """A fixed mask of channels."""
+
+    def extra(self, width):
+        self.register_buffer("open", torch.arange(width) % 3 > 0)
+
+    def inner(self, y):
+        return y.masked_fill(~self.open.view(-1, 1, 1), 0)
+
+
+class Taken(nn.Module):
+    """Some channels, by numbers in a buffer."""
+
+    def __init__(self, c, mid):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(c, 2 * mid, 1), nn.Conv2d(mid, c, 1)
+        self.register_buffer("taken", torch.randperm(2 * mid)[:mid])
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu()[:, self.taken])
+
+
+class ListedSizes(Pair):
+    def extra(self, width):
+        self.sizes = [2, width - 2]
+
+    def inner(self, y):
+        a, b = y.split(self.sizes, 1)
+        return torch.cat([a.sin(), b.cos() - 1], 1)
+
+
+class ClassWidths(Pair):
+    """Widths in a table of the class."""
+
+    table = {"parts": 2}
+
+    def inner(self, y):
+        return y.unflatten(1, (self.table["parts"], -1)).flip(1).flatten(1, 2)
+
+
+class PrunedWeights(nn.Module):
+    """Weights that a mask of torch's own makes before each call."""
+
+    def __init__(self, c, mid):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(c, mid, 1), nn.Conv2d(mid, c, 1)
+        nn.utils.prune.random_unstructured(self.a, "weight", 0.3)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+
+class Frequencies(nn.Module):
+    """Sines and cosines of fixed random directions, read by a layer."""
+
+    def __init__(self, c, mid):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(10, mid, 1), nn.Conv2d(mid, c, 1)
+        self.register_buffer("directions", torch.randn(5, c, 1, 1))
+
+    def forward(self, x):
+        turned = F.conv2d(x, self.directions)
+        return x + self.b(self.a(torch.cat([turned.sin(), turned.cos()], 1)).relu())
+
+
 CONSTRUCTS = [
     IntView, Shifted, Divided, Negative, Divmod, Lengths, Numel, Ranged, Steps, Alpha, Filled, TensorSize, Interpolated, Literal, LastLiteral, Rolled,
     TensorSplit, TemporalShift, Keyed, Cached, Named, ThroughNumpy, ThroughList, Branch, InPlace, Data, MaskedAssignment, MaskedFill, Scattered,
     IndexAdded, IndexCopied, Unpooled, Sliding, LogCumSum, Median, Glu, Distances, Triangle, Reordered, Listed, Complex, OldWeightNorm, NewWeightNorm,
     Spectral, Parametrised, Dynamic, Modulated, BareInstance, Pooled, ChannelSoftmax, Cosine, Response, GlobalResponse, Registers, Positions, Memory,
     Coordinates, Experts, Cells, LinearAttention, OneKey, Focus, Partial, Detour, Kept, Gumbel,
+    Rotary, ComplexPairs, Recursed, Zipped, Reduced, Checkpointed, Mapped, LiteralBlocks,
+    NarrowedFromTheEnd, LowRank, Generated, Codes, Prototypes, Masked, Taken, ListedSizes, ClassWidths, PrunedWeights, Frequencies,
 ]  # fmt: skip
