@@ -173,6 +173,11 @@ def positions(x):
     return torch.tensor([0, 2, 1, 1, 4, 5, 3, 2, 0])
 
 
+def chosen(x):
+    """Which rows are written: a mask with one entry for all channels."""
+    return (torch.arange(9 * len(x)) % 3 > 0).view(-1, 9, 1)
+
+
 def written(x, index, value):
     x = x.clone()
     x[index(x) if callable(index) else index] = value(x) if callable(value) else value
@@ -194,6 +199,13 @@ LEAVING = {
     "a rotation in space": lambda x: x.unflatten(1, (3, 3)).rot90(1, (1, 2)).flatten(1, 2), "diagonals": lambda x: x.unflatten(1, (3, 3)).diagonal(0, 1, 2).mT,
     "quantised by channel": lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).to(x),
     "least and most": lambda x: x + torch.aminmax(x, dim=1, keepdim=True)[1],
+    "rows chosen by a mask": lambda x: x + x[chosen(x)[..., 0]].sum(0), "rows of a mask that is told": lambda x: x[:, torch.arange(9) % 2 == 0],
+    "rows written through a mask": lambda x: written(x, chosen(x)[..., 0], x[chosen(x)[..., 0]] * 2),
+    "rows of another put in": lambda x: x.masked_scatter(chosen(x).expand_as(x), x.flip(1) * 3),
+    "rows of another put in flat": lambda x: x.masked_scatter(chosen(x).repeat(1, 1, x.shape[2]), (x * 2).flatten(0, 1)),
+    "rows put in under a broadcast mask": lambda x: x.masked_scatter(chosen(x), x[chosen(x)[..., 0]].sin()),
+    "segments": lambda x: x + torch.segment_reduce(x.flatten(0, 1), "sum", lengths=torch.tensor([9] * len(x)), axis=0)[:, None],
+    "neighbours": lambda x: torch.stack([torch.sparse.mm(torch.eye(9).roll(1, 0).to(x).to_sparse(), one) for one in x]),
     "a part written": lambda x: torch.select_scatter(x, x[:, 1], 1, 2), "buckets": lambda x: x + torch.bucketize(x, torch.tensor([0.1, 0.5]).to(x)),
 }  # fmt: skip
 
@@ -220,6 +232,8 @@ NUMBERING = [
     lambda x: x.masked_select(x > 9).sum() + x,
     lambda x: x + torch.diag_embed(x[:, 0]).sum(1)[:, None],
     lambda x: torch.masked_scatter(x, x > 0.5, x * 2),
+    lambda x: torch.masked_scatter(x, chosen(x).expand_as(x), (x * 2).flatten()),
+    lambda x: x + x[x > 0.4].sum(),
 ]
 
 

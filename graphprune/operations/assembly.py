@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import BadRule
 from .labels import Array, Fields, Labels, compact, varying
-from .notation import Value, meet
-from .record import assemble, describe, pointwise
+from .notation import Value, expr, meet
+from .record import LETTERS, assemble, describe, pointwise
 
 
 def free(labels: Labels, shape: tuple[int, ...], axes: range | list[int]) -> Fields:
@@ -159,6 +159,29 @@ def cat(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) ->
     top = [max(p.shape[a] for p in parts) for a in range(rank)]
     wide = [np.broadcast_to(p, [p.shape[a] if a == dim else top[a] for a in range(rank)]) for p in parts]
     return [fields + (np.concatenate(wide, axis=dim),)]
+
+
+@assemble("masked_scatter")
+def masked_scatter(labels: Labels, reason: int, outs: list, x: Value, mask: Value, source: Value) -> list[Fields]:
+    """Entries of a source, one after the other, where the mask is set: whole rows of them where the mask is the same all along the last axes."""
+    rank, rows = len(x.shape), 0
+    for back in range(1, min(rank, len(source.shape)) + 1):
+        if x.shape[-back] != source.shape[-back] or not _uniform(labels, mask, back):
+            break
+        rows = back
+    names = [LETTERS[axis] if axis >= rank - rows else "_" for axis in range(rank)]
+    behind = ["_"] * (len(source.shape) - rows) + names[rank - rows :]
+    places = names[rank - len(mask.shape) :]
+    rule = expr(f"{' '.join(names)}, {' '.join(places)}, {' '.join(behind)} -> {' '.join(names)}", x, mask, source)
+    return meet(labels, rule, [outs[0]], reason)[0]
+
+
+def _uniform(labels: Labels, value: Value, back: int) -> bool:
+    """Whether a tensor is the same all along an axis, counted from the last: broadcast there, or copies of one entry."""
+    if back > len(value.shape) or value.shape[-back] == 1:
+        return True
+    along = [field for field in value.fields if field.shape[-back] > 1]
+    return bool(along) and all(labels.is_repeated(field) for field in along)
 
 
 def _but(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:

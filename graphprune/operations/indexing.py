@@ -10,6 +10,7 @@ from ..errors import BadRule
 from .notation import Expr, Value, expr
 from .record import LETTERS, computes, describe
 
+MASKS = (torch.bool, torch.uint8)
 
 def but(rank: int, *dims: int) -> list[str]:
     """A letter for each axis, and ``_`` for those whose positions are counted.
@@ -49,6 +50,12 @@ def _indexed(axes: list[str], dims: list[int], rank: int) -> list[str]:
 @computes("index", picks=True)
 def index(x: Value, indices: list[Any]) -> Expr:
     dims = [i for i, v in enumerate(indices) if isinstance(v, Value)]
+    if any(indices[i].dtype in MASKS for i in dims):
+        if len(dims) > 1:
+            raise BadRule("several masks, or masks beside positions")
+        over = range(dims[0], dims[0] + len(indices[dims[0]].shape))
+        axes = but(len(x.shape), *over)
+        return expr(f"{' '.join(axes)}, {' _' * len(over)} -> {' '.join(_indexed(axes, list(over), 1))}", x, indices[dims[0]])
     axes, picked = but(len(x.shape), *dims), [indices[i] for i in dims]
     fixed = "".join("," + " _" * len(v.shape) for v in picked)
     return expr(f"{' '.join(axes)}{fixed} -> {' '.join(_indexed(axes, dims, max(len(v.shape) for v in picked)))}", x, *picked)
@@ -80,9 +87,9 @@ def index_fill(x, dim, index, value):
 def index_put(x, indices, values, *args, **kwargs):
     """Positions along some axes are written; a mask may be cut with what it masks, if what is written does not number the places it finds."""
     rank, given = len(x.shape), [(i, v) for i, v in enumerate(indices) if isinstance(v, Value)]
-    if len(given) == 1 and given[0][1].dtype in (torch.bool, torch.uint8):
+    if len(given) == 1 and given[0][1].dtype in MASKS:
         return _masked(x, given[0][0], given[0][1], values)
-    if any(v.dtype in (torch.bool, torch.uint8) for _, v in given):
+    if any(v.dtype in MASKS for _, v in given):
         raise BadRule("several masks, or masks beside positions")
     axes = but(rank, *(i for i, _ in given))
     found = _indexed(axes, [i for i, _ in given], max(len(v.shape) for _, v in given))
@@ -99,6 +106,20 @@ def _masked(x: Value, start: int, mask: Value, values: Value) -> Expr:
     found = [*axes[:start], "_" if numbered else "1", *axes[rank - behind :]] if behind else [*axes[:start], "_" if numbered else "1"]
     written = found[len(found) - len(values.shape) :]
     return expr(f"{' '.join(axes)}, {' '.join(axes[start : start + over])}, {' '.join(written)} -> {' '.join(axes)}", x, mask, values)
+
+
+@computes("segment_reduce")
+def segment_reduce(data, reduce, *, lengths=None, indices=None, offsets=None, axis=0, **kwargs):
+    """Rows are put together as their lengths or offsets say; what stands behind them is each by itself."""
+    axes = " ".join(but(len(data.shape), *range(axis + 1)))
+    told = lengths if isinstance(lengths, Value) else offsets
+    return expr(f"{axes},{' _' * len(told.shape)} -> {axes}", data, told)
+
+
+@computes("_sparse_addmm")
+def sparse_addmm(base, sparse, dense, **kwargs):
+    """The neighbours of each row are added up; what a sparse matrix joins stays as it is."""
+    return expr("_ c, _ _, _ c -> _ c", base, sparse, dense)
 
 
 @computes("select_scatter")
@@ -171,7 +192,7 @@ def isin(x, among, *args, **kwargs):
 # How many there are depends on the values.
 describe("multinomial", why="positions are drawn at random")
 describe("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "histc", why="as many results as the values have it")
-describe("masked_scatter", "take", "put", why="entries are numbered over all axes at once")
+describe("take", "put", why="entries are numbered over all axes at once")
 
 describe("nonzero", finds=True)
 describe("bincount", "histc", tallies=True)

@@ -31,6 +31,7 @@ from .proof import Proof
 from .request import Request
 from .shares import shares
 from .uniform import alike
+from .unread import unread_sizes
 from .wanted import amounts, others
 
 ROUNDS = 40  # how often groups are coupled anew because something proved wrong
@@ -79,7 +80,8 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
             if wrong or faults:
                 break
         else:
-            return groups, kept, make_plan(groups, kept, edits, tuple(dict.fromkeys(notes)))
+            more, said = unread_sizes(graph, model, groups, kept)
+            return groups, kept, make_plan(groups, kept, edits | more, tuple(dict.fromkeys([*notes, *said])))
         for each in wrong:
             pairs = shares(each.call, graph.symbols) if each.call and _key(each) not in tied else []
             tied.add(_key(each))

@@ -395,6 +395,12 @@ def _group_norm(asked: Asked) -> None:
     asked.needs(groups, asked.known(asked.first), "blocks", 1, number(groups))
 
 
+@reader("affine_grid", "affine_grid_generator")
+def _affine_grid(asked: Asked) -> None:
+    """Places in an image of some shape, which its number of channels says nothing about."""
+    asked.understood.update(id(size) for size in list(asked.argument(1, "size", otherwise=()))[:2])
+
+
 @reader("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(asked: Asked) -> None:
     """Channels change places with those of the other groups, so each group has to keep the same ones."""

@@ -1,0 +1,139 @@
+"""Integers of modules that the run did not read, where they say the length of an axis that is cut: :func:`unread_sizes` follows them, or says so.
+
+Another method, or a flag of an exporter, may read them (``x.split((self.c, self.c), 1)`` where the run had ``x.chunk(2, 1)``). One is followed where all
+code of its class that reads it gives it to calls that take sizes, and where the axes of that length which the module itself works on all get the
+same new one; else a note says that it still says what was.
+
+>>> reads_as_size(nn.Flatten, "start_dim")
+False
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ..coupling.groups import Groups
+from ..cutting.plan import Survivors
+from ..operations.notation import Value
+from ..select import Kept
+from ..tracing.needs import sized
+from ..tracing.sizes import leaves
+from ..tracing.surroundings import foreign
+from ..tracing.trace import Graph
+from ..wording import folded
+
+PARTS = frozenset(("split", "chunk", "split_with_sizes", "tensor_split", "narrow", "slice", "__getitem__"))  # functions, and operations of the run
+Lengths = dict[str, dict[int, set[int]]]  # of every module: what became of the axes of some length
+_READS: WeakKeyDictionary[type, dict[str, tuple[bool, frozenset[str]]]] = WeakKeyDictionary()
+
+
+def unread_sizes(graph: Graph, model: nn.Module, groups: Groups, kept: Kept) -> tuple[dict[tuple, int], list[str]]:
+    """New values of attributes that no run read, and notes on them and on those that could not be followed."""
+    used = set(_used(graph))
+    unread = [(path, value) for path, value in graph.symbols.items() if len(path) == 2 and path not in used]
+    if not unread:
+        return {}, []
+    lengths = Survivors(groups, kept).shape
+    own, parts, inside = _activations(graph, lengths), _activations(graph, lengths, PARTS), _tensors(graph, lengths)
+    edits: dict[tuple, int] = {}
+    stale: list[str] = []
+    for path, value in unread:
+        name, key = path
+        news = inside[name].get(value, set()) | own[name].get(value, set())
+        if news <= {value}:  # there is no such axis, or none of them is cut
+            continue
+        known, calls = reading(type(model.get_submodule(name)), key)
+        sources = [parts] if calls & PARTS else []
+        one = next((found for lengths_of in (*sources, own, inside) if (found := lengths_of[name].get(value))), set())
+        if known and len(one) == 1:
+            edits.update({path: length for length in one if length != value})
+        else:
+            stale.append(f"{'.'.join(part for part in path if part)} = {value}")
+    notes = [f"note: no run read them, they follow their axes: {folded(['.'.join(filter(None, path)) for path in edits])}"] if edits else []
+    notes += [f"note: no run read them, they still say what an axis was: {folded(stale)}"] if stale else []
+    return edits, notes
+
+
+def _used(graph: Graph) -> Iterator[tuple]:
+    """The attributes that any run used."""
+    exprs: list[Any] = [call.expr for call in graph.calls] + list(graph.floats) + [doubt.expr for doubt in graph.doubts]
+    exprs += [side for pair in graph.equals for side in pair] + [side for branch in graph.outcomes for side in (branch.left, branch.right)]
+    for expr in exprs:
+        yield from (leaf[1] for leaf in leaves(expr) if leaf[0] == "attr")
+
+
+def _activations(graph: Graph, lengths: Any, names: Iterable[str] = ()) -> Lengths:
+    """By module, what became of the axes of the results of its own calls (of those with one of these names)."""
+    became: Lengths = defaultdict(lambda: defaultdict(set))
+    for node in graph.nodes:
+        if not names or node.op.short in names:
+            for value in node.outs:
+                _add(became[node.module], value, lengths)
+    return became
+
+
+def _tensors(graph: Graph, lengths: Any) -> Lengths:
+    """By module, what became of the axes of its tensors, and of those of the modules in it."""
+    became: Lengths = defaultdict(lambda: defaultdict(set))
+    for name, value in graph.leaves.items():
+        if name in graph.parameters:
+            path = name.split(".")
+            for depth in range(len(path)):
+                _add(became[".".join(path[:depth])], value, lengths)
+    return became
+
+
+def _add(became: dict[int, set[int]], value: Value, lengths: Any) -> None:
+    if value.fields:
+        for old, new in zip(value.shape, lengths(value), strict=True):
+            became[old].add(new)
+
+
+def reads_as_size(kind: type, key: str) -> bool:
+    """Whether the code of a class gives an attribute to calls that take sizes, and reads it nowhere else but where it is made."""
+    return reading(kind, key)[0]
+
+
+def reading(kind: type, key: str) -> tuple[bool, frozenset[str]]:
+    """The same, and the names of those calls."""
+    if kind not in _READS:
+        uses: dict[str, list[str]] = defaultdict(list)
+        for base in kind.__mro__:
+            if not foreign(base):
+                for name, call in _reads(base):
+                    uses[name].append(call)
+        _READS[kind] = {name: (all(sized(call) for call in calls), frozenset(calls)) for name, calls in uses.items()}
+    return _READS[kind].get(key, (False, frozenset()))
+
+
+def _reads(kind: type) -> Iterator[tuple[str, str]]:
+    """Every ``self.name`` that a class reads outside of ``__init__``, and the call that it is given to ("" where it is none)."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    for method in ast.walk(tree):
+        if isinstance(method, ast.FunctionDef) and method.name != "__init__" and method.args.args:
+            yield from _mentions(method, method.args.args[0].arg, "")
+
+
+def _mentions(node: ast.AST, own: str, call: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == own and isinstance(node.ctx, ast.Load):
+        yield node.attr, call
+    for child in ast.iter_child_nodes(node):
+        inside = call
+        if isinstance(node, ast.Call) and child is not node.func:
+            inside = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+        elif isinstance(node, ast.Subscript) and child is node.slice:
+            inside = "__getitem__"
+        elif not isinstance(child, ast.expr | ast.keyword | ast.slice):
+            inside = ""
+        yield from _mentions(child, own, inside)
