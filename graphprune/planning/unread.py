@@ -14,7 +14,8 @@ import ast
 import inspect
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from ..coupling.groups import Groups
 from ..cutting.plan import Survivors
+from ..operations.labels import Array
 from ..operations.notation import Value
 from ..select import Kept
 from ..tracing.needs import sized
@@ -31,6 +33,7 @@ from ..tracing.trace import Graph
 from ..wording import folded
 
 PARTS = frozenset(("split", "chunk", "split_with_sizes", "tensor_split", "narrow", "slice", "__getitem__"))  # functions, and operations of the run
+Pairs = Callable[[Value], Iterator[tuple[int, int]]]
 Lengths = dict[str, dict[int, set[int]]]  # of every module: what became of the axes of some length
 _READS: WeakKeyDictionary[type, dict[str, tuple[bool, frozenset[str]]]] = WeakKeyDictionary()
 
@@ -41,7 +44,7 @@ def unread_sizes(graph: Graph, model: nn.Module, groups: Groups, kept: Kept) -> 
     unread = [(path, value) for path, value in graph.symbols.items() if len(path) == 2 and path not in used]
     if not unread:
         return {}, []
-    lengths = Survivors(groups, kept).shape
+    lengths = partial(_became, Survivors(groups, kept), graph.marks.features(groups.root))
     own, parts, inside = _activations(graph, lengths), _activations(graph, lengths, PARTS), _tensors(graph, lengths)
     edits: dict[tuple, int] = {}
     stale: list[str] = []
@@ -54,7 +57,7 @@ def unread_sizes(graph: Graph, model: nn.Module, groups: Groups, kept: Kept) -> 
         sources = [parts] if calls & PARTS else []
         one = next((found for lengths_of in (*sources, own, inside) if (found := lengths_of[name].get(value))), set())
         if known and len(one) == 1:
-            edits.update({path: length for length in one if length != value})
+            edits[path] = next(iter(one))
         else:
             stale.append(f"{'.'.join(part for part in path if part)} = {value}")
     notes = [f"note: no run read them, they follow their axes: {folded(['.'.join(filter(None, path)) for path in edits])}"] if edits else []
@@ -70,7 +73,7 @@ def _used(graph: Graph) -> Iterator[tuple]:
         yield from (leaf[1] for leaf in leaves(expr) if leaf[0] == "attr")
 
 
-def _activations(graph: Graph, lengths: Any, names: Iterable[str] = ()) -> Lengths:
+def _activations(graph: Graph, lengths: Pairs, names: Iterable[str] = ()) -> Lengths:
     """By module, what became of the axes of the results of its own calls (of those with one of these names)."""
     became: Lengths = defaultdict(lambda: defaultdict(set))
     for node in graph.nodes:
@@ -80,7 +83,7 @@ def _activations(graph: Graph, lengths: Any, names: Iterable[str] = ()) -> Lengt
     return became
 
 
-def _tensors(graph: Graph, lengths: Any) -> Lengths:
+def _tensors(graph: Graph, lengths: Pairs) -> Lengths:
     """By module, what became of the axes of its tensors, and of those of the modules in it."""
     became: Lengths = defaultdict(lambda: defaultdict(set))
     for name, value in graph.leaves.items():
@@ -91,10 +94,17 @@ def _tensors(graph: Graph, lengths: Any) -> Lengths:
     return became
 
 
-def _add(became: dict[int, set[int]], value: Value, lengths: Any) -> None:
-    if value.fields:
-        for old, new in zip(value.shape, lengths(value), strict=True):
-            became[old].add(new)
+def _became(survivors: Survivors, features: Array, value: Value) -> Iterator[tuple[int, int]]:
+    """What became of every axis of features of a tensor (of places and samples an attribute says nothing)."""
+    new = survivors.shape(value)
+    for dim, old in enumerate(value.shape):
+        if any(features[survivors.root[field]].any() for field in value.fields if field.shape[dim] > 1):
+            yield old, new[dim]
+
+
+def _add(became: dict[int, set[int]], value: Value, lengths: Pairs) -> None:
+    for old, new in lengths(value) if value.fields else ():
+        became[old].add(new)
 
 
 def reads_as_size(kind: type, key: str) -> bool:
