@@ -12,6 +12,7 @@ from .record import LETTERS, computes, describe
 
 MASKS = (torch.bool, torch.uint8)
 
+
 def but(rank: int, *dims: int) -> list[str]:
     """A letter for each axis, and ``_`` for those whose positions are counted.
 
