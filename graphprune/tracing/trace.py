@@ -358,12 +358,12 @@ def _traced(model: nn.Module, asked: Examples) -> Graph:
     try:
         graph = run(model, asked, real=False)
         stale = any("[" in name for name in graph.unread)  # a cache that the run looked for under another device
-        return run(model, asked, real=True) if stale else _other_ways(model, graph, asked)
+        return _other_ways(model, run(model, asked, real=True) if stale else graph, asked)
     except (BadRule, UnknownName):
         raise
     except Exception as first:
         try:
-            return run(model, asked, real=True)
+            return _other_ways(model, run(model, asked, real=True), asked)
         except UnknownName:
             raise
         except Exception as error:
@@ -375,11 +375,12 @@ def _traced(model: nn.Module, asked: Examples) -> Graph:
 
 def _other_ways(model: nn.Module, graph: Graph, asked: Examples) -> Graph:
     """The graph, made again where the model has further ways that read sizes which this run did not."""
-    further = ways(model, graph, lambda: shadow(model, real=False)[0], lambda t: t.detach().clone() if not t.is_floating_point() else t.detach().to(META))
+    swap = lambda t: t.detach().clone() if graph.real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
+    further = ways(model, graph, lambda: shadow(model, graph.real)[0], swap)
     if not further:
         return graph
     try:
-        return run(model, replace_fields(asked, others=(*asked.others, *further)), real=False)
+        return run(model, replace_fields(asked, others=(*asked.others, *further)), real=graph.real)
     except Exception:  # a way that cannot be followed asks for nothing
         return graph
 
