@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .operations.record import rule
     from .options import Repair, Runtime, Widths
     from .planning.overview import widths
+    from .planning.selected import plan_from
     from .repair import repair
     from .scores import Score, score
     from .select import select
@@ -84,6 +85,7 @@ __all__ = [
     "measure",
     "picture",
     "plan",
+    "plan_from",
     "plan_of",
     "profile",
     "refresh_ema",
@@ -132,6 +134,7 @@ PLACES = {
     ".operations.record": "rule",
     ".options": "Repair Runtime Widths",
     ".planning.overview": "widths",
+    ".planning.selected": "plan_from",
     ".repair": "repair",
     ".scores": "Score score",
     ".select": "select",

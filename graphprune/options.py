@@ -1,4 +1,6 @@
-"""The options of :func:`graphprune.shrink` that belong together: :class:`Widths`, :class:`Runtime` and :class:`Repair`, each checked when it is made.
+"""The options of :func:`graphprune.shrink`: their list (:class:`PlanOptions`, :class:`ShrinkOptions`), and those that belong together.
+
+:class:`Widths`, :class:`Runtime` and :class:`Repair` are each checked when they are made.
 
 >>> Widths(multiple_of=8, ratios={"head": 0.25})
 Widths(multiple_of=8, ratios={'head': 0.25})
@@ -11,14 +13,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from numbers import Real
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypedDict
 
 from torch import nn
 
 from .catalogue import names
-from .errors import BadCalibration, BadMeasure, BadRatio, BadTarget
+from .errors import BadCalibration, BadMeasure, BadOption, BadRatio, BadTarget
 from .wording import nearest
 
+FREED = {"positions": "position", "statistics": "statistic"}  # what goes at the user's word alone, and the kind of the reasons why it stays
 OBJECTIVES = {"score": 0.0, "time": 1.0}
 TARGETS = ("block", "layer")  # of a repair
 
@@ -68,7 +72,9 @@ class Widths(_Brief):
     0 <= ratio < 1, by name, pattern, module type, module or predicate ``(name, module) -> bool`` of the modules or parameters that make the units.
     ``to``: widths instead of shares, by the same keys: how many outputs the module keeps (``{"layers.*.mlp.gate_proj": 9216}``). ``uniform``: groups of one
     kind and size keep equally many units in all layers, as configurations with one number for all of them need. ``rewrite``: modules whose code holds a size
-    as a literal come back in a subclass that reads it from an attribute where that frees an axis; False leaves them whole.
+    as a literal come back in a subclass that reads it from an attribute where that frees an axis; False leaves them whole. ``also``: axes that go at your word
+    alone: ``"positions"`` (tokens, coordinates, entries of a memory, which are no features), and ``"statistics"`` (features over which a mean, a product or a
+    softmax is taken that is no norm: as in a norm, it is then taken over those that stay, by :func:`graphprune.zeroed`, too).
     Raises :class:`~graphprune.errors.BadRatio` or :class:`~graphprune.errors.BadTarget`.
     """
 
@@ -78,14 +84,10 @@ class Widths(_Brief):
     to: Mapping[Any, int] = dataclasses.field(default_factory=dict)
     uniform: bool = False
     rewrite: bool = True
+    also: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        step = self.multiple_of
-        for key, value in step.items() if isinstance(step, Mapping) else ():
-            if not whole(value) or value < 1:
-                raise BadTarget(f"multiple_of of {key!r} is {value!r}; it is a whole number from 1 on")
-        if not isinstance(step, Mapping) and step not in (None, "auto") and not (whole(step) and int(step) >= 1):  # type: ignore[arg-type]
-            raise BadTarget(f'multiple_of is {step!r}; it is a whole number from 1 on, "auto", or a mapping of names to whole numbers')
+        _check_multiple(self.multiple_of)
         if not whole(self.at_least) or self.at_least < 1:
             raise BadRatio(f"at_least is {self.at_least!r}; it is how many units stay of every group, a whole number from 1 on")
         if self.ratios is not None and not isinstance(self.ratios, Mapping) and not callable(self.ratios):
@@ -95,9 +97,20 @@ class Widths(_Brief):
         for key, value in self.to.items():
             if not whole(value) or value < 1:
                 raise BadRatio(f"the width of {key!r} is {value!r}; it is how many outputs stay, a whole number from 1 on; shares go to ratios=")
+        if isinstance(self.also, str) or not all(name in FREED for name in self.also):
+            raise BadOption(f"also is {self.also!r}; it lists {' and '.join(map(repr, FREED))}, or one of them")
         for name in ("uniform", "rewrite"):
             if not isinstance(getattr(self, name), bool):
                 raise BadRatio(f"{name} is {getattr(self, name)!r}; it is True or False")
+
+
+def _check_multiple(step: Any) -> None:
+    """Is this a multiple of widths: one for all groups, "auto", or one for each name?"""
+    for key, value in step.items() if isinstance(step, Mapping) else ():
+        if not whole(value) or value < 1:
+            raise BadTarget(f"multiple_of of {key!r} is {value!r}; it is a whole number from 1 on")
+    if not isinstance(step, Mapping) and step not in (None, "auto") and not (whole(step) and step >= 1):
+        raise BadTarget(f'multiple_of is {step!r}; it is a whole number from 1 on, "auto", or a mapping of names to whole numbers')
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -167,3 +180,39 @@ class Repair(_Brief):
         if isinstance(asked, str) or (isinstance(asked, list | tuple) and asked and all(isinstance(step, str) for step in asked)):
             return None if asked == "none" else cls(None, asked) if asked != "auto" else None
         return cls(asked)
+
+
+Target = float | str | None
+GOALS = ("params", "macs", "size", "memory", "latency", "speedup")
+
+
+class PlanOptions(TypedDict, total=False):
+    """What :func:`graphprune.plan` and :func:`graphprune.shrink` can be asked for by name; the page of :func:`graphprune.shrink` says what each means."""
+
+    params: Target
+    macs: Target
+    size: Target
+    memory: Target
+    latency: Target
+    speedup: Target
+    on: Runtime | str | None
+    score: Any
+    scope: str | None
+    what: Any
+    keep: Sequence[Any] | str
+    widths: Widths | Mapping[Any, int] | None
+    example_kwargs: dict | None
+    examples: Sequence[Any]
+    outputs: Any
+
+
+class ShrinkOptions(PlanOptions, total=False):
+    """What :func:`graphprune.shrink` takes beside, since it also cuts."""
+
+    repair: Repair | Iterable | str | None
+    inplace: bool
+    verify: bool
+
+
+# What an option is where it is not given; None of all others.
+DEFAULTS: Mapping[str, Any] = MappingProxyType({"what": "channel", "keep": (), "examples": (), "inplace": False, "verify": True})

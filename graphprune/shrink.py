@@ -2,65 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import nn
 
+from .automatic import AUTO, with_score
 from .cutting.apply import apply
 from .cutting.compose import so_far
 from .cutting.plan import Plan, note_plan
 from .cutting.undo import undone
 from .cutting.verify import check_model
 from .formats.huggingface import expressed, follow
-from .options import Repair, Runtime, Widths
+from .options import DEFAULTS, GOALS, PlanOptions, Repair, ShrinkOptions, Target
 from .planning.outcome import disappointments
 from .planning.planner import decide, proved
-from .planning.request import ask, flag
+from .planning.request import Request, ask, flag
 from .ranks import across_ranks, agreed
-from .recipe import AUTO, settled
 from .repair import after_cut, before_cut, refill
-from .scores import Criterion
-from .spelling import respelled
-from .tracing.trace import trace
+from .spelling import taking
+from .tracing.trace import Graph, trace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)
-Target = float | str | None
+CHOICES = ("on", "scope", "what", "keep", "widths")
+PLANNER = partial(expressed, decide=decide)  # of a model with a configuration, plans that the configuration can say
 
 
 @overload
-def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[True], **options: Any) -> tuple[Model, Plan]: ...
+def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[True], **options: Unpack[ShrinkOptions]) -> tuple[Model, Plan]: ...
 @overload
-def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[False] = False, **options: Any) -> Model: ...
-@respelled
+def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[False] = False, **options: Unpack[ShrinkOptions]) -> Model: ...
+@taking(ShrinkOptions)
 @across_ranks
-def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave the options to this signature)
-    model: nn.Module,
-    example_input: Any,
-    ratio: Target = None,
-    *,
-    params: Target = None,
-    macs: Target = None,
-    size: Target = None,
-    memory: Target = None,
-    latency: Target = None,
-    speedup: Target = None,
-    on: Runtime | str | None = None,
-    score: Criterion | None = None,
-    scope: str | None = None,
-    what: Any = "channel",
-    keep: Sequence[Any] | str = (),
-    widths: Widths | Mapping[Any, int] | None = None,
-    repair: Repair | Iterable | str | None = None,
-    example_kwargs: dict | None = None,
-    examples: Sequence[Any] = (),
-    outputs: Any = None,
-    inplace: bool = False,
-    return_plan: bool = False,
-    verify: bool = True,
-) -> Any:
+def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return_plan: bool = False, **options: Unpack[ShrinkOptions]) -> Any:
     """A smaller model, of the same class, that computes what ``model`` computes with the removed units set to zero.
 
     - ``example_input``: a tensor, a tuple (positional) or a dict (keyword) that the model can be called with.
@@ -73,7 +52,7 @@ def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave
     - ``speedup`` (``2`` or ``"2x"``) or ``latency`` (``"8 ms"``, or the share that may stay): a measured time; ``on`` says where it counts,
       ``"onnxruntime"`` or ``graphprune.Runtime("onnxruntime", threads=1)``, and ``Runtime(objective="time")`` spends another budget on the fastest widths.
     - ``score``: what matters. With batches for a ``repair`` and a budget the default is ``"auto"``: a few scores and scopes are tried, and the one is taken
-      whose repaired model is nearest to the original on inputs kept out (:mod:`graphprune.recipe`; a note in the plan says which); else it is ``"l2"``.
+      whose repaired model is nearest to the original on inputs kept out (:mod:`graphprune.automatic`; a note in the plan says which); else it is ``"l2"``.
       Or a name of ``graphprune.available()["score"]``, ``graphprune.scores.taylor.on(batches, loss)`` for one that reads data, a mapping of ``what`` to
       scores, or a function: ``(groups, model, batches) -> tensors`` for channels and heads, ``(name, module) -> float`` for blocks and layers,
       ``weight -> tensor`` for everything finer.
@@ -97,17 +76,19 @@ def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave
     4
     """
     check_model(model)
-    targets = {"params": params, "macs": macs, "size": size, "memory": memory, "latency": latency, "speedup": speedup}
-    flags = {"inplace": inplace, "return_plan": return_plan, "verify": verify}
-    inplace, return_plan, verify = (flag(name, value) for name, value in flags.items())
-    repairs = before_cut(model, Repair.of(repair))
+    inplace, verify = (flag(name, options.get(name, DEFAULTS[name])) for name in ("inplace", "verify"))
+    return_plan = flag("return_plan", return_plan)
+    repairs = before_cut(model, Repair.of(options.get("repair")))
+    score = options.get("score")
     if score is None:  # with inputs to learn from, and a budget to spend, what loses least
-        score = AUTO if repairs is not None and any(value is not None for value in targets.values()) else "l2"
-    request = ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths, inplace=inplace)
-    graph = trace(model, example_input, example_kwargs, outputs=outputs, examples=examples)
-    request = settled(graph, model, request if verify else replace(request, proof="calls"), repairs)
-    chosen = expressed(graph, model, request, decide)
-    chosen, small = proved(graph, model, request, chosen) if verify else (chosen, apply(model, chosen))
+        score = AUTO if repairs is not None and any(options.get(name) is not None for name in GOALS) else "l2"
+    request, graph = _asked(model, example_input, ratio, options, score=score, inplace=inplace)
+    request = with_score(graph, model, request if verify else replace(request, proof="calls"), repairs, PLANNER)
+    if verify:
+        chosen, small = proved(graph, model, request, PLANNER)
+    else:
+        chosen = PLANNER(graph, model, request)
+        small = apply(model, chosen)
     common = agreed(chosen)
     chosen, small = (chosen, small) if common is chosen else (common, apply(model, common))
     small, chosen = after_cut(small, model, chosen, repairs, graph)
@@ -121,29 +102,9 @@ def shrink(  # pyright: ignore[reportInconsistentOverload]  (the overloads leave
     return (small, chosen) if return_plan else small
 
 
-@respelled
+@taking(PlanOptions)
 @across_ranks
-def plan(
-    model: nn.Module,
-    example_input: Any,
-    ratio: Target = None,
-    *,
-    params: Target = None,
-    macs: Target = None,
-    size: Target = None,
-    memory: Target = None,
-    latency: Target = None,
-    speedup: Target = None,
-    on: Runtime | str | None = None,
-    score: Criterion = "l2",
-    scope: str | None = None,
-    what: Any = "channel",
-    keep: Sequence[Any] | str = (),
-    widths: Widths | Mapping[Any, int] | None = None,
-    example_kwargs: dict | None = None,
-    examples: Sequence[Any] = (),
-    outputs: Any = None,
-) -> Plan:
+def plan(model: nn.Module, example_input: Any, ratio: Target = None, **options: Unpack[PlanOptions]) -> Plan:
     """What :func:`shrink` would do, as a plan, without cutting anything: ``graphprune.apply(model, plan)`` does it.
 
     The options are those of :func:`shrink`. Raises the errors of :mod:`graphprune.errors`.
@@ -155,9 +116,15 @@ def plan(
     (4, 8)
     """
     check_model(model)
-    targets = {"params": params, "macs": macs, "size": size, "memory": memory, "latency": latency, "speedup": speedup}
-    request = replace(ask(model, ratio, targets, on=on, score=score, scope=scope, what=what, keep=keep, widths=widths), proof="calls")
-    graph = trace(model, example_input, example_kwargs, outputs=outputs, examples=examples)
-    chosen = expressed(graph, model, request, decide)
+    request, graph = _asked(model, example_input, ratio, options, score=options.get("score") or "l2")
+    chosen = PLANNER(graph, model, replace(request, proof="calls"))
     disappointments(graph, model, chosen, request)
     return agreed(chosen)
+
+
+def _asked(model: nn.Module, example_input: Any, ratio: Target, options: PlanOptions, **facts: Any) -> tuple[Request, Graph]:
+    """The request, checked before anything costs time, and the graph of the run that it is about."""
+    targets = {name: options.get(name) for name in GOALS}
+    request = ask(model, ratio, targets, **{name: value for name, value in options.items() if name in CHOICES}, **facts)
+    examples, outputs = options.get("examples", ()), options.get("outputs")
+    return request, trace(model, example_input, options.get("example_kwargs"), outputs=outputs, examples=examples)

@@ -1,4 +1,4 @@
-"""Old spellings of options, which work for one version more and say what to write now: :func:`respelled`.
+"""Options by name (:func:`taking`), and their old spellings, which work for one version more and say what to write now.
 
 >>> with warnings.catch_warnings(record=True) as caught:
 ...     warnings.simplefilter("always")
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from .errors import BadOption, UnknownOption, warn
-from .options import Repair, Runtime, Widths
+from .options import DEFAULTS, Repair, Runtime, Widths
 from .scores.registry import OnData, check_data
 from .wording import nearest
 
@@ -59,19 +59,33 @@ OLD = ("criterion", "batches", "loss", "granularity", "calibration", *WIDTHS, *R
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def respelled(function: F) -> F:
-    """A function of :func:`graphprune.shrink`'s options that also takes their old spellings, each with a DeprecationWarning."""
-    known = inspect.signature(function).parameters
-    passes = any(each.kind is each.VAR_KEYWORD for each in known.values())  # options that go to another function
+def taking(options: type) -> Callable[[F], F]:
+    """A function of a model, an example, a ratio and ``options`` (a TypedDict) as it is called: it knows each by name, and the old spellings of some.
 
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        options = modern(options, "repair" in known)
-        if unknown := next((name for name in options if name not in known and not passes), None):
-            raise UnknownOption(_unknown(function.__name__, unknown, list(known)))
-        return function(*args, **options)
+    An old spelling works, with a DeprecationWarning; a name that is none raises :class:`~graphprune.errors.UnknownOption` with the nearest one.
+    """
 
-    return call  # type: ignore[return-value]
+    def made(function: F) -> F:
+        names = options.__annotations__
+        first = list(inspect.signature(function).parameters.values())[:-1]  # the last one are the options
+
+        known = [*(each.name for each in first), *names]
+
+        @functools.wraps(function)
+        def call(*args: Any, **asked: Any) -> Any:
+            asked = modern(asked, "repair" in names)
+            if unknown := next((name for name in asked if name not in known), None):
+                raise UnknownOption(_unknown(function.__name__, unknown, known))
+            return function(*args, **asked)
+
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS.get(name), annotation=getattr(hint, "__forward_arg__", hint))
+            for name, hint in names.items()
+        ]
+        call.__signature__ = inspect.Signature([*first, *more])  # type: ignore[attr-defined]  # for help() and whoever completes names
+        return call  # type: ignore[return-value]
+
+    return made
 
 
 def _unknown(function: str, name: str, known: list[str]) -> str:

@@ -55,7 +55,7 @@ def test_nothing_in_the_package_knows_a_model():
 
 ORDER = {
     "": """errors version wording catalogue options quantities tables operations tracing distributed coupling cost scores select names cutting budget
-        timing repair granularity planning ranks recipe formats spelling shrink insight loop adapters checkpoint commands command __main__""",
+        timing repair granularity planning ranks automatic formats spelling shrink insight loop adapters checkpoint commands command __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
     "tracing": """sizes trees picks choices needs symbols bodies paths fused copies node origin record outputs surroundings
@@ -69,7 +69,7 @@ ORDER = {
     "timing": "runtimes measure fuse operators table align learnt latency",
     "repair": "moments solve censored sites rows pairs unseen effect fitting recurrent sequential statistics belief free calibration closed imitation __init__",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
-    "planning": "shares proof request limits uniform unread units wanted widths trial depth entries together planner outcome overview",
+    "planning": "shares proof request limits uniform unread units wanted widths selected trial depth entries together planner outcome overview",
     "units": "kind hidden experts expert_mlp heads query_heads head_dim mlp layers",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
     "adapters": "inputs models pretrained",

@@ -58,9 +58,11 @@ def _random(text: str, generator: torch.Generator) -> tuple[str | None, torch.Te
 def _file(path: Path) -> list[tuple[str | None, torch.Tensor]]:
     try:
         if path.suffix == ".pt":
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            stored = torch.load(path, map_location="cpu", weights_only=True)
             return (
-                [(str(name), tensor) for name, tensor in held.items()] if isinstance(held, dict) else [(None, tensor) for tensor in tensors(held, torch.Tensor)]
+                [(str(name), tensor) for name, tensor in stored.items()]
+                if isinstance(stored, dict)
+                else [(None, tensor) for tensor in tensors(stored, torch.Tensor)]
             )
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -138,5 +140,5 @@ def _lines(path: Path, example: Any, limit: int, tokenizer: str | None) -> dict[
     wanted = example if isinstance(example, dict) else {}
     length = max((t.shape[1] for t in tensors(example, torch.Tensor) if t.ndim == 2), default=64)
     words.pad_token = words.pad_token or words.eos_token
-    held = words(lines, return_tensors="pt", padding="max_length", truncation=True, max_length=length)
-    return {name: tensor for name, tensor in held.items() if not wanted or name in wanted}
+    tokens = words(lines, return_tensors="pt", padding="max_length", truncation=True, max_length=length)
+    return {name: tensor for name, tensor in tokens.items() if not wanted or name in wanted}

@@ -48,7 +48,7 @@ def widths(groups: Groups, scores: Scores, limits: Mapping[str, float], known: C
 def losses_of(groups: Groups, scores: Scores, allowed: Space) -> list[Array]:
     """For every choice the loss at each of its levels, not decreasing; (levels,) each."""
     readers = _readers(groups)
-    found = []
+    losses = []
     for choice in allowed.choices:
         total = np.zeros(len(choice))
         for column, index in enumerate(choice.members):
@@ -58,8 +58,8 @@ def losses_of(groups: Groups, scores: Scores, allowed: Space) -> list[Array]:
             each = each + each.sum() * 1e-9 / len(each) if each.sum() > 0 else np.ones(len(each))
             kept = np.cumsum(each)[choice.levels[:, column] - 1]
             total += max(readers[index], 1) * (each.sum() - kept) / kept
-        found.append(total)
-    return found
+        losses.append(total)
+    return losses
 
 
 def _readers(groups: Groups) -> Array:

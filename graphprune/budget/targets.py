@@ -126,26 +126,26 @@ def moment(text: str) -> float:
     >>> moment("12 ms"), moment("0.5s")
     (0.012, 0.5)
     """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(s|ms|us|µs)\s*", text)
-    if not found or not float(found[1]) > 0:
+    match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(s|ms|us|µs)\s*", text)
+    if not match or not float(match[1]) > 0:
         raise BadTarget(f'latency is {text!r}; write a time as "12 ms", "0.5 s" or "800 us"')
-    return float(found[1]) * {"s": 1.0, "ms": 1e-3}.get(found[2], 1e-6)
+    return float(match[1]) * {"s": 1.0, "ms": 1e-3}.get(match[2], 1e-6)
 
 
-def limits(full: Cost, given: Mapping[str, Any]) -> dict[str, float]:
+def limits(full: Cost, targets: Mapping[str, Any]) -> dict[str, float]:
     """Absolute limits for the targets that are not None; raises :class:`~graphprune.errors.BadTarget`.
 
     >>> limits(Cost(1000, 2000, 4000, 500), {"macs": 0.5, "params": 300, "size": None})
     {'macs': 1000.0, 'params': 300.0}
     """
-    found = {}
-    for name, value in given.items():
+    absolute = {}
+    for name, value in targets.items():
         if value is None:
             continue
         _checked(name, value)
         share = isinstance(value, float | np.floating) and value <= 1
-        found[name] = float(value) * getattr(full, name) if share else float(value)
-    return found
+        absolute[name] = float(value) * getattr(full, name) if share else float(value)
+    return absolute
 
 
 def show(name: str, value: float) -> str:

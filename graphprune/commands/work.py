@@ -243,23 +243,23 @@ def sensitivity(**arguments: Any) -> Outcome:
     options: dict[str, Any] = {"ratios": [_number(ratio) for ratio in arguments["ratios"].split(",")]} if arguments.get("ratios") else {}
     options |= {"groups": arguments["groups"]} if arguments.get("groups") else {}
     mode, score = arguments.get("mode") or "exact", _score(arguments.get("score") or "l2", setting)
-    found = found_sensitivity(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), mode=mode, score=score, **options)
-    return _tabled("sensitivity", found, {"original": found.original, "rows": list(found.table())}, arguments)
+    study = found_sensitivity(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), mode=mode, score=score, **options)
+    return _tabled("sensitivity", study, {"original": study.original, "rows": list(study.table())}, arguments)
 
 
 def _number(text: str) -> float:
     return amount("ratio", text.strip())
 
 
-def _tabled(command: str, found: Any, data: dict[str, Any], arguments: dict[str, Any]) -> Outcome:
+def _tabled(command: str, result: Any, data: dict[str, Any], arguments: dict[str, Any]) -> Outcome:
     """A result, also as CSV or as a picture where a file is given."""
     out = arguments.get("out")
     if out and out.endswith(".csv"):
-        _write(out, found.to_csv(), command, arguments)
+        _write(out, result.to_csv(), command, arguments)
     elif out:
-        found.plot(out)
+        result.plot(out)
         _with_recipe(Path(out), command, arguments)
-    return Outcome(str(found), data)
+    return Outcome(str(result), data)
 
 
 def tradeoff(**arguments: Any) -> Outcome:
@@ -268,8 +268,8 @@ def tradeoff(**arguments: Any) -> Outcome:
     options |= {"repair": Repair(setting.batches)} if setting.batches else {}
     options |= {"by": arguments.get("by") or "macs", "measure": bool(arguments.get("time")), "scope": arguments.get("scope")}
     options["score"] = _score(arguments.get("score") or "l2", setting)
-    found = found_tradeoff(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), **options)
-    return _tabled("tradeoff", found, {"budget": found.budget, "rows": list(found.table()), "missed": list(found.missed)}, arguments)
+    study = found_tradeoff(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), **options)
+    return _tabled("tradeoff", study, {"budget": study.budget, "rows": list(study.table()), "missed": list(study.missed)}, arguments)
 
 
 def export(**arguments: Any) -> Outcome:

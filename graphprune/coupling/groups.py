@@ -172,17 +172,17 @@ def couple(
     if joins:
         parts.flatten()
     reasons = list(labels.reasons)
-    held = list(labels.locks)
+    locks_noted = list(labels.locks)
     for name, axis in keep:
         for field in graph.leaves[name].fields:
             if axis is None or field.shape[axis] > 1:
                 reasons.append(Reason("kept on request"))
-                held.append((field.ravel(), len(reasons) - 1))
+                locks_noted.append((field.ravel(), len(reasons) - 1))
     for array, text in locks:
         reasons.append(Reason(text))
-        held.append((array.ravel(), len(reasons) - 1))
-    if len(held) > len(labels.locks):
-        parts.lock(np.concatenate([array for array, _ in held[len(labels.locks) :]]))
+        locks_noted.append((array.ravel(), len(reasons) - 1))
+    if len(locks_noted) > len(labels.locks):
+        parts.lock(np.concatenate([array for array, _ in locks_noted[len(labels.locks) :]]))
     unsaid = _hold_conditions(parts, graph, free)
     if "position" not in free:
         _lock_positions(parts, graph)
@@ -198,9 +198,9 @@ def couple(
         other = ~graph.marks.features(root)
         why[root[other[root]]] = len(reasons) - 1
         parts.locked[root[other[root]]] = True
-    if held:
-        arrays = [array.ravel() for array, _ in reversed(held)]  # the first reason is written last
-        why[root[np.concatenate(arrays)]] = np.repeat([reason for _, reason in reversed(held)], [array.size for array in arrays])
+    if locks_noted:
+        arrays = [array.ravel() for array, _ in reversed(locks_noted)]  # the first reason is written last
+        why[root[np.concatenate(arrays)]] = np.repeat([reason for _, reason in reversed(locks_noted)], [array.size for array in arrays])
     return _collect(graph, root, parts, why, reasons)
 
 
@@ -208,7 +208,7 @@ def _hold_conditions(parts: Partition, graph: Graph, free: Collection[str]) -> l
     """Join and lock what holds unless its kind is freed (statistics over features; of positions they say nothing); returns what is locked and why."""
     parts.flatten()
     feature = graph.marks.features(parts.parent)[parts.parent]
-    held = []
+    holding = []
     for kind, left, right, reason in graph.labels.conditions:
         left, right = (array.ravel() for array in np.broadcast_arrays(left, right))
         asked = feature[left]
@@ -218,8 +218,8 @@ def _hold_conditions(parts: Partition, graph: Graph, free: Collection[str]) -> l
             parts.union(left[asked], right[asked])
         else:
             parts.lock(left[asked])
-            held.append((left[asked], reason))
-    return held
+            holding.append((left[asked], reason))
+    return holding
 
 
 def _lock_positions(parts: Partition, graph: Graph) -> None:
@@ -271,7 +271,7 @@ def _set(array: Array) -> Array:
 
 def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
     """The joints as sets of labels, each once (a field is recorded anew by every operation that it passes)."""
-    found: dict[tuple, Joint] = {}
+    distinct: dict[tuple, Joint] = {}
     roots = parts.find(np.concatenate([a.ravel() for j in joints for a in (j.array, j.slices) if a is not None]))
     at = 0
     for joint in joints:
@@ -280,9 +280,9 @@ def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
         if joint.slices is not None:
             slices, at = roots[at : at + joint.slices.size].reshape(joint.slices.shape), at + joint.slices.size
         key = (array.tobytes(), array.shape, joint.axes, joint.carried, None if slices is None else slices.tobytes())
-        if key not in found:
-            found[key] = Joint(array, joint.axes, slices, joint.carried)
-    return list(found.values())
+        if key not in distinct:
+            distinct[key] = Joint(array, joint.axes, slices, joint.carried)
+    return list(distinct.values())
 
 
 def _name_slices(parts: Partition, joints: list[Joint]) -> None:
@@ -382,8 +382,8 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
     signature = np.bincount(units, np.repeat(np.random.default_rng(0).random(len(every)), sizes), len(root))
     closed = parts.locked[units]
     shut = np.flatnonzero(closed)
-    told = np.append(shut[why[units[shut]] >= 0], len(units))
-    first = told[np.searchsorted(told, starts)]  # where the first reason of each kind stands, if any
+    reasoned = np.append(shut[why[units[shut]] >= 0], len(units))
+    first = reasoned[np.searchsorted(reasoned, starts)]  # where the first reason of each kind stands, if any
     barred: dict[int, Reason] = {}
     for kind in np.flatnonzero(np.logical_or.reduceat(closed, starts)).tolist():
         known = first[kind] < ends[kind]
@@ -395,8 +395,8 @@ def _collect(graph: Graph, root: Array, parts: Partition, why: Array, reasons: l
     several = [index for index, units in enumerate(members) if len(units) > 1]
     renumber = np.full(len(members) + 1, -1, dtype=np.int64)
     renumber[several] = np.arange(len(several))
-    mine, inner = owner[units], local[units]
-    stands = [_stands(mine[a:b], inner[a:b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+    owners, inner = owner[units], local[units]
+    stands = [_stands(owners[a:b], inner[a:b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     places: list[dict[Slot, Stand]] = [{} for _ in members]
     locked: dict[tuple[str, int], Reason] = {}
     for slot, kind in zip(slots, kinds, strict=True):
@@ -421,11 +421,11 @@ def _slots(graph: Graph, root: Array) -> tuple[list[tuple[str, int]], list[Array
     units = root[np.concatenate(fields)] if fields else root
     start = 0
     for field in fields:
-        own = units[start : start + len(field)]
+        field_units = units[start : start + len(field)]
         start += len(field)
-        kinds.append(numbers.setdefault(own.tobytes(), len(every)))
+        kinds.append(numbers.setdefault(field_units.tobytes(), len(every)))
         if kinds[-1] == len(every):
-            every.append(own)
+            every.append(field_units)
     return slots, every, kinds
 
 
@@ -445,10 +445,10 @@ def _same_places(signature: Array, free: Array) -> tuple[Array, Array, list[Arra
     """Units with the same signature form a group, in the order of their first unit: position within, group, members."""
     local = np.full(len(signature), -1, dtype=np.int64)
     owner = np.full(len(signature), -1, dtype=np.int32)
-    mine = signature[free]
-    runs = np.flatnonzero(np.diff(mine, prepend=np.nan) != 0)  # neighbours mostly belong together: sorting the runs is less work
-    _, first, which = np.unique(mine[runs], return_index=True, return_inverse=True)
-    first, which = runs[first], np.repeat(which.ravel(), np.diff(runs, append=len(mine)))
+    signatures = signature[free]
+    runs = np.flatnonzero(np.diff(signatures, prepend=np.nan) != 0)  # neighbours mostly belong together: sorting the runs is less work
+    _, first, which = np.unique(signatures[runs], return_index=True, return_inverse=True)
+    first, which = runs[first], np.repeat(which.ravel(), np.diff(runs, append=len(signatures)))
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     group = rank[which]

@@ -55,14 +55,14 @@ class Link:
 def links(groups: Groups) -> list[list[Link]]:
     """The links of every group, in the order of the run; each (leaf, axis, role) once, at its first use."""
     finder = _Finder(groups)
-    found: list[list[Link]] = [[] for _ in groups]
+    by_group: list[list[Link]] = [[] for _ in groups]
     seen = set()
     for link in finder.all():
         key = (link.group, link.role, link.leaf, link.axis)
         if key not in seen:
             seen.add(key)
-            found[link.group].append(link)
-    return found
+            by_group[link.group].append(link)
+    return by_group
 
 
 class _Finder:
@@ -111,21 +111,21 @@ class _Finder:
     def place(self, leaf: str, field: Array) -> tuple[int, Array] | None:
         """The axis of the leaf whose labels a field carries, and all labels of that axis."""
         label = int(field.flat[0])
-        for own, (low, high, axis) in zip(self.graph.leaves[leaf].fields, self.starts[leaf], strict=True):
+        for array, (low, high, axis) in zip(self.graph.leaves[leaf].fields, self.starts[leaf], strict=True):
             if low <= label <= high:
-                return axis, own.ravel()
+                return axis, array.ravel()
         return None
 
     def activation(self, group: int, node: Node, role: str, names: set, flowing: list, rights: tuple) -> tuple[Value | None, int, Array]:
         """What the Python code holds there, and the axis along which the units stand."""
         step = self.graph.steps[node.step] if node.step >= 0 else None
-        held = [] if step is None else [v for v in (step.args if role == "consumes" else step.results) if v is not None and id(v) not in self.origin]
+        values = [] if step is None else [v for v in (step.args if role == "consumes" else step.results) if v is not None and id(v) not in self.origin]
         inner = flowing if role == "consumes" else list(zip(node.outs, rights, strict=False))
         for value, axes in inner:
             at = next((d for d, dim in enumerate(axes) if set(axis_names(dim)) & names), None)
-            if at is not None and any(value is mine for mine in held):
+            if at is not None and any(value is other for other in values):
                 return value, at, self.along(group, value, at)
-        for value in held:
+        for value in values:
             for dim in reversed(range(len(value.shape))):
                 along = self.along(group, value, dim)
                 if (along >= 0).any():
@@ -134,24 +134,24 @@ class _Finder:
 
     def along(self, group: int, value: Value, dim: int) -> Array:
         """The unit of each position of a value along one of its axes; -1 where a position holds none or several."""
-        found = np.full(value.shape[dim], -1, dtype=np.int64)
+        units = np.full(value.shape[dim], -1, dtype=np.int64)
         for field in value.fields:
             if field.shape[dim] == 1:
                 continue
             roots = self.groups.root[np.moveaxis(field, dim, 0).reshape(field.shape[dim], -1)]
-            mine = (roots == roots[:, :1]).all(axis=1) & (self.groups.owner[roots[:, 0]] == group)
-            found[mine] = self.local[roots[mine, 0]]
-        return found
+            inside = (roots == roots[:, :1]).all(axis=1) & (self.groups.owner[roots[:, 0]] == group)
+            units[inside] = self.local[roots[inside, 0]]
+        return units
 
 
 def _origins(graph: Graph) -> dict[int, tuple[str, bool]]:
     """The parameter or buffer behind each value that does not depend on the inputs, and whether it is the leaf itself (moved at most)."""
     origin = {id(leaf): (name, True) for name, leaf in graph.leaves.items()}
     for node in graph.nodes:
-        given = list(tensors((node.args, node.kwargs)))
-        if not given or any(id(value) not in origin for value in given):
+        operands = list(tensors((node.args, node.kwargs)))
+        if not operands or any(id(value) not in origin for value in operands):
             continue
-        first, direct = origin[id(given[0])]
+        first, direct = origin[id(operands[0])]
         for value in node.outs:
             origin[id(value)] = (first, direct and (node.is_move or node.op.keeps_zero))
     return origin

@@ -38,14 +38,7 @@ def unit_sums(groups: Groups, tensors: Mapping[str, Rows], power: int) -> list[t
     ``tensors`` holds the parameters that count, by name; each is asked for once, and not all at a time.
     """
     starts = np.cumsum([0, *(group.size for group in groups)])
-    axes: dict[str, set[int]] = defaultdict(set)
-    for group in groups:
-        for name, axis in group.places:
-            if name in tensors:
-                axes[name].add(axis)
-    deep = {name for name in axes if len(groups.graph.leaves[name].shape) > 1}
-    sums = _vector_sums({name: _float(tensors[name]) for name in axes if name not in deep}, power)
-    sums |= {name: axis_sums(tensors[name], power, mine) for name, mine in axes.items() if name in deep}
+    sums = _sums(groups, tensors, power)
     # Many axes of a group hold its units in the same order: these are added up before the units are looked for.
     along: dict[tuple[int, int], tuple[Array, Array]] = {}
     for group, start in zip(groups, starts.tolist(), strict=False):
@@ -61,6 +54,18 @@ def unit_sums(groups: Groups, tensors: Mapping[str, Rows], power: int) -> list[t
     index = np.where(units < 0, starts[-1], units + offsets)
     total = torch.from_numpy(np.bincount(index, values, minlength=starts[-1] + 1))
     return [total[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def _sums(groups: Groups, tensors: Mapping[str, Rows], power: int) -> dict[str, dict[int, Array]]:
+    """The sums of every tensor along its axes on which units of a group stand."""
+    axes: dict[str, set[int]] = defaultdict(set)
+    for group in groups:
+        for name, axis in group.places:
+            if name in tensors:
+                axes[name].add(axis)
+    deep = {name for name in axes if len(groups.graph.leaves[name].shape) > 1}
+    sums = _vector_sums({name: _float(tensors[name]) for name in axes if name not in deep}, power)
+    return sums | {name: axis_sums(tensors[name], power, numbers) for name, numbers in axes.items() if name in deep}
 
 
 def _vector_sums(vectors: Mapping[str, torch.Tensor], power: int) -> dict[str, dict[int, Array]]:

@@ -20,10 +20,10 @@ from ..errors import BadPlan
 from ..tracing.copies import duplicate
 from ..tracing.fused import gathered
 from ..tracing.symbols import SHAPED
-from ..tracing.trees import is_parameter, leaf_tensors, modules_of, replace
+from ..tracing.trees import Leaf, is_parameter, leaf_tensors, modules_of, replace
 from .gains import factors_of
 from .kernels import apply_kernel, check_kernel
-from .masks import apply_mask, check_mask
+from .masks import apply_mask, check_mask, parametrizations
 from .passthrough import apply_skips, check_skip
 from .plan import Plan
 from .rewrite import spell
@@ -49,47 +49,13 @@ def apply(model: nn.Module, plan: Plan, inplace: bool = False) -> nn.Module:
 
 
 def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
-    cut, memo, indices = {}, {}, {}
-    held = list(leaf_tensors(model))
-    for name, _, _, tensor in held:
-        if name in plan.numbers and id(tensor) not in cut:
-            told = torch.tensor(plan.numbers[name], device=tensor.device, dtype=tensor.dtype)
-            left = cut_tensor(tensor, plan.cuts.get(name, {}), indices).long()
-            if len(left) and not -len(told) <= int(left.min()) <= int(left.max()) < len(told):
-                raise BadPlan(f"{name} numbers positions that the plan does not know: is it the same model?")
-            cut[id(tensor)] = told[left]
-        if name in plan.cuts:
-            if tuple(tensor.shape) != tuple(plan.shapes[name]):
-                raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")
-            if id(tensor) not in cut:
-                cut[id(tensor)] = cut_tensor(tensor, plan.cuts[name], indices)
-        elif not inplace and (not tensor.is_leaf or (type(tensor) is torch.Tensor and not tensor.ndim and not tensor.__dict__)):
-            memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)  # deepcopy takes 20 times as long
-    if plan.gains:
-        named = {name: tensor for name, _, _, tensor in held}
-        for name, scale in factors_of(plan.gains, named, plan.cuts).items():
-            whole = named[name]
-            cut[id(whole)] = scaled(cut[id(whole)] if id(whole) in cut else cut_tensor(whole, {}), scale)
-    missing = {name for name in plan.cuts.keys() - {name for name, *_ in held} if "[" not in name}  # a cache may be empty
-    if missing:
-        raise BadPlan(f"the plan cuts {sorted(missing)[0]}, which this model does not have")
-    for part in plan.parts:
-        if part.kind not in CHECKS:
-            raise BadPlan(f"the plan asks for {part.kind!r}, which this version does not know")
-        CHECKS[part.kind](model, part, plan.shapes.get(part.name, ()))
-    if inplace:
-        small = model
-        for _, module, name, tensor in held:
-            if id(tensor) in cut and "[" in name:
-                own = name.partition("[")[0]
-                module.__dict__[own] = replace(module.__dict__[own], lambda held: cut.get(id(held), held))
-            elif id(tensor) in cut:
-                _put(module, name, tensor, cut[id(tensor)])
-    else:
-        small = duplicate(model, {**memo, **cut})
+    leaves = list(leaf_tensors(model))
+    smaller = _smaller(leaves, plan)
+    _check(model, leaves, plan)
+    small = _exchanged(model, leaves, smaller) if inplace else duplicate(model, {**_copies(leaves, smaller), **smaller})
     if plan.rewrites:
         small = spell(small, plan.rewrites)
-    touched = {_holder(name, own) for name, _, own, tensor in held if id(tensor) in cut}
+    touched = {_holder(name, key) for name, _, key, tensor in leaves if id(tensor) in smaller}
     for path, module in modules_of(small):
         if module._forward_pre_hooks:
             _remake(module)
@@ -112,6 +78,69 @@ def _holder(name: str, own: str) -> str:
     """
     path = name[: -len(own)].removesuffix(".")
     return f".{path}".partition(".parametrizations.")[0][1:]
+
+
+def _smaller(leaves: list[Leaf], plan: Plan) -> dict[int, torch.Tensor]:
+    """What takes the place of the tensors that a plan changes, by the id of the old one."""
+    smaller: dict[int, torch.Tensor] = {}
+    indices: dict[tuple, tuple] = {}
+    for name, _, _, tensor in leaves:
+        if name in plan.numbers and id(tensor) not in smaller:
+            smaller[id(tensor)] = _renumbered(name, tensor, plan, indices)
+        if name not in plan.cuts:
+            continue
+        if tuple(tensor.shape) != tuple(plan.shapes[name]):
+            raise BadPlan(f"the plan cuts {name} of shape {tuple(plan.shapes[name])}, this model's is {tuple(tensor.shape)}")
+        if id(tensor) not in smaller:
+            smaller[id(tensor)] = cut_tensor(tensor, plan.cuts[name], indices)
+    if plan.gains:
+        named = {name: tensor for name, _, _, tensor in leaves}
+        for name, scale in factors_of(plan.gains, named, plan.cuts).items():
+            whole = named[name]
+            smaller[id(whole)] = scaled(smaller[id(whole)] if id(whole) in smaller else cut_tensor(whole, {}), scale)
+    return smaller
+
+
+def _renumbered(name: str, tensor: torch.Tensor, plan: Plan, indices: dict[tuple, tuple]) -> torch.Tensor:
+    """A buffer of positions, with the positions as they are counted after the cut."""
+    numbers = torch.tensor(plan.numbers[name], device=tensor.device, dtype=tensor.dtype)
+    kept = cut_tensor(tensor, plan.cuts.get(name, {}), indices).long()
+    if len(kept) and not -len(numbers) <= int(kept.min()) <= int(kept.max()) < len(numbers):
+        raise BadPlan(f"{name} numbers positions that the plan does not know: is it the same model?")
+    return numbers[kept]
+
+
+def _check(model: nn.Module, leaves: list[Leaf], plan: Plan) -> None:
+    """Does the model have all that the plan changes?"""
+    missing = {name for name in plan.cuts.keys() - {name for name, *_ in leaves} if "[" not in name}  # a cache may be empty
+    if missing:
+        raise BadPlan(f"the plan cuts {sorted(missing)[0]}, which this model does not have")
+    for part in plan.parts:
+        if part.kind not in CHECKS:
+            raise BadPlan(f"the plan asks for {part.kind!r}, which this version does not know")
+        CHECKS[part.kind](model, part, plan.shapes.get(part.name, ()))
+
+
+def _exchanged(model: nn.Module, leaves: list[Leaf], smaller: dict[int, torch.Tensor]) -> nn.Module:
+    """The model itself, with other tensors in the places of those by whose ids they go."""
+    for _, module, name, tensor in leaves:
+        if id(tensor) not in smaller:
+            continue
+        if "[" in name:
+            holder = name.partition("[")[0]
+            module.__dict__[holder] = replace(module.__dict__[holder], lambda item: smaller.get(id(item), item))
+        else:
+            _put(module, name, tensor, smaller[id(tensor)])
+    return model
+
+
+def _copies(leaves: list[Leaf], smaller: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Copies of the tensors that ``copy.deepcopy`` refuses (results of a computation), or is slow on: it takes 20 times as long for plain scalars."""
+    return {
+        id(tensor): tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+        for *_, tensor in leaves
+        if id(tensor) not in smaller and (not tensor.is_leaf or (type(tensor) is torch.Tensor and not tensor.ndim and not tensor.__dict__))
+    }
 
 
 def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[tuple, tuple] | None = None) -> torch.Tensor:
@@ -175,10 +204,10 @@ def _picked(data: torch.Tensor, picks: list[tuple[int, torch.Tensor]]) -> torch.
         for axis, index in picks:
             data = data.index_select(axis, index)
         return data
-    found = data.new_empty([count, *(index.numel() if a == axis else n for a, n in enumerate(shape) if a)])
+    picked = data.new_empty([count, *(index.numel() if a == axis else n for a, n in enumerate(shape) if a)])
     for start in range(0, count, step):
-        torch.index_select(data.index_select(0, rows[start : start + step]), axis, index, out=found[start : start + step])
-    return found
+        torch.index_select(data.index_select(0, rows[start : start + step]), axis, index, out=picked[start : start + step])
+    return picked
 
 
 def _put(module: nn.Module, name: str, old: torch.Tensor, new: torch.Tensor) -> None:
@@ -203,10 +232,11 @@ def _weight(module: nn.Module) -> Any:
     for name in WEIGHTS:
         if module._parameters.get(name) is not None:
             return module._parameters[name]
-    held = getattr(module, "parametrizations", None)
-    if held is not None and "weight" in held:
-        return _made(module, held["weight"])
-    return next((held[name] for held in (module._buffers, module.__dict__) for name in ("weight", "running_mean") if isinstance(held.get(name), Tensor)), None)
+    steps = parametrizations(module)
+    if "weight" in steps:
+        return _made(module, steps["weight"])
+    tables = (module._buffers, module.__dict__)
+    return next((table[name] for table in tables for name in ("weight", "running_mean") if isinstance(table.get(name), Tensor)), None)
 
 
 def _made(module: nn.Module, steps: nn.Module) -> Any:

@@ -36,9 +36,9 @@ def compose(first: Plan, second: Plan) -> Plan:
     for name, axes in second.cuts.items():
         _check(first, second, name)
         shapes.setdefault(name, second.shapes[name])
-        mine = cuts.setdefault(name, {})
+        kept_here = cuts.setdefault(name, {})
         for axis, kept in axes.items():
-            mine[axis] = [mine[axis][position] for position in kept] if axis in mine else list(kept)
+            kept_here[axis] = [kept_here[axis][position] for position in kept] if axis in kept_here else list(kept)
     parts = _parts(first, second)
     shapes = {**{part.name: second.shapes[part.name] for part in second.parts if part.name in second.shapes}, **shapes}
     edits = {edit[:-1]: edit[-1] for edit in (*first.edits, *second.edits)}
@@ -64,14 +64,14 @@ def _unmasked(plan: Plan, masked: set[str]) -> Plan:
     if not masked:
         return plan
     names = {name: parameter_name(name) for name in plan.shapes}
-    lie = {name for name in plan.shapes if any(name == f"{path}parametrizations.{own}.0.mask" for path, own in map(_split, masked))}
-    known = lambda held: {names[n] if names[n] in masked else n: value for n, value in held.items() if n not in lie}  # noqa: E731
+    lie = {name for name in plan.shapes if any(name == f"{path}parametrizations.{key}.0.mask" for path, key in map(_split, masked))}
+    known = lambda table: {names[n] if names[n] in masked else n: value for n, value in table.items() if n not in lie}  # noqa: E731
     return replace(plan, cuts=known(plan.cuts), shapes=known(plan.shapes))
 
 
 def _split(name: str) -> tuple[str, str]:
-    path, dot, own = name.rpartition(".")
-    return path + dot, own
+    path, dot, key = name.rpartition(".")
+    return path + dot, key
 
 
 def _gains(first: Plan, second: Plan) -> tuple[Gain, ...]:
@@ -81,13 +81,13 @@ def _gains(first: Plan, second: Plan) -> tuple[Gain, ...]:
 
 def _parts(first: Plan, second: Plan) -> tuple[Part, ...]:
     """The parts of both, in positions of the original; what lies inside a module that goes later goes with it."""
-    found = {(part.kind, part.name): part for part in first.parts}
+    parts = {(part.kind, part.name): part for part in first.parts}
     for part in second.parts:
         if part.kind != "skip":
             _check(first, second, part.name)
-        found[part.kind, part.name] = _earlier(part, found.get((part.kind, part.name)), first, second)
+        parts[part.kind, part.name] = _earlier(part, parts.get((part.kind, part.name)), first, second)
     gone = tuple(f"{part.name}." for part in second.parts if part.kind == "skip")
-    return tuple(part for part in found.values() if not gone or not part.name.startswith(gone))
+    return tuple(part for part in parts.values() if not gone or not part.name.startswith(gone))
 
 
 def _earlier(part: Part, before: Part | None, first: Plan, second: Plan) -> Part:
@@ -103,16 +103,16 @@ def _earlier(part: Part, before: Part | None, first: Plan, second: Plan) -> Part
 
 
 def _check(first: Plan, second: Plan, name: str) -> None:
-    left = _left(first, name, second.shapes[name])
-    if left != tuple(second.shapes[name]):
-        raise BadPlan(f"the second plan cuts {name} of shape {tuple(second.shapes[name])}, the first one leaves {left}")
+    remaining = _left(first, name, second.shapes[name])
+    if remaining != tuple(second.shapes[name]):
+        raise BadPlan(f"the second plan cuts {name} of shape {tuple(second.shapes[name])}, the first one leaves {remaining}")
 
 
 def _left(first: Plan, name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
     shape = first.shapes.get(name, otherwise)
-    left = tuple(len(first.cuts.get(name, {}).get(axis, range(size))) for axis, size in enumerate(shape))
+    remaining = tuple(len(first.cuts.get(name, {}).get(axis, range(size))) for axis, size in enumerate(shape))
     thin = [narrowed(unpack(part.data, shape[1:]), _inner(first, name)) for part in first.parts if (part.kind, part.name) == ("columns", name)]
-    return (left[0], int(thin[0].sum())) if thin else left
+    return (remaining[0], int(thin[0].sum())) if thin else remaining
 
 
 def _inner(plan: Plan, name: str) -> dict[int, list[int]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 ROWS, WHOLES, NOTES = 30, 8, 6  # what fits a screen
-CHANGES = {"mask": "masked", "kernel": "smaller kernel", "columns": "thinner product", "skip": "removed"}
+CHANGES = {"skip": "removed", "mask": "masked", "kernel": "smaller kernel", "columns": "thinner product"}
 
 
 def headline(plan: Plan) -> str:
@@ -35,10 +35,10 @@ def headline(plan: Plan) -> str:
     if plan.cuts:
         return f"{counted(len(plan.cuts), 'tensor')} cut"
     weights = [(math.prod(plan.shapes[part.name]), _entries(plan, part)) for part in plan.parts if part.kind != "skip"]
-    left = [left for _, left in weights if left is not None]
-    if left and len(left) == len(weights):
+    staying = [staying for _, staying in weights if staying is not None]
+    if staying and len(staying) == len(weights):
         total = sum(whole for whole, _ in weights)
-        return f"{count(sum(left))} of {count(total)} weights stay in {counted(len(weights), 'tensor')} ({share(sum(left), total)})"
+        return f"{count(sum(staying))} of {count(total)} weights stay in {counted(len(weights), 'tensor')} ({share(sum(staying), total)})"
     return counted(len(plan.parts), "change") if plan.parts else "nothing is cut"
 
 
@@ -140,13 +140,15 @@ def whole_lines(plan: Plan) -> Iterator[str]:
     for whole in outline.wholes:
         if not whole.kernel:
             reasons.setdefault((whole.text, whole.op), []).append(whole)
-    costs = {key: sum(math.prod(outline.shapes[name]) for name in {whole.name for whole in held} if name in outline.shapes) for key, held in reasons.items()}
-    for key, held in sorted(reasons.items(), key=lambda item: -costs[item[0]]):
+    costs = {
+        key: sum(math.prod(outline.shapes[name]) for name in {whole.name for whole in places} if name in outline.shapes) for key, places in reasons.items()
+    }
+    for key, places in sorted(reasons.items(), key=lambda item: -costs[item[0]]):
         text = f"{key[0]} ({key[1]})" if key[1] else key[0]
-        weights = [whole for whole in held if len(outline.shape(whole.name)) > 1] or held
+        weights = [whole for whole in places if len(outline.shape(whole.name)) > 1] or places
         where = folded([f"{whole.name} axis {whole.axis}" for whole in weights])
         part = f"{count(costs[key])} parameters ({share(costs[key], outline.before.params) or '0 %'})"
-        yield f"whole: {text}: {counted(len(held), 'axis', 'axes')}, {part}: {where}"
+        yield f"whole: {text}: {counted(len(places), 'axis', 'axes')}, {part}: {where}"
     kernels = sum(whole.kernel for whole in outline.wholes)
     if kernels:
         yield f"({counted(kernels, 'height or width', 'heights and widths')} of kernels stay, as they do: explain(verbose=True) lists them)"
@@ -186,9 +188,9 @@ def tensors_table(plan: Plan) -> Table:
             why.setdefault(whole.name, []).append(f"axis {whole.axis}: {whole.reason}")
     rows = []
     for name, shape in shapes.items():
-        left = cut_shape(shape, plan.cuts.get(name, {}))
-        kept = math.prod(left) / math.prod(shape) if math.prod(shape) else 1.0
-        rows.append((name, "x".join(map(str, shape)), "x".join(map(str, left)), kept, "; ".join(why.get(name, []))))
+        after = cut_shape(shape, plan.cuts.get(name, {}))
+        kept = math.prod(after) / math.prod(shape) if math.prod(shape) else 1.0
+        rows.append((name, "x".join(map(str, shape)), "x".join(map(str, after)), kept, "; ".join(why.get(name, []))))
     return Table(("tensor", "before", "after", "kept", "whole"), tuple(rows), PERCENT)
 
 
@@ -199,8 +201,8 @@ def parts_table(plan: Plan) -> Table:
             inside = [shape for name, shape in (plan.outline.shapes if plan.outline else {}).items() if name.startswith(f"{part.name}.")]
             rows.append((part.name, CHANGES["skip"], sum(map(math.prod, inside)) if inside else None, 0, 0.0))
             continue
-        whole, left = math.prod(plan.shapes[part.name]), _entries(plan, part)
-        rows.append((part.name, CHANGES[part.kind], whole, left, None if left is None else left / whole))
+        whole, after = math.prod(plan.shapes[part.name]), _entries(plan, part)
+        rows.append((part.name, CHANGES[part.kind], whole, after, None if after is None else after / whole))
     return Table(("name", "what", "before", "after", "kept"), tuple(rows), PERCENT)
 
 
@@ -209,29 +211,38 @@ def compared(one: Plan, other: Plan) -> Table:
     names, others = ({**(plan.outline.shapes if plan.outline else {}), **plan.shapes} for plan in (one, other))
     if names and others and not names.keys() & others.keys():
         raise UnknownName(f"the plans share no tensor ({several(sorted(names))} against {several(sorted(others))}): they are of two models")
-    totals: list[tuple[Any, ...]] = []
+    rows = [*_width_rows(one, other), *_part_rows(one, other)]
+    columns = ("what", "before", "this", "other", "change", "same positions")
+    return Table(columns, tuple([*_total_rows(one, other), *rows] if rows else ()), {"change": lambda value: f"{100 * value:+.1f} %"})
+
+
+def _total_rows(one: Plan, other: Plan) -> Iterator[tuple[Any, ...]]:
     if one.outline and other.outline:
         for name, before, here, there in zip(("parameters", "MACs"), one.outline.before, one.outline.after, other.outline.after, strict=True):
-            totals.append((f"all {name}", before, here, there, there / here - 1 if here else None, None))
-    rows: list[tuple[Any, ...]] = []
-    first, second = ({(w.name, w.axis): w for w in widths_of(plan)} for plan in (one, other))
-    for place in dict.fromkeys((*first, *second)):
-        width, rival = first.get(place), second.get(place)
-        before = (width or rival).before  # type: ignore[union-attr]  # one of them has the place
+            yield f"all {name}", before, here, there, there / here - 1 if here else None, None
+
+
+def _width_rows(one: Plan, other: Plan) -> Iterator[tuple[Any, ...]]:
+    """The groups that two plans cut to other widths, or to other positions."""
+    first, second = ({(width.name, width.axis): width for width in widths_of(plan)} for plan in (one, other))
+    for name, axis in dict.fromkeys((*first, *second)):
+        width, rival = first.get((name, axis)), second.get((name, axis))
+        before = next(each.before for each in (width, rival) if each is not None)
         here, there = (each.after if each else before for each in (width, rival))
-        cuts = [plan.cuts.get(place[0], {}).get(place[1]) for plan in (one, other)]
-        if here != there or cuts[0] != cuts[1]:
-            same = len(set(cuts[0]) & set(cuts[1])) if cuts[0] is not None and cuts[1] is not None else len(cuts[0] or cuts[1] or ())
-            rows.append((f"{place[0]} axis {place[1]}", before, here, there, there / here - 1, same))
-    for kind in ("skip", "mask", "kernel", "columns"):
+        kept, others = (plan.cuts.get(name, {}).get(axis) for plan in (one, other))
+        if here != there or kept != others:
+            same = len(set(kept) & set(others)) if kept is not None and others is not None else len(kept or others or ())
+            yield f"{name} axis {axis}", before, here, there, there / here - 1, same
+
+
+def _part_rows(one: Plan, other: Plan) -> Iterator[tuple[Any, ...]]:
+    """The weights that two plans mask or make smaller in other ways, and the modules that only one of them removes."""
+    for kind in CHANGES:
         here, there = ({part.name: part for part in plan.parts if part.kind == kind} for plan in (one, other))
         for name in dict.fromkeys((*here, *there)):
             if here.get(name) != there.get(name):
-                sizes = [None if name not in side else _entries(plan, side[name]) for plan, side in ((one, here), (other, there))]
-                rows.append((f"{name} {CHANGES[kind]}", None, *sizes, None, None))
-    return Table(
-        ("what", "before", "this", "other", "change", "same positions"), tuple(totals + rows if rows else ()), {"change": lambda value: f"{100 * value:+.1f} %"}
-    )
+                sizes = [None if name not in parts else _entries(plan, parts[name]) for plan, parts in ((one, here), (other, there))]
+                yield f"{name} {CHANGES[kind]}", None, *sizes, None, None
 
 
 def _entries(plan: Plan, part: Part) -> int | None:

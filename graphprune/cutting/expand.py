@@ -26,39 +26,48 @@ def expand(small: nn.Module, plan: Plan | None = None, *, partial: bool = False)
     {'0.weight': (8, 4), '2.weight': (2, 8)}
     """
     plan = known_plan(small, plan)
-    gone = [part.name for part in plan.parts if part.kind == "skip"]
-    if gone and not partial:
-        text = f"the plan removed {', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}, and no weights stand for a module that is gone"
-        raise BadPlan(f"{text}; expand(..., partial=True) gives the tensors of all others")
+    if not partial:
+        _check_modules(plan)
     wide: dict[str, torch.Tensor] = {}
     thin = {part.name: unpack(part.data, tuple(plan.shapes[part.name][1:])) for part in plan.parts if part.kind == "columns"}
     indices = tuple(f"{name.removesuffix('weight')}channels" for name in thin)
     masks = masks_of(small, plan)
     tied = {id(tensor): leaf for leaf, _, _, tensor in leaf_tensors(small) if leaf in plan.cuts}  # cut under one name
     for leaf, _, _, tensor in leaf_tensors(small):
-        own = leaf if leaf in plan.cuts else parameter_name(leaf)
-        name, data = own if own in plan.cuts else tied.get(id(tensor), own), tensor.detach()
-        if any(tensor is keep for keep in masks.values()) or (indices and leaf.startswith(indices)):
+        if any(tensor is mask for mask in masks.values()) or (indices and leaf.startswith(indices)):
             continue
-        if name in plan.numbers:
-            old = [i for i, n in enumerate(plan.numbers[name]) if n >= 0]
-            data = torch.tensor(old, device=data.device, dtype=data.dtype)[data.long()]
-        if name in thin:
-            data = _spread(data, thin[name], plan.cuts.get(name, {}))
-        for axis, kept in plan.cuts.get(name, {}).items():
-            shape = list(data.shape)
-            shape[axis] = plan.shapes[name][axis]
-            index = torch.tensor(kept, device=data.device)
-            data = data.new_zeros(shape).index_copy(axis, index, data)
-        wide[own] = data if name in plan.cuts or name in thin else data.clone()
+        original = leaf if leaf in plan.cuts else parameter_name(leaf)
+        name = original if original in plan.cuts else tied.get(id(tensor), original)
+        wide[original] = _widened(name, tensor.detach(), plan, thin)
     return wide
+
+
+def _check_modules(plan: Plan) -> None:
+    gone = [part.name for part in plan.parts if part.kind == "skip"]
+    if gone:
+        text = f"the plan removed {', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}, and no weights stand for a module that is gone"
+        raise BadPlan(f"{text}; expand(..., partial=True) gives the tensors of all others")
+
+
+def _widened(name: str, data: torch.Tensor, plan: Plan, thin: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """One tensor in its original shape; ``thin`` are the columns that stay of kernels that have become products."""
+    if name in plan.numbers:
+        old = [position for position, number in enumerate(plan.numbers[name]) if number >= 0]
+        data = torch.tensor(old, device=data.device, dtype=data.dtype)[data.long()]
+    if name in thin:
+        data = _spread(data, thin[name], plan.cuts.get(name, {}))
+    for axis, kept in plan.cuts.get(name, {}).items():
+        shape = list(data.shape)
+        shape[axis] = plan.shapes[name][axis]
+        data = data.new_zeros(shape).index_copy(axis, torch.tensor(kept, device=data.device), data)
+    return data if name in plan.cuts or name in thin else data.clone()
 
 
 def _spread(data: torch.Tensor, columns: torch.Tensor, cuts: Mapping[int, Sequence[int]]) -> torch.Tensor:
     """A kernel from the product of its columns."""
-    left = narrowed(columns, {axis - 1: kept for axis, kept in cuts.items() if axis})
-    full = data.new_zeros((len(data), *left.shape))
-    full.permute(0, 2, 3, 1)[:, left.permute(1, 2, 0)] = data
+    columns = narrowed(columns, {axis - 1: kept for axis, kept in cuts.items() if axis})
+    full = data.new_zeros((len(data), *columns.shape))
+    full.permute(0, 2, 3, 1)[:, columns.permute(1, 2, 0)] = data
     return full
 
 

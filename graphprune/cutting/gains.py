@@ -60,15 +60,15 @@ def _leaves(items: Any) -> Iterator[str]:
 
 def factors_of(gains: Sequence[Gain], tensors: Mapping[str, torch.Tensor], cuts: Cuts) -> dict[str, torch.Tensor]:
     """What every tensor that takes something up is multiplied by, already cut like it: float64, by name."""
-    found = {}
+    factors = {}
     for gain in gains:
         if all(name in tensors and not tensors[name].is_meta for name in gain.leaves()):
             scale = factor(gain, tensors, cuts)
             axes = {axis: kept for axis, kept in cuts.get(gain.name, {}).items() if scale.ndim and scale.shape[axis] > 1}
             for axis, kept in axes.items():
                 scale = scale.index_select(axis, torch.tensor(kept, device=scale.device))
-            found[gain.name] = scale
-    return found
+            factors[gain.name] = scale
+    return factors
 
 
 def factor(gain: Gain, tensors: Mapping[str, torch.Tensor], cuts: Cuts) -> torch.Tensor:
@@ -96,12 +96,12 @@ def _wanted(gain: Gain, whole: dict[str, torch.Tensor], cuts: Cuts, target: torc
 
 
 def _zeroed(whole: dict[str, torch.Tensor], cuts: Cuts) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     for name, tensor in whole.items():
         for axis, kept in cuts.get(name, {}).items():
             tensor = tensor * _along(kept, axis, tensor)
-        found[name] = tensor
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def _along(kept: Sequence[int], axis: int, like: torch.Tensor) -> torch.Tensor:
@@ -112,9 +112,9 @@ def _along(kept: Sequence[int], axis: int, like: torch.Tensor) -> torch.Tensor:
 
 def _kept(gain: Gain, weight: torch.Tensor, cuts: Cuts) -> torch.Tensor:
     mask = torch.ones_like(weight, dtype=torch.bool)
-    for axis, (name, own) in gain.axes:
-        if own in cuts.get(name, {}):
-            mask &= _along(cuts[name][own], axis, weight).bool()
+    for axis, (name, axis_inside) in gain.axes:
+        if axis_inside in cuts.get(name, {}):
+            mask &= _along(cuts[name][axis_inside], axis, weight).bool()
     return mask
 
 
@@ -131,11 +131,11 @@ def _run(gain: Gain, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         for name, arguments in gain.calls:
             short, _, overload = name.partition(".")
-            given = [read(item) for item in arguments]
-            if operation(f"aten::{short}").regroups and type(given[-1]) is list:  # in memory, these tensors may lie in another order than the recorded ones
-                results.append(given[0].reshape(given[-1]))
+            operands = [read(item) for item in arguments]
+            if operation(f"aten::{short}").regroups and type(operands[-1]) is list:  # in memory, these tensors may lie in another order than the recorded ones
+                results.append(operands[0].reshape(operands[-1]))
             else:
-                results.append(getattr(getattr(torch.ops.aten, short), overload)(*given))
+                results.append(getattr(getattr(torch.ops.aten, short), overload)(*operands))
     return results[-1] if isinstance(results[-1], torch.Tensor) else results[-1][gain.result]
 
 
@@ -144,15 +144,15 @@ def _run(gain: Gain, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def gains_of(graph: Graph, root: Array, cuts: Cuts) -> tuple[Gain, ...]:
     """What takes up the change of every made weight that a norm stands in, where something can; each tensor once. ``root``: the set of every label."""
-    found: dict[str, Gain] = {}
+    gains: dict[str, Gain] = {}
     for weight, nodes in _made(graph):
         gain = _written(graph, root, weight, nodes)
         if gain is None or not any(name in cuts for name in gain.leaves()):
             continue
         gain = _tried(gain, graph, cuts)
         if gain is not None:
-            found.setdefault(gain.name, gain)
-    return tuple(found.values())
+            gains.setdefault(gain.name, gain)
+    return tuple(gains.values())
 
 
 def _made(graph: Graph) -> Iterator[tuple[Value, list[Node]]]:
@@ -220,10 +220,10 @@ def _follows(graph: Graph, root: Array, weight: Value, leaves: Iterator[str]) ->
     for field in weight.fields:
         if field.size != max(field.shape):
             continue
-        mine = root[field.ravel()]
-        found = next(((name, axis) for name, axis, labels in places if len(labels) == len(mine) and np.array_equal(root[labels], mine)), None)
-        if found:
-            yield int(np.argmax(field.shape)), found
+        units = root[field.ravel()]
+        place = next(((name, axis) for name, axis, labels in places if len(labels) == len(units) and np.array_equal(root[labels], units)), None)
+        if place:
+            yield int(np.argmax(field.shape)), place
 
 
 def _tried(gain: Gain, graph: Graph, cuts: Cuts) -> Gain | None:

@@ -49,7 +49,7 @@ def _own_class(module: nn.Module) -> None:
     """Copies of a parametrised module share the class that torch made for it, and it holds the properties: changing one would break the others."""
     if parametrize.is_parametrized(module):
         shared = type(module)
-        inner = {key: held for key, held in vars(shared).items() if key not in ("__dict__", "__weakref__")}
+        inner = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(shared.__name__, shared.__bases__, inner)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -86,15 +86,15 @@ def masked(model: nn.Module) -> dict[str, torch.Tensor]:
     >>> masked(nn.Linear(2, 2))
     {}
     """
-    found = {}
+    masks = {}
     for prefix, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
         for name in parametrizations(module):
-            held = mask_of(module, name)
-            if held:
-                found[f"{prefix}.{name}" if prefix else name] = held.mask
-    return found
+            mask = mask_of(module, name)
+            if mask:
+                masks[f"{prefix}.{name}" if prefix else name] = mask.mask
+    return masks
 
 
 def masks_of(small: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
@@ -116,8 +116,8 @@ def parameter_name(leaf: str) -> str:
     >>> parameter_name("conv.parametrizations.weight.original"), parameter_name("conv.bias")
     ('conv.weight', 'conv.bias')
     """
-    path, found, rest = leaf.rpartition("parametrizations.")
-    return path + rest.removesuffix(".original") if found and rest.endswith(".original") else leaf
+    path, inside, rest = leaf.rpartition("parametrizations.")
+    return path + rest.removesuffix(".original") if inside and rest.endswith(".original") else leaf
 
 
 def check_mask(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
@@ -126,11 +126,11 @@ def check_mask(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
     try:
         module = model.get_submodule(path)
         weight = parametrizations(module)[name].original if mask_of(module, name) else module.get_parameter(name)
-        found = tuple(weight.shape)
+        shape_here = tuple(weight.shape)
     except (AttributeError, KeyError) as error:
         raise BadPlan(f"the plan masks {part.name}, which this model does not have") from error
-    if found != tuple(shape):
-        raise BadPlan(f"the plan masks {part.name} of shape {tuple(shape)}, this model's is {found}")
+    if shape_here != tuple(shape):
+        raise BadPlan(f"the plan masks {part.name} of shape {tuple(shape)}, this model's is {shape_here}")
     try:
         unpack(part.data, shape)
     except (TypeError, ValueError) as error:
@@ -160,12 +160,12 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise BadModel("no weight of this model is masked; there is nothing to bake")
     baked = model if inplace else copy.deepcopy(model)
     for name in names:
-        path, _, own = name.rpartition(".")
+        path, _, leaf = name.rpartition(".")
         module = baked.get_submodule(path)
-        masking = mask_of(module, own)
+        masking = mask_of(module, leaf)
         order = masking.order if masking is not None else []
         _own_class(module)
-        parametrize.remove_parametrizations(module, own, leave_parametrized=True)
+        parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
         if set(order) == set(module._parameters):
             module._parameters = {key: module._parameters[key] for key in order}
     plan = plan_of(baked)
@@ -191,8 +191,8 @@ def semi_structured(model: nn.Module, inplace: bool = False) -> nn.Module:
     packed = {name: _compressed(model, name) for name in fits}
     small = bake(model, inplace)
     for name, weight in packed.items():
-        path, _, own = name.rpartition(".")
-        setattr(small.get_submodule(path), own, nn.Parameter(weight, requires_grad=False))
+        path, _, key = name.rpartition(".")
+        setattr(small.get_submodule(path), key, nn.Parameter(weight, requires_grad=False))
     return small
 
 
@@ -205,8 +205,8 @@ def check_device(device: torch.device) -> None:
 
 
 def _compressed(model: nn.Module, name: str) -> torch.Tensor:
-    path, _, own = name.rpartition(".")
-    weight = getattr(model.get_submodule(path), own).detach()
+    path, _, key = name.rpartition(".")
+    weight = getattr(model.get_submodule(path), key).detach()
     try:
         return torch.sparse.to_sparse_semi_structured(weight)
     except (RuntimeError, ValueError) as error:
@@ -214,8 +214,8 @@ def _compressed(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def _original(name: str) -> str:
-    path, dot, own = name.rpartition(".")
-    return f"{path}{dot}parametrizations.{own}.original"
+    path, dot, key = name.rpartition(".")
+    return f"{path}{dot}parametrizations.{key}.original"
 
 
 def _two_of_four(model: nn.Module, name: str, keep: torch.Tensor) -> bool:

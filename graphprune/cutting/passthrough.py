@@ -34,13 +34,13 @@ class Passthrough(nn.Module):
         self.was, self.source, self.form, self.zero = type(was).__name__, source, form, zero
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = args[self.source] if isinstance(self.source, int) else kwargs[self.source]
-        given = torch.zeros_like(given) if self.zero else given
+        value = args[self.source] if isinstance(self.source, int) else kwargs[self.source]
+        value = torch.zeros_like(value) if self.zero else value
         if not self.form:
-            return given
+            return value
         kind, length, place = self.form
         out = [None] * length
-        out[place] = given
+        out[place] = value
         return tuple(out) if kind == "tuple" else out
 
     def extra_repr(self) -> str:
@@ -76,6 +76,6 @@ def passed(part: Part, args: tuple, kwargs: dict, out: Any) -> Any:
     1
     """
     source, form, zero = part.data
-    given = args[source] if isinstance(source, int) else kwargs[source]
-    given = torch.zeros_like(given) if zero else given
-    return type(out)(given if i == form[2] else item for i, item in enumerate(out)) if form else given
+    value = args[source] if isinstance(source, int) else kwargs[source]
+    value = torch.zeros_like(value) if zero else value
+    return type(out)(value if i == form[2] else item for i, item in enumerate(out)) if form else value

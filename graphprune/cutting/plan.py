@@ -6,6 +6,7 @@ It holds, for every tensor axis that is cut, the surviving positions, and the at
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -172,10 +173,10 @@ class Survivors:
 
     def axis(self, value: Value, dim: int) -> Array:
         mask = np.ones(value.shape[dim], dtype=bool)
-        for held in value.fields:
-            if held.shape[dim] > 1:
-                others = tuple(a for a in range(held.ndim) if a != dim)
-                mask &= self.stays[held].any(axis=others)
+        for array in value.fields:
+            if array.shape[dim] > 1:
+                others = tuple(a for a in range(array.ndim) if a != dim)
+                mask &= self.stays[array].any(axis=others)
         return mask
 
     def length(self, need: Need) -> int:
@@ -196,6 +197,27 @@ class Survivors:
 
 def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[str, ...]) -> Plan:
     """Turn kept units into cuts of tensors."""
+    leaves = groups.graph.leaves
+    cuts = _cuts(_masks(groups, kept), list(leaves))
+    shapes = {name: leaves[name].shape for name in cuts}
+    lines, stays = [], Survivors(groups, kept)
+    numbers, picks = {}, groups.graph.picks
+    for name, (value, dim) in picks.items():
+        mask = stays.axis(value, dim)
+        if not mask.all():
+            numbers[name] = renumber(mask)
+            lines.append(f"{name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
+    gains = gains_of(groups.graph, groups.root, cuts)
+    lines += [f"{gain.name}: takes up what the cut does to the weight it makes" for gain in gains]
+    summary = outline(groups, cuts, [len(stay) for stay in kept], lambda value, dim: int(np.count_nonzero(stays.axis(value, dim))))
+    # What the example does not take is not known: a person may know it.
+    looks = [f"note: {', '.join(part for part in place if part)} looks at a value; what the code does for others is not known" for place in groups.graph.looked]
+    texts = (*notes, *looks[:SHOWN]), tuple(lines)
+    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), *texts, numbers=numbers, outline=summary, gains=gains)
+
+
+def _masks(groups: Groups, kept: Kept) -> dict[tuple[str, int], Array]:
+    """Which positions stay along every axis (tensor, axis) on which units of a group stand."""
     masks: dict[tuple[str, int], Array] = {}
     shared: set[tuple[str, int]] = set()  # the axes on which several groups stand
     for group, stay in zip(groups, kept, strict=True):
@@ -213,28 +235,17 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
                 masks[slot] = masks[slot].copy() if slot in masks else np.ones(stand.length, dtype=bool)
                 shared.add(slot)
             masks[slot][stand.positions] &= mask
+    return masks
+
+
+def _cuts(masks: dict[tuple[str, int], Array], names: Sequence[str]) -> dict[str, dict[int, list[int]]]:
+    """The positions that stay, by tensor and axis, in the order of ``names``; of axes that lose some."""
     lists: dict[bytes, list[int]] = {}  # equal cuts share one list
     listed: dict[int, list[int]] = {}  # the same by mask, which many axes share
     cuts: dict[str, dict[int, list[int]]] = {}
-    leaves = groups.graph.leaves
     for (name, axis), mask in sorted(masks.items(), key=lambda item: item[0][1]):
         if id(mask) not in listed:
             listed[id(mask)] = lists.setdefault(mask.tobytes(), np.flatnonzero(mask).tolist())
         if len(listed[id(mask)]) < len(mask):
             cuts.setdefault(name, {})[axis] = listed[id(mask)]
-    cuts = {name: cuts[name] for name in leaves if name in cuts}
-    shapes = {name: leaves[name].shape for name in cuts}
-    lines, stays = [], Survivors(groups, kept)
-    numbers, picks = {}, groups.graph.picks
-    for name, (value, dim) in picks.items():
-        mask = stays.axis(value, dim)
-        if not mask.all():
-            numbers[name] = renumber(mask)
-            lines.append(f"{name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
-    gains = gains_of(groups.graph, groups.root, cuts)
-    lines += [f"{gain.name}: takes up what the cut does to the weight it makes" for gain in gains]
-    summary = outline(groups, cuts, [len(stay) for stay in kept], lambda value, dim: int(np.count_nonzero(stays.axis(value, dim))))
-    # What the example does not take is not known: a person may know it.
-    looks = [f"note: {', '.join(part for part in place if part)} looks at a value; what the code does for others is not known" for place in groups.graph.looked]
-    texts = (*notes, *looks[:SHOWN]), tuple(lines)
-    return Plan(cuts, shapes, tuple((*path, new) for path, new in edits.items()), *texts, numbers=numbers, outline=summary, gains=gains)
+    return {name: cuts[name] for name in names if name in cuts}

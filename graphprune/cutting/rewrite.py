@@ -173,7 +173,7 @@ def respelled(source: str, first: int, literals: dict[str, int], helpers: Collec
     arguments = [*function.args.posonlyargs, *function.args.args]
     if not arguments:
         raise ValueError(f"{function.name} takes no arguments")
-    own = "self" if helper else arguments[0].arg
+    owner = "self" if helper else arguments[0].arg
     visitor = _Literals(helpers)
     for statement in function.body:
         visitor.visit(statement)
@@ -182,8 +182,8 @@ def respelled(source: str, first: int, literals: dict[str, int], helpers: Collec
     for node, number in sorted(visitor.numbers, key=lambda pair: (pair[0].lineno, pair[0].col_offset)):
         name = f"size_{len(literals) + 1}"
         literals[name] = number
-        edits.append((node, f"{own}.{name}"))
-    edits += [(node, f"{own}._{node.id}_") for node in visitor.calls]
+        edits.append((node, f"{owner}.{name}"))
+    edits += [(node, f"{owner}._{node.id}_") for node in visitor.calls]
     lines = [line.encode() for line in source.splitlines(keepends=True)]
     for node, text in sorted(edits, key=lambda pair: (pair[0].lineno, pair[0].col_offset), reverse=True):
         assert node.end_lineno is not None and node.end_col_offset is not None
@@ -225,9 +225,9 @@ def removed(shapes: dict, cuts: dict) -> int:
     """How many entries a plan's cuts take away."""
     total = 0
     for name, axes in cuts.items():
-        whole = left = 1
+        whole = staying = 1
         for axis, size in enumerate(shapes[name]):
             whole *= size
-            left *= len(axes.get(axis, range(size)))
-        total += whole - left
+            staying *= len(axes.get(axis, range(size)))
+        total += whole - staying
     return total

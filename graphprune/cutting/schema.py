@@ -139,10 +139,10 @@ def _gain(items: Any) -> Gain:
         raise ValueError(f"the gain of {name} has {len(made)} calls, not 1 to {MOST}")
     places = []
     for axis, place in (_pair(item, "an axis") for item in _list(axes, "axes")):
-        leaf, own = _pair(place, "an axis")
-        if not type(axis) is type(own) is int or not 0 <= min(axis, own) <= max(axis, own) < AXES:
+        leaf, axis_inside = _pair(place, "an axis")
+        if not type(axis) is type(axis_inside) is int or not 0 <= min(axis, axis_inside) <= max(axis, axis_inside) < AXES:
             raise ValueError(f"the gain of {name} follows {_short(place)}")
-        places.append((axis, (_text(leaf, "a tensor"), own)))
+        places.append((axis, (_text(leaf, "a tensor"), axis_inside)))
     return Gain(name, power, tuple(made), result, tuple(places))
 
 
@@ -167,7 +167,7 @@ def _argument(item: Any, before: int, deep: int) -> Any:
 
 
 def _parts(parts: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> tuple[Part, ...]:
-    found: dict[tuple[str, str], Part] = {}
+    checked: dict[tuple[str, str], Part] = {}
     for items in parts:
         if len(_list(items, "a part")) != 3:
             raise ValueError(f"the part {_short(items)} is not [kind, name, data]")
@@ -176,10 +176,10 @@ def _parts(parts: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> tuple[Pa
             raise ValueError(f"a part of the kind {_short(kind)} is not known to this version")
         part = Part.from_json(items)
         PARTS[kind](part, shapes.get(name, ()))
-        if (kind, name) in found:
+        if (kind, name) in checked:
             raise ValueError(f"{name} has two parts of the kind {kind!r}")
-        found[kind, name] = part
-    return tuple(found.values())
+        checked[kind, name] = part
+    return tuple(checked.values())
 
 
 def _mask(part: Part, shape: tuple[int, ...]) -> None:

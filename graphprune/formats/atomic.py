@@ -94,12 +94,12 @@ def read(path: Path, most: int) -> bytes:
 def ordinary(path: Path) -> int:
     """The bytes of an ordinary file; what has no end (a pipe, a device) would be read for ever."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise BadFile.of(error, f"{path} cannot be read: {_reason(error)}") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise BadFile(f"{path} is no ordinary file")
-    return found.st_size
+    return status.st_size
 
 
 def sync(path: Path) -> None:

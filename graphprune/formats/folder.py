@@ -223,7 +223,7 @@ def _stored(model: nn.Module, masks: dict[str, torch.Tensor]) -> Iterator[tuple[
 
 def _loose(model: nn.Module) -> set[str]:
     """The tensors that are plain attributes, neither parameters nor buffers: a fresh model may lack what a run put there."""
-    return {name for name, module, own, tensor in leaf_tensors(model) if not is_parameter(tensor) and own not in module._buffers}
+    return {name for name, module, key, tensor in leaf_tensors(model) if not is_parameter(tensor) and key not in module._buffers}
 
 
 def _mismatch(small: nn.Module, missing: set[str], extra: set[str]) -> None:
@@ -247,9 +247,9 @@ def _check_like(saved: Any, name: str, tensor: torch.Tensor, keep: torch.Tensor 
     wanted = tuple(tensor.shape) if keep is None else (int(keep.sum()),)
     if shape != wanted:
         raise BadFile(f"{name} was saved with shape {shape}, this base, cut, has {wanted}")
-    own = KINDS.get(tensor.dtype, str(tensor.dtype))
-    if kind != own and not (cast and tensor.is_floating_point() and kind in FLOATS):
-        raise BadFile(f"{name} was saved as {kind}, this base has {own} ({tensor.dtype}); convert the base first: base.to(dtype)")
+    dtype = KINDS.get(tensor.dtype, str(tensor.dtype))
+    if kind != dtype and not (cast and tensor.is_floating_point() and kind in FLOATS):
+        raise BadFile(f"{name} was saved as {kind}, this base has {dtype} ({tensor.dtype}); convert the base first: base.to(dtype)")
 
 
 class _Digest:

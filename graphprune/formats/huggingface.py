@@ -27,6 +27,7 @@ from ..cutting.apply import apply
 from ..cutting.masks import masked
 from ..cutting.plan import Plan
 from ..errors import BadConfig, BadPlan
+from ..planning.planner import Planner
 from ..planning.request import Request
 from ..tracing.copies import duplicate
 from ..tracing.sizes import leaves as leaves_of
@@ -51,7 +52,7 @@ def configured(model: nn.Module) -> bool:
     return ways and callable(getattr(type(model), "save_pretrained", None)) and callable(getattr(type(model), "from_pretrained", None))
 
 
-def expressed(graph: Graph, model: nn.Module, request: Request, decide: Callable[[Graph, nn.Module, Request], Plan]) -> Plan:
+def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner) -> Plan:
     """The plan that ``decide`` makes; where uniform widths are asked of a model with a configuration, one that its configuration can say.
 
     What no number of the configuration says is first given the share of what it is derived with (heads and the width they divide), then left whole,

@@ -38,10 +38,10 @@ def read_recipe(file: str | Path) -> dict[str, Any]:
 
     try:
         text = Path(file).read_text(encoding="utf-8")
-        found = yaml.safe_load(text) if len(text) <= MOST else None
+        content = yaml.safe_load(text) if len(text) <= MOST else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadFile(f"{file} is no recipe: {error}") from error
-    fields = found if isinstance(found, dict) else {}
+    fields = content if isinstance(content, dict) else {}
     if not isinstance(fields.get("command"), str) or not isinstance(fields.get("arguments"), dict) or not all(isinstance(k, str) for k in fields["arguments"]):
         raise BadFile(f"{file} is no recipe: it needs 'command' and 'arguments'")
     return fields

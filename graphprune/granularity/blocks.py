@@ -76,10 +76,10 @@ class Modules:
     def layers(self) -> list[Removable]:
         """Branches that are only added to a stream, and single layers in a chain."""
         names = list(self._branches("", self.model))
-        found = list(self._kept(names, zero=True))
-        taken = {part.name for removable in found for part in removable.skips}
+        branches = list(self._kept(names, zero=True))
+        taken = {part.name for removable in branches for part in removable.skips}
         chain = [name for name, module in self.modules.items() if self._hidden(name, module) and not any(path in taken for path in paths(name))]
-        return found + list(self._kept(chain, zero=False))
+        return branches + list(self._kept(chain, zero=False))
 
     def _kept(self, names: list[str] | Iterator[str], zero: bool) -> Iterator[Removable]:
         for name in names:
@@ -97,8 +97,8 @@ class Modules:
             yield Removable(name, skips, before, after)
 
     def _blocks(self, path: str, module: nn.Module, residual: bool) -> Iterator[str]:
-        for own, child in module.named_children():
-            name = f"{path}.{own}" if path else own
+        for key, child in module.named_children():
+            name = f"{path}.{key}" if path else key
             if self._block(name, child, module, residual) and not self._holds_blocks(name, residual):
                 yield name
             else:
@@ -124,12 +124,12 @@ class Modules:
         ends = self.ends(name)
         if not isinstance(parent, nn.ModuleList) or ends is None:
             return False
-        mine = set(self.inside[name])
-        return all(user in mine for user in self.users[id(ends[0])])  # parallel elements read the same input
+        calls = set(self.inside[name])
+        return all(user in calls for user in self.users[id(ends[0])])  # parallel elements read the same input
 
     def _branches(self, path: str, module: nn.Module) -> Iterator[str]:
-        for own, child in module.named_children():
-            name = f"{path}.{own}" if path else own
+        for key, child in module.named_children():
+            name = f"{path}.{key}" if path else key
             ends = self.ends(name) if name in self.shaped and any(True for _ in child.parameters()) else None
             if ends and self._sum(ends[1]) is not None:
                 yield name
@@ -143,12 +143,12 @@ class Modules:
 
     def ends(self, name: str) -> tuple[Value, Value] | None:
         """What goes into a module and what comes out: the values at its border, None where the border is not that simple."""
-        mine = set(self.inside.get(name, ()))
-        out = [v for i in mine for v in self.graph.nodes[i].outs if id(v) in self.final or any(u not in mine for u in self.users[id(v)])]
+        calls = set(self.inside.get(name, ()))
+        out = [v for i in calls for v in self.graph.nodes[i].outs if id(v) in self.final or any(u not in calls for u in self.users[id(v)])]
         if len(out) != 1 or name not in self.shaped:
             return None
-        given = [v for i in sorted(mine) for v in tensors((self.graph.nodes[i].args, self.graph.nodes[i].kwargs)) if v.node not in mine]
-        fits = [v for v in given if v.shape == out[0].shape and (not v.leaf or v.leaf.startswith("<input"))]
+        inputs = [v for i in sorted(calls) for v in tensors((self.graph.nodes[i].args, self.graph.nodes[i].kwargs)) if v.node not in calls]
+        fits = [v for v in inputs if v.shape == out[0].shape and (not v.leaf or v.leaf.startswith("<input"))]
         return (fits[0], out[0]) if fits else None
 
     def residual(self, name: str) -> bool:
@@ -168,11 +168,11 @@ class Modules:
                 continue
             seen.add((id(value), added))
             node = self.graph.nodes[value.node]
-            given = [v for v in tensors((node.args, node.kwargs)) if id(v) not in self.fixed]
+            operands = [v for v in tensors((node.args, node.kwargs)) if id(v) not in self.fixed]
             if node.op.arithmetic == "add":
-                todo += [(v, True) for v in given]
-            elif given and (node.op.norm or node.op.move or (len(given) == 1 and node.is_pointwise)):
-                todo.append((given[0], added))
+                todo += [(v, True) for v in operands]
+            elif operands and (node.op.norm or node.op.move or (len(operands) == 1 and node.is_pointwise)):
+                todo.append((operands[0], added))
         return False
 
     def _sum(self, value: Value) -> int | None:
@@ -183,12 +183,12 @@ class Modules:
                 return None
             index = users.pop()
             node = self.graph.nodes[index]
-            given = list(tensors((node.args, node.kwargs)))
+            operands = list(tensors((node.args, node.kwargs)))
             if node.op.arithmetic == "add":
-                other = [v for v in given if v is not value]
+                other = [v for v in operands if v is not value]
                 stream = len(other) == 1 and other[0].shape == value.shape == node.outs[0].shape and id(other[0]) not in self.fixed
                 return index if stream else None
-            if node.op.move or (node.op.arithmetic == "mul" and all(v is value or id(v) in self.fixed for v in given)):
+            if node.op.move or (node.op.arithmetic == "mul" and all(v is value or id(v) in self.fixed for v in operands)):
                 value = node.outs[0]
                 continue
             return None
@@ -196,10 +196,10 @@ class Modules:
     def _from(self, value: Value, origin: Value) -> bool:
         """Does a value come from another by the steps of :meth:`_sum`?"""
         while value is not origin and value.node >= 0:
-            given = [v for v in tensors((self.graph.nodes[value.node].args, self.graph.nodes[value.node].kwargs)) if id(v) not in self.fixed]
-            if len(given) != 1:
+            operands = [v for v in tensors((self.graph.nodes[value.node].args, self.graph.nodes[value.node].kwargs)) if id(v) not in self.fixed]
+            if len(operands) != 1:
                 return False
-            value = given[0]
+            value = operands[0]
         return value is origin
 
     def skips(self, gone: dict[str, bool]) -> tuple[Part, ...] | None:
@@ -250,11 +250,11 @@ def paths(name: str) -> Iterator[str]:
 
 def _fixed(graph: Graph) -> set[int]:
     """The values that do not depend on the inputs: parameters, constants, and what is computed from them alone."""
-    found = {id(leaf) for leaf in graph.leaves.values()}
+    fixed = {id(leaf) for leaf in graph.leaves.values()}
     for node in graph.nodes:
-        if all(id(value) in found for value in tensors((node.args, node.kwargs))):
-            found |= {id(value) for value in node.outs}
-    return found
+        if all(id(value) in fixed for value in tensors((node.args, node.kwargs))):
+            fixed |= {id(value) for value in node.outs}
+    return fixed
 
 
 def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
@@ -275,7 +275,7 @@ def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
                 module.training = mode
             for handle in handles:
                 handle.remove()
-    return {name: found[0] for name, found in calls.items() if name and len(found) == 1 and found[0]}
+    return {name: shapes[0] for name, shapes in calls.items() if name and len(shapes) == 1 and shapes[0]}
 
 
 def _form(args: tuple, kwargs: dict, out: Any) -> Shape | None:

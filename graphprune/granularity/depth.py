@@ -33,7 +33,7 @@ DEPTH = ("influence", "taylor", "reconstruction", "l1", "l2", "random")
 
 
 def tensors_of(model: nn.Module, name: str) -> list[tuple[str, torch.Tensor]]:
-    return [(f"{name}.{own}", tensor) for own, tensor in model.get_submodule(name).named_parameters()]
+    return [(f"{name}.{name_inside}", tensor) for name_inside, tensor in model.get_submodule(name).named_parameters()]
 
 
 def size_of(model: nn.Module, one: Removable) -> int:
@@ -44,20 +44,22 @@ def scores_of(graph: Graph, model: nn.Module, pool: list[Removable], criterion: 
     """A number for each removable module; larger means more important. Raises BadScore when one is not finite."""
     if callable(criterion):
         accepts(criterion, "(name, module) for whole modules", pool[0].name, model)
-        found = [_number(one.name, criterion(one.name, model.get_submodule(one.name))) for one in pool]
+        scores = [_number(one.name, criterion(one.name, model.get_submodule(one.name))) for one in pool]
     elif criterion == "random":
-        found = torch.rand(len(pool), generator=torch.Generator().manual_seed(0)).tolist()
+        scores = torch.rand(len(pool), generator=torch.Generator().manual_seed(0)).tolist()
     elif criterion in ("l1", "l2"):
         power = 1 if criterion == "l1" else 2
-        found = [sum(float(t.detach().double().abs().pow(power).sum()) for p in one.skips for _, t in tensors_of(model, p.name)) ** (1 / power) for one in pool]
+        scores = [
+            sum(float(t.detach().double().abs().pow(power).sum()) for p in one.skips for _, t in tensors_of(model, p.name)) ** (1 / power) for one in pool
+        ]
     else:
         data = Data(model, batches_of(batches, criterion), loss, name=criterion)
         with undisturbed(model):
-            found = _streams(graph, model, pool, data, criterion == "taylor")
-    wrong = [one.name for one, score in zip(pool, found, strict=True) if not math.isfinite(score)]
+            scores = _streams(graph, model, pool, data, criterion == "taylor")
+    wrong = [one.name for one, score in zip(pool, scores, strict=True) if not math.isfinite(score)]
     if wrong:
         raise BadScore(f"the score of {wrong[0]} is not finite; look at its weights and at the data")
-    return found
+    return scores
 
 
 def _number(name: str, score: Any) -> float:
@@ -92,8 +94,8 @@ def _streams(graph: Graph, model: nn.Module, pool: list[Removable], data: Data, 
             if loss:
                 for parameter in model.parameters():
                     parameter.requires_grad_(True)
-                found = data.loss_of(batch)
-                torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+                sum_of_losses = data.loss_of(batch)
+                torch.autograd.grad(sum_of_losses, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
             else:
                 data.run(batch)
         for index, one in enumerate(pool):
@@ -154,5 +156,5 @@ def _outputs(model: nn.Module, batch: Any) -> list[torch.Tensor]:
     return [t.detach().clone() for t in tensors(model(*args, **kwargs), torch.Tensor) if t.is_floating_point()]
 
 
-def _error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    return sum(float((a.double() - b.double()).square().sum() / b.double().square().sum().clamp(min=1e-30)) for a, b in zip(found, wanted, strict=True))
+def _error(streams: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    return sum(float((a.double() - b.double()).square().sum() / b.double().square().sum().clamp(min=1e-30)) for a, b in zip(streams, wanted, strict=True))

@@ -79,20 +79,20 @@ def _finite(weight: Weight, scores: torch.Tensor) -> torch.Tensor:
 def _lamp(norms: torch.Tensor) -> torch.Tensor:
     squares, order = norms.double().square().ravel().sort(stable=True)
     rest = squares.flip(0).cumsum(0).flip(0)
-    found = torch.empty_like(squares)
-    found[order] = squares / rest.clamp(min=torch.finfo(torch.float64).tiny)
-    return found.reshape(norms.shape)
+    scores = torch.empty_like(squares)
+    scores[order] = squares / rest.clamp(min=torch.finfo(torch.float64).tiny)
+    return scores.reshape(norms.shape)
 
 
-def _custom(weight: Weight, shape: tuple, inside: tuple, found: torch.Tensor) -> torch.Tensor:
+def _custom(weight: Weight, shape: tuple, inside: tuple, scores: torch.Tensor) -> torch.Tensor:
     lengths = [1 if a in inside else n for a, n in enumerate(shape)]
     flat = [n for a, n in enumerate(shape) if a not in inside]
-    if not isinstance(found, torch.Tensor) or tuple(found.shape) not in (weight.shape, tuple(lengths), tuple(flat)):
-        got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+    if not isinstance(scores, torch.Tensor) or tuple(scores.shape) not in (weight.shape, tuple(lengths), tuple(flat)):
+        got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
         raise BadScore(f"the score of {weight.name} has shape {got}; it is {weight.shape} (one per entry) or {tuple(flat)} (one per unit)")
-    if tuple(found.shape) != weight.shape:
-        return found.detach().reshape(lengths)
-    seen = found.detach().reshape(shape)
+    if tuple(scores.shape) != weight.shape:
+        return scores.detach().reshape(lengths)
+    seen = scores.detach().reshape(shape)
     return seen.sum(inside, keepdim=True) if inside else seen
 
 

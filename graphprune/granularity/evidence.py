@@ -33,23 +33,23 @@ def scored(
     """The scores of the units of every weight; ``usable`` says how each is seen as units (:func:`~graphprune.entries.views`)."""
     grads = gradients(model, list(usable), batches, loss) if criterion == "taylor" else {}
     data = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
-    found = {}
+    scores = {}
     for weight, view in usable.items():
         gamma = scale_of(graph, weight, data) if criterion == "synaptic" else None
         tensor = data[weight.leaf] if weight.mask is None else data[weight.leaf].detach() * weight.mask
-        found[weight] = unit_scores(weight, view, tensor, criterion, grads.get(weight), gamma)
-    return found
+        scores[weight] = unit_scores(weight, view, tensor, criterion, grads.get(weight), gamma)
+    return scores
 
 
 def gradients(model: nn.Module, wanted: Sequence[Weight], batches: Iterable | None, loss: Callable | None) -> dict[Weight, torch.Tensor]:
     """The mean gradient of the loss over all samples of the batches; the model and its ``.grad`` are left as they were."""
     if batches is None:
         raise NeedsBatches(without_data("taylor", "loss"))
-    held = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
+    leaves = {leaf: tensor for leaf, _, _, tensor in leaf_tensors(model)}
     data, total, count = Data(model, batches, loss, name="taylor"), {}, 0
     with undisturbed(model):
-        for found, size in data_gradients(data, {weight.leaf: held[weight.leaf] for weight in wanted}):
-            total = {leaf: total.get(leaf, 0) + grad * size for leaf, grad in found.items()}
+        for gradient, size in data_gradients(data, {weight.leaf: leaves[weight.leaf] for weight in wanted}):
+            total = {leaf: total.get(leaf, 0) + grad * size for leaf, grad in gradient.items()}
             count += size
     return {weight: total[weight.leaf] / count for weight in wanted}
 
@@ -66,9 +66,9 @@ def scale_of(graph: Graph, weight: Weight, data: Mapping[str, torch.Tensor]) -> 
             if gamma is None or gamma.numel() != weight.shape[weight.inputs] or weight.groups != 1:
                 return None
             return gamma.detach()
-        given = list(tensors((node.args, node.kwargs)))
-        one = len(given) == 1 and len(given[0].shape) == len(value.shape) and given[0].shape[1:2] == value.shape[1:2]
+        operands = list(tensors((node.args, node.kwargs)))
+        one = len(operands) == 1 and len(operands[0].shape) == len(value.shape) and operands[0].shape[1:2] == value.shape[1:2]
         if not one or not (node.is_move or node.op.pools or node.is_pointwise):
             return None
-        value = given[0]
+        value = operands[0]
     return None

@@ -83,7 +83,7 @@ def _along(groups: Groups, product: Product, names: Any) -> set[int]:
 
 def others(groups: Groups) -> tuple[tuple[Array, str], ...]:
     """Locks for everything that is no head; raises :class:`~graphprune.errors.NothingToPrune` when nothing is one."""
-    mine = heads(groups)
-    if not mine:
+    attended = heads(groups)
+    if not attended:
         raise NothingToPrune("no group of this model is made of attention heads: no softmax weighs values head by head along an axis that can be cut")
-    return tuple((np.asarray(group.units), "only attention heads are cut") for group in groups if group.index not in mine)
+    return tuple((np.asarray(group.units), "only attention heads are cut") for group in groups if group.index not in attended)

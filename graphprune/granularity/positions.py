@@ -34,8 +34,8 @@ def boxes(sizes: tuple[int, ...]) -> list[Box]:
 
 
 def _even(size: int) -> list[tuple[int, ...]]:
-    found = {tuple(range(a, b + 1, step)) for a in range(size) for b in range(a, size) for step in range(1, size) if (b - a) % step == 0}
-    return sorted(found or {(0,)}, key=lambda taps: (len(taps), taps))
+    choices = {tuple(range(a, b + 1, step)) for a in range(size) for b in range(a, size) for step in range(1, size) if (b - a) % step == 0}
+    return sorted(choices or {(0,)}, key=lambda taps: (len(taps), taps))
 
 
 def best_box(scores: torch.Tensor, ratio: float, name: str) -> Box:

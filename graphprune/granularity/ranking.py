@@ -88,20 +88,20 @@ class Pool:
         return {name: torch.cat([start, torch.tensor(values, dtype=torch.float64)[owner].cumsum(0)]) for name, values in each.items()}
 
 
-def ranked(units: Mapping[Weight, torch.Tensor], spec: Spec, scope: str, own: Mapping[str, float]) -> list[Pool]:
+def ranked(units: Mapping[Weight, torch.Tensor], spec: Spec, scope: str, shares: Mapping[str, float]) -> list[Pool]:
     """The units of every weight by score. ``scope="layer"`` ranks each weight alone, and so is one with a ratio of its own."""
     pools: dict[object, list[Weight]] = defaultdict(list)
     for weight in units:
         kind = (len(weight.shape), weight.shape[2:], weight.kernel, weight.groups == 1)
-        pools[weight if scope == "layer" or weight.name in own else kind if scope == "isomorphic" else None].append(weight)
-    return [_pool(pool, [dead_first(weight, spec, units[weight]) for weight in pool], own.get(pool[0].name)) for pool in pools.values()]
+        pools[weight if scope == "layer" or weight.name in shares else kind if scope == "isomorphic" else None].append(weight)
+    return [_pool(pool, [dead_first(weight, spec, units[weight]) for weight in pool], shares.get(pool[0].name)) for pool in pools.values()]
 
 
 def _pool(members: Sequence[Weight], scores: Sequence[torch.Tensor], ratio: float | None) -> Pool:
-    flats = [found.ravel().double().clone() for found in scores]
+    flats = [units.ravel().double().clone() for units in scores]
     for flat in flats if len(flats) > 1 else ():
         flat[flat.argmax()] = math.inf  # no weight is emptied
-    return Pool(tuple(members), tuple(found.shape for found in scores), going(torch.cat(flats)), ratio)
+    return Pool(tuple(members), tuple(units.shape for units in scores), going(torch.cat(flats)), ratio)
 
 
 def below(units: Mapping[Weight, torch.Tensor], spec: Spec) -> dict[Weight, torch.Tensor]:
@@ -109,7 +109,7 @@ def below(units: Mapping[Weight, torch.Tensor], spec: Spec) -> dict[Weight, torc
     threshold = spec.threshold
     assert threshold is not None
     gone = {weight: dead_first(weight, spec, scores) < threshold for weight, scores in units.items()}
-    empty = [weight.name for weight, mine in gone.items() if bool(mine.all())]
+    empty = [weight.name for weight, units_gone in gone.items() if bool(units_gone.all())]
     if empty:
         raise BadRatio(f"a threshold of {threshold} would empty {empty[0]}; use a smaller one, or keep it (keep=)")
     return gone

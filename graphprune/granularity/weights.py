@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -53,45 +55,62 @@ class Weight:
 
 def weights(graph: Graph, model: nn.Module) -> tuple[list[Weight], dict[str, str]]:
     """All such weights in order of use, and for every other candidate the reason why its entries stay."""
-    held = {leaf: (module, own, tensor) for leaf, module, own, tensor in leaf_tensors(model)}
-    owners = defaultdict(list)
-    for leaf, (_, _, tensor) in held.items():
-        owners[id(tensor)].append(leaf)
+    leaves = {leaf: (module, tensor) for leaf, module, _, tensor in leaf_tensors(model)}
+    tied = _tied(leaves)
     masks = masked(model)
-    found, left = {}, {}
+    usable: dict[str, Weight] = {}
+    whole: dict[str, str] = {}
     macs, spent = macs_by_call(graph), defaultdict(float)
     for index, node in enumerate(graph.nodes):
         for operand in _operands(node):
-            value, axis = operand.value, operand.summed[0]
-            leaf, anchor = source(graph, value, masks)
+            leaf, anchor = source(graph, operand.value, masks)
             spent[leaf] += macs[index]
-            if leaf is None or leaf in found or leaf in left:
+            module, tensor = leaves.get(leaf or "", (None, None))
+            if leaf is None or leaf in usable or leaf in whole or module is None or not _prunable(tensor):
                 continue
-            module, own, tensor = held.get(leaf, (None, "", None))
-            if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2 or not tensor.is_floating_point():
+            inputs = axis_of(anchor, operand.value, operand.summed[0])
+            reason = f"is tied to {tied[leaf]}" if leaf in tied else _unfit(module, inputs)
+            if reason or inputs is None:
+                whole[leaf] = reason
                 continue
-            name = parameter_name(leaf)
-            shared = [other for other in owners[id(tensor)] if other != leaf]
-            inputs = axis_of(anchor, value, axis)
-            if shared:
-                left[leaf] = f"is tied to {shared[0]}"
-            elif isinstance(module, Thin):
-                left[leaf] = "is a product of gathered columns already"
-            elif isinstance(module, nn.RNNBase):
-                left[leaf] = RECURRENT
-            elif inputs is None:
-                left[leaf] = "is summed over several of its axes at once"
-            else:
-                kernel, groups = len(operand.taps), node.products[0].groups
-                found[leaf] = Weight(name, leaf, tuple(tensor.shape), inputs, kernel, groups, index, 0.0, masks.get(name))
-    for prefix, module in model.named_modules():
-        for name, steps in parametrizations(module).items():
-            if mask_of(module, name) is None:
-                left[f"{prefix}.{name}".lstrip(".")] = f"is already parametrised ({type(steps[-1]).__name__}): remove_parametrizations first"
-    for leaf, (module, _, tensor) in held.items():
-        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and leaf not in found and "parametrizations." not in leaf:
-            left.setdefault(leaf, RECURRENT if isinstance(module, nn.RNNBase) else "is no operand of a product")
-    return [replace(weight, macs=spent[leaf] / math.prod(weight.shape)) for leaf, weight in found.items()], left
+            name, shape = parameter_name(leaf), tuple(tensor.shape)
+            usable[leaf] = Weight(name, leaf, shape, inputs, len(operand.taps), node.products[0].groups, index, 0.0, masks.get(name))
+    whole |= _parametrised(model)
+    for leaf, (module, tensor) in leaves.items():
+        if isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and leaf not in usable and "parametrizations." not in leaf:
+            whole.setdefault(leaf, RECURRENT if isinstance(module, nn.RNNBase) else "is no operand of a product")
+    return [replace(weight, macs=spent[leaf] / math.prod(weight.shape)) for leaf, weight in usable.items()], whole
+
+
+def _tied(leaves: Mapping[str, tuple[nn.Module, torch.Tensor]]) -> dict[str, str]:
+    """Another name of the tensors that have several."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for leaf, (_, tensor) in leaves.items():
+        names[id(tensor)].append(leaf)
+    return {leaf: next(other for other in several if other != leaf) for several in names.values() if len(several) > 1 for leaf in several}
+
+
+def _parametrised(model: nn.Module) -> dict[str, str]:
+    """The weights that are made by something else than our masks, and that they are."""
+    return {
+        f"{prefix}.{name}".lstrip("."): f"is already parametrised ({type(steps[-1]).__name__}): remove_parametrizations first"
+        for prefix, module in model.named_modules()
+        for name, steps in parametrizations(module).items()
+        if mask_of(module, name) is None
+    }
+
+
+def _prunable(tensor: object) -> TypeGuard[nn.Parameter]:
+    return isinstance(tensor, nn.Parameter) and tensor.ndim > 1 and tensor.is_floating_point()
+
+
+def _unfit(module: nn.Module, inputs: int | None) -> str:
+    """Why the entries of a weight cannot be chosen, by the module that holds it and the axis that is summed over; nothing where they can."""
+    if isinstance(module, Thin):
+        return "is a product of gathered columns already"
+    if isinstance(module, nn.RNNBase):
+        return RECURRENT
+    return "is summed over several of its axes at once" if inputs is None else ""
 
 
 def _operands(node: Node) -> tuple[Operand, ...]:
@@ -109,16 +128,16 @@ def source(graph: Graph, value: Value, masks: dict[str, torch.Tensor]) -> tuple[
         if value.node < 0:
             return None, value
         node = graph.nodes[value.node]
-        given = list(tensors((node.args, node.kwargs)))
-        if node.op.chooses and len(given) > 1 and _masks(given[0].leaf, masks):
-            anchor, value = value, given[1]
-        elif node.is_move and len(given) == 1:
-            value = given[0]
+        operands = list(tensors((node.args, node.kwargs)))
+        if node.op.chooses and len(operands) > 1 and _masks(operands[0].leaf, masks):
+            anchor, value = value, operands[1]
+        elif node.is_move and len(operands) == 1:
+            value = operands[0]
         else:
             return None, value
     return value.leaf, anchor or value
 
 
 def _masks(leaf: str, masks: dict[str, torch.Tensor]) -> bool:
-    path, found, rest = leaf.rpartition("parametrizations.")
-    return bool(found) and path + rest.partition(".")[0] in masks
+    path, inside, rest = leaf.rpartition("parametrizations.")
+    return bool(inside) and path + rest.partition(".")[0] in masks

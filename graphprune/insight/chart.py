@@ -84,9 +84,9 @@ def _marks(groups: Groups) -> dict[int, dict[str, str]]:
     """For every group, the role of every module where it has places; what makes units is said before what passes them on."""
     order = list(MARKS)
     marks: dict[int, dict[str, str]] = {}
-    for index, found in enumerate(links(groups)):
+    for index, group_links in enumerate(links(groups)):
         roles = marks.setdefault(index, {})
-        for link in found:
+        for link in group_links:
             path = module_of(link.leaf)
             roles[path] = min(link.role, roles.get(path, link.role), key=order.index)
         for name, _ in groups.groups[index].places:
@@ -103,14 +103,8 @@ def _folds(modules: Sequence[str], marks: Mapping[int, Mapping[str, str]], group
             shapes[module_of(name)].append((name.rpartition(".")[2], tuple(leaf.shape)))
     if len(modules) > FEW:  # what only scales and shifts needs no row of its own
         modules = [path for path in modules if any(len(shape) > 1 for _, shape in shapes[path])] or list(modules)
-    lanes: dict[str, list[tuple]] = {path: [] for path in modules}
-    for group, roles in marks.items():
-        name = groups.groups[group].name
-        inside = len({_prefix(path) for path in roles}) == 1  # every block has such a group of its own
-        for path, role in roles.items():
-            if path in lanes:
-                lanes[path].append((role, _block(name.rpartition(".")[0], 1) if inside else group, groups.groups[group].size))
-    exact = {path: (_block(path, 1), tuple(shapes[path]), tuple(sorted(lanes[path], key=str))) for path in modules}
+    crossings = _crossings(modules, marks, groups)
+    exact = {path: (_block(path, 1), tuple(shapes[path]), crossings[path]) for path in modules}
     counts: dict[str, set[str]] = {}
     for path in modules:
         counts.setdefault(pattern(_prefix(path)), set()).add(_prefix(path))
@@ -120,6 +114,18 @@ def _folds(modules: Sequence[str], marks: Mapping[int, Mapping[str, str]], group
         if len(rows) <= MOST:
             return rows
     return _together(modules, {path: _block(path, 99) for path in modules})
+
+
+def _crossings(modules: Sequence[str], marks: Mapping[int, Mapping[str, str]], groups: Groups) -> dict[str, tuple]:
+    """The groups that meet each module, in which role and of what size; a group inside a block is named by the block's kind."""
+    lanes: dict[str, list[tuple]] = {path: [] for path in modules}
+    for index, roles in marks.items():
+        group = groups.groups[index]
+        inside = len({_prefix(path) for path in roles}) == 1  # every block has such a group of its own
+        for path, role in roles.items():
+            if path in lanes:
+                lanes[path].append((role, _block(group.name.rpartition(".")[0], 1) if inside else index, group.size))
+    return {path: tuple(sorted(crossing, key=str)) for path, crossing in lanes.items()}
 
 
 def _block(path: str, most: int) -> str:
@@ -164,16 +170,16 @@ def _rows(paths: Sequence[tuple[str, ...]], groups: Groups, outline: Outline | N
             locks.setdefault(module_of(name), []).append(f"{name.rpartition('.')[2]} axis {axis}: {reason}")
     made = []
     for fold in paths:
-        before, left, params = [], [], 0
+        before, after_cut, params = [], [], 0
         for path in fold:
             inside = [(name, leaf) for name, leaf in graph.leaves.items() if name in graph.parameters and module_of(name) == path]
             params += sum(math.prod(leaf.shape) for _, leaf in inside)
             main = max(inside, key=lambda item: (len(item[1].shape), math.prod(item[1].shape)), default=None)
             if main and main[1].shape:
                 before.append(main[1].shape[0])
-                left.append(round(main[1].shape[0] * share.get((main[0], 0), 1.0)))
+                after_cut.append(round(main[1].shape[0] * share.get((main[0], 0), 1.0)))
         sentences = dict.fromkeys(sentence for path in fold for sentence in locks.get(path, ()))
-        made.append(Row(folded(fold, 2), len(fold), tuple(fold), tuple(before), tuple(left), params, tuple(sentences)))
+        made.append(Row(folded(fold, 2), len(fold), tuple(fold), tuple(before), tuple(after_cut), params, tuple(sentences)))
     return tuple(made)
 
 
@@ -213,11 +219,11 @@ def _arcs(groups: Groups, index: Mapping[str, int]) -> tuple[tuple[int, int], ..
     ran: dict[int, int] = {}
     for moment, node in enumerate(groups.graph.nodes):
         sources = {origin[id(value)] for value in node.held if id(value) in origin}
-        own = [index[module_of(v.leaf)] for v in node.held if v.leaf and not v.leaf.startswith("<") and module_of(v.leaf) in index]
-        if not own and not sources:
+        rows = [index[module_of(v.leaf)] for v in node.held if v.leaf and not v.leaf.startswith("<") and module_of(v.leaf) in index]
+        if not rows and not sources:
             continue
-        row = own[0] if own else max(sources, key=lambda source: ran[source])
-        if own:
+        row = rows[0] if rows else max(sources, key=lambda source: ran[source])
+        if rows:
             ran[row] = moment
         arcs |= {(source, row): None for source in sorted(sources) if source != row}
         for out in tensors(node.outs):

@@ -49,7 +49,7 @@ def _draw(drawing: Chart, axes: Any) -> None:
         x, colour = 4.6 + 0.3 * lane.column, PALETTE[number % len(PALETTE)]
         axes.plot([x, x], lane.span, color=colour, linewidth=1.8)
         for role, mark in (("produces", "o"), ("passes", "_"), ("consumes", "o")):
-            rows = [row for row, found in lane.marks if found == role]
+            rows = [row for row, marked in lane.marks if marked == role]
             axes.plot([x] * len(rows), rows, mark, color=colour, markersize=5, markerfacecolor=colour if role == "produces" else "white")
         if lane.times > 1:
             axes.text(x + 0.06, lane.span[0] - 0.35, f"×{lane.times}", fontsize=6, color="0.35")

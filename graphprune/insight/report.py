@@ -188,45 +188,45 @@ def _histograms(study: Study, plan: Plan | None) -> str:
     figures = []
     for group in sorted(ranked, key=lambda group: group.index):
         values = sorted(scores[group.index].tolist())
-        left = after.get(group.name, group.size)
-        cut = values[group.size - left] if 0 < left < group.size else None
-        figures.append(histogram_svg(values, cut, group.name, f"{left} of {group.size} stay" if left < group.size else f"{group.size} units"))
+        units = after.get(group.name, group.size)
+        cut = values[group.size - units] if 0 < units < group.size else None
+        figures.append(histogram_svg(values, cut, group.name, f"{units} of {group.size} stay" if units < group.size else f"{group.size} units"))
     rest = f"<p><small>The {HISTOGRAMS} of {len(study.groups)} groups with most parameters.</small></p>" if len(study.groups) > HISTOGRAMS else ""
     name = study.score if isinstance(study.score, str) else getattr(study.score, "name", "the score given")
     text = f"Score: {name}. Units left of the line go, where the group is cut by this score alone."
     return f'<p>{escape(text)}</p><div class="grid">{"".join(figures)}</div>{rest}'
 
 
-def _sensitivity(found: Sensitivity) -> str:
-    ratios = sorted({effect.ratio for effect in found.effects})
+def _sensitivity(study: Sensitivity) -> str:
+    ratios = sorted({effect.ratio for effect in study.effects})
     grid: dict[str, dict[float, Any]] = {}
-    for effect in found.effects:
+    for effect in study.effects:
         grid.setdefault(effect.group, {})[effect.ratio] = effect
-    worst = max((found.original - effect.value for effect in found.effects), default=0.0) or 1.0
+    worst = max((study.original - effect.value for effect in study.effects), default=0.0) or 1.0
     rows = []
-    for group in [name for name in found.ranked() if name in grid][:ROWS]:
+    for group in [name for name in study.ranked() if name in grid][:ROWS]:
         cells = []
         for ratio in ratios:
             effect = grid[group].get(ratio)
-            heat = 0 if effect is None else round(70 * min(1.0, max(0.0, (found.original - effect.value) / worst)))
+            heat = 0 if effect is None else round(70 * min(1.0, max(0.0, (study.original - effect.value) / worst)))
             style = f' style="background:color-mix(in srgb,var(--lock) {heat}%,transparent)"' if heat else ""
             cells.append(f'<td class="heat"{style}>{"" if effect is None else f"{effect.value:.4g}"}</td>')
         rows.append(f"<tr><td>{escape(group)}</td>{''.join(cells)}</tr>")
     head = "".join(f"<th>{ratio:.0%} removed</th>" for ratio in ratios)
-    return f'<p>The original evaluates at {found.original:.6g}.</p><div class="scroll"><table><tr><th>group</th>{head}</tr>{"".join(rows)}</table></div>'
+    return f'<p>The original evaluates at {study.original:.6g}.</p><div class="scroll"><table><tr><th>group</th>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _tradeoff(found: Tradeoff) -> str:
+def _tradeoff(study: Tradeoff) -> str:
     drawings = []
     for by, name in AXES.items():
-        whole = getattr(found.points[0], by)
+        whole = getattr(study.points[0], by)
         if whole:
-            front = set(map(id, found.front(by)))
+            front = set(map(id, study.front(by)))
             points = [
-                (getattr(p, by) / whole, p.value, f"{p.asked:.0%} asked: {p.value:.4g}", id(p) in front) for p in found.points if getattr(p, by) is not None
+                (getattr(p, by) / whole, p.value, f"{p.asked:.0%} asked: {p.value:.4g}", id(p) in front) for p in study.points if getattr(p, by) is not None
             ]
             drawings.append(points_svg(points, name, "evaluate"))
-    return f'<div class="grid">{"".join(drawings)}</div><div class="scroll">{found.table()._repr_html_()}</div>'
+    return f'<div class="grid">{"".join(drawings)}</div><div class="scroll">{study.table()._repr_html_()}</div>'
 
 
 def _notes(plan: Plan | None) -> str:

@@ -153,13 +153,13 @@ def sensitivity(
         if plan.outline is None or plan.outline.after == plan.outline.before:
             continue
         width = next((w for w in plan.outline.widths if w.name == group.name), None)
-        left = width.after if width else group.size
+        units = width.after if width else group.size
         order, total = scores[group.index].sort().values.clamp(min=0), float(scores[group.index].clamp(min=0).sum())
-        lost = float(order[: group.size - left].sum()) / total if total else (group.size - left) / group.size
+        lost = float(order[: group.size - units].sum()) / total if total else (group.size - units) / group.size
         evaluated = mode == "exact" or ratio == steps[-1]
         value = study.value(evaluate, study.cut(plan), f"the model without {ratio:.0%} of {group.name}") if evaluated else original
         where = width.where if width else group.name
-        effects.append(Effect(group.name, where, group.size, ratio, left, value, lost, *plan.outline.after, evaluated))
+        effects.append(Effect(group.name, where, group.size, ratio, units, value, lost, *plan.outline.after, evaluated))
     return Sensitivity(original, tuple(_between(effects, original)))
 
 

@@ -52,8 +52,8 @@ class Study:
     def value(self, evaluate: Evaluate, model: nn.Module, what: str) -> float:
         """What ``evaluate`` returns, as a number; raises :class:`~graphprune.errors.BadScore` where it is none."""
         try:
-            found = evaluate(model)
-            number = float(found.item() if isinstance(found, torch.Tensor) else found)
+            value = evaluate(model)
+            number = float(value.item() if isinstance(value, torch.Tensor) else value)
         except GraphpruneError:
             raise
         except Exception as error:

@@ -55,7 +55,7 @@ def _lanes_of_rows(chart: Chart) -> list[str]:
     for number, lane in enumerate(chart.lanes):
         for row, _ in lane.marks:
             classes[row].append(f"g{number}")
-    return [" ".join(["n", *own]) for own in classes]
+    return [" ".join(["n", *names]) for names in classes]
 
 
 def _arc(start: int, end: int, of_row: Sequence[str]) -> str:

@@ -89,11 +89,11 @@ class Checkpoint:
 
 def _layout(model: nn.Module) -> dict:
     """What a state dict does not tell: modes, gradients wanted, dtypes, and the order in memory, on which the last bits of sums depend."""
-    held = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
+    leaves = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
     return {
         "training": [name for name, module in model.named_modules() if module.training],
-        "grads": [name for name, tensor in held.items() if tensor.requires_grad],
-        "tensors": {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.stride())] for name, tensor in held.items()},
+        "grads": [name for name, tensor in leaves.items() if tensor.requires_grad],
+        "tensors": {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.stride())] for name, tensor in leaves.items()},
     }
 
 
@@ -116,8 +116,8 @@ def _restore(model: nn.Module, layout: dict) -> None:
 
 def random_states() -> dict[str, Any]:
     """The states of the generators of Python, numpy and torch (every device in use), as JSON can hold them."""
-    held: Any = np.random.get_state()
-    kind, keys, *rest = held
+    legacy: Any = np.random.get_state()
+    kind, keys, *rest = legacy
     states = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state().numpy().tobytes().hex()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = [state.numpy().tobytes().hex() for state in torch.cuda.get_rng_state_all()]
@@ -169,8 +169,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
             device = param.device if value.ndim else value.device  # step counters stay where torch keeps them
             value = torch.empty_strided(value.shape, data["strides"][path], dtype=value.dtype, device=device).copy_(value)
         optimizer.state[param][key] = value
-    for group, held in zip(optimizer.param_groups, data["groups"], strict=True):
-        group.update({key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in held.items()})
+    for group, saved in zip(optimizer.param_groups, data["groups"], strict=True):
+        group.update({key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in saved.items()})
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

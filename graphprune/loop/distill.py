@@ -65,12 +65,12 @@ class Distillation:
         self.active: ExitStack | None = None
         if not features:
             return
-        found = plan or plan_of(student)
-        if found is None or example_input is None:
+        known = plan or plan_of(student)
+        if known is None or example_input is None:
             raise BadPlan("features need the plan of the cut, relative to the teacher, and the example input")
         args, kwargs = normal_inputs(example_input, example_kwargs)
         self.graph = trace(teacher, args, kwargs)
-        self.points = _points(self.graph, found)
+        self.points = _points(self.graph, known)
 
     def __enter__(self) -> Distillation:
         self.active = ExitStack()
@@ -86,14 +86,14 @@ class Distillation:
 
     def __call__(self, inputs: Any, outputs: Any) -> torch.Tensor:
         """The loss of one batch, a tensor without axes."""
-        mine, self.seen = self.seen, {}
-        if self.features and not mine:
+        activations, self.seen = self.seen, {}
+        if self.features and not activations:
             raise BadInput("the student's features were not seen: run the student inside `with distill:`, once before each call of the loss")
         answers, theirs = self._teach(inputs)
         total = self.logits * soften(_logits(outputs), _logits(answers), self.temperature, self.axis)
         if not self.features:
             return total
-        gaps = [_gap(mine[key], theirs[key], kept) for key, (_, kept) in self.points.items()]
+        gaps = [_gap(activations[key], theirs[key], kept) for key, (_, kept) in self.points.items()]
         return total + self.features * torch.stack(gaps).mean()
 
     def _teach(self, inputs: Any) -> tuple[Any, dict[int, torch.Tensor]]:
@@ -120,17 +120,17 @@ class Distillation:
 
 def _points(graph: Any, plan: Plan) -> dict[int, tuple[Value, dict[int, torch.Tensor]]]:
     """For every group that is cut, the last activation that is read, and which of its positions survive."""
-    masks, found = Masks(graph, plan), {}
+    masks, points = Masks(graph, plan), {}
     for members in links(couple(graph)):
         read = [link for link in members if link.role == "consumes" and link.value is not None]
         if read:
             value = read[-1].value
             kept = masks.kept(value) if value is not None else {}
             if kept:
-                found[id(value)] = (value, kept)
-    if not found:
+                points[id(value)] = (value, kept)
+    if not points:
         raise BadPlan("the plan cuts nothing whose activation the model's own code holds; use features=0")
-    return found
+    return points
 
 
 def _logits(outputs: Any) -> torch.Tensor:
@@ -140,11 +140,11 @@ def _logits(outputs: Any) -> torch.Tensor:
     raise BadInput("no floating tensor of two or more axes among the outputs; pass the logits themselves")
 
 
-def _gap(mine: torch.Tensor, theirs: torch.Tensor, kept: dict[int, torch.Tensor]) -> torch.Tensor:
+def _gap(student: torch.Tensor, theirs: torch.Tensor, kept: dict[int, torch.Tensor]) -> torch.Tensor:
     """The squared distance to the teacher's surviving channels, relative to their own square."""
     for dim, positions in kept.items():
         theirs = theirs.index_select(dim, positions.to(theirs.device))
-    if mine.shape != theirs.shape:
-        raise BadPlan(f"the student's features have shape {tuple(mine.shape)}, the plan leaves {tuple(theirs.shape)} of the teacher's")
-    mine, theirs = wide(mine), wide(theirs)
-    return (mine - theirs).square().mean() / theirs.square().mean().clamp(min=1e-12)
+    if student.shape != theirs.shape:
+        raise BadPlan(f"the student's features have shape {tuple(student.shape)}, the plan leaves {tuple(theirs.shape)} of the teacher's")
+    student, theirs = wide(student), wide(theirs)
+    return (student - theirs).square().mean() / theirs.square().mean().clamp(min=1e-12)

@@ -47,7 +47,7 @@ class History:
 
     def with_row(self, row: Row) -> History:
         """The same history with one more row, or with this round's row exchanged."""
-        return History((*(mine for mine in self.rows if mine.round != row.round), row))
+        return History((*(other for other in self.rows if other.round != row.round), row))
 
     def cells(self) -> list[tuple[str, ...]]:
         first = self.rows[0] if self.rows else None

@@ -235,10 +235,10 @@ def _look(job: _Job, work: _Work, number: int) -> _Work:
 def _train(job: _Job, work: _Work, number: int) -> _Work:
     """The user's own training."""
     try:
-        found = job.train(work.model, number, *([work.optimizer] if work.optimizer is not None else []))
+        returned = job.train(work.model, number, *([work.optimizer] if work.optimizer is not None else []))
     except Exception as error:
         raise job.fail(f"train raised in round {number}: {type(error).__name__}: {error}", work, error) from error
-    model = found if isinstance(found, nn.Module) else work.model
+    model = returned if isinstance(returned, nn.Module) else work.model
     return job.keep(replace(work, model=model, done=work.done + 1), f"round-{number:02d}-trained")
 
 

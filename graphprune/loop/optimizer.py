@@ -42,33 +42,42 @@ def refresh_optimizer(optimizer: torch.optim.Optimizer, plan: Plan, small: nn.Mo
     the same optimizer are left alone. Raises :class:`~graphprune.errors.BadOptimizer`, and then changes nothing.
     """
     new = {parameter_name(name): tensor for name, _, _, tensor in leaf_tensors(small) if isinstance(tensor, nn.Parameter)}
-    names = {id(tensor): name for name, tensor in reversed(list(new.items()))}
-    for name, _, _, tensor in reversed(list(leaf_tensors(original)) if original is not None else []):
-        names[id(tensor)] = parameter_name(name)
+    names = _names(new, original)
     plan = replace(plan, cuts=_plainly(plan.cuts), shapes=_plainly(plan.shapes))
     changed = {*plan.cuts, *(part.name for part in plan.parts)}
-    away = tuple(f"{part.name}." for part in plan.parts if part.kind == "skip")
+    removed = tuple(f"{part.name}." for part in plan.parts if part.kind == "skip")
     params: list[list[Any]] = []
     state: dict[Any, Any] = {}
-    found = 0
+    known = False
     for group in optimizer.param_groups:
-        mine = [names.get(id(old)) or _named(group, at, new) for at, old in enumerate(group["params"])]
-        left = [(name, old) for name, old in zip(mine, group["params"], strict=True) if not (name and name not in new and name.startswith(away or "\0"))]
-        params.append([new.get(name, old) if name else old for name, old in left])
-        found += sum(name in new for name in mine)
-        for (name, old), now in zip(left, params[-1], strict=True):
+        params.append([])
+        for at, old in enumerate(group["params"]):
+            name = names.get(id(old)) or _named(group, at, new)
+            known |= name in new
+            if name and name not in new and name.startswith(removed or "\0"):
+                continue
+            now = new.get(name, old) if name else old
+            params[-1].append(now)
             if old in optimizer.state:
-                state[now] = _state(optimizer.state[old], plan, name, name or "") if name in changed else optimizer.state[old]
-    if not found:
+                state[now] = _state(optimizer.state[old], plan, name, name) if name and name in changed else optimizer.state[old]
+    if not known:
         raise BadOptimizer(
             "the optimizer holds no parameter of this model. Pass original=, the model before the cut (its parameters are the ones "
             "the optimizer knows), or build the optimizer from model.named_parameters()"
         )
-    for group, mine in zip(optimizer.param_groups, params, strict=True):
-        group["params"][:] = mine
+    for group, remaining in zip(optimizer.param_groups, params, strict=True):
+        group["params"][:] = remaining
     optimizer.state.clear()
     optimizer.state.update(state)
     return optimizer
+
+
+def _names(new: Mapping[str, nn.Parameter], original: nn.Module | None) -> dict[int, str]:
+    """The names of the parameters before and after the cut, by their ids; a tied one has its first."""
+    names = {id(tensor): name for name, tensor in reversed(list(new.items()))}
+    for name, _, _, tensor in reversed(list(leaf_tensors(original)) if original is not None else []):
+        names[id(tensor)] = parameter_name(name)
+    return names
 
 
 def _named(group: dict, at: int, new: Mapping[str, nn.Parameter]) -> str | None:
@@ -82,22 +91,22 @@ def _named(group: dict, at: int, new: Mapping[str, nn.Parameter]) -> str | None:
 WRAPPERS = ("module.", "_orig_mod.")
 
 
-def _state(held: Any, plan: Plan, name: str, path: str) -> Any:
+def _state(state: Any, plan: Plan, name: str, path: str) -> Any:
     """The surviving part of one parameter's state."""
-    if isinstance(held, dict):
-        return {key: _state(item, plan, name, f"{path}[{key!r}]") for key, item in held.items()}
-    if isinstance(held, list | tuple):
-        return type(held)([_state(item, plan, name, path) for item in held])
-    if not isinstance(held, torch.Tensor) or held.numel() == 1:
-        return held
+    if isinstance(state, dict):
+        return {key: _state(item, plan, name, f"{path}[{key!r}]") for key, item in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)([_state(item, plan, name, path) for item in state])
+    if not isinstance(state, torch.Tensor) or state.numel() == 1:
+        return state
     shape = plan.shapes[name]
-    if held.ndim != len(shape) or any(n not in (1, size) for n, size in zip(held.shape, shape, strict=True)):
+    if state.ndim != len(shape) or any(n not in (1, size) for n, size in zip(state.shape, shape, strict=True)):
         raise BadOptimizer(
-            f"the state {path} has shape {tuple(held.shape)}, the plan cuts a parameter of shape {tuple(shape)}. Pass the plan of this cut alone "
+            f"the state {path} has shape {tuple(state.shape)}, the plan cuts a parameter of shape {tuple(shape)}. Pass the plan of this cut alone "
             "(shrink(..., return_plan=True)), not one composed over several rounds; where the state has a form of its own, start a new optimizer"
         )
-    cut = cut_tensor(held, {axis: kept for axis, kept in plan.cuts.get(name, {}).items() if held.shape[axis] == shape[axis]})
-    return _parts(cut, plan, name) if held.shape == torch.Size(shape) else cut
+    cut = cut_tensor(state, {axis: kept for axis, kept in plan.cuts.get(name, {}).items() if state.shape[axis] == shape[axis]})
+    return _parts(cut, plan, name) if state.shape == torch.Size(shape) else cut
 
 
 def _parts(tensor: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
@@ -111,9 +120,9 @@ def _parts(tensor: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
     return tensor
 
 
-def _plainly(held: Mapping[str, Any]) -> dict[str, Any]:
+def _plainly(table: Mapping[str, Any]) -> dict[str, Any]:
     """By the names that parameters have for the user; a mask is none."""
-    return {parameter_name(name): value for name, value in held.items()}
+    return {parameter_name(name): value for name, value in table.items()}
 
 
 def refresh_ema(averaged: Any, plan: Plan) -> Any:

@@ -62,12 +62,12 @@ class Way:
         """The options of this round's cut of ``model``, which ``plan`` made from the original."""
         if self.kind == "ratio":
             return self._ratio(number, model, plan)
-        left = 1 - self.removed(number)
+        remaining = 1 - self.removed(number)
         options = {**self.options, **self._apart(number, model, plan)}
         if self.kind in TIMES:
             now = _watch(self.original, self.example, self.options)(model).share if number > 1 else 1.0
-            return {**options, "latency": min(1.0, left / now)}
-        return {**options, self.kind: math.floor(left * self.full * (1 + 1e-12))}
+            return {**options, "latency": min(1.0, remaining / now)}
+        return {**options, self.kind: math.floor(remaining * self.full * (1 + 1e-12))}
 
     def _apart(self, number: int, model: nn.Module, plan: Plan) -> dict[str, Any]:
         """The ratios that single groups have beside a budget: each is approached as well, not taken anew in every round."""
@@ -98,14 +98,14 @@ class Way:
         widths, ranked = widths_of(self.options), self.options.get("scope", "layer") != "layer"
 
         def shares(groups: Groups) -> dict[int, tuple[float, float]]:
-            own = overrides(groups, model, widths.ratios)
-            finals = {index: own.get(index, self.final) for index in (own if ranked else range(len(groups)))}
+            ratios = overrides(groups, model, widths.ratios)
+            finals = {index: ratios.get(index, self.final) for index in (ratios if ranked else range(len(groups)))}
             return {index: self._steps(number, final) for index, final in finals.items()}
 
         ratio = 1 - (1 - now) / (1 - last)
         if ranked:
-            total, left = self._units(self.original), self._units(model)
-            ratio = max(0.0, 1 - (1 - now) * total / left)
+            total, remaining = self._units(self.original), self._units(model)
+            ratio = max(0.0, 1 - (1 - now) * total / remaining)
         return {**self.options, "ratio": ratio, "widths": replace(widths, ratios=toward(plan, shares))}
 
     def _finer(self, number: int, masks: bool) -> dict[str, Any]:
@@ -127,11 +127,11 @@ class Way:
 
 def pick_target(target: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The one target, from the argument or taken out of the keywords: ``{"macs": 0.5}``; a ratio of 0.5 where nothing is said."""
-    given = {name: options.pop(name) for name in KINDS if name in options}
-    given |= target if isinstance(target, Mapping) else {} if target is None else {"ratio": target}
-    if len(given) > 1 or set(given) - set(KINDS):
-        raise BadLoop(f"the target is {given}; give one of {', '.join(KINDS)}")
-    return given or {"ratio": 0.5}
+    targets = {name: options.pop(name) for name in KINDS if name in options}
+    targets |= target if isinstance(target, Mapping) else {} if target is None else {"ratio": target}
+    if len(targets) > 1 or set(targets) - set(KINDS):
+        raise BadLoop(f"the target is {targets}; give one of {', '.join(KINDS)}")
+    return targets or {"ratio": 0.5}
 
 
 def plan_way(model: nn.Module, example: tuple[tuple, dict], target: Mapping[str, Any], steps: int, schedule: str, options: Mapping[str, Any]) -> Way:

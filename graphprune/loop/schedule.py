@@ -49,13 +49,13 @@ def toward(plan: Plan, shares: Callable[[Groups], Mapping[int, tuple[float, floa
     """
 
     def ratios(groups: Groups) -> dict[int, float]:
-        found = {}
+        widths = {}
         for index, (now, last) in shares(groups).items():
             group = groups.groups[index]
             before = size_before(group, plan)
-            left = width(before, now) if before else width(group.size, 1 - (1 - now) / (1 - last))
-            found[index] = max(0.0, 1 - left / group.size)
-        return found
+            units = width(before, now) if before else width(group.size, 1 - (1 - now) / (1 - last))
+            widths[index] = max(0.0, 1 - units / group.size)
+        return widths
 
     return ratios
 

@@ -32,11 +32,25 @@ from ..errors import BadModel, BadRatio, NothingToPrune, UnknownName
 from ..names import named
 from ..scores import score
 from ..select import check_ratio, select
-from ..tracing.trace import trace
+from ..tracing.trace import Graph, trace
 from ..tracing.trees import leaf_tensors
 
 Place = tuple[str, int, torch.Tensor]
 KINDS = ("slimming", "group_lasso", "growing", "scaled")
+
+
+def _check_options(kind: str, numbers: dict[str, Any]) -> None:
+    if kind not in KINDS:
+        raise UnknownName(f"no regulariser named {kind!r}; there are {', '.join(KINDS)}")
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or not math.isfinite(number) or number < (name == "every"):
+            raise BadRatio(f"{name} is {number!r}; it is a number {'>= 1' if name == 'every' else '>= 0'}")
+
+
+def _scales(graph: Graph) -> set[str]:
+    """The names of the scales of all batch norms."""
+    norms = [node.norm for node in graph.nodes]
+    return {norm.weight.leaf for norm in norms if norm is not None and norm.kind == "batch" and norm.weight is not None}
 
 
 class SparseTraining:
@@ -71,11 +85,7 @@ class SparseTraining:
         limit: float = 1.0,
         alpha: float = 4.0,
     ) -> None:
-        if kind not in KINDS:
-            raise UnknownName(f"no regulariser named {kind!r}; there are {', '.join(KINDS)}")
-        for name, number in (("strength", strength), ("limit", limit), ("every", every), ("alpha", alpha)):
-            if not isinstance(number, int | float) or not math.isfinite(number) or number < (name == "every"):
-                raise BadRatio(f"{name} is {number!r}; it is a number {'>= 1' if name == 'every' else '>= 0'}")
+        _check_options(kind, {"strength": strength, "limit": limit, "every": every, "alpha": alpha})
         check_ratio(ratio)
         check_model(model)
         graph = trace(model, example_input, example_kwargs)
@@ -86,8 +96,7 @@ class SparseTraining:
         self.sizes = [group.size for group in groups]
         self.places = [_places(group, trained) for group in groups]
         if kind == "slimming":
-            norms = [norm for node in graph.nodes if (norm := node.norm) is not None and norm.kind == "batch"]
-            scales = {norm.weight.leaf for norm in norms if norm.weight is not None}
+            scales = _scales(graph)
             self.places = [[place for place in places if place[0] in scales] for places in self.places]
         if not any(self.places):
             raise NothingToPrune(
@@ -103,15 +112,15 @@ class SparseTraining:
 
     def penalty(self) -> torch.Tensor:
         """The penalty as it is now, a scalar that autograd can differentiate; :meth:`step` adds its gradient."""
-        held = self._held()
+        weights = self._held()
         if self.kind == "slimming":
-            return self.strength * torch.stack([held[leaf][(units >= 0).nonzero().ravel()].abs().sum() for leaf, _, units in self._all()]).sum()
-        total = torch.zeros((), dtype=next(iter(held.values())).dtype, device=next(iter(held.values())).device)
+            return self.strength * torch.stack([weights[leaf][(units >= 0).nonzero().ravel()].abs().sum() for leaf, _, units in self._all()]).sum()
+        total = torch.zeros((), dtype=next(iter(weights.values())).dtype, device=next(iter(weights.values())).device)
         for index in range(len(self.places)):
-            squares = self._squares(index, held)
+            squares = self._squares(index, weights)
             if self.kind == "group_lasso":
                 safe = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
-                total = total + self.strength * (self._entries(index, held).sqrt().to(safe) * safe).sum()
+                total = total + self.strength * (self._entries(index, weights).sqrt().to(safe) * safe).sum()
             else:
                 total = total + (self._weights(index, squares.detach()) / 2 * squares).sum()
         return total
@@ -119,27 +128,27 @@ class SparseTraining:
     @torch.no_grad()
     def step(self) -> None:
         """Add the penalty's gradient to ``.grad`` (of parameters that want one); count one step."""
-        held = self._held()
+        leaves = self._held()
         if self.kind == "slimming":
             for leaf, _, units in self._all():
-                self._add(held[leaf], self.strength * held[leaf].sign() * (units >= 0).to(held[leaf].device))
+                self._add(leaves[leaf], self.strength * leaves[leaf].sign() * (units >= 0).to(leaves[leaf].device))
         else:
             factors: dict[str, torch.Tensor] = {}
             for index in range(len(self.places)):
-                weights = self._weights(index, self._squares(index, held), self._entries(index, held))
+                weights = self._weights(index, self._squares(index, leaves), self._entries(index, leaves))
                 for leaf, axis, units in self.places[index]:
                     units = units.to(weights.device)
                     along = torch.where(units >= 0, weights[units.clamp(min=0)], 0)
-                    along = along.reshape([-1 if a == axis else 1 for a in range(held[leaf].ndim)]).to(held[leaf])
+                    along = along.reshape([-1 if a == axis else 1 for a in range(leaves[leaf].ndim)]).to(leaves[leaf])
                     factors[leaf] = factors[leaf] + along if leaf in factors else along
             for leaf, factor in factors.items():
-                self._add(held[leaf], factor * held[leaf])
+                self._add(leaves[leaf], factor * leaves[leaf])
         self.steps += 1
 
     def norms(self) -> list[torch.Tensor]:
         """``||w_u||`` for every unit of every group: what the penalties push down."""
-        held = self._held()
-        return [self._squares(index, held).detach().sqrt() for index in range(len(self.places))]
+        weights = self._held()
+        return [self._squares(index, weights).detach().sqrt() for index in range(len(self.places))]
 
     def _weights(self, index: int, squares: torch.Tensor, entries: torch.Tensor | None = None) -> torch.Tensor:
         """What the gradient multiplies ``w`` with, for every unit of a group."""
@@ -154,35 +163,35 @@ class SparseTraining:
         share = (squares.max() - squares) / spread if spread > 0 else torch.zeros_like(squares)
         return 2 * self.strength * 2 ** (self.alpha * share)
 
-    def _squares(self, index: int, held: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _squares(self, index: int, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """``||w_u||^2`` of the units of a group."""
-        return self._summed(index, held, lambda weight: weight.square())
+        return self._summed(index, weights, lambda weight: weight.square())
 
-    def _entries(self, index: int, held: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _entries(self, index: int, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """How many entries a unit has."""
-        return self._summed(index, held, lambda weight: torch.ones((), dtype=weight.dtype, device=weight.device).expand(weight.shape))
+        return self._summed(index, weights, lambda weight: torch.ones((), dtype=weight.dtype, device=weight.device).expand(weight.shape))
 
-    def _summed(self, index: int, held: dict[str, torch.Tensor], entry: Callable) -> torch.Tensor:
+    def _summed(self, index: int, weights: dict[str, torch.Tensor], entry: Callable) -> torch.Tensor:
         """A function of single entries, summed over all entries of each unit."""
-        first = held[self.places[index][0][0]] if self.places[index] else next(iter(held.values()))
+        first = weights[self.places[index][0][0]] if self.places[index] else next(iter(weights.values()))
         total = torch.zeros(self.sizes[index], dtype=first.dtype, device=first.device)
         for leaf, axis, units in self.places[index]:
-            rest = [a for a in range(held[leaf].ndim) if a != axis]
-            along = entry(held[leaf])
+            rest = [a for a in range(weights[leaf].ndim) if a != axis]
+            along = entry(weights[leaf])
             along = along.sum(rest) if rest else along
-            mine = (units >= 0).nonzero().ravel()
-            total = total.index_add(0, units[mine].to(total.device), along[mine.to(along.device)].to(total))
+            inside = (units >= 0).nonzero().ravel()
+            total = total.index_add(0, units[inside].to(total.device), along[inside.to(along.device)].to(total))
         return total
 
     def _all(self) -> list[Place]:
         return [place for places in self.places for place in places]
 
     def _held(self) -> dict[str, torch.Tensor]:
-        held = {name: tensor for name, _, _, tensor in leaf_tensors(self.model)}
+        leaves = {name: tensor for name, _, _, tensor in leaf_tensors(self.model)}
         for leaf, axis, units in self._all():
-            if leaf not in held or held[leaf].ndim <= axis or held[leaf].shape[axis] != len(units):
+            if leaf not in leaves or leaves[leaf].ndim <= axis or leaves[leaf].shape[axis] != len(units):
                 raise BadModel(f"{leaf} is not what it was when the regulariser was made; make a new SparseTraining after cutting a model")
-        return held
+        return leaves
 
     @staticmethod
     def _add(parameter: torch.Tensor, gradient: torch.Tensor) -> None:

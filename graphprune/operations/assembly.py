@@ -47,15 +47,15 @@ def merged(labels: Labels, fields: Fields, reason: int) -> Fields:
         return fields
     if labels.apart:
         return without_copied(labels, fields, reason)
-    left = []
+    remaining = []
     for array in fields:
         over = varying(array)
         shared = len(over) == 1 and any(other is not array and other.shape[over[0]] > 1 for other in fields)
         if shared and labels.is_repeated(array):
             labels.lock(array, reason)
         else:
-            left.append(array)
-    return tuple(left)
+            remaining.append(array)
+    return tuple(remaining)
 
 
 def without_copied(labels: Labels, fields: Fields, reason: int) -> Fields:
@@ -87,24 +87,24 @@ def without_copied(labels: Labels, fields: Fields, reason: int) -> Fields:
 def expand(labels: Labels, reason: int, outs: list, x: Value, sizes, **kwargs) -> list[Fields]:
     new = len(outs[0]) - len(x.shape)
     grown = [a for a in range(len(outs[0])) if a < new or x.shape[a - new] != outs[0][a]]
-    held = tuple(f.reshape((1,) * new + f.shape) for f in x.fields)
-    return [held + copies(labels, outs[0], grown)]
+    fields = tuple(f.reshape((1,) * new + f.shape) for f in x.fields)
+    return [fields + copies(labels, outs[0], grown)]
 
 
 @assemble("repeat", makes=True)
 def repeat(labels: Labels, reason: int, outs: list, x: Value, times) -> list[Fields]:
     new = len(times) - len(x.shape)
-    held = []
+    fields = []
     for field in x.fields:
         wide = field.reshape((1,) * new + field.shape)
-        held.append(np.tile(wide, [n if s > 1 else 1 for n, s in zip(times, wide.shape, strict=True)]))
+        fields.append(np.tile(wide, [n if s > 1 else 1 for n, s in zip(times, wide.shape, strict=True)]))
     grown = [a for a in range(len(times)) if a < new or x.shape[a - new] == 1]
-    return [tuple(held) + copies(labels, outs[0], grown)]
+    return [tuple(fields) + copies(labels, outs[0], grown)]
 
 
 def _without(x: Value, axis: int, labels: Labels, reason: int) -> Fields:
     """The fields without one axis, over which all positions are asked to agree."""
-    held = []
+    fields = []
     for field in x.fields:
         if field.shape[axis] > 1:
             if len(varying(field)) == 1:
@@ -114,22 +114,22 @@ def _without(x: Value, axis: int, labels: Labels, reason: int) -> Fields:
             at = over.index(axis)
             dense = field.reshape([field.shape[a] for a in over])
             labels.lock(labels.marginal(dense, (at,)), reason)
-        held.append(field)
-    return tuple(held)
+        fields.append(field)
+    return tuple(fields)
 
 
 @assemble("select", part=True, any_size=lambda x, dim, index: index in (0, -1))
 def select(labels: Labels, reason: int, outs: list, x: Value, dim: int, index: int) -> list[Fields]:
     dim %= len(x.shape)
-    held = _without(x, dim, labels, reason)
-    return [tuple(compact(f.take(index if f.shape[dim] > 1 else 0, axis=dim)) for f in held)]
+    fields = _without(x, dim, labels, reason)
+    return [tuple(compact(f.take(index if f.shape[dim] > 1 else 0, axis=dim)) for f in fields)]
 
 
 @assemble("unbind", part=True)
 def unbind(labels: Labels, reason: int, outs: list, x: Value, dim: int = 0) -> list[Fields]:
     dim %= len(x.shape)
-    held = _without(x, dim, labels, reason)
-    return [tuple(compact(f.take(i if f.shape[dim] > 1 else 0, axis=dim)) for f in held) for i in range(len(outs))]
+    fields = _without(x, dim, labels, reason)
+    return [tuple(compact(f.take(i if f.shape[dim] > 1 else 0, axis=dim)) for f in fields) for i in range(len(outs))]
 
 
 @assemble("stack")
@@ -152,10 +152,10 @@ def cat(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) ->
     if not any(along):
         return [fields]
     parts = []
-    for tensor, mine in zip(tensors, along, strict=True):
-        for extra in mine[1:]:
+    for tensor, positions in zip(tensors, along, strict=True):
+        for extra in positions[1:]:
             labels.lock(extra, reason)
-        parts.append(mine[0] if mine else _filler(labels, tensor, dim, reason))
+        parts.append(positions[0] if positions else _filler(labels, tensor, dim, reason))
     top = [max(p.shape[a] for p in parts) for a in range(rank)]
     wide = [np.broadcast_to(p, [p.shape[a] if a == dim else top[a] for a in range(rank)]) for p in parts]
     return [fields + (np.concatenate(wide, axis=dim),)]

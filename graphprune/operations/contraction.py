@@ -102,8 +102,8 @@ class Product:
         sides = [(operand.value, operand.axes) for operand in (self.weight, self.input, *self.others)]
         if self.result is not None:
             sides.append((self.result, parse(self.rule.text)[1][0]))
-        constant, found = _volume(tuple([(axes, tuple(value.shape)) for value, axes in sides]), tuple(self.rule.sizes.items()))
-        return constant, [(sides[side][0], dim) for side, dim in found]
+        constant, dims = _volume(tuple([(axes, tuple(value.shape)) for value, axes in sides]), tuple(self.rule.sizes.items()))
+        return constant, [(sides[side][0], dim) for side, dim in dims]
 
     @property
     def macs(self) -> int:

@@ -65,11 +65,11 @@ def index(x: Value, indices: list[Any]) -> Expr:
 @computes("scatter", "scatter_add", "scatter_reduce")
 def scatter(x, dim, index, source=None, *args, **kwargs):
     """Written at positions along one axis; along the others every tensor has the same, or fewer, which are then counted too."""
-    given = [x, index, *([source] if isinstance(source, Value) else [])]
+    operands = [x, index, *([source] if isinstance(source, Value) else [])]
     rank = len(x.shape)
-    shorter = [axis for axis in range(rank) if any(len(each.shape) == rank and each.shape[axis] != x.shape[axis] for each in given)]
+    shorter = [axis for axis in range(rank) if any(len(each.shape) == rank and each.shape[axis] != x.shape[axis] for each in operands)]
     axes = " ".join(but(rank, dim, *shorter))
-    return expr(f"{', '.join([axes] * len(given))} -> {axes}", *given)
+    return expr(f"{', '.join([axes] * len(operands))} -> {axes}", *operands)
 
 
 @computes("index_add", "index_copy", "index_reduce")
@@ -87,16 +87,16 @@ def index_fill(x, dim, index, value):
 @computes("index_put", "_unsafe_index_put", "_index_put_impl")
 def index_put(x, indices, values, *args, **kwargs):
     """Positions along some axes are written; a mask may be cut with what it masks, if what is written does not number the places it finds."""
-    rank, given = len(x.shape), [(i, v) for i, v in enumerate(indices) if isinstance(v, Value)]
-    if len(given) == 1 and given[0][1].dtype in MASKS:
-        return _masked(x, given[0][0], given[0][1], values)
-    if any(v.dtype in MASKS for _, v in given):
+    rank, indexed = len(x.shape), [(i, v) for i, v in enumerate(indices) if isinstance(v, Value)]
+    if len(indexed) == 1 and indexed[0][1].dtype in MASKS:
+        return _masked(x, indexed[0][0], indexed[0][1], values)
+    if any(v.dtype in MASKS for _, v in indexed):
         raise BadRule("several masks, or masks beside positions")
-    axes = but(rank, *(i for i, _ in given))
-    found = _indexed(axes, [i for i, _ in given], max(len(v.shape) for _, v in given))
-    written = " ".join(found[len(found) - len(values.shape) :])
-    fixed = "".join("," + " _" * len(v.shape) for _, v in given)
-    return expr(f"{' '.join(axes)}{fixed}, {written} -> {' '.join(axes)}", x, *(v for _, v in given), values)
+    axes = but(rank, *(i for i, _ in indexed))
+    patterns = _indexed(axes, [i for i, _ in indexed], max(len(v.shape) for _, v in indexed))
+    written = " ".join(patterns[len(patterns) - len(values.shape) :])
+    fixed = "".join("," + " _" * len(v.shape) for _, v in indexed)
+    return expr(f"{' '.join(axes)}{fixed}, {written} -> {' '.join(axes)}", x, *(v for _, v in indexed), values)
 
 
 def _masked(x: Value, start: int, mask: Value, values: Value) -> Expr:
@@ -104,8 +104,8 @@ def _masked(x: Value, start: int, mask: Value, values: Value) -> Expr:
     behind = rank - start - over
     numbered = len(values.shape) > behind and values.shape[len(values.shape) - behind - 1] > 1
     axes = but(rank, *range(start, start + over)) if numbered else but(rank)
-    found = [*axes[:start], "_" if numbered else "1", *axes[rank - behind :]] if behind else [*axes[:start], "_" if numbered else "1"]
-    written = found[len(found) - len(values.shape) :]
+    pattern = [*axes[:start], "_" if numbered else "1", *axes[rank - behind :]] if behind else [*axes[:start], "_" if numbered else "1"]
+    written = pattern[len(pattern) - len(values.shape) :]
     return expr(f"{' '.join(axes)}, {' '.join(axes[start : start + over])}, {' '.join(written)} -> {' '.join(axes)}", x, mask, values)
 
 

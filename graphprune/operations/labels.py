@@ -61,8 +61,8 @@ class Reason(NamedTuple):
         return f"{basename(self.where[0])}:{self.where[1]}" if self.where else ""
 
     def __str__(self) -> str:
-        told = ", ".join(part for part in (self.op, self.module, self.line) if part)
-        said = f"{self.text} ({told})" if told else self.text
+        place = ", ".join(part for part in (self.op, self.module, self.line) if part)
+        said = f"{self.text} ({place})" if place else self.text
         return f"{said}; {self.cure}" if self.cure else said
 
 

@@ -32,8 +32,8 @@ def _shape_of(x, shape, *rest) -> dict:
 def layer_norm(x, shape, weight, bias, eps):
     lead, last = LETTERS[: len(x.shape) - len(shape)], LETTERS[len(x.shape) - len(shape) : len(x.shape)]
     mixed = [f"[{axis}]" for axis in last]
-    own = " ".join(last)
-    return expr(f"{' '.join([*lead, *mixed])}, {own}, {own} -> {' '.join([*lead, *mixed])}", x, weight, bias)
+    normalised = " ".join(last)
+    return expr(f"{' '.join([*lead, *mixed])}, {normalised}, {normalised} -> {' '.join([*lead, *mixed])}", x, weight, bias)
 
 
 @computes("_fused_rms_norm", norm="rms", follows=_shape_of)

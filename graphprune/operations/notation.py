@@ -106,11 +106,11 @@ def _sides(text: str) -> tuple[Placed, Placed]:
 
 
 def _tensors(text: str, side: str, start: int) -> Placed:
-    found: Placed = []
+    placed: Placed = []
     for part in side.split(","):
-        found.append(_axes(text, part, start))
+        placed.append(_axes(text, part, start))
         start += len(part) + 1
-    return found
+    return placed
 
 
 TOKEN = re.compile(r"[()]|[^\s()]+")
@@ -226,16 +226,16 @@ def meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reaso
     form = _form(rule, results)
     if form is None:
         return _meet(labels, rule, results, reason)
-    recipe = _RECIPES.get(form, _UNKNOWN)
-    if recipe is _UNKNOWN:
-        if len(_RECIPES) >= RECIPES:  # forms of earlier models; those that are needed are soon there again
-            _RECIPES.clear()
-        recipe = _RECIPES[form] = _recipe(rule, results)
-    return recipe.replay(labels, rule, reason) if recipe else _meet(labels, rule, results, reason)
+    outcome = _OUTCOMES.get(form, _UNKNOWN)
+    if outcome is _UNKNOWN:
+        if len(_OUTCOMES) >= MOST_OUTCOMES:  # forms of earlier models; those that are needed are soon there again
+            _OUTCOMES.clear()
+        outcome = _OUTCOMES[form] = _outcome(rule, results)
+    return outcome.replay(labels, rule, reason) if outcome else _meet(labels, rule, results, reason)
 
 
-_RECIPES: dict[tuple, Any] = {}  # by form, what a rule does; None where that depends on the labels
-_UNKNOWN, RECIPES = object(), 8192
+_OUTCOMES: dict[tuple, Any] = {}  # by form, what a rule does; None where that depends on the labels
+_UNKNOWN, MOST_OUTCOMES = object(), 8192
 
 
 def _form(rule: Expr, results: Sequence[tuple[int, ...]]) -> tuple | None:
@@ -261,7 +261,7 @@ def _form(rule: Expr, results: Sequence[tuple[int, ...]]) -> tuple | None:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Outcome:
     """What a rule does to fields over one axis, by their number: pairs to join, fields to lock, fields of the results."""
 
     joins: tuple[tuple[int, int], ...]
@@ -283,7 +283,7 @@ class _BeyondForm(Exception):
 
 
 class _Listener:
-    """Stands in for the labels while a recipe is worked out on fields that are known by their memory."""
+    """Stands in for the labels while an outcome is worked out on fields that are known by their memory."""
 
     def __init__(self) -> None:
         self.fields: dict[int, tuple[int, int]] = {}
@@ -313,7 +313,7 @@ class _Listener:
         raise _BeyondForm
 
 
-def _recipe(rule: Expr, results: Sequence[tuple[int, ...]]) -> Recipe | None:
+def _outcome(rule: Expr, results: Sequence[tuple[int, ...]]) -> Outcome | None:
     listener, operands = _Listener(), []
     for value in rule.operands:
         if isinstance(value, Value):
@@ -329,7 +329,7 @@ def _recipe(rule: Expr, results: Sequence[tuple[int, ...]]) -> Recipe | None:
         return None
     if any(view.count(-1) != 1 for fields in views for _, view in fields):
         return None
-    return Recipe(tuple(listener.joins), tuple(listener.locks), views, reduces)
+    return Outcome(tuple(listener.joins), tuple(listener.locks), views, reduces)
 
 
 def _meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reason: int) -> tuple[list[Fields], bool]:
@@ -359,7 +359,7 @@ def _operand(labels: Coupling, axes: Axes, value: Value, sizes: Mapping[str, int
     if len(axes) != len(value.shape):
         raise BadRule(f"{len(axes)} axes named, the tensor has shape {tuple(value.shape)}")
     names, lengths = factors(axes, value.shape, sizes)
-    found: dict[tuple[str, ...], Array] = {}
+    fields: dict[tuple[str, ...], Array] = {}
     for array in value.fields:
         shape = []
         for dim, group in enumerate(axes):
@@ -370,22 +370,22 @@ def _operand(labels: Coupling, axes: Axes, value: Value, sizes: Mapping[str, int
         if not over:
             continue
         split = split.reshape([split.shape[axis] for axis in over])
-        held = tuple(names[axis] for axis in over)
-        split, held = _drop_fixed(labels, split, held, reason)
-        if not held:
+        carried = tuple(names[axis] for axis in over)
+        split, carried = _drop_fixed(labels, split, carried, reason)
+        if not carried:
             continue
-        for name in held:
+        for name in carried:
             order.setdefault(name, len(order))
-        by = sorted(range(len(held)), key=lambda i: order[held[i]])
-        if by != list(range(len(held))):
-            split, held = split.transpose(by), tuple(held[i] for i in by)
-        if len(held) > 1:
+        by = sorted(range(len(carried)), key=lambda i: order[carried[i]])
+        if by != list(range(len(carried))):
+            split, carried = split.transpose(by), tuple(carried[i] for i in by)
+        if len(carried) > 1:
             labels.joint(split)
-        if held in found:
-            labels.join(found[held], split)
-        found[held] = split
+        if carried in fields:
+            labels.join(fields[carried], split)
+        fields[carried] = split
     real = {name: size for name, size in lengths.items() if size > 1 and name[0] != "_"}
-    return _Operand(real, found)
+    return _Operand(real, fields)
 
 
 def _names(group: tuple[str, ...], dim: int) -> list[str]:
@@ -418,12 +418,12 @@ def solved(rule: Expr, shapes: Sequence[Sequence[int] | None]) -> dict[str, int]
     lefts = parse(rule.text)[0]
     pairs = [(group, size) for axes, shape in zip(lefts, shapes, strict=True) if shape is not None for group, size in zip(axes, shape, strict=True)]
     alone = {group[0].strip("[]"): size for group, size in pairs if len(group) == 1}
-    found = {}
+    lengths = {}
     for name, before in rule.sizes.items():
         rests = [(size, [other.strip("[]") for other in group if other != name]) for group, size in pairs if name in group]
-        told = [size // alone[rest[0]] for size, rest in rests if len(rest) == 1 and alone.get(rest[0])]
-        found[name] = told[0] if told else before if all(size % before == 0 for size, _ in rests) else 1
-    return found
+        quotients = [size // alone[rest[0]] for size, rest in rests if len(rest) == 1 and alone.get(rest[0])]
+        lengths[name] = quotients[0] if quotients else before if all(size % before == 0 for size, _ in rests) else 1
+    return lengths
 
 
 def _drop_fixed(labels: Coupling, array: Array, names: tuple[str, ...], reason: int) -> tuple[Array, tuple[str, ...]]:
@@ -450,9 +450,9 @@ def _over(labels: Coupling, array: Array, names: tuple[str, ...], onto: Sequence
 
 def _lock_uncovered(labels: Coupling, operand: _Operand, shared: dict, reason: int) -> None:
     for names, array in list(shared.items()):
-        mine = [name for name in names if name in operand.sizes]
-        covered = {name for held in operand.fields for name in held}
-        missing = [name for name in mine if name not in covered]
+        named = [name for name in names if name in operand.sizes]
+        covered = {name for axes in operand.fields for name in axes}
+        missing = [name for name in named if name not in covered]
         if missing:
             labels.lock(_over(labels, array, names, missing), reason)
         if len(missing) == len(names):  # it stays whole from here on: nothing more to carry

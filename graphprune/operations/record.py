@@ -265,8 +265,8 @@ def rule(*operations: Any, **facts: Any) -> Callable[[Callable[..., Expr]], Call
             raise BadRule(f"rule() decorates a function that returns graphprune.expr(text, *tensors), not {function!r}")
         for name in names:
             known = OPERATIONS.get(name.partition(".")[0]) or Operation(name)
-            told = {"weight": "", "products": None, **facts}
-            OPERATIONS[name] = replace(known, name=name, rule=function, move=None, assemble=None, picks=False, why="", strict=True, **told)
+            said = {"weight": "", "products": None, **facts}
+            OPERATIONS[name] = replace(known, name=name, rule=function, move=None, assemble=None, picks=False, why="", strict=True, **said)
         return function
 
     return register
@@ -330,9 +330,9 @@ def pointwise(values: Sequence[Value], ranks: Sequence[int]) -> Expr:
 
 
 @lru_cache(maxsize=4096)
-def _aligned(given: tuple[int, ...], ranks: tuple[int, ...]) -> str:
+def _aligned(sizes: tuple[int, ...], ranks: tuple[int, ...]) -> str:
     top = max(ranks)
-    left, right = (",".join([" ".join(LETTERS[top - rank : top]) for rank in side]) for side in (given, ranks))
+    left, right = (",".join([" ".join(LETTERS[top - rank : top]) for rank in side]) for side in (sizes, ranks))
     return f"{left}->{right}"
 
 
@@ -346,13 +346,13 @@ def template(op: Operation) -> str:
     namespace, _, name = op.name.partition("::")
     written, tensors, star = [], [], False
     for argument in op.func._schema.arguments if op.func is not None else ():
-        own = argument.name + "_" if keyword.iskeyword(argument.name) else argument.name
+        parameter = argument.name + "_" if keyword.iskeyword(argument.name) else argument.name
         if argument.kwarg_only and not star:
             written.append("*")
             star = True
-        written.append(own + (f"={argument.default_value!r}" if argument.has_default_value() else ""))
+        written.append(parameter + (f"={argument.default_value!r}" if argument.has_default_value() else ""))
         if "Tensor" in str(argument.type):
-            tensors.append(own)
+            tensors.append(parameter)
     text = ", ".join("…" for _ in tensors)
     return (
         f"    @graphprune.rule(torch.ops.{namespace}.{name})\n"

@@ -10,10 +10,10 @@ from .record import assemble
 @assemble("_pack_padded_sequence")
 def pack(labels: Labels, reason: int, outs: list, x: Value, lengths: Value, batch_first: bool = False) -> list[Fields]:
     """Sequences of several lengths one behind the other: time and batch become one axis, features stay what they are."""
-    held = []
+    fields = []
     for field in x.fields:
         if max(field.shape[:2]) > 1:
             labels.lock(field, reason)
         else:
-            held.append(field.reshape(1, *field.shape[2:]))
-    return [tuple(held), ()]
+            fields.append(field.reshape(1, *field.shape[2:]))
+    return [tuple(fields), ()]

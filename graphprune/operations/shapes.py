@@ -52,11 +52,11 @@ def strides(size: Sequence[int]) -> list[int]:
     >>> strides((2, 3, 4))
     [12, 4, 1]
     """
-    found, step = [1] * len(size), 1
+    steps, step = [1] * len(size), 1
     for axis in range(len(size) - 1, -1, -1):
-        found[axis] = step
+        steps[axis] = step
         step *= size[axis] or 1
-    return found
+    return steps
 
 
 @lru_cache
@@ -77,15 +77,15 @@ def ordered(x: Tensor) -> Tensor | None:
     """
     if dense(x):
         return same(x)
-    size, own = x.shape, x.stride()
-    steps = [step for step, n in zip(own, size, strict=True) if n > 1]
-    if 0 in own or len(set(steps)) < len(steps):
+    size, spacing = x.shape, x.stride()
+    steps = [step for step, n in zip(spacing, size, strict=True) if n > 1]
+    if 0 in spacing or len(set(steps)) < len(steps):
         return None
-    found, step = [0] * len(size), 1
-    for axis in sorted(range(len(size)), key=lambda axis: (own[axis], -axis)):
-        found[axis] = step
+    order, step = [0] * len(size), 1
+    for axis in sorted(range(len(size)), key=lambda axis: (spacing[axis], -axis)):
+        order[axis] = step
         step *= size[axis]
-    return torch.empty_strided(size, found, dtype=x.dtype, device=META)
+    return torch.empty_strided(size, order, dtype=x.dtype, device=META)
 
 
 @shape("relu.default", "hardtanh.default", "gelu.default", "silu.default", "sigmoid.default", "tanh.default", "hardswish.default", "exp.default",
@@ -216,9 +216,9 @@ def cat(tensors, dim=0):
     for x in tensors:
         if x.dtype != first.dtype or x.ndim != first.ndim or not x.is_contiguous():
             return None
-        own = list(x.shape)
-        total, own[dim] = total + own[dim], size[dim]
-        if own != size:
+        lengths = list(x.shape)
+        total, lengths[dim] = total + lengths[dim], size[dim]
+        if lengths != size:
             return None
     size[dim] = total
     return new(first, size)
@@ -228,7 +228,7 @@ def _window(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Se
     space = len(kernel)
     if x.ndim != space + 2 or not x.is_contiguous():
         return None
-    pairs = [list(given) * (space if len(given) == 1 else 1) for given in (stride or kernel, padding, dilation)]
+    pairs = [list(numbers) * (space if len(numbers) == 1 else 1) for numbers in (stride or kernel, padding, dilation)]
     out = []
     for n, k, s, p, d in zip(x.shape[2:], kernel, *pairs, strict=True):
         count = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil else 0)) // s + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from torch import nn
 
@@ -37,31 +38,45 @@ def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
 
     A module with a kept tensor stays, one with a ratio of its own is chosen apart; which ones go may be said outright.
     """
-    kind, score = request.spec.name, request.score
-    if not callable(score) and score not in DEPTH:
-        raise UnknownName(f"no score named {score!r} for whole {kind}s; there are {', '.join(DEPTH)}, or give a function (name, module) -> float")
+    kind = request.spec.name
+    _check_score(kind, request.score)
     limits = request.limits(graph, ("params", "macs", "size"))
     modules = Modules(graph, model)
-    found = candidates(modules, model, request)
+    options = candidates(modules, model, request)
     remaining = Remaining(graph, model, modules)
     whole = dict(remaining.costs)
     amount = request.wanted[0].amount
-    chosen = _named(found, amount, kind) if isinstance(amount, tuple) else _chosen(found, graph, model, request, remaining, limits)
-    gone = {one.name for one in chosen}
-    for one in chosen if isinstance(amount, tuple) else ():
-        remaining.remove(one)
+    if isinstance(amount, tuple):
+        chosen = _named(options, amount, kind)
+        for one in chosen:
+            remaining.remove(one)
+    else:
+        chosen = _chosen(options, graph, model, request, remaining, limits)
     if limits and not holds(remaining.costs, limits):
         raise unmet(remaining.costs, limits, kind)
+    gone = {one.name for one in chosen}
     if not gone and not limits and request.alone:
-        _tell(kind, found.pools, request.ratio)
-    parts = {part.name: part for one in found.free if one.name in gone for part in one.skips}
-    free = {one.name for one in found.free}
-    lines = reached(remaining.costs, limits) if limits else []
-    lines += [f"{one.name}: {'removed' if one.name in gone else 'stays'} ({size_of(model, one)} weights)" for one in found.free]
-    lines += [f"{one.name}: stays, kept on request" for one in found.every if one.name not in free]
+        _tell(kind, options.pools, request.ratio)
+    parts = {part.name: part for one in options.free if one.name in gone for part in one.skips}
+    lines = [*(reached(remaining.costs, limits) if limits else ()), *_lines(options, gone, model)]
     before, after = (Totals(round(costs["params"]), round(costs["macs"])) for costs in (whole, remaining.costs))
     shapes = {name: tuple(leaf.shape) for name, leaf in graph.leaves.items() if name in graph.parameters}
     return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()), outline=Outline(before, after, shapes=shapes))
+
+
+def _check_score(kind: str, score: Any) -> None:
+    if not callable(score) and score not in DEPTH:
+        raise UnknownName(f"no score named {score!r} for whole {kind}s; there are {', '.join(DEPTH)}, or give a function (name, module) -> float")
+
+
+def _lines(options: Candidates, gone: set[str], model: nn.Module) -> Iterator[str]:
+    """What becomes of every module that could go."""
+    for one in options.free:
+        yield f"{one.name}: {'removed' if one.name in gone else 'stays'} ({size_of(model, one)} weights)"
+    free = {one.name for one in options.free}
+    for one in options.every:
+        if one.name not in free:
+            yield f"{one.name}: stays, kept on request"
 
 
 def candidates(modules: Modules, model: nn.Module, request: Request) -> Candidates:
@@ -76,14 +91,14 @@ def candidates(modules: Modules, model: nn.Module, request: Request) -> Candidat
         )
     pools: dict[float | None, list[Removable]] = {}
     for one in free:
-        own = {ratios.get(name) for name in owned[one.name]}
-        pools.setdefault(own.pop() if len(own) == 1 else None, []).append(one)
+        shares = {ratios.get(name) for name in owned[one.name]}
+        pools.setdefault(shares.pop() if len(shares) == 1 else None, []).append(one)
     return Candidates(every, free, pools)
 
 
-def _named(found: Candidates, choice: Sequence[int | str], kind: str) -> list[Removable]:
+def _named(options: Candidates, choice: Sequence[int | str], kind: str) -> list[Removable]:
     """The modules that are to go, by name or by number; raises :class:`~graphprune.errors.UnknownName` with what there is."""
-    every = found.every
+    every = options.every
     names = [one.name for one in every]
     for each in choice:
         if (each not in names) if isinstance(each, str) else not -len(every) <= each < len(every):
@@ -92,7 +107,7 @@ def _named(found: Candidates, choice: Sequence[int | str], kind: str) -> list[Re
             )
     places = dict.fromkeys((names.index(each) if isinstance(each, str) else each) % len(every) for each in choice)
     gone = [every[place] for place in places]
-    kept = [one.name for one in gone if one not in found.free]
+    kept = [one.name for one in gone if one not in options.free]
     if kept:
         raise BadRatio(f"{kept[0]} is to go and to be kept; leave it out of keep= or of what=")
     if len(gone) == len(every):
@@ -100,14 +115,14 @@ def _named(found: Candidates, choice: Sequence[int | str], kind: str) -> list[Re
     return gone
 
 
-def _chosen(found: Candidates, graph: Graph, model: nn.Module, request: Request, remaining: Remaining, limits: Mapping[str, float]) -> list[Removable]:
+def _chosen(options: Candidates, graph: Graph, model: nn.Module, request: Request, remaining: Remaining, limits: Mapping[str, float]) -> list[Removable]:
     """The modules with the lowest scores, as many as the ratio says, and more until the limits hold; ``remaining`` is then what is left without them."""
     gone: list[Removable] = []
     extra: list[Removable] = []  # for the limits alone
-    for own, pool in sorted(found.pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
-        count = _count(pool, own, request, len(found.every) - len(found.free))
+    for share, pool in sorted(options.pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
+        count = _count(pool, share, request, len(options.every) - len(options.free))
         for at, one in enumerate(_order(graph, model, list(pool), request)):
-            if at >= count and (own is not None or holds(remaining.costs, limits)):
+            if at >= count and (share is not None or holds(remaining.costs, limits)):
                 break
             gone.append(one)
             remaining.remove(one)
@@ -122,22 +137,22 @@ def _chosen(found: Candidates, graph: Graph, model: nn.Module, request: Request,
     return [one for one in gone if one.name not in back]
 
 
-def _count(pool: Sequence[Removable], own: float | None, request: Request, kept: int) -> int:
+def _count(pool: Sequence[Removable], ratio: float | None, request: Request, kept: int) -> int:
     """How many of a pool go in any case, where ``kept`` others stay on request."""
     amount = request.wanted[0].amount
-    if own is None and isinstance(amount, int):
+    if ratio is None and isinstance(amount, int):
         if amount > len(pool) + kept:
             raise BadRatio(f"{amount} {request.text} are to stay; {len(pool) + kept} can go{' or are kept' if kept else ''}")
         if amount <= kept:
             raise BadRatio(f"{amount} {request.text} are to stay; {kept} are kept on request, and one of the others always stays")
         return len(pool) + kept - amount
-    share = own if own is not None else request.ratio if amount is None else amount
+    share = ratio if ratio is not None else request.ratio if amount is None else amount
     return len(pool) - width(len(pool), share)
 
 
 def _tell(kind: str, pools: Pools, ratio: float) -> None:
     """Say it when a ratio above 0 removes nothing."""
-    asked = [(ratio if own is None else own, pool) for own, pool in pools.items() if (ratio if own is None else own) > 0]
+    asked = [(ratio if share is None else share, pool) for share, pool in pools.items() if (ratio if share is None else share) > 0]
     if not asked:
         return
     most, pool = max(asked, key=lambda item: item[0] * len(item[1]))

@@ -35,52 +35,59 @@ def plan_entries(graph: Graph, model: nn.Module, request: Request) -> Plan:
     check_criterion(score, ENTRYWISE)
     says_itself = spec.name == "n:m" or spec.threshold is not None
     limits = request.limits(graph, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
-    found, left = weights(graph, model)
-    mine = [weight for weight in found if weight.leaf not in request.keep and weight.name not in request.keep]
-    left |= {weight.name: "kept on request" for weight in found if weight not in mine}
-    usable = _usable(mine, left, spec)
-    own = {weight.name: ratios[weight.leaf] for weight in usable if weight.leaf in ratios}
+    every, whole = weights(graph, model)
+    free = [weight for weight in every if weight.leaf not in request.keep and weight.name not in request.keep]
+    whole |= {weight.name: "kept on request" for weight in every if weight not in free}
+    usable = _usable(free, whole, spec)
+    shares = {weight.name: ratios[weight.leaf] for weight in usable if weight.leaf in ratios}
     scores = scored(graph, model, usable, score, request.batches, request.loss)
-    keeps, notes = (_box_keeps if spec.option == "box" else _keeps)(scores, own, request, limits, graph)
-    decided = {}
+    keeps, notes = (_box_keeps if spec.option == "box" else _keeps)(scores, shares, request, limits, graph)
+    if not usable:
+        rows = "\n".join(f"  {name} {why}" for name, why in list(whole.items())[:8])
+        raise NothingToPrune(f"no weight of this model can be pruned with granularity {spec.text!r}" + (f":\n{rows}" if rows else ""))
+    changes = {}
     for weight, keep in keeps.items():
         keep = keep if weight.mask is None else keep & weight.mask.cpu()
         if keep.all() and weight.mask is None:
-            left[weight.name] = WHOLE
-        elif spec.name == "group" and not keep.all():
-            decided[weight] = (keep, *realise(weight, keep, graph, model))
+            whole[weight.name] = WHOLE
         else:
-            decided[weight] = (keep, Part("mask", weight.name, pack(keep)), "masked")
-    if not usable:
-        rows = "\n".join(f"  {name} {why}" for name, why in list(left.items())[:8])
-        raise NothingToPrune(f"no weight of this model can be pruned with granularity {spec.text!r}" + (f":\n{rows}" if rows else ""))
-    return _plan(decided, left, notes)
+            changes[weight] = (keep, *_change(weight, keep, spec, graph, model))
+    return _plan(changes, whole, notes)
 
 
-def _usable(mine: Sequence[Weight], left: dict[str, str], spec: Spec) -> dict[Weight, tuple]:
-    """How each weight is seen as units; ``left`` takes the reasons for those that have none."""
+def _change(weight: Weight, keep: torch.Tensor, spec: Spec, graph: Graph, model: nn.Module) -> tuple[Part, str]:
+    """What becomes of a weight of which some entries stay, as a part of the plan and in words."""
+    if spec.name == "group" and not keep.all():
+        return realise(weight, keep, graph, model)
+    return Part("mask", weight.name, pack(keep)), "masked"
+
+
+def _usable(free: Sequence[Weight], whole: dict[str, str], spec: Spec) -> dict[Weight, tuple]:
+    """How each weight is seen as units; ``whole`` takes the reasons for those that have none."""
     usable = {}
-    for weight in mine:
+    for weight in free:
         view = views(weight, spec)
         if spec.option == "box" and (view is None or math.prod(weight.shape[2:]) == 1):
-            left[weight.name] = "has no kernel of more than one tap"
+            whole[weight.name] = "has no kernel of more than one tap"
         elif view is None:
-            left[weight.name] = f"has no units of granularity {spec.name!r}"
+            whole[weight.name] = f"has no units of granularity {spec.name!r}"
         elif spec.name == "n:m" and weight.shape[weight.inputs] % spec.of:
-            left[weight.name] = f"sums over {weight.shape[weight.inputs]} entries, which {spec.of} does not divide"
+            whole[weight.name] = f"sums over {weight.shape[weight.inputs]} entries, which {spec.of} does not divide"
         else:
             usable[weight] = view
     return usable
 
 
-def _keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+def _keeps(
+    scores: dict[Weight, torch.Tensor], shares: dict[str, float], request: Request, limits: dict, graph: Graph
+) -> tuple[dict[Weight, torch.Tensor], list[str]]:
     """Which entries of every weight stay, and a line for each limit."""
     spec = request.spec
     if spec.name == "n:m":
-        return {weight: n_of_m(weight, spec, found) for weight, found in scores.items()}, []
+        return {weight: n_of_m(weight, spec, units) for weight, units in scores.items()}, []
     if spec.threshold is not None:
         return {weight: stays(weight, spec, gone) for weight, gone in below(scores, spec).items()}, []
-    pools = ranked(scores, spec, request.scope, own)
+    pools = ranked(scores, spec, request.scope, shares)
     ratio, notes = request.ratio, []
     if limits:
         full = cost(couple(graph))
@@ -91,49 +98,51 @@ def _keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, limi
 
         ratio = smallest(costs, limits, ratio, spec.text)
         notes = reached(costs(ratio), limits)
-    gone = {weight: found for pool in pools for weight, found in pool.gone(ratio, strict=not limits and request.alone).items()}
+    gone = {weight: units for pool in pools for weight, units in pool.gone(ratio, strict=not limits and request.alone).items()}
     return {weight: stays(weight, spec, gone[weight]) for weight in scores}, notes
 
 
-def _box_keeps(scores: dict[Weight, torch.Tensor], own: dict, request: Request, limits: dict, graph: Graph) -> tuple[dict[Weight, torch.Tensor], list[str]]:
+def _box_keeps(
+    scores: dict[Weight, torch.Tensor], shares: dict[str, float], request: Request, limits: dict, graph: Graph
+) -> tuple[dict[Weight, torch.Tensor], list[str]]:
     """Whole rows and columns of taps stay, the same for every filter and channel of a layer."""
-    taps = {weight: found.reshape(weight.shape[2:]).cpu() for weight, found in scores.items()}
-    taps = {weight: found.square() if request.score == "l2" else found for weight, found in taps.items()}
+    taps = {weight: units.reshape(weight.shape[2:]).cpu() for weight, units in scores.items()}
+    taps = {weight: tap.square() if request.score == "l2" else tap for weight, tap in taps.items()}
     ratio, notes = request.ratio, []
     if limits:
         full = cost(couple(graph))
         bytes_ = {weight: graph.leaves[weight.leaf].dtype.itemsize for weight in taps}
 
         def costs(share: float) -> dict[str, float]:
-            left = {name: float(getattr(full, name)) for name in limits}
-            for weight, found in taps.items():
-                box = best_box(found, own.get(weight.name, min(share, 1 - 1 / found.numel())), weight.name)
-                gone = math.prod(weight.shape) * (1 - math.prod(map(len, box)) / found.numel())
+            remaining = {name: float(getattr(full, name)) for name in limits}
+            for weight, tap in taps.items():
+                box = best_box(tap, shares.get(weight.name, min(share, 1 - 1 / tap.numel())), weight.name)
+                gone = math.prod(weight.shape) * (1 - math.prod(map(len, box)) / tap.numel())
                 each = {"params": gone, "macs": gone * weight.macs, "size": gone * bytes_[weight]}
-                left = {name: value - each[name] for name, value in left.items()}
-            return left
+                remaining = {name: value - each[name] for name, value in remaining.items()}
+            return remaining
 
-        levels = [step / found.numel() for found in taps.values() for step in range(found.numel())]
+        levels = [step / tap.numel() for tap in taps.values() for step in range(tap.numel())]
         ratio = smallest(costs, limits, ratio, request.spec.text, levels)
         notes = reached(costs(ratio), limits)
     keeps = {}
-    for weight, found in taps.items():
-        most = 1 - 1 / found.numel() if limits or not request.alone else 1.0
-        box = best_box(found, own.get(weight.name, min(ratio, most)), weight.name)
+    for weight, tap in taps.items():
+        most = 1 - 1 / tap.numel() if limits or not request.alone else 1.0
+        box = best_box(tap, shares.get(weight.name, min(ratio, most)), weight.name)
         keeps[weight] = torch.zeros(weight.shape, dtype=torch.bool)
         keeps[weight][(slice(None), slice(None), *torch.meshgrid(*map(torch.tensor, box), indexing="ij"))] = True
     return keeps, notes
 
 
-def _plan(decided: dict[Weight, tuple], left: dict[str, str], notes: list[str]) -> Plan:
+def _plan(changes: dict[Weight, tuple[torch.Tensor, Part, str]], whole: dict[str, str], notes: list[str]) -> Plan:
     parts, cuts, lines, slow = [], {}, [*notes], False
-    for weight, (keep, part, how) in decided.items():
+    for weight, (keep, part, how) in changes.items():
         parts.append(part)
         if part.kind == "kernel":
             cuts[weight.leaf] = {axis: list(taps) for axis, taps in enumerate(part.data, start=2) if len(taps) < weight.shape[axis]}
         slow |= part.kind == "mask"
         count = int(keep.sum())
         lines.append(f"{weight.name}: {count} of {keep.numel()} weights stay ({1 - count / keep.numel():.2%} gone), {how}")
-    lines += [f"whole: {name}: {why}" for name, why in left.items()]
-    shapes = {part.name: weight.shape for weight, (_, part, _) in decided.items()}
+    lines += [f"whole: {name}: {why}" for name, why in whole.items()]
+    shapes = {part.name: weight.shape for weight, (_, part, _) in changes.items()}
     return Plan(cuts, shapes, (), (SLOW,) if slow else (), tuple(lines), parts=tuple(parts))

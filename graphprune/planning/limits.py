@@ -40,8 +40,8 @@ def smallest(costs: Callable[[float], Mapping[str, float]], limits: Mapping[str,
     return high
 
 
-def holds(found: Mapping[str, float], limits: Mapping[str, float]) -> bool:
-    return all(found[name] <= limit * (1 + 1e-12) for name, limit in limits.items())
+def holds(costs: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    return all(costs[name] <= limit * (1 + 1e-12) for name, limit in limits.items())
 
 
 def unmet(least: Mapping[str, float], limits: Mapping[str, float], text: str) -> BadTarget:
@@ -53,6 +53,6 @@ def unmet(least: Mapping[str, float], limits: Mapping[str, float], text: str) ->
     )
 
 
-def reached(found: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
+def reached(costs: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
     """One line for each target."""
-    return [f"{name}: at most {show(name, limit)} asked, {show(name, found[name])} left" for name, limit in limits.items()]
+    return [f"{name}: at most {show(name, limit)} asked, {show(name, costs[name])} left" for name, limit in limits.items()]

@@ -39,17 +39,17 @@ def _unheard(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> li
     asked += [(key, width) for key, width in widths.items() if not whole(key)]
     if not asked or not any(each.spec.coarse for each in request.wanted):
         return []
-    groups = couple(graph, tuple((name, None) for name in request.keep if name in graph.leaves))
+    groups = couple(graph, tuple((name, None) for name in request.keep if name in graph.leaves), free=request.free)
     makers = Makers(groups, model)
     texts = []
     for key, width in asked:
-        mine = [groups.groups[index] for index in makers.of(key)]
-        if any(axis in plan.cuts.get(name, ()) for group in mine for name, axis in group.places):
+        makes = [groups.groups[index] for index in makers.of(key)]
+        if any(axis in plan.cuts.get(name, ()) for group in makes for name, axis in group.places):
             continue
-        if width is not None and mine and all(makers.units(group, key, width) == group.size for group in mine):  # as wide as it is
+        if width is not None and makes and all(makers.units(group, key, width) == group.size for group in makes):  # as wide as it is
             continue
-        small = f"the ratio is too small for {mine[0].size} units" if width is None and mine else ""
-        reason = small or ("it is left whole for the reasons in the notes of the plan" if mine else _held(groups, named(model, [key])))
+        small = f"the ratio is too small for {makes[0].size} units" if width is None and makes else ""
+        reason = small or ("it is left whole for the reasons in the notes of the plan" if makes else _held(groups, named(model, [key])))
         texts.append(
             f"the {'ratio' if width is None else 'width'} of {key if isinstance(key, str) else getattr(key, '__name__', key)!r} cuts nothing: {reason}"
         )
@@ -58,12 +58,12 @@ def _unheard(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> li
 
 def _held(groups: Groups, tensors: Sequence[str]) -> str:
     """What keeps the outputs of some tensors whole, and the nearest names that can be cut."""
-    held = [(axis, name) for name, axis in groups.locked if name in tensors]
+    locked = [(axis, name) for name, axis in groups.locked if name in tensors]
     nearest = difflib.get_close_matches(tensors[0], [group.name for group in groups], 3, 0.3) if tensors else []
     hint = f"; what can be cut is, say, {', '.join(nearest)}" if nearest else ""
-    if not held:
+    if not locked:
         return f"it fits nothing that can be cut{hint}"
-    axis, name = min(held)
+    axis, name = min(locked)
     return f"{name} axis {axis}: {groups.locked[name, axis]}{hint}"
 
 

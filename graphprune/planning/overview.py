@@ -63,17 +63,17 @@ class Overview:
         head = ("kind", "where", "of them", "units", "outputs each", "parameters each", "MACs each")
         free = [row for row in self.rows if not row.why]
         table = [head, *((r.kind, r.where, str(r.count), str(r.size), f"{r.outputs:g}", count(r.params), count(r.macs)) for r in free)]
-        lines = _aligned(table, left=2)
+        lines = _aligned(table, texts=2)
         whole = [row for row in self.rows if row.why]
         if whole:
             lines += ["", f"stays whole ({len(whole)} kinds of axes{', the largest' if len(whole) > SHOWN else ''}):"]
-            lines += _aligned([(row.where, f"{row.count} x {row.size}", row.why) for row in whole[:SHOWN]], left=3)
+            lines += _aligned([(row.where, f"{row.count} x {row.size}", row.why) for row in whole[:SHOWN]], texts=3)
         return "\n".join(lines)
 
 
-def _aligned(table: list[tuple[str, ...]], left: int) -> list[str]:
+def _aligned(table: list[tuple[str, ...]], texts: int) -> list[str]:
     wide = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    cells = lambda row: (text.ljust(w) if at < left else text.rjust(w) for at, (text, w) in enumerate(zip(row, wide, strict=True)))  # noqa: E731
+    cells = lambda row: (text.ljust(w) if at < texts else text.rjust(w) for at, (text, w) in enumerate(zip(row, wide, strict=True)))  # noqa: E731
     return ["  ".join(cells(row)).rstrip() for row in table]
 
 
@@ -129,8 +129,8 @@ def _groups(groups: Groups, model: nn.Module, kinds: Mapping[int, str] | None = 
     rows = []
     for (role, where, size), members in same.items():
         one = members[0]
-        own = [units for (leaf, _), units in one.places.items() if leaf in makers.made[one.index]]
-        outputs = max((int((np.asarray(units) >= 0).sum()) / size for units in own), default=1.0)
+        units_made = [units for (leaf, _), units in one.places.items() if leaf in makers.made[one.index]]
+        outputs = max((int((np.asarray(units) >= 0).sum()) / size for units in units_made), default=1.0)
         only = where if len(members) > 1 else (next(iter(makers.made[one.index]), one.name).rpartition(".")[0] if len(makers.made[one.index]) == 1 else where)
         rows.append(Row(role, only or where, len(members), size, outputs, *each[one.index]))
     return sorted(rows, key=lambda row: -row.params * row.size * row.count)
@@ -143,13 +143,13 @@ def _each(chosen: list[Group], groups: Groups) -> Mapping[int, tuple[float, floa
     full = np.array([[float(group.size) for group in groups]])
     known = costs(groups)
     before = known.at(full, ["params", "macs"])
-    found = {}
+    amounts = {}
     for group in chosen:
         less = full.copy()
         less[0, group.index] -= 1
         after = known.at(less, ["params", "macs"])
-        found[group.index] = (float(before["params"][0] - after["params"][0]), float(before["macs"][0] - after["macs"][0]))
-    return found
+        amounts[group.index] = (float(before["params"][0] - after["params"][0]), float(before["macs"][0] - after["macs"][0]))
+    return amounts
 
 
 def _blocks(graph: Graph, model: nn.Module) -> list[Row]:

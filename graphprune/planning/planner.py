@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -22,6 +22,8 @@ from .together import together
 from .trial import best
 from .wanted import multiples
 from .widths import plan_widths
+
+Planner = Callable[[Graph, nn.Module, Request], Plan]
 
 
 def decide(graph: Graph, model: nn.Module, request: Request) -> Plan:
@@ -65,18 +67,19 @@ def _by_name(request: Request) -> Request:
     return replace(request, score=score.name)
 
 
-def proved(graph: Graph, model: nn.Module, request: Request, plan: Plan) -> tuple[Plan, nn.Module]:
-    """The plan and the cut model, once it computes what the zeroed original computes; what it differs by is looked for, left whole, and planned again.
+def proved(graph: Graph, model: nn.Module, request: Request, planner: Planner) -> tuple[Plan, nn.Module]:
+    """A plan and the cut model, once it computes what the zeroed original computes; what it differs by is looked for, left whole, and planned again.
 
-    Raises :class:`~graphprune.errors.NotEqual` where nothing that is left whole makes them equal.
+    Both times it is ``planner`` that plans. Raises :class:`~graphprune.errors.NotEqual` where nothing that is left whole makes them equal.
     """
+    plan = planner(graph, model, request)
     small = apply(model, plan)
     try:
         check(graph, model, small, plan)
     except NotEqual:
         if not any(each.spec.coarse for each in request.wanted):
             raise
-        plan = decide(graph, model, replace(request, proof="values"))
+        plan = planner(graph, model, replace(request, proof="values"))
         small = apply(model, plan)
         check(graph, model, small, plan)
     return plan, small

@@ -63,8 +63,8 @@ class Proof:
     def difference(self, groups: Groups, kept: Kept, edits: dict) -> Difference | None:
         """Where the model cut like this parts from what was promised."""
         plan = make_plan(groups, kept, edits, ())
-        found = None if self.graph.real else rehearse(self.graph, apply(self.hollow, plan), Survivors(groups, kept).axis)
-        return found or (self._beside(plan) if self.values else None)
+        difference = None if self.graph.real else rehearse(self.graph, apply(self.hollow, plan), Survivors(groups, kept).axis)
+        return difference or (self._beside(plan) if self.values else None)
 
     def _beside(self, plan: Plan) -> Difference | None:
         small = evaluating(apply(self.model, plan))
@@ -75,13 +75,13 @@ class Proof:
 
         def watch(node: Any, results: list[torch.Tensor]) -> str:
             with _disable_current_modes(), torch.no_grad():
-                mine, seeded = torch.get_rng_state(), torch.Tag.nondeterministic_seeded in node.func.tags
+                state, seeded = torch.get_rng_state(), torch.Tag.nondeterministic_seeded in node.func.tags
                 if seeded:
                     torch.set_rng_state(dice[0])
                 wanted = next(calls)
                 if seeded:
                     dice[0] = torch.get_rng_state()
-                    torch.set_rng_state(mine)
+                    torch.set_rng_state(state)
                 if node.op.unset:
                     return ""
                 return next((text for text in map(_apart, results, wanted, [masks.kept(v) for v in node.outs]) if text), "")
@@ -104,16 +104,21 @@ class Proof:
             return [], []  # a branch on a size falls otherwise, and the code comes to the same end
         if not wrong and self._agrees(make_plan(groups, kept, edits, ())):  # torch takes other calls for some lengths (1), to the same end
             return [], []
-        covering = [each for each in wrong if each.call and each.call.since <= difference.index < each.call.until]
-        if covering:
-            return covering, []
-        touched = self._touched(groups, difference)
-        doubts = [each for each in wrong if 0 <= each.at <= difference.index and touched & set(self._along(groups, each))]
-        if doubts:
-            last = max(doubts, key=lambda each: each.at)
-            return [each for each in doubts if each.where == last.where], []
+        blamed = self._blamed(groups, wrong, difference)
+        if blamed:
+            return blamed, []
         faults = self._searched(groups, kept, difference)
         return (wrong, []) if not faults else ([], faults)
+
+    def _blamed(self, groups: Groups, wrong: list[Wrong], difference: Difference) -> list[Wrong]:
+        """The sizes that are given to the call at which the two part, or else the last doubt before it about an axis of its tensors."""
+        covering = [each for each in wrong if each.call and each.call.since <= difference.index < each.call.until]
+        if covering:
+            return covering
+        touched = self._touched(groups, difference)
+        doubts = [each for each in wrong if 0 <= each.at <= difference.index and touched & set(self._along(groups, each))]
+        last = max(doubts, key=lambda each: each.at, default=None)
+        return [each for each in doubts if last is not None and each.where == last.where]
 
     def _agrees(self, plan: Plan) -> bool:
         """Whether the cut model, run with values, computes what the zeroed original computes."""
@@ -156,7 +161,7 @@ class Proof:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._gone(groups, kept, order[:middle], difference) else (middle, high)
-        return [Fault(groups.groups[order[high - 1]].units, _told(difference))]
+        return [Fault(groups.groups[order[high - 1]].units, _sentence(difference))]
 
     def _gone(self, groups: Groups, kept: Kept, whole: list[int], difference: Difference) -> bool:
         trial = list(kept)
@@ -167,22 +172,22 @@ class Proof:
         return difference.before(now)
 
 
-def _told(difference: Difference) -> str:
+def _sentence(difference: Difference) -> str:
     verb = "computes" if difference.values else "does"
     return f"with a shorter one the code {verb} something else: {difference.text}" + (f" ({difference.place})" if difference.place else "")
 
 
-def _apart(mine: torch.Tensor, wanted: torch.Tensor, kept: dict[int, torch.Tensor]) -> str:
+def _apart(result: torch.Tensor, wanted: torch.Tensor, kept: dict[int, torch.Tensor]) -> str:
     """How a result differs from the surviving entries of the zeroed original's."""
     for dim, positions in kept.items():
         wanted = wanted.index_select(dim, positions.to(wanted.device))
-    if not mine.numel() or mine.is_meta:
+    if not result.numel() or result.is_meta:
         return ""
-    if not mine.is_floating_point() and not mine.is_complex():
-        return "" if torch.equal(mine, wanted.to(mine.device)) else "other whole numbers"
+    if not result.is_floating_point() and not result.is_complex():
+        return "" if torch.equal(result, wanted.to(result.device)) else "other whole numbers"
     finite = torch.isfinite(wanted)
-    if not torch.equal(torch.isfinite(mine), finite):
+    if not torch.equal(torch.isfinite(result), finite):
         return "not finite in the same places"
-    wanted, mine = wanted[finite], mine[finite]
-    gap = float((mine - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0) if len(wanted) else 0.0
-    return "" if gap <= LIMITS.get(mine.dtype, 5e-2) else f"a result differs by {gap:.1e} (relative)"
+    wanted, result = wanted[finite], result[finite]
+    gap = float((result - wanted).abs().max()) / (float(wanted.abs().max()) or 1.0) if len(wanted) else 0.0
+    return "" if gap <= LIMITS.get(result.dtype, 5e-2) else f"a result differs by {gap:.1e} (relative)"

@@ -14,7 +14,7 @@ from ..coupling.groups import Groups, couple
 from ..errors import BadOption, BadRatio, BadTarget
 from ..granularity.spec import Spec, parse
 from ..names import named
-from ..options import Runtime, Widths, whole
+from ..options import FREED, Runtime, Widths, whole
 from ..quantities import Seconds, amount
 from ..scores import OnData
 from ..select import check_ratio
@@ -79,6 +79,11 @@ class Request:
     def text(self) -> str:
         """The kinds that are wanted, as the user wrote them."""
         return " and ".join(each.name for each in self.wanted)
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The kinds of reasons that do not hold, as :func:`~graphprune.coupling.groups.couple` knows them."""
+        return tuple(FREED[name] for name in self.widths.also)
 
     @property
     def plain(self) -> bool:
@@ -166,15 +171,15 @@ def ask(
 def _wanted(what: Any) -> tuple[Wanted, ...]:
     """The kinds that ``what`` names: one, several, or a mapping to how much of each."""
     if isinstance(what, Mapping):
-        found = [Wanted(parse(name), name, _checked(name, value)) for name, value in what.items()]
+        kinds = [Wanted(parse(name), name, _checked(name, value)) for name, value in what.items()]
     else:
-        found = [Wanted(parse(name), name) for name in ((what,) if isinstance(what, str) or not isinstance(what, Iterable) else what)]
-    if not found:
+        kinds = [Wanted(parse(name), name) for name in ((what,) if isinstance(what, str) or not isinstance(what, Iterable) else what)]
+    if not kinds:
         raise BadOption(f'what is {what!r}; it names what goes, such as "channel", ("mlp", "layers"), or {{"mlp": 0.3, "layers": 24}}')
-    twice = [each.name for index, each in enumerate(found) if any(each.spec == other.spec for other in found[:index])]
+    twice = [each.name for index, each in enumerate(kinds) if any(each.spec == other.spec for other in kinds[:index])]
     if twice:
         raise BadOption(f"what names {twice[0]!r} twice")
-    return tuple(found)
+    return tuple(kinds)
 
 
 def _checked(name: str, value: Any) -> Any:

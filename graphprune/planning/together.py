@@ -51,19 +51,19 @@ def together(graph: Graph, model: nn.Module, stages: Sequence[Request], plan_one
     for ratio in _shared(chain, stages, limits):
         others = [_open(stage, ratio) for stage in stages[:last]]
         try:
-            found = chain.plan([*others, _absolute(stages[last], graph) if last in free else _open(stages[last], ratio)])
+            plan = chain.plan([*others, _absolute(stages[last], graph) if last in free else _open(stages[last], ratio)])
         except BadTarget:
             continue  # the last kind alone does not meet it: the next larger share of the others does
         lines = (f"{' and '.join(stage.text for stage in stages)} under one budget: {ratio:.1%} of each, and of {stages[last].text} what is still asked for",)
-        return replace(found, remarks=(*lines, *found.remarks))
+        return replace(plan, remarks=(*lines, *plan.remarks))
     raise AssertionError("the larger of two shares meets the limits")
 
 
 def _open(stage: Request, ratio: float = 0.0) -> Request:
     """A stage without targets, which removes at least a ratio."""
     aims = replace(stage.aims, **dict.fromkeys((*NAMES, "latency", "speedup", "measure")), objective="score")
-    own = all(each.amount is not None for each in stage.wanted)
-    return replace(stage, aims=aims, ratio=stage.ratio if own else max(ratio, stage.ratio))
+    said = all(each.amount is not None for each in stage.wanted)
+    return replace(stage, aims=aims, ratio=stage.ratio if said else max(ratio, stage.ratio))
 
 
 def _absolute(stage: Request, graph: Graph) -> Request:
@@ -112,13 +112,13 @@ class Chain:
         """What the model costs after all stages; entries that are masked count as gone."""
         _, graph, model = self._run(stages, measured=True)
         full = cost(couple(graph))
-        found = {name: float(getattr(full, name)) for name in NAMES}
+        costs = {name: float(getattr(full, name)) for name in NAMES}
         for weight in weights(graph, model)[0]:
             if weight.mask is not None:
                 gone = int((~weight.mask).sum())
-                found["params"] -= gone
-                found["macs"] -= gone * weight.macs
-        return found
+                costs["params"] -= gone
+                costs["macs"] -= gone * weight.macs
+        return costs
 
     def _run(self, stages: Sequence[Request], measured: bool = False) -> tuple[Plan, Graph, nn.Module]:
         graph, model, plan = self.graph, self.model, None
@@ -141,14 +141,14 @@ def _there(model: nn.Module, keys: Any) -> Any:
     """The rules whose names still fit something: those for modules that are gone are gone as well. What is no table of names is left as it is."""
     if not isinstance(keys, Mapping):
         return keys
-    found = {}
+    cuts = {}
     for key, value in keys.items():
         try:
             named(model, [key] if not isinstance(key, int) else ())
         except UnknownName:
             continue
-        found[key] = value
-    return found
+        cuts[key] = value
+    return cuts
 
 
 def _cut(model: nn.Module, plan: Plan) -> nn.Module:

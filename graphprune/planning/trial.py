@@ -32,13 +32,13 @@ def best(graph: Graph, model: nn.Module, request: Request, scored: Scored) -> Pl
     try:
         other = spelled(model, paths)
         again = trace(other, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others, apart=graph.asked.apart)
-        found = plan_widths(again, other, request, scored)[2]
+        trial = plan_widths(again, other, request, scored)[2]
         names = ", ".join(name or "the model" for name in paths)
         note = f"note: sizes are literals in the code of {names}; it is rewritten to read them from attributes, in a subclass of the same name"
-        found = replace(found, rewrites=paths, notes=(*found.notes, note))
-        check(graph, model, apply(model, found), found)
+        trial = replace(trial, rewrites=paths, notes=(*trial.notes, note))
+        check(graph, model, apply(model, trial), trial)
     except GraphpruneError as error:
         if plan is None:
             raise nothing from error
         return replace(plan, notes=(*plan.notes, f"note: not rewritten: {error}"))
-    return found if plan is None or removed(found.shapes, found.cuts) > removed(plan.shapes, plan.cuts) else plan
+    return trial if plan is None or removed(trial.shapes, trial.cuts) > removed(plan.shapes, plan.cuts) else plan

@@ -48,7 +48,7 @@ def of_kind(groups: Groups, name: str) -> set[int]:
 
 def amounts(groups: Groups, request: Request) -> dict[int, float]:
     """The ratios of the groups of a kind for which the request says how much goes."""
-    own, enough = {}, least(groups, groups.graph.choices)
+    ratios, enough = {}, least(groups, groups.graph.choices)
     for each in request.wanted:
         if each.amount is None:
             continue
@@ -58,8 +58,8 @@ def amounts(groups: Groups, request: Request) -> dict[int, float]:
                 raise BadRatio(f"{each.amount} units of {each.name} were asked for; {groups.groups[index].name} has {size}")
             if not isinstance(each.amount, float) and each.amount < enough.get(index, 1):
                 raise BadRatio(f"{each.amount} units of {each.name} were asked for; the code chooses {enough[index]} for every token: so many stay")
-            own[index] = each.amount if isinstance(each.amount, float) else 1 - each.amount / size
-    return own
+            ratios[index] = each.amount if isinstance(each.amount, float) else 1 - each.amount / size
+    return ratios
 
 
 def multiples(widths: Widths, model: nn.Module) -> Callable[[Groups], Mapping[int, int]]:

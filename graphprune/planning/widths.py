@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from ..tracing.choices import least
 from ..tracing.sizes import leaves
 from ..tracing.symbols import Wrong, solve
 from ..tracing.trace import Graph
-from .proof import Proof
+from .proof import Fault, Proof
 from .request import Request
 from .shares import shares
 from .uniform import alike
@@ -45,68 +45,100 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
     ``literals`` collects the modules whose code holds such a size as a literal.
     """
     proof = Proof(graph, model, request.proof == "values", bool(request.proof))
-    locks: list = [(fault.labels, fault.text) for where, fault in request.faults if where is graph]
-    notes: list[str] = [f"note: {text}" for _, text in locks]
-    locks += request.spec.locks(graph) if request.spec.locks else []
-    joins: list[tuple[Array, Array]] = []
-    tied: set[tuple] = set()
-    held: list[tuple[str, int | None]] = [item if isinstance(item, tuple) else (item, None) for item in request.keep]
-    whole = tuple((name, axis) for name, axis in held if name in graph.leaves)
-    groups = couple(graph, whole, tuple(locks))
-    chosen = others(groups, request)
-    if chosen:
-        locks += chosen
-        groups = couple(graph, whole, tuple(locks))
-    groups, ties, whole = _alike(graph, groups, request, whole, locks, joins)
+    coupling = _Coupling(graph, request)
     for _ in range(ROUNDS):
+        groups = coupling.groups
         if not len(groups):
-            raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(notes)))
-        own = amounts(groups, request) | overrides(groups, model, request.widths.ratios, request.widths.to)
+            raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(coupling.notes)))
+        ratios = amounts(groups, request) | overrides(groups, model, request.widths.ratios, request.widths.to)
         wrong, faults = [], []
         for scores in scored(groups):
-            while True:
-                kept = _choose(groups, scores, request, own, ties)
-                edits, unsolved = solve(graph, Survivors(groups, kept).length)
-                closer = _tie(graph, groups, unsolved, ties)
-                if closer == ties:
-                    break
-                ties = closer
-            wrong, faults = proof.judge(groups, kept, edits, unsolved)
-            if wrong and request.plain:
-                kept, edits, unsolved = _widened(graph, groups, request, scores, own, ties, (kept, edits, unsolved), wrong)
-                wrong, faults = proof.judge(groups, kept, edits, unsolved)
+            kept, edits, wrong, faults = coupling.attempt(proof, scores, ratios)
             if literals is not None:
                 literals.update(each.call.module for each in wrong if each.call and isinstance(each.expr, int))
             if wrong or faults:
                 break
         else:
             more, said = unread_sizes(graph, model, groups, kept)
-            return groups, kept, make_plan(groups, kept, edits | more, tuple(dict.fromkeys([*notes, *said])))
-        for each in wrong:
-            pairs = shares(each.call, graph.symbols) if each.call and _key(each) not in tied else []
-            tied.add(_key(each))
-            joins += pairs
-            if not pairs:
-                locks += _locks(graph, each)
-                notes.append(f"note: {_why(each)}")
-        for fault in faults:
-            locks.append((fault.labels, fault.text))
-            notes.append(f"note: {fault.text}")
-            request.faults.append((graph, fault))
-        groups, ties, whole = _alike(graph, couple(graph, whole, tuple(locks), joins=joins), request, whole, locks, joins)
-    raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(notes[-3:]))
+            return groups, kept, make_plan(groups, kept, edits | more, tuple(dict.fromkeys([*coupling.notes, *said])))
+        coupling.learn(wrong, faults)
+    raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(coupling.notes[-3:]))
 
 
-def _alike(graph: Graph, groups: Groups, request: Request, whole: tuple, locks: list, joins: list) -> tuple[Groups, list[frozenset[int]], tuple]:
-    """The ties between groups of one kind, if widths are to be uniform; what is locked in one layer is then locked in all."""
-    if not request.widths.uniform:
-        return groups, [], whole
-    ties, shut = alike(groups)
-    while shut:
-        whole = (*whole, *shut)
-        groups = couple(graph, whole, tuple(locks), joins=joins)
+class _Attempt(NamedTuple):
+    """Widths by one set of scores: the units that stay, new values of attributes, and what is wrong with them."""
+
+    kept: Kept
+    edits: dict
+    wrong: list[Wrong]
+    faults: list[Fault]
+
+
+class _Coupling:
+    """The groups of a graph, coupled anew whenever something proves wrong: locks and joins are what was learnt so far, and notes say so."""
+
+    def __init__(self, graph: Graph, request: Request) -> None:
+        self.graph, self.request = graph, request
+        self.locks: list = [(fault.labels, fault.text) for where, fault in request.faults if where is graph]
+        self.notes: list[str] = [f"note: {text}" for _, text in self.locks]
+        self.locks += request.spec.locks(graph) if request.spec.locks else []
+        self.joins: list[tuple[Array, Array]] = []
+        self.tied: set[tuple] = set()  # uses of a size whose axes were joined already
+        keep = [item if isinstance(item, tuple) else (item, None) for item in request.keep]
+        self.whole = tuple((name, axis) for name, axis in keep if name in graph.leaves)
+        groups = self.coupled()
+        unwanted = others(groups, request)
+        if unwanted:
+            self.locks += unwanted
+            groups = self.coupled()
+        self.groups, self.ties = self.uniform(groups)
+
+    def coupled(self) -> Groups:
+        return couple(self.graph, self.whole, tuple(self.locks), self.request.free, self.joins)
+
+    def uniform(self, groups: Groups) -> tuple[Groups, list[frozenset[int]]]:
+        """The ties between groups of one kind, if widths are to be uniform; what is locked in one layer is then locked in all."""
+        if not self.request.widths.uniform:
+            return groups, []
         ties, shut = alike(groups)
-    return groups, _merged([*ties, *request.ties(groups)]), whole
+        while shut:
+            self.whole = (*self.whole, *shut)
+            groups = self.coupled()
+            ties, shut = alike(groups)
+        return groups, _merged([*ties, *self.request.ties(groups)])
+
+    def attempt(self, proof: Proof, scores: Scores, ratios: Mapping[int, float]) -> _Attempt:
+        kept, edits, unsolved = self.chosen(scores, ratios)
+        wrong, faults = proof.judge(self.groups, kept, edits, unsolved)
+        if wrong and self.request.plain:
+            kept, edits, unsolved = _widened(self.graph, self.groups, self.request, scores, ratios, self.ties, (kept, edits, unsolved), wrong)
+            wrong, faults = proof.judge(self.groups, kept, edits, unsolved)
+        return _Attempt(kept, edits, wrong, faults)
+
+    def chosen(self, scores: Scores, ratios: Mapping[int, float]) -> tuple[Kept, dict, list[Wrong]]:
+        """The units that stay, new values of attributes, and sizes that these do not give; groups whose widths the code derives from each other are tied."""
+        while True:
+            kept = _choose(self.groups, scores, self.request, ratios, self.ties)
+            edits, unsolved = solve(self.graph, Survivors(self.groups, kept).length)
+            closer = _tie(self.graph, self.groups, unsolved, self.ties)
+            if closer == self.ties:
+                return kept, edits, unsolved
+            self.ties = closer
+
+    def learn(self, wrong: Sequence[Wrong], faults: Sequence[Fault]) -> None:
+        """Join the axes that give a size together where that may help, else leave them whole; and couple the groups anew."""
+        for each in wrong:
+            pairs = shares(each.call, self.graph.symbols) if each.call and _key(each) not in self.tied else []
+            self.tied.add(_key(each))
+            self.joins += pairs
+            if not pairs:
+                self.locks += _locks(self.graph, each)
+                self.notes.append(f"note: {why(each)}")
+        for fault in faults:
+            self.locks.append((fault.labels, fault.text))
+            self.notes.append(f"note: {fault.text}")
+            self.request.faults.append((self.graph, fault))
+        self.groups, self.ties = self.uniform(self.coupled())
 
 
 def _merged(ties: list[frozenset[int]]) -> list[frozenset[int]]:
@@ -120,7 +152,7 @@ def _merged(ties: list[frozenset[int]]) -> list[frozenset[int]]:
 
 def _locks(graph: Graph, wrong: Wrong) -> list[tuple[Array, str]]:
     """What has to stay because of a size that is wrong, with the reason."""
-    need, text, locks = wrong.need, _why(wrong), []
+    need, text, locks = wrong.need, why(wrong), []
     if need and isinstance(wrong.expr, int) and need.kind in ("before", "after"):  # a literal position: what lies beyond it may go
         end = slice(need.at) if need.kind == "before" else slice(need.value.shape[need.dim] - need.at, None)
         return [(np.moveaxis(field, need.dim, 0)[end], text) for field in need.value.fields if field.shape[need.dim] > 1]
@@ -134,7 +166,8 @@ def _locks(graph: Graph, wrong: Wrong) -> list[tuple[Array, str]]:
     return locks
 
 
-def _why(wrong: Wrong) -> str:
+def why(wrong: Wrong) -> str:
+    """What cannot follow a width, in words, with the place in the code."""
     if wrong.call:
         where = ", ".join(part for part in (wrong.call.module, wrong.call.line) if part)
         return f"no attribute behind the size given to {wrong.call.op} ({where})"
@@ -165,12 +198,19 @@ def _least(groups: Groups, request: Request) -> int | dict[int, int]:
 
 
 def _widened(
-    graph: Graph, groups: Groups, request: Request, scores: Scores, own: dict, ties: list, plan: tuple[Kept, dict, list[Wrong]], wrong: list[Wrong]
+    graph: Graph,
+    groups: Groups,
+    request: Request,
+    scores: Scores,
+    ratios: Mapping[int, float],
+    ties: list,
+    plan: tuple[Kept, dict, list[Wrong]],
+    wrong: list[Wrong],
 ) -> tuple[Kept, dict, list[Wrong]]:
     """Where the sizes ``wrong`` cannot follow a width, the next larger one with which they can (so that a larger ratio never leaves more)."""
     kept, edits, unsolved = plan
     right = {_key(each) for each in unsolved} - {_key(each) for each in wrong}  # what the code itself gets right
-    own = dict(own)
+    ratios = dict(ratios)
     for _ in range(2 * len(wrong)):
         if not wrong:
             break
@@ -179,12 +219,12 @@ def _widened(
             return plan
         size, width = max((groups.groups[index].size, len(kept[index])) for index in along)
         for wider in range(width + 1, size, max(1, (size - width) // TRIES)):
-            trial = own | {index: 1 - wider / size for index in along}
+            trial = ratios | {index: 1 - wider / size for index in along}
             wide = _choose(groups, scores, request, trial, ties)
             changed, remaining = solve(graph, Survivors(groups, wide).length)
             still = [each for each in remaining if _key(each) not in right]
             if len(still) < len(wrong):
-                own, kept, edits, unsolved, wrong = trial, wide, changed, remaining, still
+                ratios, kept, edits, unsolved, wrong = trial, wide, changed, remaining, still
                 break
         else:
             return plan
@@ -207,11 +247,11 @@ def _tie(graph: Graph, groups: Groups, wrong: list, ties: list[frozenset[int]]) 
         dims = [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
         # One attribute (of a configuration that layers share) stands for several axes.
         places = [(need.value, need.dim), *(dims or _behind(graph, expr))]
-        mine = frozenset(index for value, dim in places for index in groups.along(value, dim))
-        if len(mine) < 2 or any(mine <= tie for tie in ties):
+        members = frozenset(index for value, dim in places for index in groups.along(value, dim))
+        if len(members) < 2 or any(members <= tie for tie in ties):
             continue
-        touching = [tie for tie in ties if tie & mine]
-        ties = [tie for tie in ties if not tie & mine] + [mine.union(*touching)]
+        touching = [tie for tie in ties if tie & members]
+        ties = [tie for tie in ties if not tie & members] + [members.union(*touching)]
     return ties
 
 

@@ -109,7 +109,6 @@ def repair(
     fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(listed(calibration, original), spare)
     if graph is None and not fits:
         raise BadCalibration("a repair without data needs graph=, what trace(original, example_input) returns")
-    learning = [name for name in names if name in DISTANCES]
     # Counters and caches do not go on as the models run; a step of somebody else's may write into any tensor of the result.
     with _quiet(original, result), unchanged(original, *(() if any(map(_is_own, names)) else (result,))):
         if fits:
@@ -118,17 +117,25 @@ def repair(
         graph = graph or trace(original, *example(fits[0]))
         closed = Closed(original, result, graph, plan, names, fits, checks, target, rows, room, progress)
         with torch.no_grad(), running():
-            done = closed.run(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
-            done += [_own(name, original, result, fits, checks) for name in names if _is_own(name)]
-            learned = [one for name in learning for one in imitate(original, result, name, fits, checks, progress)]
-            if learned and checks and not any(one.kept for one in learned):
-                refill(result, small)
-                done = closed.run(again=True)
+            done = _carried_out(closed, small)
         warn_scarce(closed.scarce)
-    done += learned + [idle(name, "the model has nothing for it to do") for name in _written(steps) if name not in {*SETS, *_did(done + learned)}]
-    found = replace(plan, remarks=(*plan.remarks, *map(str, done)))
-    result.__dict__.update(graphprune_plan=found, graphprune_repairs=tuple(done))
+    done += [idle(name, "the model has nothing for it to do") for name in _written(steps) if name not in {*SETS, *_did(done)}]
+    recorded = replace(plan, remarks=(*plan.remarks, *map(str, done)))
+    result.__dict__.update(graphprune_plan=recorded, graphprune_repairs=tuple(done))
     return result
+
+
+def _carried_out(closed: Closed, small: nn.Module) -> list[Repaired]:
+    """The closed forms, steps from outside, then gradient steps; where these help nothing on what is kept out, the closed forms alone, from ``small`` on."""
+    names, fits, checks = closed.names, closed.fits, closed.checks
+    learning = [name for name in names if name in DISTANCES]
+    done = closed.run(again=not learning or not checks)  # what judges gradient steps must not have been seen by the fits
+    done += [_own(name, closed.original, closed.small, fits, checks) for name in names if _is_own(name)]
+    learned = [one for name in learning for one in imitate(closed.original, closed.small, name, fits, checks, closed.progress)]
+    if learned and checks and not any(one.kept for one in learned):
+        refill(closed.small, small)
+        done = closed.run(again=True)
+    return done + learned
 
 
 def before_cut(model: nn.Module, asked: Repair | None) -> Repair | None:
@@ -159,10 +166,10 @@ def after_cut(small: nn.Module, original: nn.Module, plan: Plan, asked: Repair |
 
 def refill(model: nn.Module, repaired: nn.Module) -> nn.Module:
     """Copy the repaired weights and statistics into a model of the same shapes."""
-    held = {name: tensor for name, _, _, tensor in leaf_tensors(repaired)}
+    leaves = {name: tensor for name, _, _, tensor in leaf_tensors(repaired)}
     with torch.no_grad():
         for name, _, _, tensor in leaf_tensors(model):
-            tensor.copy_(held[name])
+            tensor.copy_(leaves[name])
     return model
 
 

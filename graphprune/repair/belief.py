@@ -64,27 +64,27 @@ def unknown(count: int, axis: int) -> Belief:
     return Belief(torch.zeros(count, dtype=torch.float64), torch.eye(count, dtype=torch.float64), axis)
 
 
-def beliefs(graph: Graph, held: Mapping[str, Tensor], wanted: Collection[int] | None = None) -> dict[int, Belief]:
-    """By the id of each value of the run, what is known of its channels; ``held`` are the model's tensors by name.
+def beliefs(graph: Graph, weights: Mapping[str, Tensor], wanted: Collection[int] | None = None) -> dict[int, Belief]:
+    """By the id of each value of the run, what is known of its channels; ``weights`` are the model's tensors by name.
 
     With ``wanted`` (ids of values) what is known of any other is let go once it was read last, but for the energy that a norm divided by: the covariances
     of a long run (a recurrent layer, step by step) would not fit into memory.
     """
-    reader = _Reader(graph, held)
+    reader = _Reader(graph, weights)
     last = {id(value): index for index, node in enumerate(graph.nodes) for value in (*node.outs, *tensors((node.args, node.kwargs)))}
     for index, node in enumerate(graph.nodes):
         reader.read(node)
         if wanted is None:
             continue
         for value in (*node.outs, *tensors((node.args, node.kwargs))):
-            belief = reader.found.get(id(value))
+            belief = reader.beliefs.get(id(value))
             if belief is None or last[id(value)] != index or id(value) in wanted:
                 continue
             if belief.energy is None:
-                del reader.found[id(value)]
+                del reader.beliefs[id(value)]
             else:
-                reader.found[id(value)] = replace(belief, cov=torch.empty(0, 0, dtype=torch.float64))
-    return reader.found
+                reader.beliefs[id(value)] = replace(belief, cov=torch.empty(0, 0, dtype=torch.float64))
+    return reader.beliefs
 
 
 def carried(weight: Tensor, belief: Belief, depthwise: bool = False) -> tuple[Tensor, Tensor]:
@@ -99,33 +99,33 @@ def carried(weight: Tensor, belief: Belief, depthwise: bool = False) -> tuple[Te
 
 
 class _Reader:
-    def __init__(self, graph: Graph, held: Mapping[str, Tensor]) -> None:
+    def __init__(self, graph: Graph, weights: Mapping[str, Tensor]) -> None:
         constants = graph.constants
-        self.known = {id(v): (held[n] if n in held else constants[n]).detach() for n, v in graph.leaves.items() if n in held or n in constants}
-        self.found: dict[int, Belief] = {}
+        self.known = {id(v): (weights[n] if n in weights else constants[n]).detach() for n, v in graph.leaves.items() if n in weights or n in constants}
+        self.beliefs: dict[int, Belief] = {}
         self.alive: list[Any] = []
 
     def read(self, node: Node) -> None:
-        given = list(tensors((node.args, node.kwargs)))
-        if not given or not node.outs:
+        operands = list(tensors((node.args, node.kwargs)))
+        if not operands or not node.outs:
             return
         out = node.outs[0]
-        if all(id(v) in self.known for v in given):
+        if all(id(v) in self.known for v in operands):
             if len(node.outs) == 1 and not node.op.writes:
                 self.known[id(out)] = node.func(*exchange(node.args, self.tensor), **exchange(node.kwargs, self.tensor))
             return
-        found = self.known_of(node, out, given)
-        if found is not None and len(found.mean) * found.each == out.shape[found.axis]:
-            self.found[id(out)] = found
+        belief = self.known_of(node, out, operands)
+        if belief is not None and len(belief.mean) * belief.each == out.shape[belief.axis]:
+            self.beliefs[id(out)] = belief
 
-    def known_of(self, node: Node, out: Value, given: list[Value]) -> Belief | None:
+    def known_of(self, node: Node, out: Value, operands: list[Value]) -> Belief | None:
         if node.product is not None:
             return self.product(node.product, out)
         if node.norm is not None and node.norm.kind != "rms":
             return self.normal(node.norm, node, out)
         if node.op.arithmetic in ("add", "sub"):
             return self.add(node, out)
-        return self.mul(node, out) if node.op.arithmetic == "mul" else self.other(node, out, given)
+        return self.mul(node, out) if node.op.arithmetic == "mul" else self.other(node, out, operands)
 
     def tensor(self, value: Value) -> Tensor:
         return self.known[id(value)].cpu()
@@ -134,8 +134,8 @@ class _Reader:
         return self.known[id(value)].double().cpu() if value is not None and id(value) in self.known else torch.full((count,), other, dtype=torch.float64)
 
     def reads(self, x: Value, count: int, axis: int) -> Belief:
-        found = self.found.get(id(x))
-        return found if found is not None and len(found.mean) * found.each == count else unknown(count, axis)
+        belief = self.beliefs.get(id(x))
+        return belief if belief is not None and len(belief.mean) * belief.each == count else unknown(count, axis)
 
     def product(self, product: Product, out: Value) -> Belief | None:
         """What a weight makes of what it reads: one axis of the weight is summed, one is its own, others are taps of a kernel."""
@@ -172,74 +172,74 @@ class _Reader:
 
     def add(self, node: Node, out: Value) -> Belief | None:
         one, two = node.args[:2]
-        mine, other = self.found.get(id(one)), self.found.get(id(two)) if isinstance(two, Value) else None
+        first, other = self.beliefs.get(id(one)), self.beliefs.get(id(two)) if isinstance(two, Value) else None
         sign = -1.0 if node.op.arithmetic == "sub" else 1.0
         factor = sign * float(node.kwargs.get("alpha", 1))
-        if any(b is not None and b.each > 1 for b in (mine, other)):
+        if any(b is not None and b.each > 1 for b in (first, other)):
             return None
         if not isinstance(two, Value):
-            return mine and replace(mine, mean=mine.mean + factor * float(two), energy=None)
-        if mine is not None and other is not None and mine.axis == other.axis and len(mine.mean) == len(other.mean):
-            return Belief(mine.mean + factor * other.mean, mine.cov + factor**2 * other.cov, mine.axis)
-        held, rest = (mine, two) if mine is not None else (other, one)
-        if held is None or id(rest) not in self.known:
-            return held and self.along(held, out) and replace(held, energy=None)
+            return first and replace(first, mean=first.mean + factor * float(two), energy=None)
+        if first is not None and other is not None and first.axis == other.axis and len(first.mean) == len(other.mean):
+            return Belief(first.mean + factor * other.mean, first.cov + factor**2 * other.cov, first.axis)
+        known, rest = (first, two) if first is not None else (other, one)
+        if known is None or id(rest) not in self.known:
+            return known and self.along(known, out) and replace(known, energy=None)
         shift = self.tensor(rest).double()
-        shift = shift.reshape((1,) * (len(out.shape) - shift.ndim) + tuple(shift.shape)).movedim(held.axis, -1)
-        return replace(held, mean=held.mean + shift.flatten(0, -2).mean(0), energy=None)
+        shift = shift.reshape((1,) * (len(out.shape) - shift.ndim) + tuple(shift.shape)).movedim(known.axis, -1)
+        return replace(known, mean=known.mean + shift.flatten(0, -2).mean(0), energy=None)
 
     def mul(self, node: Node, out: Value) -> Belief | None:
         one, two = node.args[:2]
-        mine = self.found.get(id(one)) if isinstance(one, Value) else None
-        other = self.found.get(id(two)) if isinstance(two, Value) else None
-        if any(b is not None and b.each > 1 for b in (mine, other)):
+        first = self.beliefs.get(id(one)) if isinstance(one, Value) else None
+        other = self.beliefs.get(id(two)) if isinstance(two, Value) else None
+        if any(b is not None and b.each > 1 for b in (first, other)):
             return None
-        if mine is not None and other is not None:
-            if mine.axis != other.axis or len(mine.mean) != len(other.mean):
+        if first is not None and other is not None:
+            if first.axis != other.axis or len(first.mean) != len(other.mean):
                 return None
-            seconds = [b.cov + b.mean[:, None] * b.mean for b in (mine, other)]
-            mean = mine.mean * other.mean
-            return Belief(mean, seconds[0] * seconds[1] - mean[:, None] * mean, mine.axis)
-        held, rest = (mine, two) if mine is not None else (other, one)
-        if held is None:
+            seconds = [b.cov + b.mean[:, None] * b.mean for b in (first, other)]
+            mean = first.mean * other.mean
+            return Belief(mean, seconds[0] * seconds[1] - mean[:, None] * mean, first.axis)
+        known, rest = (first, two) if first is not None else (other, one)
+        if known is None:
             return None
         if not isinstance(rest, Value):
-            return Belief(held.mean * float(rest), held.cov * float(rest) ** 2, held.axis)
+            return Belief(known.mean * float(rest), known.cov * float(rest) ** 2, known.axis)
         if id(rest) in self.known:
             scale = self.tensor(rest).double()
-            scale = scale.reshape((1,) * (len(out.shape) - scale.ndim) + tuple(scale.shape)).movedim(held.axis, -1).flatten(0, -2).mean(0)
-            return Belief(held.mean * scale, held.cov * scale[:, None] * scale, held.axis, held.energy)
-        if len(rest.shape) == len(out.shape) and rest.shape[held.axis] == 1:  # the same factor for all channels: a norm's
-            energy = held.cov.diagonal() + held.mean.square()
+            scale = scale.reshape((1,) * (len(out.shape) - scale.ndim) + tuple(scale.shape)).movedim(known.axis, -1).flatten(0, -2).mean(0)
+            return Belief(known.mean * scale, known.cov * scale[:, None] * scale, known.axis, known.energy)
+        if len(rest.shape) == len(out.shape) and rest.shape[known.axis] == 1:  # the same factor for all channels: a norm's
+            energy = known.cov.diagonal() + known.mean.square()
             size = energy.mean().clamp(min=torch.finfo(torch.float64).tiny)
-            return Belief(held.mean / size.sqrt(), held.cov / size, held.axis, energy)
+            return Belief(known.mean / size.sqrt(), known.cov / size, known.axis, energy)
         return None
 
-    def other(self, node: Node, out: Value, given: list[Value]) -> Belief | None:
+    def other(self, node: Node, out: Value, operands: list[Value]) -> Belief | None:
         """A function of one value, or a move or a pool that leaves the channels in a row."""
-        held = [self.found[id(v)] for v in given if id(v) in self.found]
-        if len(given) != 1 or len(held) != 1:
+        known = [self.beliefs[id(v)] for v in operands if id(v) in self.beliefs]
+        if len(operands) != 1 or len(known) != 1:
             return None
         if not node.is_pointwise:
-            return self.along(held[0], out, given[0])
-        if out.shape != given[0].shape:
+            return self.along(known[0], out, operands[0])
+        if out.shape != operands[0].shape:
             return None
-        return _through(held[0], lambda z: node.func(*exchange(node.args, lambda _: z), **node.kwargs))
+        return _through(known[0], lambda z: node.func(*exchange(node.args, lambda _: z), **node.kwargs))
 
-    def along(self, held: Belief, out: Value, before: Value | None = None) -> Belief | None:
+    def along(self, belief: Belief, out: Value, before: Value | None = None) -> Belief | None:
         """The axis of a result along which the same labels stand."""
         if before is None:
-            return held
-        mine = [f.ravel() for f in before.fields if f.shape[held.axis] == f.size > 1]
+            return belief
+        flat_fields = [f.ravel() for f in before.fields if f.shape[belief.axis] == f.size > 1]
         for field in out.fields:
-            for labels in mine:
+            for labels in flat_fields:
                 flat = field.ravel()
-                if field.size % labels.size == 0 and held.each == 1 and (flat.reshape(labels.size, -1) == labels[:, None]).all():
-                    return replace(held, axis=next(a for a, n in enumerate(field.shape) if n > 1), each=field.size // labels.size)
+                if field.size % labels.size == 0 and belief.each == 1 and (flat.reshape(labels.size, -1) == labels[:, None]).all():
+                    return replace(belief, axis=next(a for a, n in enumerate(field.shape) if n > 1), each=field.size // labels.size)
         return None
 
 
-def _through(held: Belief, function: Any) -> Belief | None:
+def _through(belief: Belief, function: Any) -> Belief | None:
     """Mehler: ``cov(f(z_i), f(z_j)) = Σ_k c_ik c_jk ρ_ij^k`` with ``c_k`` the coefficients of f by normalised Hermite polynomials."""
     points = torch.linspace(-6, 6, 481, dtype=torch.float64)
     weights = torch.exp(-points.square() / 2)
@@ -248,16 +248,16 @@ def _through(held: Belief, function: Any) -> Belief | None:
     for k in range(1, ORDERS):
         polynomials.append((points * polynomials[k] - math.sqrt(k) * polynomials[k - 1]) / math.sqrt(k + 1))
     try:
-        values = function(held.mean + points[:, None] * held.deviation).double()
+        values = function(belief.mean + points[:, None] * belief.deviation).double()
     except (RuntimeError, TypeError):  # the call needs more than these numbers: nothing is believed of it, and its readers stay as they are
         return None
-    if values.shape != (len(points), len(held.mean)) or not bool(torch.isfinite(values).all()):
+    if values.shape != (len(points), len(belief.mean)) or not bool(torch.isfinite(values).all()):
         return None
     coefficients = torch.stack(polynomials[: ORDERS + 1]) * weights @ values  # (orders, C)
     mean = coefficients[0]
     rest = (weights @ (values - mean).square() - coefficients[1:].square().sum(0)).clamp(min=0).sqrt()
-    rho, power, cov = held.correlation, torch.ones_like(held.cov), torch.zeros_like(held.cov)
+    rho, power, cov = belief.correlation, torch.ones_like(belief.cov), torch.zeros_like(belief.cov)
     for c in (*coefficients[1:], rest):
         power = power * rho
         cov = cov + power * c[:, None] * c
-    return Belief(mean, cov, held.axis, each=held.each)
+    return Belief(mean, cov, belief.axis, each=belief.each)

@@ -94,13 +94,13 @@ def _memory(model: nn.Module) -> int:
     device = next((tensor.device for *_, tensor in leaf_tensors(model)), torch.device("cpu"))
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else LIMIT
-    found = []
+    sizes = []
     try:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container may have less than its machine
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container may have less than its machine
     except (AttributeError, ValueError, OSError):  # not every system says, and "max" is no limit
         pass
-    return min(found, default=4 * LIMIT) // 4
+    return min(sizes, default=4 * LIMIT) // 4
 
 
 def _held(model: nn.Module, batches: list) -> int:

@@ -58,8 +58,8 @@ def distance(rows: Rows, weight: Tensor, bias: Tensor) -> float:
     """``E|p − nearest point of the interval|²`` with ``p = W x + b``, summed over the outputs."""
     total, count = 0.0, 0
     for x, low, high in rows.parts:
-        found = torch.baddbmm(bias.to(x)[:, None], x, weight.to(x).transpose(1, 2))
-        total += float((found - found.clamp(low, high)).square().sum(dtype=torch.float64))
+        outputs = torch.baddbmm(bias.to(x)[:, None], x, weight.to(x).transpose(1, 2))
+        total += float((outputs - outputs.clamp(low, high)).square().sum(dtype=torch.float64))
         count += x.shape[1]
     return total / max(count, 1)
 
@@ -90,9 +90,9 @@ def censored(rows: Rows, data: Moments, ridge: float, start: Fit, intercept: boo
         return start
     middle, best = start[1].double() + (weight @ centre.transpose(1, 2))[..., 0], math.inf
     for _ in range(rounds):
-        found = torch.baddbmm(middle.to(x)[:, None], x, weight.to(x).transpose(1, 2))
-        wanted = found.clamp(low, high)
-        far = float((found - wanted).square().sum(dtype=torch.float64)) + float((damp * (weight - first).square().sum((1, 2))).sum())
+        outputs = torch.baddbmm(middle.to(x)[:, None], x, weight.to(x).transpose(1, 2))
+        wanted = outputs.clamp(low, high)
+        far = float((outputs - wanted).square().sum(dtype=torch.float64)) + float((damp * (weight - first).square().sum((1, 2))).sum())
         if best - far <= enough * far:
             break
         best = far

@@ -70,8 +70,8 @@ def distance(original: nn.Module, small: nn.Module, batches: Sequence[Any]) -> f
     gap = spread = 0.0
     for batch in batches:
         args, kwargs = batch_inputs(batch)
-        wanted, found = (list(tensors(m(*args, **kwargs), torch.Tensor)) for m in (original, small))
-        for one, two in zip(wanted, found, strict=True):
+        wanted, outputs = (list(tensors(m(*args, **kwargs), torch.Tensor)) for m in (original, small))
+        for one, two in zip(wanted, outputs, strict=True):
             if one.is_floating_point():
                 gap += float((one.double() - two.double()).square().sum())
                 spread += float((one.double() - one.double().mean()).square().sum())

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
@@ -130,11 +131,7 @@ def _with_others(task: Task, measured: list[Tensor | None], measuring: list[set[
     consumers = [{link.leaf for link in links if link.role == "consumes" and link.leaf in task.parameters} for links in task.links]
     if all(losses is not None and leaves <= known for losses, leaves, known in zip(measured, consumers, measuring, strict=True)):
         return [losses for losses in measured if losses is not None]
-    readers = by_reader(task, "second")
-    pairs = list(zip(readers, measuring, strict=True))
-    worth = _ratio(measured, [_added(part for leaf, part in parts.items() if leaf in known) for parts, known in pairs])
-    others = [_added(part for leaf, part in parts.items() if leaf not in known) for parts, known in pairs]
-    total = [_joined(losses, other, worth) for losses, other in zip(measured, others, strict=True)]
+    total = _with_readers(task, measured, measuring)
     norms = [norm.square() for norm in task.by("l2")]
     scale = _ratio(total, norms)
     unread = [group.name for group, losses in zip(task.groups, total, strict=True) if losses is None]
@@ -142,6 +139,14 @@ def _with_others(task: Task, measured: list[Tensor | None], measuring: list[set[
         names = ", ".join(unread[:3]) + (", …" if len(unread) > 3 else "")
         warn(f"the score 'effect' measures no consumer of {len(unread)} of {len(total)} groups ({names}); they are scored by the norms of their weights")
     return [scale * norm if losses is None else losses for losses, norm in zip(total, norms, strict=True)]
+
+
+def _with_readers(task: Task, measured: list[Tensor | None], measuring: list[set[str]]) -> list[Tensor | None]:
+    """The losses and what unmeasured consumers read times their weights; None where a group has no consumer at all."""
+    pairs = list(zip(by_reader(task, "second"), measuring, strict=True))
+    worth = _ratio(measured, [_added(part for leaf, part in parts.items() if leaf in known) for parts, known in pairs])
+    others = [_added(part for leaf, part in parts.items() if leaf not in known) for parts, known in pairs]
+    return [_joined(losses, other, worth) for losses, other in zip(measured, others, strict=True)]
 
 
 def _added(parts: Iterable[Tensor]) -> Tensor | None:
@@ -156,8 +161,8 @@ def _joined(losses: Tensor | None, other: Tensor | None, worth: float) -> Tensor
 
 def _ratio(losses: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> float:
     """How much of one measure the other is worth: the median over the groups that have both, 1 where none has."""
-    pairs = [(float(mine.sum()), float(other.sum())) for mine, other in zip(losses, others, strict=True) if mine is not None and other is not None]
-    ratios = sorted(mine / other for mine, other in pairs if mine > 0 and other > 0)
+    pairs = [(float(loss.sum()), float(other.sum())) for loss, other in zip(losses, others, strict=True) if loss is not None and other is not None]
+    ratios = sorted(loss / other for loss, other in pairs if loss > 0 and other > 0)
     return ratios[len(ratios) // 2] if ratios else 1.0
 
 
@@ -184,41 +189,14 @@ def _bytes(site: Site, weight: Tensor) -> int:
 
 def _observe(task: Task, every: dict[str, Site], wanted: set[str], projection: int) -> dict[str, _Seen]:
     """One forward pass for every batch, and one backward pass through the activations alone; ``projection`` seeds the random projections of outputs."""
-    seen = {name: _Seen() for name in sorted(wanted)}
-    held = {name: task.tensors[name] for name in every}
+    observer = _Observer(task, every, wanted)
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
-    for weight in held.values():
+    for weight in observer.weights.values():
         weight.requires_grad_(True)
-    readers: dict[int, list[Site]] = {}
-    for site in every.values():
-        readers.setdefault(id(site.x), []).append(site)
-        readers.setdefault(id(site.y), []).append(site)
-    values = {id(v): v for site in every.values() for v in (site.x, site.y)}
-    total = 0
     for index, batch in enumerate(task.data):
-        count = samples(batch)
-        total += count
-        first: list[Tensor] = [t for t in tensors(batch, Tensor) if t.requires_grad]
-
-        def see(value: object, tensor: Tensor, count: int = count, first: list[Tensor] = first, at: int = index) -> None:
-            for site in readers[id(value)]:
-                weight = held[site.weight]
-                if site.x is value and not tensor.requires_grad:  # every gradient passes on its way to a weight of this kind
-                    first.append(weight)
-                if site.weight not in wanted:
-                    continue
-                mine = seen[site.weight]
-                rows = _rows(site, tensor.detach(), weight, count) if site.x is value else None
-                if rows is not None:
-                    (mine.others if at % EVERY == 1 else mine.rows).add(rows)
-                    mine.independent += _independent(site, tensor.detach(), len(rows))
-                    if tensor.requires_grad and tensor.shape[0] % count == 0:
-                        tensor.register_hook(partial(_together, mine, site, tensor.detach(), count))
-                if site.y is value and tensor.requires_grad:
-                    tensor.register_hook(lambda grad, site=site, weight=weight: seen[site.weight].grads.add(_gradients(site, grad, weight.detach(), count)))
-
-        with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, values.values(), see):
+        observer.start(index, batch)
+        with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, observer.values, observer.see):
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
             centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
             generator = torch.Generator().manual_seed(projection + index)  # the same for every block of groups
@@ -226,12 +204,56 @@ def _observe(task: Task, every: dict[str, Site], wanted: set[str], projection: i
             loss = sum(((o * each).sum() for o, each in zip(centred, drawn, strict=True)), torch.zeros(()))
         if not bool(torch.isfinite(loss)):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
-        if outs and first:
-            torch.autograd.grad(loss, first, allow_unused=True)
-    for mine in seen.values():
-        if mine.second is not None:
-            mine.second.div_(max(total, 1))
-    return seen
+        if outs and observer.first:
+            torch.autograd.grad(loss, observer.first, allow_unused=True)
+    for moments_of in observer.seen.values():
+        if moments_of.second is not None:
+            moments_of.second.div_(max(observer.total, 1))
+    return observer.seen
+
+
+class _Observer:
+    """What the sites of some weights read, and the gradients of what they write, added up over the batches."""
+
+    def __init__(self, task: Task, every: dict[str, Site], wanted: set[str]) -> None:
+        self.seen = {name: _Seen() for name in sorted(wanted)}
+        self.weights = {name: task.tensors[name] for name in every}
+        self.sites: dict[int, list[Site]] = {}  # by the id of a value that they read or write
+        for site in every.values():
+            self.sites.setdefault(id(site.x), []).append(site)
+            self.sites.setdefault(id(site.y), []).append(site)
+        self.values = list({id(value): value for site in every.values() for value in (site.x, site.y)}.values())
+        self.total = self.index = self.count = 0  # samples so far, the batch, its samples
+        self.first: list[Tensor] = []  # where gradients begin
+
+    def start(self, index: int, batch: Any) -> None:
+        self.index, self.count = index, samples(batch)
+        self.total += self.count
+        self.first = [tensor for tensor in tensors(batch, Tensor) if tensor.requires_grad]
+
+    def see(self, value: object, tensor: Tensor) -> None:
+        for site in self.sites[id(value)]:
+            if site.x is value and not tensor.requires_grad:  # every gradient passes on its way to a weight of this kind
+                self.first.append(self.weights[site.weight])
+            if site.weight not in self.seen:
+                continue
+            if site.x is value:
+                self.read(site, tensor)
+            if site.y is value and tensor.requires_grad:
+                tensor.register_hook(partial(self.passed_back, site, self.count))
+
+    def read(self, site: Site, tensor: Tensor) -> None:
+        rows = _rows(site, tensor.detach(), self.weights[site.weight], self.count)
+        if rows is None:
+            return
+        seen = self.seen[site.weight]
+        (seen.others if self.index % EVERY == 1 else seen.rows).add(rows)
+        seen.independent += _independent(site, tensor.detach(), len(rows))
+        if tensor.requires_grad and tensor.shape[0] % self.count == 0:
+            tensor.register_hook(partial(_together, seen, site, tensor.detach(), self.count))
+
+    def passed_back(self, site: Site, count: int, gradient: Tensor) -> None:
+        self.seen[site.weight].grads.add(_gradients(site, gradient, self.weights[site.weight].detach(), count))
 
 
 def _each(every: int, count: int, columns: int, cost: float, passes: float) -> int:
@@ -271,13 +293,13 @@ def _independent(site: Site, x: Tensor, count: int) -> float:
     return count / (1 + (each - 1) * float(alike))
 
 
-def _together(mine: _Seen, site: Site, x: Tensor, count: int, grad: Tensor) -> None:
+def _together(seen: _Seen, site: Site, x: Tensor, count: int, grad: Tensor) -> None:
     """First-order effect of every channel, squared after and before the sum over the positions of a sample."""
     axis = 1 if site.shape is not None else -1
     x, grad = (t.movedim(axis, -1).reshape(count, -1, t.shape[axis]) for t in (x, grad))
     effect = (x - x.mean((0, 1))) * grad
-    mine.together += float(effect.sum(1).square().sum())
-    mine.apart += float(effect.square().sum())
+    seen.together += float(effect.sum(1).square().sum())
+    seen.apart += float(effect.square().sum())
 
 
 def _told(site: Site, weight: Tensor) -> bool:
@@ -289,24 +311,24 @@ def _gradients(site: Site, grad: Tensor, weight: Tensor, count: int) -> Tensor:
     """Gradients of a site's outputs as rows, scaled so that their products add up to those of all positions."""
     dim = 1 if site.shape is not None else -1
     outs, every = grad.shape[dim], grad.numel() // grad.shape[dim]
-    told = _told(site, weight)
-    cost = weight.numel() + (weight.numel() / outs) ** 2 / 2 if told else outs**2 / 2
+    projected = _told(site, weight)
+    cost = weight.numel() + (weight.numel() / outs) ** 2 / 2 if projected else outs**2 / 2
     rows = sampled(grad.detach(), dim, _each(every, count, outs, cost, 3 * weight.numel()), count)
     rows = rows * math.sqrt(every / len(rows))
-    return rows @ (weight.T if site.turned else weight).to(rows.dtype) if told else rows
+    return rows @ (weight.T if site.turned else weight).to(rows.dtype) if projected else rows
 
 
-def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Halves, float] | None:
+def _form(task: Task, site: Site, seen: _Seen, units: Tensor, size: int, damping: float) -> tuple[Tensor, Halves, float] | None:
     """``H⁻¹``; ``B^½ W``, the columns of each unit and the covariances on both parts of the samples; how far the rows fall short."""
     weight = task.tensors[site.weight].detach().double().cpu()
     weight = site.by_output(weight)
-    assert mine.data is not None  # the caller has looked
-    columns = mine.data.xx.shape[1]
+    assert seen.data is not None  # the caller has looked
+    columns = seen.data.xx.shape[1]
     flat = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]  # (outputs, inputs, taps)
-    both = mine.second
+    both = seen.second
     if units.numel() != flat.shape[1] or both is None:
         return None
-    values, vectors = torch.linalg.eigh(both * mine.alike)
+    values, vectors = torch.linalg.eigh(both * seen.alike)
     root, each = values.clamp(min=0).sqrt()[:, None] * vectors.T, 1
     if _told(site, task.tensors[site.weight]):
         writes = root
@@ -314,10 +336,10 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
         writes, each = root @ flat.flatten(1), flat.shape[2]
     else:
         writes = torch.cat([root @ flat[:, :, tap] for tap in range(flat.shape[2])])
-    every = mine.data if mine.check is None else mine.data + mine.check
+    every = seen.data if seen.check is None else seen.data + seen.check
     hessian = every.xx[0].cpu() / every.count
     # Of fewer rows than columns any column seems to follow from the others; what they cannot tell counts as independent.
-    beyond = max(0.0, columns / max(mine.independent, 1.0) - ENOUGH)
+    beyond = max(0.0, columns / max(seen.independent, 1.0) - ENOUGH)
     alone = beyond / (1 + beyond)
     hessian = (1 - alone) * hessian + alone * torch.diag(hessian.diagonal())
     scale = hessian.diagonal().mean()
@@ -329,14 +351,14 @@ def _form(task: Task, site: Site, mine: _Seen, units: Tensor, size: int, damping
         return None
     places = order.reshape(size, -1)
     blocks = (places[:, :, None] * each + torch.arange(each)).flatten(1)
-    check = None if mine.check is None else mine.check.xx[0].cpu() / mine.check.count
-    return inverse, Halves(mine.data.xx[0].cpu() / mine.data.count, check, writes, blocks), beyond
+    check = None if seen.check is None else seen.check.xx[0].cpu() / seen.check.count
+    return inverse, Halves(seen.data.xx[0].cpu() / seen.data.count, check, writes, blocks), beyond
 
 
-def _cost(task: Task, every: dict[str, Site], mine: list) -> float:
+def _cost(task: Task, every: dict[str, Site], consumers: list) -> float:
     """Multiplications that one unit takes part in."""
     total = 0.0
-    for link in mine:
+    for link in consumers:
         site = every.get(link.leaf)
         weight = task.tensors[link.leaf]
         length = weight.shape[link.axis]

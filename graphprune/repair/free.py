@@ -60,27 +60,38 @@ def repair_free(original: nn.Module, small: nn.Module, graph: Graph, plan: Plan,
     done: list[Repaired] = []
     offers: list[_Offer] = []
     for site in places:
-        kept = plan.cuts[site.weight][1 - site.axis]
-        if site.more is not None:  # how many taps reach an output depends on where it stands
-            done.append(idle("left", f"{site.weight}: a transposed convolution needs data"))
-            continue
-        weight = _rows(wide[site.weight], site, plan)
-        belief = known.get(id(site.x))
-        if belief is not None and belief.each > 1 and weight.shape[1] == len(belief.mean) * belief.each:
-            weight = weight.reshape(len(weight), -1, belief.each)
-            channels = [at // belief.each for at in kept[:: belief.each]]
-            kept = channels if kept == [c * belief.each + i for c in channels for i in range(belief.each)] else None
-        if belief is None or kept is None or len(belief.mean) != weight.shape[1]:
-            done.append(idle("left", f"{site.weight}: nothing is known of what it reads"))
-            continue
-        kernel = () if site.shape is None else tuple(wide[site.weight].shape[2:])
-        offers.append(_offer(site, kernel, weight, belief, torch.tensor(kept), steps))
+        offer = _offered(site, wide[site.weight], plan, known.get(id(site.x)), steps)
+        if isinstance(offer, _Offer):
+            offers.append(offer)
+        else:
+            done.append(idle("left", f"{site.weight}: {offer}"))
     errors = _measured(original, graph, offers, checks) if checks else [(o.before, o.after) for o in offers]
     for offer, (before, after) in zip(offers, errors, strict=True):
         done.append(Repaired(name, offer.site.weight, before, after, after <= before))
         if after <= before:
             _put(offer, tight, "rescale" in steps)
     return done + (_streams(graph, known, tight, plan, name) if "rescale" in steps else [])
+
+
+def _offered(site: Site, weight: Tensor, plan: Plan, belief: Belief | None, steps: Sequence[str]) -> _Offer | str:
+    """What a site would get, or why it gets nothing."""
+    if site.more is not None:  # how many taps reach an output depends on where it stands
+        return "a transposed convolution needs data"
+    kernel = () if site.shape is None else tuple(weight.shape[2:])
+    kept: list[int] | None = plan.cuts[site.weight][1 - site.axis]
+    rows = _rows(weight, site, plan)
+    if belief is not None and belief.each > 1 and rows.shape[1] == len(belief.mean) * belief.each:
+        rows = rows.reshape(len(rows), -1, belief.each)
+        kept = _channels(kept, belief.each)
+    if belief is None or kept is None or len(belief.mean) != rows.shape[1]:
+        return "nothing is known of what it reads"
+    return _offer(site, kernel, rows, belief, torch.tensor(kept), steps)
+
+
+def _channels(kept: Sequence[int], each: int) -> list[int] | None:
+    """The channels that stay, where each has so many neighbouring inputs and stays with all of them; else None."""
+    channels = [at // each for at in kept[::each]]
+    return channels if list(kept) == [channel * each + i for channel in channels for i in range(each)] else None
 
 
 def merged(belief: Belief, kept: Tensor, gone: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -114,10 +125,10 @@ def _offer(site: Site, kernel: tuple[int, ...], weight: Tensor, belief: Belief, 
     blend = merged(belief, kept, gone) if "merge" in steps else torch.zeros_like(cross)
     inner, lost = (Belief(belief.mean[at], belief.cov[at][:, at], belief.axis) for at in (kept, gone))
     rest = lost.cov - blend.T @ cross - cross.T @ blend + blend.T @ inner.cov @ blend
-    left = Belief(lost.mean - blend.T @ inner.mean, rest, belief.axis)
+    missing = Belief(lost.mean - blend.T @ inner.mean, rest, belief.axis)
     new = weight[:, kept] + torch.einsum("opt,kp->okt", weight[:, gone], blend)
     whole = carried(weight, belief)[1].diagonal().clamp(min=TINY)
-    (slip, spread), (shift, remains) = carried(weight[:, gone], lost), carried(weight[:, gone], left)
+    (slip, spread), (shift, remains) = carried(weight[:, gone], lost), carried(weight[:, gone], missing)
     before = float((slip.square() + spread.diagonal()).sum() / whole.sum())
     after = float(remains.diagonal().clamp(min=0).sum() / whole.sum())
     if "fold" not in steps or (site.bias is None and site.norm is None):
@@ -188,10 +199,10 @@ def _streams(graph: Graph, known: Mapping[int, Belief], tight: Mapping[str, Tens
 
 def _scaled_by(graph: Graph, known: Mapping[int, Belief], leaf: Any) -> list[Belief]:
     """What is known of the results of norms that take this scale."""
-    found = []
+    factors = []
     for node in graph.nodes:
         norm = node.norm
         scales = [norm.weight] if norm is not None and norm.kind == "layer" else node.held if node.op.arithmetic == "mul" else []
         if any(value is leaf for value in scales) and id(node.outs[0]) in known:
-            found.append(known[id(node.outs[0])])
-    return found
+            factors.append(known[id(node.outs[0])])
+    return factors

@@ -39,8 +39,8 @@ def soften(student: Tensor, teacher: Tensor, temperature: float = 4.0, axis: int
     >>> float(soften(torch.ones(2, 3), torch.ones(2, 3)))
     0.0
     """
-    mine, theirs = (log_softmax(wide(logits) / temperature, dim=axis) for logits in (student, teacher))
-    rows = kl_div(mine, theirs, reduction="none", log_target=True).sum(axis)
+    ours, theirs = (log_softmax(wide(logits) / temperature, dim=axis) for logits in (student, teacher))
+    rows = kl_div(ours, theirs, reduction="none", log_target=True).sum(axis)
     return rows.mean() * temperature**2
 
 
@@ -111,20 +111,20 @@ def _best(exams: _Lessons, learner: _Learner, passes: Iterable[None]) -> tuple[f
 # -- what is compared ------------------------------------------------------------------------------------------------------------
 
 
-def _distilled(mine: list[Tensor], theirs: list[Tensor], _: list[float]) -> Tensor:
+def _distilled(ours: list[Tensor], theirs: list[Tensor], _: list[float]) -> Tensor:
     """KL divergence of the first output; classes are the last of two or three axes, and the second of more, as ``cross_entropy`` has them for images."""
-    found = next(((one, two, 1 if two.ndim > 3 else -1) for one, two in zip(mine, theirs, strict=True) if two.ndim > 1), None)
-    if found is None or found[1].shape[found[2]] < 2:
+    logits = next(((one, two, 1 if two.ndim > 3 else -1) for one, two in zip(ours, theirs, strict=True) if two.ndim > 1), None)
+    if logits is None or logits[1].shape[logits[2]] < 2:
         raise BadCalibration("'distill' compares the probabilities of classes, and the model has no output with an axis of two or more; take 'mimic'")
-    return soften(found[0], found[1], 1.0, found[2])
+    return soften(logits[0], logits[1], 1.0, logits[2])
 
 
-def _mimicked(mine: list[Tensor], theirs: list[Tensor], spreads: list[float]) -> Tensor:
+def _mimicked(ours: list[Tensor], theirs: list[Tensor], spreads: list[float]) -> Tensor:
     """Squared distance of every output that varies over its variance, mean over these outputs."""
-    found = [(wide(one) - wide(two)).square().mean() / spread for one, two, spread in zip(mine, theirs, spreads, strict=True) if spread > 0]
-    if not found:
+    losses = [(wide(one) - wide(two)).square().mean() / spread for one, two, spread in zip(ours, theirs, spreads, strict=True) if spread > 0]
+    if not losses:
         raise BadCalibration("'mimic' has nothing to learn from: no output of the model varies over the calibration")
-    return torch.stack(found).mean()
+    return torch.stack(losses).mean()
 
 
 Distance = Callable[[list[Tensor], list[Tensor], list[float]], Tensor]
@@ -171,23 +171,23 @@ class _Lessons:
                     values = tensor.double()
                     for place, amount in enumerate((values.numel(), float(values.sum()), float(values.square().sum()))):
                         sums[index][place] += amount
-        found = [(square / count, (total / count) ** 2) if count else (0.0, 0.0) for count, total, square in sums]
-        return [square - mean if square - mean > 1e-9 * square else 0.0 for square, mean in found]
+        moments = [(square / count, (total / count) ** 2) if count else (0.0, 0.0) for count, total, square in sums]
+        return [square - mean if square - mean > 1e-9 * square else 0.0 for square, mean in moments]
 
     def loss(self, small: nn.Module, at: int) -> Tensor:
-        mine, theirs = _answers(small, self.pieces[at]), self.theirs(at)
-        if [t.shape for t in mine] != [t.shape for t in theirs]:
+        ours, theirs = _answers(small, self.pieces[at]), self.theirs(at)
+        if [t.shape for t in ours] != [t.shape for t in theirs]:
             raise BadCalibration(
-                f"outputs of the original have shapes {[tuple(t.shape) for t in theirs]}, of the cut model {[tuple(t.shape) for t in mine]}: "
+                f"outputs of the original have shapes {[tuple(t.shape) for t in theirs]}, of the cut model {[tuple(t.shape) for t in ours]}: "
                 "there is nothing to compare one by one (a plan that narrows outputs, or a number of outputs that depends on their values)"
             )
-        return self.distance(mine, theirs, self.spreads)
+        return self.distance(ours, theirs, self.spreads)
 
     def error(self, small: nn.Module) -> float:
         """Mean over the pieces; infinite where it is not a number."""
         with torch.no_grad():
-            found = sum(float(self.loss(small, at)) for at in range(len(self.pieces))) / len(self.pieces)
-        return found if math.isfinite(found) else math.inf
+            error = sum(float(self.loss(small, at)) for at in range(len(self.pieces))) / len(self.pieces)
+        return error if math.isfinite(error) else math.inf
 
 
 def _usable(tensor: Tensor) -> Tensor:

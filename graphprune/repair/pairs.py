@@ -16,6 +16,7 @@ from torch import nn
 
 from ..cutting.plan import Plan
 from ..operations.notation import Value
+from ..tracing.node import Node
 from ..tracing.probe import batch_inputs, watch
 from ..tracing.trace import Graph
 from .sites import Site
@@ -26,12 +27,12 @@ RIDGE = 1e-6
 
 def mixes(original: nn.Module, graph: Graph, plan: Plan, places: Sequence[Site], batches: Sequence[Any], ridge: float = RIDGE) -> dict[str, Tensor]:
     """For each queries' weight by name, the matrix (all outputs, kept outputs) that makes the target from the original's outputs."""
-    found = [pair for pair in pairs(graph, places) if _cut(plan, pair[1])]
-    if not found:
+    cut_pairs = [pair for pair in pairs(graph, places) if _cut(plan, pair[1])]
+    if not cut_pairs:
         return {}
-    seen = _covariances(original, graph, [key for _, key, _, _ in found], batches)
+    seen = _covariances(original, graph, [key for _, key, _, _ in cut_pairs], batches)
     result: dict[str, Tensor] = {}
-    for query, key, q, k in found:
+    for query, key, q, k in cut_pairs:
         keep, rows = plan.cuts[key.weight][key.axis], plan.cuts.get(query.weight, {}).get(query.axis)
         if rows is None:
             continue
@@ -42,21 +43,21 @@ def mixes(original: nn.Module, graph: Graph, plan: Plan, places: Sequence[Site],
             mix[torch.tensor(rows), torch.arange(len(rows))] = 1.0
         kept = torch.isin(k, torch.tensor(keep))
         cov = seen[key.weight]
-        for queries, keys, left in zip(q.tolist(), k, kept, strict=True):
-            columns = [at.get(queries[d]) for d in left.nonzero().ravel().tolist()]
+        for queries, keys, positions in zip(q.tolist(), k, kept, strict=True):
+            columns = [at.get(queries[d]) for d in positions.nonzero().ravel().tolist()]
             if not columns or None in columns:  # a head that is gone asks nothing
                 continue
-            gram = cov[keys[left]][:, keys[left]]
+            gram = cov[keys[positions]][:, keys[positions]]
             gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
             mix[queries] = 0.0
-            mix[torch.tensor(queries)[:, None], torch.tensor(columns)[None]] = torch.linalg.solve(gram, cov[keys[left]][:, keys]).T
+            mix[torch.tensor(queries)[:, None], torch.tensor(columns)[None]] = torch.linalg.solve(gram, cov[keys[positions]][:, keys]).T
         result[query.weight] = mix
     return result
 
 
 def pairs(graph: Graph, places: Sequence[Site]) -> list[tuple[Site, Site, Tensor, Tensor]]:
     """Queries' and keys' sites of every product of two activations, and the channels (heads, positions) that meet there."""
-    found = []
+    every = []
     sources = _Sources(graph, places)
     for node in graph.nodes:
         product = node.product
@@ -71,8 +72,8 @@ def pairs(graph: Graph, places: Sequence[Site]) -> list[tuple[Site, Site, Tensor
         k = k.movedim(product.weight.summed[0], 1)
         if (q == q[:, :1]).all() and (k == k[:, :, :1]).all():  # the channels of both stand along the axis that is summed
             rows, one = torch.cat([q[:, 0], k[:, :, 0]], 1).unique(dim=0), q.shape[2]
-            found.append((query, key, rows[:, :one], rows[:, one:]))
-    return found
+            every.append((query, key, rows[:, :one], rows[:, one:]))
+    return every
 
 
 class _Sources:
@@ -85,15 +86,12 @@ class _Sources:
     def of(self, value: Value) -> tuple[Site, Tensor] | None:
         path = []
         while id(value) not in self.made:
-            if value.node < 0:
-                return None
-            node = self.graph.nodes[value.node]
-            given = [arg for arg in node.args if isinstance(arg, Value)]
-            passes = node.is_move or node.op.part or node.op.arithmetic in ("mul", "div")
-            if not passes or len(given) != 1 or given[0] is not node.args[0]:
+            node = self.graph.nodes[value.node] if value.node >= 0 else None
+            source = self.moved(node) if node is not None else None
+            if node is None or source is None:
                 return None
             path.append((node, next(i for i, out in enumerate(node.outs) if out is value)))
-            value = given[0]
+            value = source
         site = self.made[id(value)]
         axis = 1 if site.shape is not None else len(value.shape) - 1
         index = torch.arange(value.shape[axis]).reshape([-1 if d == axis else 1 for d in range(len(value.shape))]).expand(value.shape)
@@ -105,6 +103,13 @@ class _Sources:
             index = index[at] if isinstance(index, tuple | list) else index
         return site, index
 
+    @staticmethod
+    def moved(node: Node) -> Value | None:
+        """The one value whose entries a call puts into other places, or multiplies by a number."""
+        values = [arg for arg in node.args if isinstance(arg, Value)]
+        passes = node.is_move or node.op.part or node.op.arithmetic in ("mul", "div")
+        return values[0] if passes and len(values) == 1 and values[0] is node.args[0] else None
+
 
 def _cut(plan: Plan, key: Site) -> bool:
     return key.axis in plan.cuts.get(key.weight, {})
@@ -112,14 +117,14 @@ def _cut(plan: Plan, key: Site) -> bool:
 
 def _covariances(model: nn.Module, graph: Graph, keys: Sequence[Site], batches: Sequence[Any]) -> Mapping[str, Tensor]:
     """Of the outputs of the keys' weights on the original."""
-    sums: dict[str, list] = {}
+    sums: dict[str, tuple[int, Any, Any]] = {}  # how many rows, their sum, the sum of their outer products
     names = {id(site.y): site for site in keys}
 
     def see(value: Value, tensor: Tensor) -> None:
         site = names[id(value)]
         rows = tensor.detach().movedim(1 if site.shape is not None else -1, -1).flatten(0, -2).double().cpu()
-        held = sums.setdefault(site.weight, [0, 0.0, 0.0])
-        held[0], held[1], held[2] = held[0] + len(rows), held[1] + rows.sum(0), held[2] + rows.T @ rows
+        count, total, square = sums.get(site.weight, (0, 0.0, 0.0))
+        sums[site.weight] = count + len(rows), total + rows.sum(0), square + rows.T @ rows
 
     with torch.no_grad(), watch(model, graph, [site.y for site in names.values()], see):
         for batch in batches:

@@ -76,7 +76,7 @@ class Site:
 def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
     """The sites in the order of the run, and why a weight that looks like one is none."""
     reader = _Reader(graph)
-    found: list[Site] = []
+    usable: list[Site] = []
     refused: dict[str, str] = {}
     for at, step in enumerate(graph.steps):
         calls = [node for node in reader.nodes.get(at, []) if node.products]
@@ -87,10 +87,10 @@ def sites(graph: Graph) -> tuple[list[Site], dict[str, str]]:
         elif product is not None and step.results and step.results[0] is not None:
             site, weight, reason = reader.site(at, calls[0], product)
             if site is not None:
-                found.append(site)
+                usable.append(site)
             elif reason:
                 refused[weight.leaf or f"call {at} ({step.name})"] = reason
-    return found, refused
+    return usable, refused
 
 
 @dataclass(frozen=True)
@@ -109,23 +109,8 @@ class Scale:
 def scales(graph: Graph) -> list[Scale]:
     """The scales in the order of the run: of layer norms, and of products with a parameter (root-mean-square norms spelled out)."""
     reader = _Reader(graph)
-    found = []
-    for at, step in enumerate(graph.steps):
-        result = step.results[0] if step.results else None
-        norm = step.name if step.name in NORMS else ""
-        if result is None or not (norm or reader.multiplies(at)):
-            continue
-        args = [value for value in step.args if value is not None]
-        leaves = [value for value in args if id(value) in reader.leaf and not reader.unfit(value) and len(value.shape) == 1]
-        inputs = [value for value in args if id(value) not in reader.fixed]
-        if len(inputs) != 1 or not leaves or len(leaves) + 1 != len(args) or len(leaves) > (2 if norm == "layer_norm" else 1):
-            continue
-        if inputs[0].shape != result.shape or leaves[0].shape[0] != result.shape[-1]:
-            continue
-        floats = [arg for node in reader.nodes.get(at, []) for arg in node.args if isinstance(arg, float) and 0 < arg < 0.1]
-        bias = leaves[1].leaf if len(leaves) > 1 else None
-        found.append(Scale(at, leaves[0].leaf, bias, inputs[0], result, norm, floats[-1] if norm and floats else 0.0))
-    return found
+    calls = (reader.scale(at) for at in range(len(graph.steps)))
+    return [scale for scale in calls if scale is not None]
 
 
 class _Reader:
@@ -173,18 +158,54 @@ class _Reader:
             return None, weight, ""  # a product of two activations, or of two weights
         bias = self.given(at, product.bias) if product.bias is not None else None
         axis = axis_of(weight, product.weight.value, product.weight.made[0]) if len(product.weight.made) == 1 else None
-        shape = more = None
-        if x is not None and product.weight.taps:
-            shape, more = self.geometry(node, len(x.shape) - 2), self.numbers(node, "output_padding", len(x.shape) - 2)
-        reason = self.unfit(weight) or self.unlike(node, product, axis) or self.unread(product, x, bias)
-        if not reason and product.weight.taps and (shape is None or (product.spreads and more is None)):
-            reason = "a kernel whose steps are not known"
+        steps, margin = self.stepping(node, product, x)
+        reason = self.unfit(weight) or self.unlike(node, product, axis) or self.unread(product, x, bias) or self.unstepped(product, steps, margin)
         if reason or x is None or result is None:
             return None, weight, reason or "padded in a way of its own"
         turned = axis == 1 and not product.spreads
-        behind = self.behind(result, at, shape is not None)
+        norm, added, flat = self.behind(result, at, steps is not None)
         name = bias.leaf if bias is not None else None
-        return Site(at, weight.leaf, name, x, result, turned, shape, *behind, more if product.spreads else None), weight, ""
+        return Site(at, weight.leaf, name, x, result, turned, steps, norm, added, flat, margin if product.spreads else None), weight, ""
+
+    def stepping(self, node: Node, product: Product, x: Value | None) -> tuple[tuple[list, list, list] | None, list[int] | None]:
+        """How a kernel goes over its input, and what a transposed one adds at the end of its output; nothing where there is no kernel."""
+        if x is None or not product.weight.taps:
+            return None, None
+        rank = len(x.shape) - 2
+        return self.geometry(node, rank), self.numbers(node, "output_padding", rank)
+
+    @staticmethod
+    def unstepped(product: Product, steps: tuple | None, margin: list[int] | None) -> str:
+        """Why it is not known which inputs a kernel meets."""
+        unknown = product.weight.taps and (steps is None or (product.spreads and margin is None))
+        return "a kernel whose steps are not known" if unknown else ""
+
+    def scale(self, at: int) -> Scale | None:
+        """The scale of a call that is a layer norm, or a product with one parameter along the last axis."""
+        step = self.graph.steps[at]
+        result = step.results[0] if step.results else None
+        norm = step.name if step.name in NORMS else ""
+        if result is None or not (norm or self.multiplies(at)):
+            return None
+        x, vectors = self.operands(at)
+        if x is None or len(vectors) not in ((1, 2) if norm == "layer_norm" else (1,)):
+            return None
+        weight, *bias = vectors
+        if x.shape != result.shape or weight.shape[0] != result.shape[-1]:
+            return None
+        return Scale(at, weight.leaf, bias[0].leaf if bias else None, x, result, norm, self.epsilon(at) if norm else 0.0)
+
+    def operands(self, at: int) -> tuple[Value | None, list[Value]]:
+        """The one activation that a call works on, and its parameters with one axis; no activation where it has other operands too."""
+        args = [value for value in self.graph.steps[at].args if value is not None]
+        vectors = [value for value in args if not self.unfit(value) and len(value.shape) == 1]
+        inputs = [value for value in args if id(value) not in self.fixed]
+        return (inputs[0] if len(inputs) == 1 and len(vectors) + 1 == len(args) else None), vectors
+
+    def epsilon(self, at: int) -> float:
+        """What a norm adds to the statistic that it divides by: its last small number."""
+        small = [number for node in self.nodes.get(at, []) for number in node.args if isinstance(number, float) and 0 < number < 0.1]
+        return small[-1] if small else 0.0
 
     @staticmethod
     def unlike(node: Node, product: Product, axis: int | None) -> str:
@@ -220,8 +241,8 @@ class _Reader:
     @staticmethod
     def numbers(node: Node, name: str, rank: int) -> list[int] | None:
         """A number for each axis of space, by the name of the argument."""
-        given = node.argument(name)
-        return list(given) * (rank if len(given) == 1 else 1) if isinstance(given, list | tuple) else None
+        value = node.argument(name)
+        return list(value) * (rank if len(value) == 1 else 1) if isinstance(value, list | tuple) else None
 
     def behind(self, y: Value, at: int, convolution: bool) -> tuple[Norm | None, Value | None, Flat | None]:
         """A batch norm that alone reads y, what is then added to its result, if that is known before the call, and the activation that alone reads that."""
@@ -293,5 +314,5 @@ class _Reader:
 def norms(graph: Graph) -> list[tuple[int, Norm]]:
     """Every batch norm with statistics of its own, with its call."""
     reader = _Reader(graph)
-    found = [(at, reader.norm(at)) for at in range(len(graph.steps)) if reader.batch_norms(at)]
-    return [(at, norm) for at, norm in found if norm is not None]
+    calls = [(at, reader.norm(at)) for at in range(len(graph.steps)) if reader.batch_norms(at)]
+    return [(at, norm) for at, norm in calls if norm is not None]

@@ -42,10 +42,10 @@ def unseen(losses: Tensor, parts: Sequence[Halves], steps: int = STEPS) -> Tenso
     values = losses[order].clone()
     before, start = 0.0, 0
     for count in counts:
-        found = max(sum(_loss(part, order[:count], order[count:]) for part in parts), before)
+        worst = max(sum(_loss(part, order[:count], order[count:]) for part in parts), before)
         promised = float(values[start:count].sum())
-        values[start:count] = values[start:count] * ((found - before) / promised) if promised > 0 else (found - before) / (count - start)
-        before, start = found, count
+        values[start:count] = values[start:count] * ((worst - before) / promised) if promised > 0 else (worst - before) / (count - start)
+        before, start = worst, count
     return in_order(order.tolist(), values.tolist())
 
 

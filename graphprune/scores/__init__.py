@@ -84,6 +84,6 @@ def score(
     wanted = ", ".join(["groups", "model", "batches", *(f"{name}=" for name in options)])
     accepts(criterion, f"({wanted})", groups, model, batches, **options)
     with undisturbed(model, seed=None):
-        found = criterion(groups, model, batches, **options)
+        values = criterion(groups, model, batches, **options)
     name = getattr(criterion, "__name__", type(criterion).__name__)
-    return [tensor.detach().double().cpu() for tensor in checked(groups, model, found, name)]
+    return [tensor.detach().double().cpu() for tensor in checked(groups, model, values, name)]

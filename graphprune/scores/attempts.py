@@ -19,14 +19,14 @@ def attempts(
     the one that counts, so scores that need one are always drafted. ``draft`` asks for it where reading the weights is
     all there is to save: within each group the widths, and so what the code allows, are the same for any scores.
     """
-    found = named(criterion) if isinstance(criterion, str) else criterion
+    chosen = named(criterion) if isinstance(criterion, str) else criterion
 
     def tried(groups: Groups) -> Iterator[Scores]:
         graph = groups.graph
         asked = graph.calls or graph.equals or graph.floats or graph.outcomes  # without a size in the code no width can be wrong
-        if asked and (draft or not isinstance(found, Score) or found.needs_now() != "nothing"):
+        if asked and (draft or not isinstance(chosen, Score) or chosen.needs_now() != "nothing"):
             yield [torch.zeros(group.size, dtype=torch.float64) for group in groups]
-        yield score(groups, model, found, batches, loss)
+        yield score(groups, model, chosen, batches, loss)
 
     return tried
 

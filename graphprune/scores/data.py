@@ -108,23 +108,23 @@ class Data:
 
     def loss_of(self, batch: Any) -> Tensor:
         """The loss of a batch: one finite number that depends on the model, or BadLoss."""
-        found = self.run(batch)
+        output = self.run(batch)
         if not self.whole:
             if self.loss is not None:
                 labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
-                found = self._judged(found, labels)
-            elif getattr(found, "loss", None) is not None:
-                found = found.loss
+                output = self._judged(output, labels)
+            elif getattr(output, "loss", None) is not None:
+                output = output.loss
             else:
                 raise BadLoss(f"the score {self.name!r} needs a loss; give loss=, a function (output, labels) or (model, batch)")
-        if not isinstance(found, Tensor) or found.numel() != 1:
-            kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+        if not isinstance(output, Tensor) or output.numel() != 1:
+            kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
             raise BadLoss(f"the loss must be one number, it has {kind}; take its mean or its sum")
-        if not bool(torch.isfinite(found)):
-            raise BadLoss(f"the loss is {float(found.detach())}; look at the batch and at the model's output")
-        if not found.requires_grad:
+        if not bool(torch.isfinite(output)):
+            raise BadLoss(f"the loss is {float(output.detach())}; look at the batch and at the model's output")
+        if not output.requires_grad:
             raise BadLoss("the loss does not depend on the model's parameters; was it detached, or computed from the labels alone?")
-        return found.reshape(())
+        return output.reshape(())
 
 
 def bar(items: Iterable, name: str, progress: bool = True) -> Iterable:
@@ -136,18 +136,18 @@ def bar(items: Iterable, name: str, progress: bool = True) -> Iterable:
     return tqdm(items, desc=name, delay=5, leave=False, disable=None if progress else True)
 
 
-def shown(found: Iterable[Tensor]) -> str:
+def shown(batch_tensors: Iterable[Tensor]) -> str:
     """Shapes and types, for messages.
 
     >>> shown([torch.zeros(2, 3)])
     '(2, 3) float32'
     """
-    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in found)
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in batch_tensors)
 
 
-def given(found: Iterable[Tensor]) -> str:
+def given(batch_tensors: Iterable[Tensor]) -> str:
     """What a model was given, and how batches are read, for messages."""
-    shapes = shown(found)
+    shapes = shown(batch_tensors)
     form = "of a pair the second is taken for labels, longer tuples and dicts go to forward as they are; several inputs with labels are ((a, b), labels)"
     return f" (it was given {shapes}; {form})" if shapes else ""
 
@@ -232,7 +232,7 @@ def gradient(data: Data, parameters: Mapping[str, Tensor], batch: Any, create_gr
             parameter.requires_grad_(True)
         loss = data.loss_of(batch)
         loss = loss / samples(batch) if data.reduction == "sum" else loss
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, create_graph=create_graph)
-    if all(grad is None for grad in found):
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, create_graph=create_graph)
+    if all(grad is None for grad in gradients):
         raise BadLoss("the loss does not depend on any parameter that could be cut")
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), gradients, strict=True)}

@@ -7,6 +7,8 @@ the next layer's columns undo it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..coupling.groups import Group
@@ -40,32 +42,62 @@ def folded(task: Task) -> dict[str, Tensor]:
 
 def _fold(task: Task) -> tuple[dict[str, Tensor], set[str]]:
     """The folded parameters, and the names under which folded biases stand."""
-    graph, held = task.groups.graph, task.tensors
+    parameters: dict[str, Tensor] = {name: tensor.detach() for name, tensor in task.parameters.items()}
     shifts: set[str] = set()
     done: set[str] = set()
-    found: dict[str, Tensor] = {name: tensor.detach() for name, tensor in task.parameters.items()}
-    for norm in batch_norms(graph):
-        maker = graph.nodes[norm.x.node] if norm.x.node >= 0 else None
-        product = maker.product if maker is not None else None
-        leaf = source(graph.nodes, product.weight.value) if product is not None else None
-        if product is None or leaf is None or product.out != 1:
+    for norm in batch_norms(task.groups.graph):
+        pair = _pair(task, norm)
+        if pair is None or pair.weight in done:
             continue
-        weight, bias = leaf.leaf, _name(product.bias)
-        gamma, beta, mean, var = (_name(value) for value in (norm.weight, norm.bias, norm.mean, norm.var))
-        if weight not in held or mean not in held or held[weight].is_meta or weight in done:
-            continue
-        scale = (held[var].detach().double() + norm.eps).rsqrt() * (held[gamma].detach().double() if gamma else 1.0)
-        shift = (held[bias].detach().double() if bias else 0.0) - held[mean].detach().double()
-        axis = axis_of(leaf, product.weight.value, product.weight.made[0])
-        if axis is None or held[weight].shape[axis] != len(scale):
-            continue
-        done.add(weight)
-        shifts.add(beta or mean)
-        found[weight] = held[weight].detach().double() * scale.reshape([-1 if a == axis else 1 for a in range(held[weight].ndim)])
-        found.pop(gamma, None)
-        found.pop(bias, None)
-        found[beta or mean] = scale * shift + (held[beta].detach().double() if beta else 0.0)
-    return found, shifts
+        done.add(pair.weight)
+        shifts.add(pair.shift)
+        tensors = {name: task.tensors[name].detach().double() for name in pair.names}
+        weight = tensors[pair.weight]
+        scale = (tensors[pair.var] + norm.eps).rsqrt() * (tensors[pair.gamma] if pair.gamma else 1.0)
+        shift = (tensors[pair.bias] if pair.bias else 0.0) - tensors[pair.mean]
+        parameters[pair.weight] = weight * scale.reshape([-1 if axis == pair.axis else 1 for axis in range(weight.ndim)])
+        parameters.pop(pair.gamma, None)
+        parameters.pop(pair.bias, None)
+        parameters[pair.shift] = scale * shift + (tensors[pair.beta] if pair.beta else 0.0)
+    return parameters, shifts
+
+
+class _Pair(NamedTuple):
+    """A product and the batch norm behind it, by the names of their tensors ("" where there is none), and the axis of the weight that is normalised."""
+
+    weight: str
+    axis: int
+    bias: str
+    gamma: str
+    beta: str
+    mean: str
+    var: str
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.weight, self.bias, self.gamma, self.beta, self.mean, self.var) if name]
+
+    @property
+    def shift(self) -> str:
+        """The name under which the folded bias stands."""
+        return self.beta or self.mean
+
+
+def _pair(task: Task, norm: Norm) -> _Pair | None:
+    """The product right before a batch norm, where the one can be folded into the other."""
+    graph, tensors = task.groups.graph, task.tensors
+    maker = graph.nodes[norm.x.node] if norm.x.node >= 0 else None
+    product = maker.product if maker is not None else None
+    leaf = source(graph.nodes, product.weight.value) if product is not None else None
+    if product is None or leaf is None or product.out != 1:
+        return None
+    mean, var = _name(norm.mean), _name(norm.var)
+    if leaf.leaf not in tensors or mean not in tensors or tensors[leaf.leaf].is_meta:
+        return None
+    axis = axis_of(leaf, product.weight.value, product.weight.made[0])
+    if axis is None or tensors[leaf.leaf].shape[axis] != len(tensors[var]):
+        return None
+    return _Pair(leaf.leaf, axis, _name(product.bias), _name(norm.weight), _name(norm.bias), mean, var)
 
 
 def product_norm(task: Task) -> Scores:
@@ -73,11 +105,11 @@ def product_norm(task: Task) -> Scores:
     weights, shifts = _fold(task)
     sides = [task.slices(weights, over, by=torch.square) for over in ("produces", "consumes")]
     biases = task.slices({name: weights[name] for name in shifts}, "passes", by=torch.square)
-    found = []
+    scores = []
     for group, made, used, moved in zip(task.groups, *sides, biases, strict=True):
         factors = [torch.stack(parts).sum(0).sqrt() for parts in (made + moved, used) if parts]
-        found.append(torch.stack(factors).prod(0) if factors else torch.zeros(group.size, dtype=torch.float64))
-    return found
+        scores.append(torch.stack(factors).prod(0) if factors else torch.zeros(group.size, dtype=torch.float64))
+    return scores
 
 
 def _scales(task: Task, group: Group) -> list[Tensor]:
@@ -92,19 +124,19 @@ def _scales(task: Task, group: Group) -> list[Tensor]:
     return parts
 
 
-def lacking(task: Task, found: list[Tensor | None], otherwise: str | None, name: str, what: str) -> Scores:
+def lacking(task: Task, measured: list[Tensor | None], otherwise: str | None, name: str, what: str) -> Scores:
     """Fill the groups that lack what is measured by another score, or say which they are."""
-    missing = [group for group, scores in zip(task.groups, found, strict=True) if scores is None]
+    missing = [group for group, scores in zip(task.groups, measured, strict=True) if scores is None]
     if not missing:
-        return [scores for scores in found if scores is not None]
+        return [scores for scores in measured if scores is not None]
     if otherwise is None:
         names = ", ".join(group.name for group in missing[:3]) + (", …" if len(missing) > 3 else "")
         raise BadScore(
-            f"the score {name!r} measures {what}, and {len(missing)} of {len(found)} groups have none ({names}); "
+            f"the score {name!r} measures {what}, and {len(missing)} of {len(measured)} groups have none ({names}); "
             f"name a score for those, graphprune.scores.{name}.with_(otherwise='l2'), or keep= them"
         )
     spare = task.by(otherwise)
-    return [spare[i] if mine is None else mine for i, mine in enumerate(found)]
+    return [spare[index] if scores is None else scores for index, scores in enumerate(measured)]
 
 
 @scorer("norm", "absolute scale of the batch norms that pass the unit", "Liu et al. 2017 (network slimming)", cost="reads the scales only")
@@ -121,8 +153,8 @@ def synaptic(task: Task, otherwise: str | None = None) -> Scores:
     Where several batch norms (or consumers) share a group, their scales (their kernel norms) are summed first.
     """
     kernels = task.slices(task.parameters, "consumes", by=lambda w: w.flatten(2).norm(dim=2) if w.ndim > 2 else w.abs())
-    found: list[Tensor | None] = []
+    strengths: list[Tensor | None] = []
     for group, parts in zip(task.groups, kernels, strict=True):
         scales = _scales(task, group)
-        found.append(torch.stack(scales).sum(0) * torch.stack(parts).sum(0) if scales and parts else None)
-    return lacking(task, found, otherwise, "synaptic", "a batch-norm scale and the kernels it feeds")
+        strengths.append(torch.stack(scales).sum(0) * torch.stack(parts).sum(0) if scales and parts else None)
+    return lacking(task, strengths, otherwise, "synaptic", "a batch-norm scale and the kernels it feeds")

@@ -21,7 +21,7 @@ Tensor = torch.Tensor
 def gated(task: Task, join: str) -> tuple[Scores, int]:
     """Sums over all samples of the squared (or absolute) gate gradients, and the number of samples."""
     every = places(task)
-    blind = [group.name for group, mine in zip(task.groups, every, strict=True) if not mine]
+    blind = [group.name for group, group_places in zip(task.groups, every, strict=True) if not group_places]
     if blind:
         raise BadScore(f"no activation shows the units of {', '.join(blind[:3])}: score weights instead (taylor, fisher), or keep= them")
     total, count = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups], 0
@@ -61,14 +61,14 @@ def group_fisher(task: Task, per: str = "memory") -> Scores:
 def freed_macs(task: Task) -> list[float]:
     """Multiply-accumulates that one unit of each group takes along when it alone goes, for the recorded example."""
     known, sizes = costs(task.groups), np.array([float(group.size) for group in task.groups])
-    found = known.at(np.concatenate([sizes[None], sizes - np.eye(len(sizes))]), ["macs"])["macs"]
-    return [max(float(found[0] - less), 1.0) for less in found[1:]]
+    macs = known.at(np.concatenate([sizes[None], sizes - np.eye(len(sizes))]), ["macs"])["macs"]
+    return [max(float(macs[0] - less), 1.0) for less in macs[1:]]
 
 
 def freed_entries(task: Task) -> list[Tensor]:
     """Activation entries that disappear with each unit of a group, for the recorded example."""
     groups = task.groups
-    found = torch.zeros(len(groups), dtype=torch.float64)
+    freed = torch.zeros(len(groups), dtype=torch.float64)
     for node in groups.graph.nodes:
         if node.op.move:
             continue  # a view holds nothing of its own
@@ -78,5 +78,5 @@ def freed_entries(task: Task) -> list[Tensor]:
                 owner, counts = np.unique(groups.owner[groups.root[field]], return_counts=True)
                 for index, count in zip(owner[owner >= 0], counts[owner >= 0], strict=True):
                     share[index] = max(float(share[index]), count / field.size)
-            found += share * float(np.prod(value.shape))
-    return [(entries / group.size).clamp(min=1) for group, entries in zip(groups, found, strict=True)]
+            freed += share * float(np.prod(value.shape))
+    return [(entries / group.size).clamp(min=1) for group, entries in zip(groups, freed, strict=True)]

@@ -50,26 +50,26 @@ def surgeon(inverses: Sequence[Tensor], reads: Sequence[Tensor]) -> Tensor:
     pairs = [(Shrinking(inverse), Shrinking(read)) for inverse, read in zip(inverses, reads, strict=True)]
     units = torch.arange(len(inverses[0]))
     alive = torch.ones(len(units), dtype=torch.bool)
-    order, losses, left = [], [], len(units)
-    while left:
+    order, losses, remaining = [], [], len(units)
+    while remaining:
         loss = torch.stack([read.diagonal / inverse.diagonal for inverse, read in pairs]).sum(0)
         loss[~alive] = torch.inf
         at = int(loss.argmin())
         order.append(int(units[at]))
         losses.append(float(loss[at]))
         alive[at] = False
-        left -= 1
-        for inverse, read in pairs if left else ():
+        remaining -= 1
+        for inverse, read in pairs if remaining else ():
             column, other = inverse.column(at), read.column(at)
             ratio = column / column[at]
             inverse.subtract(column, ratio)
             rest = other - ratio * (other[at] / 2)
             read.subtract(ratio, rest)
             read.subtract(rest, ratio)
-        if left < 0.8 * len(units) and len(units) > BLOCK:
+        if remaining < 0.8 * len(units) and len(units) > BLOCK:
             for matrix in (matrix for pair in pairs for matrix in pair):
                 matrix.settle(alive)
-            units, alive = units[alive], torch.ones(left, dtype=torch.bool)
+            units, alive = units[alive], torch.ones(remaining, dtype=torch.bool)
     return in_order(order, losses)
 
 
@@ -90,11 +90,11 @@ def surgeon_in_blocks(inverses: Sequence[Tensor], reads: Sequence[Tensor], block
                 blocks[q] = torch.arange(len(columns)).reshape(-1, block.shape[1])
             units, alive = units[alive], torch.ones(int(alive.sum()), dtype=torch.bool)
         loss = torch.zeros(len(alive), dtype=torch.float64)
-        left = alive.nonzero().ravel()
+        remaining = alive.nonzero().ravel()
         for inverse, read, block in zip(inverses, reads, blocks, strict=True):
-            rows, columns = block[left][:, :, None], block[left][:, None, :]
+            rows, columns = block[remaining][:, :, None], block[remaining][:, None, :]
             solved = torch.linalg.solve(inverse[rows, columns], read[rows, columns])
-            loss[left] += solved.diagonal(dim1=1, dim2=2).sum(1)
+            loss[remaining] += solved.diagonal(dim1=1, dim2=2).sum(1)
         loss[~alive] = torch.inf
         at = int(loss.argmin())
         order.append(int(units[at]))
@@ -114,11 +114,11 @@ def surgeon_in_blocks(inverses: Sequence[Tensor], reads: Sequence[Tensor], block
 
 def smallest_sum(form: Tensor) -> Tensor:
     """ThiNet's greedy: the set T grows by the unit that keeps ``Σ_{j,k ∈ T} Q_jk`` smallest; a unit's score is that sum."""
-    sums, own = torch.zeros(len(form), dtype=torch.float64), form.diagonal()
+    sums, squares = torch.zeros(len(form), dtype=torch.float64), form.diagonal()
     total, order, values = 0.0, [], []
     alive = torch.ones(len(form), dtype=torch.bool)
     for _ in range(len(form)):
-        grown = total + 2 * sums + own
+        grown = total + 2 * sums + squares
         grown[~alive] = torch.inf
         at = int(grown.argmin())
         total = float(grown[at])
@@ -162,8 +162,8 @@ class Swept:
 
     def column(self, at: int) -> Tensor:
         """The tableau's column, in the scale of Q."""
-        own = torch.where(self.active, 1 / self.scale, self.scale)
-        return self._column(at) * own * own[at]
+        diagonal = torch.where(self.active, 1 / self.scale, self.scale)
+        return self._column(at) * diagonal * diagonal[at]
 
     def _column(self, at: int) -> Tensor:
         return self.matrix[at] - self.right[: self.pending, at] @ self.left[: self.pending]
@@ -197,8 +197,8 @@ class Swept:
     def times(self, vector: Tensor) -> Tensor:
         """The tableau, in the scale of Q, times a vector."""
         self.settle()
-        own = torch.where(self.active, 1 / self.scale, self.scale)
-        return own * torch.mv(self.matrix, own * vector)
+        diagonal = torch.where(self.active, 1 / self.scale, self.scale)
+        return diagonal * torch.mv(self.matrix, diagonal * vector)
 
 
 def lasso_entries(form: Tensor, floor: float = 1e-9) -> Tensor:

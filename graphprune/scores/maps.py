@@ -23,18 +23,18 @@ def hrank(task: Task, work: float = 2**23, otherwise: str | None = None) -> Scor
     Ranks hardly differ between images (section 3.3 of the paper), so of every batch evenly spaced samples are decomposed, as many
     (at least one) as keep ``Σ h · w · min(h, w)`` of a group within ``work``; ``math.inf`` takes all.
     """
-    every = [[unflattened(task, place) for place in mine[:1]] for mine in places(task)]
+    every = [[unflattened(task, place) for place in group_places[:1]] for group_places in places(task)]
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups]
     counts = [0] * len(sums)
 
     def maps(place: Place, parts: Tensor) -> Tensor:
         """(samples, units, rows, columns)"""
-        found = units_first(place, parts, len(sums[place.group]))
-        if found.shape[2] > 1 or place.dim != 1 or len(place.value.shape) != 4:
-            return found
+        units = units_first(place, parts, len(sums[place.group]))
+        if units.shape[2] > 1 or place.dim != 1 or len(place.value.shape) != 4:
+            return units
         high, wide = place.value.shape[2:]
-        high = round(math.sqrt(found.shape[3] * high / wide))  # the batch may have another resolution than the example
-        return found.squeeze(2).unflatten(2, (high, -1)) if found.shape[3] % high == 0 else found
+        high = round(math.sqrt(units.shape[3] * high / wide))  # the batch may have another resolution than the example
+        return units.squeeze(2).unflatten(2, (high, -1)) if units.shape[3] % high == 0 else units
 
     def see(place: Place, parts: Tensor) -> None:
         one = maps(place, parts[:1])
@@ -65,7 +65,7 @@ def chip(task: Task, work: float = 2**26, otherwise: str | None = None) -> Score
     Of every batch evenly spaced samples are decomposed, as many (at least one) as keep ``rows · columns · min(rows, columns)``
     of a group within ``work`` (the paper averages over a few batches); ``math.inf`` takes all.
     """
-    every = [mine[:1] for mine in places(task)]
+    every = [group_places[:1] for group_places in places(task)]
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in task.groups]
     counts = [0] * len(sums)
 
@@ -134,8 +134,8 @@ def strengths(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         squares, left = torch.linalg.eigh(rows @ rows.T)
         return squares.clamp(min=0).sqrt(), left.square(), rows.new_zeros(len(rows))
     squares, right = torch.linalg.eigh(rows.T @ rows)
-    held = squares > 1e-13 * squares.max().clamp(min=torch.finfo(rows.dtype).tiny)
-    squares, weights = squares[held], (rows @ right[:, held]).square() / squares[held]
+    spanned = squares > 1e-13 * squares.max().clamp(min=torch.finfo(rows.dtype).tiny)
+    squares, weights = squares[spanned], (rows @ right[:, spanned]).square() / squares[spanned]
     if not len(squares):
         return rows.new_zeros(1), rows.new_zeros(len(rows), 1), rows.new_ones(len(rows))
     return squares.sqrt(), weights, (1 - weights.sum(1)).clamp(min=0)

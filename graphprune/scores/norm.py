@@ -91,9 +91,9 @@ def lamp(task: Task, over: str = "all", fold: bool = False) -> Scores:
 
     Units of equal norm take their places in order, as :func:`select` does: the later one counts as smaller.
     """
-    found = []
+    values = []
     for squares in powers(task, 2, over, "sum", fold):
         order = torch.sort(squares, descending=True, stable=True).indices
         above = squares[order].cumsum(0)
-        found.append(torch.empty_like(squares).scatter_(0, order, torch.where(above > 0, squares[order] / above, 0.0)))
-    return found
+        values.append(torch.empty_like(squares).scatter_(0, order, torch.where(above > 0, squares[order] / above, 0.0)))
+    return values

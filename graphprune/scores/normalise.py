@@ -56,7 +56,7 @@ def normalise(scores: Sequence[Tensor], how: str, pools: Sequence[object] | None
     for index in range(len(scores)):
         members[pools[index] if pools else index].append(index)
     fitted = {pool: NORMALISERS[how](torch.cat([scores[i] for i in indices])) for pool, indices in members.items()}
-    return [fitted[pools[index] if pools else index](found) for index, found in enumerate(scores)]
+    return [fitted[pools[index] if pools else index](group_scores) for index, group_scores in enumerate(scores)]
 
 
 def normalised(groups: Groups, scores: Sequence[Tensor], how: str, within: str = "group") -> list[Tensor]:

@@ -77,20 +77,20 @@ class Score:
         stored: Stored | None = None,
         **options: Any,
     ) -> Scores:
-        given = dict(self.with_(**options).options)
-        general = {name: given.pop(name) for name in GENERAL if name in given}
+        settings = dict(self.with_(**options).options)
+        general = {name: settings.pop(name) for name in GENERAL if name in settings}
         seed, progress = general.get("seed", 0), general.get("progress", True)
         if "seed" in _options(self.function):
-            given["seed"] = seed
+            settings["seed"] = seed
         data = None
-        if self.needs_now(given) != "nothing":
+        if self.needs_now(settings) != "nothing":
             if batches is None:
-                raise NeedsBatches(without_data(self.name, self.needs_now(given)))
+                raise NeedsBatches(without_data(self.name, self.needs_now(settings)))
             data = Data(model, batches, loss, general.get("reduction", "mean"), progress, self.name)
         with undisturbed(model, seed) if data else nullcontext():  # without data no score runs the model
-            found = self.function(Task(groups, model, data, self.name, progress, stored), **given)
-        checked(groups, model, found, self.name)
-        return normalised(groups, found, general.get("normalise", "none"), general.get("within", "group"))
+            values = self.function(Task(groups, model, data, self.name, progress, stored), **settings)
+        checked(groups, model, values, self.name)
+        return normalised(groups, values, general.get("normalise", "none"), general.get("within", "group"))
 
     def needs_now(self, options: dict[str, Any] | None = None) -> str:
         """What it needs under its options (an ensemble needs what its members need)."""
@@ -154,11 +154,11 @@ def scorer(
     """Enter a function ``(task, **options) -> Scores`` under its own name."""
 
     def entered(function: Callable[..., Scores]) -> Score:
-        found = Score(function.__name__, family, line, reference, needs, cost, function, dict(default or {}))
-        found.__dict__["__doc__"] = function.__doc__
-        SCORES[found.name] = found
-        enter("score", found.name, f"{line} ({reference})", found)
-        return found
+        score = Score(function.__name__, family, line, reference, needs, cost, function, dict(default or {}))
+        score.__dict__["__doc__"] = function.__doc__
+        SCORES[score.name] = score
+        enter("score", score.name, f"{line} ({reference})", score)
+        return score
 
     return entered
 
@@ -235,14 +235,14 @@ def checked(groups: Groups, model: nn.Module, scores: Any, name: str) -> Scores:
     if not isinstance(scores, list | tuple) or len(scores) != len(groups):
         count = f"{len(scores)} of them" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
         raise BadScore(f"the score {name!r} must be a list of {len(groups)} tensors, one for each group; got {count}")
-    for group, found in zip(groups, scores, strict=True):
+    for group, group_scores in zip(groups, scores, strict=True):
         where = f"group {group.index} ({group.name})"
-        if not isinstance(found, torch.Tensor) or tuple(found.shape) != (group.size,):
-            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        if not isinstance(group_scores, torch.Tensor) or tuple(group_scores.shape) != (group.size,):
+            shape = tuple(group_scores.shape) if isinstance(group_scores, torch.Tensor) else type(group_scores).__name__
             raise BadScore(f"the score {name!r} of {where} must be a tensor of shape ({group.size},), one entry for each unit; got {shape}")
-        if math.isfinite(float(found.sum())):  # then every entry is
+        if math.isfinite(float(group_scores.sum())):  # then every entry is
             continue
-        wrong = (~torch.isfinite(found)).nonzero().ravel().tolist()
+        wrong = (~torch.isfinite(group_scores)).nonzero().ravel().tolist()
         if wrong:
             text = f"the score {name!r} is not finite for {len(wrong)} of {group.size} units of {where}, first unit {wrong[0]}"
             raise BadScore(f"{text}; {cause(model)}")

@@ -36,30 +36,30 @@ class Place:
 
     def by_unit(self, positions: Tensor, size: int) -> Tensor:
         """Sum what belongs to each position (last axis) by unit."""
-        mine = self.along >= 0
-        found = torch.zeros(*positions.shape[:-1], size, dtype=torch.float64)
-        return found.index_add_(-1, self.along[mine], positions.double().cpu()[..., mine])
+        inside = self.along >= 0
+        sums = torch.zeros(*positions.shape[:-1], size, dtype=torch.float64)
+        return sums.index_add_(-1, self.along[inside], positions.double().cpu()[..., inside])
 
 
 def places(task: Task) -> list[list[Place]]:
     """The places of every group, each activation once, with all consumers that read it."""
-    found = []
+    every = []
     for group, links in zip(task.groups, task.links, strict=True):
         usable = [link for link in links if link.value is not None and (link.along >= 0).any()]
         read = [link for link in usable if link.role == "consumes"]
-        mine: dict[tuple[int, int], list[Link]] = {}
+        by_axis: dict[tuple[int, int], list[Link]] = {}
         for link in read or [link for link in usable if link.role == "produces"]:
-            mine.setdefault((id(link.value), link.dim), []).append(link)
-        first = [(links[0], tuple(links) if read else ()) for links in mine.values()]
+            by_axis.setdefault((id(link.value), link.dim), []).append(link)
+        first = [(links[0], tuple(links) if read else ()) for links in by_axis.values()]
         shown = [(link, link.value, readers) for link, readers in first if link.value is not None]
-        found.append([Place(group.index, value, link.dim, torch.from_numpy(link.along), readers) for link, value, readers in shown])
-    return found
+        every.append([Place(group.index, value, link.dim, torch.from_numpy(link.along), readers) for link, value, readers in shown])
+    return every
 
 
 def _by_value(every: list[list[Place]]) -> tuple[list[Value], dict[int, list[Place]]]:
     at: dict[int, list[Place]] = {}
     values: dict[int, Value] = {}
-    for place in (place for mine in every for place in mine):
+    for place in (place for group_places in every for place in group_places):
         at.setdefault(id(place.value), []).append(place)
         values[id(place.value)] = place.value
     return list(values.values()), at
@@ -126,10 +126,10 @@ def gate_gradients(task: Task, every: list[list[Place]]) -> Iterator[list[Tensor
         if not tensor.requires_grad:
             return
         # What nobody reads as a weight's input may be overwritten in place before the gradient comes.
-        held = tensor.detach() if any(place.readers for place in at[id(value)]) else tensor.detach().clone()
+        copy = tensor.detach() if any(place.readers for place in at[id(value)]) else tensor.detach().clone()
 
         def collect(grad: Tensor) -> None:
-            product = held * grad
+            product = copy * grad
             for place in at[id(value)]:
                 sums[place.group] += place.by_unit(split(value, product, place.dim).sum(-1), sums[place.group].shape[1])
 
@@ -143,7 +143,7 @@ def gate_gradients(task: Task, every: list[list[Place]]) -> Iterator[list[Tensor
         sums = [torch.zeros(count, group.size, dtype=torch.float64) for group in task.groups]
         with watch(task.model, task.groups.graph, values, show):
             gradient(task.data, task.parameters, batch)
-        yield [found * count for found in sums]
+        yield [total * count for total in sums]
 
 
 class Samples:

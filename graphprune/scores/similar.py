@@ -58,11 +58,11 @@ def distances(parts: list[Tensor]) -> Tensor:
 @scorer("norm", "distance to all other filters of the layer (geometric median)", "He et al. 2019 (FPGM)", cost="one product of filters per group")
 def fpgm(task: Task, fold: bool = False) -> Scores:
     """``Σ_j ‖P_c − P_j‖₂`` over the producers' rows of a group: the filter closest to the geometric median goes first."""
-    found = []
+    values = []
     for group in task.groups:
         parts = rows(task, group, fold)
-        found.append(distances(parts).sum(1) if parts else torch.zeros(group.size, dtype=torch.float64))
-    return found
+        values.append(distances(parts).sum(1) if parts else torch.zeros(group.size, dtype=torch.float64))
+    return values
 
 
 @scorer("others", "greedy removal of the smaller of the two most similar filters", "Ayinde et al. 2019", cost="one product of filters per group")
@@ -71,15 +71,15 @@ def redundancy(task: Task, fold: bool = False) -> Scores:
 
     Of a cluster of twins one stays to the end, because each removal is judged among the filters that are left.
     """
-    found = []
+    values = []
     for group in task.groups:
         parts = rows(task, group, fold)
         if not parts:
-            found.append(torch.zeros(group.size, dtype=torch.float64))
+            values.append(torch.zeros(group.size, dtype=torch.float64))
             continue
         inner = torch.stack([part @ part.T for part in parts]).sum(0)
-        found.append(greedy_twins(inner.numpy()))
-    return found
+        values.append(greedy_twins(inner.numpy()))
+    return values
 
 
 def greedy_twins(inner: np.ndarray) -> Tensor:
@@ -92,11 +92,11 @@ def greedy_twins(inner: np.ndarray) -> Tensor:
     best = likeness[np.arange(len(inner)), nearest]
     order, values = [], []
     for _ in range(len(inner) - 1):
-        left = int(best.argmax())
-        right = int(nearest[left])
-        gone = left if norms[left] < norms[right] or (norms[left] == norms[right] and left > right) else right
+        first = int(best.argmax())
+        right = int(nearest[first])
+        gone = first if norms[first] < norms[right] or (norms[first] == norms[right] and first > right) else right
         order.append(gone)
-        values.append(1.0 - best[left])
+        values.append(1.0 - best[first])
         likeness[gone] = likeness[:, gone] = -1.0
         best[gone] = -2.0
         lost = np.flatnonzero((nearest == gone) & (best > -2.0))

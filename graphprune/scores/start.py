@@ -25,9 +25,9 @@ def mean_gradient(task: Task) -> dict[str, Tensor]:
     """The gradient of the mean loss over all samples of all batches."""
     total: dict[str, Tensor] = {}
     count = 0
-    for found, n in gradients(task.data, task.parameters):
+    for batch_gradient, n in gradients(task.data, task.parameters):
         count += n
-        for name, grad in found.items():
+        for name, grad in batch_gradient.items():
             total[name] = total[name].add_(grad, alpha=n) if name in total else grad * n
     return {name: grad / count for name, grad in total.items()}
 
@@ -64,8 +64,8 @@ def hessian_times(task: Task, batch: Any, vector: dict[str, Tensor]) -> dict[str
             dot = sum((first[name] * vector[name]).sum() for name in first if first[name].requires_grad)
         if not isinstance(dot, Tensor):
             return {name: torch.zeros_like(grad) for name, grad in vector.items()}  # a loss without curvature
-        found = torch.autograd.grad(dot, list(weights.values()), allow_unused=True)
-    return {name: torch.zeros_like(weights[name]) if grad is None else grad for name, grad in zip(weights, found, strict=True)}
+        products = torch.autograd.grad(dot, list(weights.values()), allow_unused=True)
+    return {name: torch.zeros_like(weights[name]) if grad is None else grad for name, grad in zip(weights, products, strict=True)}
 
 
 # Where scale and shift stand among a norm's arguments, and the axis of their entries (None: the last ones).
@@ -84,9 +84,9 @@ class _Linear(TorchFunctionMode):
         x = args[0] if args else kwargs["input"]
         shape = [-1 if a == axis else 1 for a in range(x.ndim)]
         for at, key, join in zip(places, ("weight", "bias"), (torch.mul, torch.add), strict=True):
-            given = args[at] if at is not None and len(args) > at else kwargs.get(key)
-            if given is not None:
-                x = join(x, given.reshape(shape) if axis else given)
+            value = args[at] if at is not None and len(args) > at else kwargs.get(key)
+            if value is not None:
+                x = join(x, value.reshape(shape) if axis else value)
         return x
 
 
@@ -103,15 +103,15 @@ def synaptic_flow(task: Task, twin: nn.Module) -> dict[str, Tensor]:
     """``θ ∂R/∂θ`` of the positive twin for ``R``, the sum of its outputs on an input of ones."""
     ones: Callable[[Tensor], Tensor] = lambda t: torch.ones_like(t, dtype=torch.float64) if t.is_floating_point() else t  # noqa: E731
     args, kwargs = replace(task.groups.graph.example, ones)
-    held = {n: t for n, _, _, t in leaf_tensors(twin) if n in task.parameters}
+    weights = {n: t for n, _, _, t in leaf_tensors(twin) if n in task.parameters}
     with torch.inference_mode(False), torch.enable_grad(), _Linear():
-        for tensor in held.values():
+        for tensor in weights.values():
             tensor.requires_grad_(True)
         total = sum(out.sum() for out in tensors(twin(*args, **kwargs), Tensor) if out.is_floating_point() and out.requires_grad)
-        found = torch.autograd.grad(total, list(held.values()), allow_unused=True) if isinstance(total, Tensor) else [None] * len(held)
-    if not any(grad is not None for grad in found):
+        gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True) if isinstance(total, Tensor) else [None] * len(weights)
+    if not any(grad is not None for grad in gradients):
         raise BadScore("the score 'synflow' finds no output that depends on the parameters")
-    return {name: torch.zeros_like(t) if g is None else g * t.detach() for (name, t), g in zip(held.items(), found, strict=True)}
+    return {name: torch.zeros_like(t) if g is None else g * t.detach() for (name, t), g in zip(weights.items(), gradients, strict=True)}
 
 
 @scorer("at initialisation", "synaptic flow through positive weights, in rounds", "Tanaka et al. 2020 (SynFlow)", cost="`rounds` backward passes, no data")
@@ -125,28 +125,30 @@ def synflow(task: Task, rounds: int = 10, keep: float = 0.1, over: str = "all") 
     twin = positive_twin(task.model)
     if rounds == 1:
         return task.total(synaptic_flow(task, twin), over)
-    held = {n: t for n, _, _, t in leaf_tensors(twin) if n in task.parameters}
+    weights = {n: t for n, _, _, t in leaf_tensors(twin) if n in task.parameters}
     sizes = [group.size for group in task.groups]
     alive = torch.ones(sum(sizes), dtype=torch.bool)
     scores = torch.zeros(sum(sizes), dtype=torch.float64)
     for number in task.steps(range(1, rounds + 1)):
         flow = torch.cat(task.total(synaptic_flow(task, twin), over))
-        left = alive.nonzero().ravel()
-        place = torch.empty(len(left), dtype=torch.float64)
-        place[torch.sort(flow[left], descending=True, stable=True).indices] = torch.arange(len(left), 0, -1, dtype=torch.float64) / (len(left) + 1)
-        scores[left] = number + place
+        alive_units = alive.nonzero().ravel()
+        place = torch.empty(len(alive_units), dtype=torch.float64)
+        place[torch.sort(flow[alive_units], descending=True, stable=True).indices] = torch.arange(len(alive_units), 0, -1, dtype=torch.float64) / (
+            len(alive_units) + 1
+        )
+        scores[alive_units] = number + place
         count = max(round(len(alive) * keep ** (number / rounds)), 1)
-        gone = left[torch.sort(flow[left], descending=True, stable=True).indices[count:]]
+        gone = alive_units[torch.sort(flow[alive_units], descending=True, stable=True).indices[count:]]
         alive[gone] = False
-        _silence(task, held, alive.split(sizes))
+        _silence(task, weights, alive.split(sizes))
     return list(scores.split(sizes))
 
 
-def _silence(task: Task, held: dict[str, Tensor], alive: Any) -> None:
+def _silence(task: Task, weights: dict[str, Tensor], alive: Any) -> None:
     with torch.no_grad():
         for group, stays in zip(task.groups, alive, strict=True):
             for name, axis, units in task.places(group):
-                if name in held:
+                if name in weights:
                     index = torch.from_numpy(units)
-                    mask = torch.where(index >= 0, stays[index.clamp(min=0)].double(), 1.0).to(held[name].device)
-                    held[name].mul_(mask.reshape([-1 if a == axis else 1 for a in range(held[name].ndim)]))
+                    mask = torch.where(index >= 0, stays[index.clamp(min=0)].double(), 1.0).to(weights[name].device)
+                    weights[name].mul_(mask.reshape([-1 if a == axis else 1 for a in range(weights[name].ndim)]))

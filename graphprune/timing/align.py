@@ -43,7 +43,7 @@ def staircase(seconds: Callable[[int], float], start: int) -> int:
 def alignments(groups: Groups, table: Table) -> Mapping[int, int]:
     """For every group the number of units its width should be a multiple of; at least four widths are left to choose."""
     lengths = Lengths(groups)
-    found = {group.index: 1 for group in groups}
+    multiples = {group.index: 1 for group in groups}
     largest: dict[tuple, tuple[float, Node]] = {}
     nodes = [(node, _kind(node), list(products(node, lengths))) for node in groups.graph.nodes]
     for node, kind, terms in nodes:
@@ -59,11 +59,11 @@ def alignments(groups: Groups, table: Table) -> Mapping[int, int]:
         for form in {form for _, forms in terms for form in forms}:
             for index, positions in lengths.slopes[form].items():
                 units = steps[kind] // math.gcd(steps[kind], max(1, round(positions)))
-                found[index] = max(found[index], units)
+                multiples[index] = max(multiples[index], units)
     for group in groups:
-        while found[group.index] > 1 and group.size // found[group.index] < LEAST_LEVELS:
-            found[group.index] //= 2
-    return found
+        while multiples[group.index] > 1 and group.size // multiples[group.index] < LEAST_LEVELS:
+            multiples[group.index] //= 2
+    return multiples
 
 
 def _kind(node: Node) -> tuple:

@@ -62,12 +62,12 @@ def pairs(graph: Graph, model: nn.Module) -> list[Pair]:
     """The norms that can be folded: every tensor of the pair is used once, and the norm's module can do without it."""
     reads = Counter(storage for node in graph.nodes for storage in {value.storage for value in tensors((node.args, node.kwargs))})
     reads.update(value.storage for value in graph.outputs)
-    found = []
+    matches = []
     for node in graph.nodes:
         pair = _pair(graph, node, reads, model) if node.op.norm == "batch" else None
         if pair and _without(model.get_submodule(pair.norm)) is not None:
-            found.append(pair)
-    return found
+            matches.append(pair)
+    return matches
 
 
 def _pair(graph: Graph, call: Node, reads: Counter, model: nn.Module) -> Pair | None:
@@ -129,12 +129,12 @@ def _without(module: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def _fold(model: nn.Module, pair: Pair) -> None:
-    held = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
+    leaves = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
     path, _, name = pair.weight.rpartition(".")
-    layer, weight, bias = model.get_submodule(path), held[pair.weight], held.get(pair.bias)
-    read = lambda name, default: default if name is None else held[name].double()  # noqa: E731
-    mean = held[pair.mean].double()
-    factor = read(pair.scale, torch.ones_like(mean)) / torch.sqrt(held[pair.variance].double() + pair.eps)
+    layer, weight, bias = model.get_submodule(path), leaves[pair.weight], leaves.get(pair.bias)
+    read = lambda name, default: default if name is None else leaves[name].double()  # noqa: E731
+    mean = leaves[pair.mean].double()
+    factor = read(pair.scale, torch.ones_like(mean)) / torch.sqrt(leaves[pair.variance].double() + pair.eps)
     shift = read(pair.shift, torch.zeros_like(mean)) + ((0 if bias is None else bias.double()) - mean) * factor
     if pair.axis == 0:
         each = factor.reshape(-1, *[1] * (weight.ndim - 1))
@@ -154,13 +154,13 @@ def _compare(graph: Graph, model: nn.Module, fused: nn.Module) -> None:
     try:
         with torch.no_grad():
             wanted = list(tensors(twin(*args, **kwargs), torch.Tensor))
-            found = list(tensors(fused(*args, **kwargs), torch.Tensor))
+            results = list(tensors(fused(*args, **kwargs), torch.Tensor))
     except Exception as error:
         raise NotEqual(f"the fused model does not run on the example: {type(error).__name__}: {error}; fuse its parts, or leave it") from error
     finally:
         torch.set_rng_state(state)
-    for mine, theirs in zip(found, wanted, strict=True):
+    for result, theirs in zip(results, wanted, strict=True):
         if theirs.is_floating_point() and theirs.numel() and not theirs.is_meta:
-            gap = float((mine.double() - theirs.double()).abs().max()) / (float(theirs.double().abs().max()) or 1.0)
+            gap = float((result.double() - theirs.double()).abs().max()) / (float(theirs.double().abs().max()) or 1.0)
             if gap > {torch.float64: 1e-8, torch.float32: 1e-3}.get(theirs.dtype, 5e-2):
                 raise NotEqual(f"the fused model differs by {gap:.1e} (relative): its code uses the weights of a norm elsewhere; fuse its parts, or leave it")

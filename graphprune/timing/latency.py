@@ -80,20 +80,20 @@ class Stopwatch:
         """
 
         def enough(rows: np.ndarray) -> bool:
-            found = _timing(rows)
-            return _clear(found.moved(pooled(found.share)), target)
+            timing = _timing(rows)
+            return _clear(timing.moved(pooled(timing.share)), target)
 
         with using_threads(self.threads), evaluating(self.model), evaluating(small):
             rows = self._own(small, enough) if self.aims.measure else self._runtime(small, enough)
-        found = _timing(rows)
-        if found.noise > NOISE:
-            low, high = found.band
+        timing = _timing(rows)
+        if timing.noise > NOISE:
+            low, high = timing.band
             raise BadMeasure(
-                f"the measured time scatters too much: {found.share:.3f} of the original's, between {low:.3f} and {high:.3f} "
-                f"({len(rows)} rounds; a band of {100 * found.noise:.0f} %, where {100 * NOISE:.0f} % are allowed); "
+                f"the measured time scatters too much: {timing.share:.3f} of the original's, between {low:.3f} and {high:.3f} "
+                f"({len(rows)} rounds; a band of {100 * timing.noise:.0f} %, where {100 * NOISE:.0f} % are allowed); "
                 "run on a quiet machine, on one thread (threads=1), or time more work per call (a larger batch)"
             )
-        return found
+        return timing
 
     def alone(self) -> float:
         """Seconds of the original."""
@@ -127,34 +127,34 @@ def _timing(rows: np.ndarray) -> Timing:
     return Timing(float(np.median(rows[:, 1])), share, band, middle_of(rows[:, 0] / rows[:, 2])[0])
 
 
-def _clear(found: Timing, target: float | None) -> bool:
+def _clear(timing: Timing, target: float | None) -> bool:
     """Whether more rounds would change nothing that matters: the time is met and the band narrow enough, or the time is not
     met and the band beyond what counts as met. The further off, the wider the band may be: only the next guess depends on it."""
-    if found.noise <= TOLERANCE / 3:
+    if timing.noise <= TOLERANCE / 3:
         return True
     if target is None:
         return False
-    (low, high), off = found.band, abs(found.share / target - 1)
+    (low, high), off = timing.band, abs(timing.share / target - 1)
     if off <= TOLERANCE:
-        return found.noise <= TOLERANCE and target * (1 - CERTAIN) < low and high < target * (1 + CERTAIN)
-    return found.noise <= max(UNSURE, min(off / 4, NOISE / 2)) and (high < target * (1 - TOLERANCE) or low > target * (1 + TOLERANCE))
+        return timing.noise <= TOLERANCE and target * (1 - CERTAIN) < low and high < target * (1 + CERTAIN)
+    return timing.noise <= max(UNSURE, min(off / 4, NOISE / 2)) and (high < target * (1 - TOLERANCE) or low > target * (1 + TOLERANCE))
 
 
 def _seconds(measure: Callable[[nn.Module], Any], model: nn.Module) -> float:
     """What the user's own measure says, checked."""
     try:
-        given = measure(model)
+        answer = measure(model)
     except GraphpruneError:
         raise
     except Exception as error:
         raise BadMeasure(f"measure failed: {type(error).__name__}: {error}; it has to return the seconds of one call of the model it is given") from error
     try:
-        found = float(given)
+        seconds = float(answer)
     except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found) or found <= 0:
-        raise BadMeasure(f"measure returned {given!r}; it has to return the seconds of one call, a number above 0")
-    return found
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds <= 0:
+        raise BadMeasure(f"measure returned {answer!r}; it has to return the seconds of one call, a number above 0")
+    return seconds
 
 
 def reach(model: nn.Module, graph: Graph, aims: Aims, propose: Propose, scope: str = "layer") -> Plan:

@@ -84,9 +84,9 @@ def guess(points: Sequence[tuple[float, float]], wanted: float) -> float:
     above = [p for p in points if p[1] > wanted] or [(0.0, 0.0)]
     right = min(above, key=lambda p: p[1])
     if below:
-        left = max(below, key=lambda p: p[1])
-        part = (wanted - right[1]) / (left[1] - right[1])
-        return right[0] + part * (left[0] - right[0])
+        low = max(below, key=lambda p: p[1])
+        part = (wanted - right[1]) / (low[1] - right[1])
+        return right[0] + part * (low[0] - right[0])
     slope = min(max(right[1] / right[0], 0.4), 2.0) if right[0] else 1.0
     return right[0] + (wanted - right[1]) / slope
 

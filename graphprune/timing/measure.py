@@ -106,15 +106,15 @@ def measure(
         calls = [prepare(each, args, kwargs, runtime, threads) for each in models]
         name, clock = clock_for(device, torch.get_num_threads())
         with timer("measure", seconds, progress) as tick:
-            found = interleave(calls if reference is None else [calls[1], calls[0], calls[1]], clock, seconds, tolerance, tick=tick)
+            rows = interleave(calls if reference is None else [calls[1], calls[0], calls[1]], clock, seconds, tolerance, tick=tick)
         used = torch.get_num_threads()
-    mine = found[:, 1 if reference is not None else 0]
-    low, middle, high = (float(q) for q in np.quantile(mine, (0.25, 0.5, 0.75)))
-    plain = Measurement(middle, low, high, len(found), name, used, runtime, str(memory_format or "as given").replace("torch.", ""))
+    times = rows[:, 1 if reference is not None else 0]
+    low, middle, high = (float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
+    plain = Measurement(middle, low, high, len(rows), name, used, runtime, str(memory_format or "as given").replace("torch.", ""))
     if reference is None:
         return plain
-    ratio, band = middle_of(found[:, [0, 2]].mean(1) / mine)
-    facts = {"reference": float(np.median(found[:, [0, 2]])), "speedup": ratio, "band": band, "control": middle_of(found[:, 0] / found[:, 2])[0]}
+    ratio, band = middle_of(rows[:, [0, 2]].mean(1) / times)
+    facts = {"reference": float(np.median(rows[:, [0, 2]])), "speedup": ratio, "band": band, "control": middle_of(rows[:, 0] / rows[:, 2])[0]}
     return Measurement(**{**plain.__dict__, **facts})
 
 

@@ -48,8 +48,8 @@ def lone(node: Node, args: tuple, kwargs: dict, runtime: str) -> Callable[[], An
 
 def item(node: Node, args: tuple) -> Item | None:
     """The call as a node of an ONNX file, if it is a product."""
-    found = node.op.onnx(*args) if node.op.onnx is not None else None
-    return Item(*found) if found is not None else None
+    call = node.op.onnx(*args) if node.op.onnx is not None else None
+    return Item(*call) if call is not None else None
 
 
 def together(items: Sequence[Item], runtime: str, threads: int) -> list[float]:
@@ -70,13 +70,13 @@ def _onnxruntime(file: bytes, feed: dict[str, Any], threads: int, count: int) ->
         for _ in range(RUNS):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
-    found: dict[int, list[float]] = {}
+    times: dict[int, list[float]] = {}
     for event in events:
         # A convolution in blocked layout is named by its output, any other node by itself; reorders have other names.
         name = re.fullmatch(r"y(\d+)(_nchwc)?_kernel_time", event.get("name", ""))
         if name:
-            found.setdefault(int(name[1]), []).append(max(event["dur"], 0.5) * 1e-6)
-    return found
+            times.setdefault(int(name[1]), []).append(max(event["dur"], 0.5) * 1e-6)
+    return times
 
 
 def _openvino(file: bytes, feed: dict[str, Any], threads: int, count: int) -> dict[int, list[float]]:
@@ -89,9 +89,9 @@ def _openvino(file: bytes, feed: dict[str, Any], threads: int, count: int) -> di
         nodes = [each for each in request.get_profiling_info() if each.node_type not in AROUND]
         # Nodes keep the name of their output, except where OpenVINO makes new ones of its own: those follow in order.
         names = [re.match(r"y(\d+)(/|$)", each.node_name) for each in nodes]
-        left = iter(sorted(set(range(count)) - {int(name[1]) for name in names if name}))
+        unnamed = iter(sorted(set(range(count)) - {int(name[1]) for name in names if name}))
         for each, name in zip(nodes, names, strict=True):
-            index = int(name[1]) if name else next(left, None)
+            index = int(name[1]) if name else next(unnamed, None)
             if index is not None:
                 means.setdefault(index, []).append(each.real_time.total_seconds())
     # What is reported is the mean over all runs so far.
@@ -102,17 +102,19 @@ def _openvino(file: bytes, feed: dict[str, Any], threads: int, count: int) -> di
 def _file(items: Sequence[Item]) -> tuple[bytes, dict[str, Any]]:
     from onnx import TensorProto, helper, numpy_helper
 
-    feed, inputs, held, nodes, outputs = {}, [], [], [], []
-    for index, (kind, given, weights, facts) in enumerate(items):
-        names = [f"x{index}_{i}" for i in range(len(given))] + [f"w{index}_{i}" for i in range(len(weights))]
-        for name, tensor in zip(names, given, strict=False):
+    feed, inputs, constants, nodes, outputs = {}, [], [], [], []
+    for index, (kind, operands, weights, facts) in enumerate(items):
+        names = [f"x{index}_{i}" for i in range(len(operands))] + [f"w{index}_{i}" for i in range(len(weights))]
+        for name, tensor in zip(names, operands, strict=False):
             feed[name] = tensor.detach().cpu().float().contiguous().numpy()
             inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(tensor.shape)))
-        held += [numpy_helper.from_array(w.detach().cpu().float().contiguous().numpy(), name) for name, w in zip(names[len(given) :], weights, strict=True)]
+        constants += [
+            numpy_helper.from_array(w.detach().cpu().float().contiguous().numpy(), name) for name, w in zip(names[len(operands) :], weights, strict=True)
+        ]
         facts = {key: [int(v) for v in value] if isinstance(value, list | tuple) else int(value) for key, value in facts.items()}
         nodes.append(helper.make_node(kind, names, [f"y{index}"], name=f"y{index}", **facts))  # pyright: ignore[reportArgumentType]
         outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, None))
-    graph = helper.make_graph(nodes, "operations", inputs, outputs, held)
+    graph = helper.make_graph(nodes, "operations", inputs, outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString(), feed
 
 

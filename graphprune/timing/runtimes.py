@@ -32,10 +32,10 @@ class Flat(nn.Module):
         super().__init__()
         self.model, self.args, self.kwargs = model, args, kwargs
 
-    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        left = iter(given)
-        args = replace(self.args, lambda _: next(left))
-        kwargs = replace(self.kwargs, lambda _: next(left))
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        remaining = iter(inputs)
+        args = replace(self.args, lambda _: next(remaining))
+        kwargs = replace(self.kwargs, lambda _: next(remaining))
         return tuple(tensors(self.model(*args, **kwargs), torch.Tensor))
 
 
@@ -148,19 +148,19 @@ def openvino_request(model: Any, threads: int | None, **settings: Any) -> Any:
 def _openvino(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
     import openvino
 
-    given = tuple(tensors((args, kwargs), torch.Tensor))
+    inputs = tuple(tensors((args, kwargs), torch.Tensor))
     try:  # several times quicker than OpenVINO's own reader of PyTorch
         converted = openvino.Core().read_model(to_onnx(model, args, kwargs), b"")
         order = [next(int(name[1:]) for name in port.get_names() if name[1:].isdigit()) for port in converted.inputs]
     except Exception:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            converted = openvino.convert_model(Flat(model, args, kwargs).eval(), example_input=given)
-        order = list(range(len(given)))
-        if len(converted.inputs) == len(given):
-            converted.reshape({port: list(tensor.shape) for port, tensor in zip(converted.inputs, given, strict=True)})
+            converted = openvino.convert_model(Flat(model, args, kwargs).eval(), example_input=inputs)
+        order = list(range(len(inputs)))
+        if len(converted.inputs) == len(inputs):
+            converted.reshape({port: list(tensor.shape) for port, tensor in zip(converted.inputs, inputs, strict=True)})
     request = openvino_request(converted, threads)
-    feed = [given[index].detach().cpu().contiguous().numpy() for index in order]
+    feed = [inputs[index].detach().cpu().contiguous().numpy() for index in order]
     return lambda: request.infer(feed)
 
 

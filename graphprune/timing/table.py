@@ -74,10 +74,10 @@ class Table:
     def _read(self) -> dict[str, Any]:
         """What is on disk; what cannot be a timing is left out."""
         try:
-            held = json.loads(self.path.read_text())
+            stored = json.loads(self.path.read_text())
         except (OSError, ValueError):
             return {}
-        return {key: value for key, value in held.items() if isinstance(value, int | float | list)} if isinstance(held, dict) else {}
+        return {key: value for key, value in stored.items() if isinstance(value, int | float | list)} if isinstance(stored, dict) else {}
 
     def save(self) -> None:
         """Write what is known; a folder that cannot be written costs only the next search its speed."""
@@ -133,8 +133,8 @@ class Table:
 
     def _arguments(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple, dict]:
         values = tensors((node.args, node.kwargs))
-        given = iter([_tensor(shape, value, self.device) for shape, value in zip(shapes, values, strict=True)])
-        args, kwargs = (replace(tree, lambda _: next(given)) for tree in (node.args, node.kwargs))
+        operands = iter([_tensor(shape, value, self.device) for shape, value in zip(shapes, values, strict=True)])
+        args, kwargs = (replace(tree, lambda _: next(operands)) for tree in (node.args, node.kwargs))
         if "device" in kwargs:
             kwargs["device"] = self.device
         return fitted(node, args), kwargs
@@ -153,18 +153,18 @@ class Table:
             return 0.0
 
 
-def _just_made(node: Node, given: list[torch.Tensor]) -> list[torch.Tensor]:
+def _just_made(node: Node, operands: list[torch.Tensor]) -> list[torch.Tensor]:
     """What another call has just made: the input of a product with a weight, else every operand."""
     product = node.product
     if product is None or not product.weight.value.zero:
-        return given
-    return [tensor for value, tensor in zip(node.held, given, strict=True) if value is product.input.value]
+        return operands
+    return [tensor for value, tensor in zip(node.held, operands, strict=True) if value is product.input.value]
 
 
 def shared(graph: Graph, runtime: str, threads: int | None) -> Table:
     """The one table of everything that is decided about a graph: two would time the same operations twice, and the next
     search would find only one of the two answers (and other alignments than this one)."""
-    device = next((held.device for held in tensors(graph.example, torch.Tensor)), torch.device("cpu"))
+    device = next((tensor.device for tensor in tensors(graph.example, torch.Tensor)), torch.device("cpu"))
     threads = threads or torch.get_num_threads()
     key = ("table", runtime, threads)
     if key not in graph.derived:
@@ -220,12 +220,12 @@ def fastest(call: Callable[[], Any], clock: Callable[[Callable, int], float], be
         call()
         once = max(clock(call, 1), 1e-7)
         repeats = 1 if between else max(1, int(0.0004 / once))
-        end, found = time.perf_counter() + budget, []
-        while len(found) < 4 or (len(found) < 12 and time.perf_counter() < end):
+        end, trials = time.perf_counter() + budget, []
+        while len(trials) < 4 or (len(trials) < 12 and time.perf_counter() < end):
             if between:
                 between()
-            found.append(clock(call, repeats))
-    return min(found)
+            trials.append(clock(call, repeats))
+    return min(trials)
 
 
 def computes(node: Node) -> bool:
@@ -318,9 +318,9 @@ def _sampled(node: Node, axes: list, forms: list[int], lengths: Lengths, align: 
 
 def _square(rows: list[list[float]]) -> Array:
     """(points, points), the last repeated; a narrower one never takes longer."""
-    found = np.array(rows)
-    found = found[np.ix_(*(np.minimum(np.arange(len(GRID)), n - 1) for n in found.shape))]
-    return np.maximum.accumulate(np.maximum.accumulate(found, axis=0), axis=1)
+    values = np.array(rows)
+    values = values[np.ix_(*(np.minimum(np.arange(len(GRID)), n - 1) for n in values.shape))]
+    return np.maximum.accumulate(np.maximum.accumulate(values, axis=0), axis=1)
 
 
 def _points(lengths: Lengths, form: int, align: int) -> list[int]:
@@ -330,8 +330,8 @@ def _points(lengths: Lengths, form: int, align: int) -> list[int]:
     if form in lengths.joint:
         full = len(lengths.joint[form])
     step = align if full >= 4 * align else 1
-    found = {max(int(low) + 1, min(full, max(step, round(share * full / step) * step))) for share in GRID[1:]}
-    return sorted({full, *found})
+    points = {max(int(low) + 1, min(full, max(step, round(share * full / step) * step))) for share in GRID[1:]}
+    return sorted({full, *points})
 
 
 def _padded(points: list[int]) -> list[float]:

@@ -42,9 +42,9 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in PLAIN:
         return value
-    found = memo.get(id(value), memo)
-    if found is not memo:
-        return found
+    known = memo.get(id(value), memo)
+    if known is not memo:
+        return known
     if kind is dict or kind is OrderedDict:
         twin = memo[id(value)] = kind()
         for key, item in value.items():
@@ -69,13 +69,13 @@ def _module(module: nn.Module, kind: type, memo: dict[int, Any]) -> nn.Module:
     state = module.__dict__.copy()
     state.pop("_compiled_call_impl", None)  # as nn.Module's own copying does
     for key, value in state.items():
-        own = type(value)
-        if own in PLAIN:
+        item_kind = type(value)
+        if item_kind in PLAIN:
             continue
         # Every module owns these containers, so that an empty one needs no note in the memo.
         if key in OWN and not value:
-            state[key] = own()
-        elif own is not tuple or not PLAIN.issuperset(map(type, value)):
+            state[key] = item_kind()
+        elif item_kind is not tuple or not PLAIN.issuperset(map(type, value)):
             state[key] = duplicate(value, memo)
     if kind.__setstate__ is nn.Module.__setstate__:
         twin.__dict__.update(state)

@@ -61,15 +61,15 @@ class Asked:
     def known(self, tensor: Any) -> Value | None:
         return self.recorder.values.get(id(tensor)) if isinstance(tensor, torch.Tensor) else None
 
-    def needs(self, given: Any, value: Value | None, kind: str, dim: int, at: int = 0) -> None:
+    def needs(self, size: Any, value: Value | None, kind: str, dim: int, at: int = 0) -> None:
         """A size that is given has to be what ``kind`` says of an axis."""
-        self.understood.add(id(given))
-        if not isinstance(given, int) or isinstance(given, bool) or given == -1 or value is None:
+        self.understood.add(id(size))
+        if not isinstance(size, int) or isinstance(size, bool) or size == -1 or value is None:
             return
         moves = any(field.shape[dim] > 1 for field in value.fields)
-        if moves or isinstance(given, Size):
+        if moves or isinstance(size, Size):
             need, until = Need(kind, value, dim % len(value.shape), at), len(self.recorder.nodes)
-            self.calls.append(Call(expression(given), need, self.name, self.module, self.recorder.line(), self.since, until))
+            self.calls.append(Call(expression(size), need, self.name, self.module, self.recorder.line(), self.since, until))
 
     def whole(self, value: Value | None, dim: int, text: str) -> None:
         """Leave an axis whole: no cut of it would mean the same to this call."""
@@ -91,18 +91,18 @@ class Asked:
                         if len(other):
                             self.recorder.labels.join(block[: len(other)], other)
 
-    def copies(self, given: Any, length: int, dim: int) -> None:
+    def copies(self, size: Any, length: int, dim: int) -> None:
         """A count of copies: the new length where one entry is copied; else it may not change."""
         if length == 1:
-            self.needs(given, self.out, "size", dim)
-            if isinstance(given, Size) and self.out and given.expr[0] == "dim":
-                _, source, along = given.expr
+            self.needs(size, self.out, "size", dim)
+            if isinstance(size, Size) and self.out and size.expr[0] == "dim":
+                _, source, along = size.expr
                 self.as_many(self.out, dim, source, along)
-        elif isinstance(given, Size) and self.recorder.labels.apart:
-            self.understood.add(id(given))
-            self.needs(given * length, self.out, "size", dim)
-        elif isinstance(given, Size):
-            self.needs(given, self.out, "count", dim, number(given))
+        elif isinstance(size, Size) and self.recorder.labels.apart:
+            self.understood.add(id(size))
+            self.needs(size * length, self.out, "size", dim)
+        elif isinstance(size, Size):
+            self.needs(size, self.out, "count", dim, number(size))
 
     def as_many(self, copies: Value, dim: int, source: Value, along: int) -> None:
         """As many copies as an axis has entries go with those entries."""
@@ -174,8 +174,8 @@ def _ints(items: Any) -> list:
 
 def _shape(asked: Asked, sizes: list) -> None:
     if asked.out:
-        for dim, given in enumerate(sizes[: len(asked.out.shape)]):
-            asked.needs(given, asked.out, "size", dim)
+        for dim, size in enumerate(sizes[: len(asked.out.shape)]):
+            asked.needs(size, asked.out, "size", dim)
 
 
 @reader("view", "reshape", "expand", "broadcast_to")
@@ -213,15 +213,15 @@ def _full_like(asked: Asked) -> None:
 def _repeat(asked: Asked) -> None:
     if asked.out and asked.args:
         counts = _ints(asked.args[1:] or [asked.kwargs.get("repeats", asked.kwargs.get("dims", ()))])
-        for back, given in enumerate(reversed(counts), 1):
-            asked.copies(given, asked.first.shape[-back] if back <= asked.first.ndim else 1, len(asked.out.shape) - back)
+        for back, count in enumerate(reversed(counts), 1):
+            asked.copies(count, asked.first.shape[-back] if back <= asked.first.ndim else 1, len(asked.out.shape) - back)
 
 
 @reader("repeat_interleave")
 def _repeat_interleave(asked: Asked) -> None:
     if asked.out:
-        given, dim = asked.argument(1, "repeats"), asked.argument(2, "dim")
-        asked.copies(given, asked.first.numel() if dim is None else asked.first.shape[dim], dim or 0)
+        count, dim = asked.argument(1, "repeats"), asked.argument(2, "dim")
+        asked.copies(count, asked.first.numel() if dim is None else asked.first.shape[dim], dim or 0)
 
 
 # -- parts of an axis ------------------------------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ def _split(asked: Asked) -> None:
             asked.needs(sizes, asked.known(part), "size", dim)
         _even(asked, dim)
     else:
-        for given, part in zip(sizes, asked.result, strict=False):
-            asked.needs(given, asked.known(part), "size", dim)
+        for size, part in zip(sizes, asked.result, strict=False):
+            asked.needs(size, asked.known(part), "size", dim)
 
 
 @reader("chunk")
@@ -365,17 +365,17 @@ def _pad(asked: Asked) -> None:
     if not asked.out:
         return
     amounts = asked.argument(1, "pad")
-    for index, given in enumerate(amounts):
+    for index, size in enumerate(amounts):
         dim = len(asked.out.shape) - 1 - index // 2
         side = "after" if index % 2 else "before"
-        if isinstance(given, int) and given < 0:  # so many are taken off
-            asked.understood.add(id(given))
-            asked.needs(-given, asked.known(asked.first), side, dim, number(-given))
+        if isinstance(size, int) and size < 0:  # so many are taken off
+            asked.understood.add(id(size))
+            asked.needs(-size, asked.known(asked.first), side, dim, number(-size))
             continue
-        asked.needs(given, asked.out, side, dim, number(given))
+        asked.needs(size, asked.out, side, dim, number(size))
         before = amounts[index - 1]
-        if index % 2 and type(given) is Size and type(before) is Size and given.expr == before.expr:
-            _both_ends(asked, asked.out, dim, number(given))
+        if index % 2 and type(size) is Size and type(before) is Size and size.expr == before.expr:
+            _both_ends(asked, asked.out, dim, number(size))
 
 
 def _both_ends(asked: Asked, padded: Value, dim: int, count: int) -> None:
@@ -422,8 +422,8 @@ def _convolution(asked: Asked) -> None:
 
 @reader("layer_norm")
 def _layer_norm(asked: Asked) -> None:
-    for back, given in enumerate(reversed(asked.argument(1, "normalized_shape"))):
-        asked.needs(given, asked.known(asked.first), "size", len(asked.first.shape) - 1 - back)
+    for back, size in enumerate(reversed(asked.argument(1, "normalized_shape"))):
+        asked.needs(size, asked.known(asked.first), "size", len(asked.first.shape) - 1 - back)
 
 
 @reader("scaled_dot_product_attention")

@@ -96,8 +96,8 @@ class Node:
     def products(self) -> tuple[Product, ...]:
         """What the call multiplies and adds up: one product for most, none for what is no product, two for attention."""
         if self._products is None:
-            found = self.rule if self.op.rule is not None else None
-            self._products = self.op.multiplies(found, self.args, self.kwargs, self.outs[0] if self.outs else None) if found else ()
+            rule = self.rule if self.op.rule is not None else None
+            self._products = self.op.multiplies(rule, self.args, self.kwargs, self.outs[0] if self.outs else None) if rule else ()
         return self._products
 
     @property

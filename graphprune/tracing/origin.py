@@ -41,5 +41,5 @@ def axis_of(leaf: Value, value: Value, axis: int) -> int | None:
         return alike[0] if len(alike) == 1 else None
     if len(here) > 1:
         return None
-    mine = [a for f in leaf.fields for a in [int(np.argmax(f.shape))] if np.isin(here[0], f).all()]
-    return mine[0] if len(mine) == 1 else None
+    axes = [a for f in leaf.fields for a in [int(np.argmax(f.shape))] if np.isin(here[0], f).all()]
+    return axes[0] if len(axes) == 1 else None

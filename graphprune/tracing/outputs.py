@@ -42,21 +42,21 @@ def items(result: Any) -> list[Item]:
 
     Raises :class:`~graphprune.errors.BadInput` for what cannot be looked into, or is endless.
     """
-    found: list[Item] = []
-    _walk(result, "", True, set(), found)
-    return found
+    collected: list[Item] = []
+    _walk(result, "", True, set(), collected)
+    return collected
 
 
-def _walk(tree: Any, path: str, plain: bool, seen: set[int], found: list[Item]) -> None:
+def _walk(tree: Any, path: str, plain: bool, seen: set[int], collected: list[Item]) -> None:
     """``plain``: whether the way here leads through containers alone; numbers in other objects are settings as often as results."""
     if isinstance(tree, torch.Tensor | np.ndarray):
-        found.append((path, tree))
+        collected.append((path, tree))
         return
     if isinstance(tree, SILENT):
         return
     if isinstance(tree, NUMBERS):
         if plain:
-            found.append((path, tree))
+            collected.append((path, tree))
         return
     if id(tree) in seen:
         return
@@ -67,9 +67,9 @@ def _walk(tree: Any, path: str, plain: bool, seen: set[int], found: list[Item]) 
         raise BadInput(f"the model returns a {kind}{f' (at {path})' if path else ''}, in which its outputs cannot be found; return tensors, or wrap the model")
     inside = plain and isinstance(tree, Iterable)
     for key, part in parts:
-        if len(found) > MANY:
+        if len(collected) > MANY:
             raise BadInput(f"the model returns more than {MANY} entries{f' (at {path})' if path else ''}; return tensors, or wrap the model")
-        _walk(part, f"{path}.{key}" if path else str(key), inside, seen, found)
+        _walk(part, f"{path}.{key}" if path else str(key), inside, seen, collected)
 
 
 def _parts(tree: Any) -> Iterable[tuple[Any, Any]] | None:
@@ -118,29 +118,29 @@ def handed_back(model: nn.Module, result: Any, args: tuple, kwargs: Mapping[str,
         names = list(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
         return frozenset()
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     parts = dict(_parts(result) or ())
     holders = (torch.Tensor, np.ndarray, list, tuple, Mapping, *NUMBERS, *SILENT)
-    return frozenset(str(key) for key, part in parts.items() if key in names and given.get(str(key)) is None and not isinstance(part, holders))
+    return frozenset(str(key) for key, part in parts.items() if key in names and arguments.get(str(key)) is None and not isinstance(part, holders))
 
 
-def selected(found: list[Item], selection: Selection) -> list[Item]:
+def selected(every: list[Item], selection: Selection) -> list[Item]:
     """The items that the user asks for: by a name (``"logits"``, ``"states.0"``), the index at the top, a predicate ``(path, tensor) -> bool``, or several.
 
     Raises :class:`~graphprune.errors.UnknownName` when one of them finds nothing.
     """
     if selection is None:
-        return found
+        return every
     wanted = list(selection) if isinstance(selection, list | tuple | set | frozenset) else [selection]
-    tops = list(dict.fromkeys(path.partition(".")[0] for path, _ in found))
+    tops = list(dict.fromkeys(path.partition(".")[0] for path, _ in every))
     chosen: set[int] = set()
     for one in wanted:
-        hits = {index for index, (path, item) in enumerate(found) if _meant(one, path, item, tops)}
+        hits = {index for index, (path, item) in enumerate(every) if _meant(one, path, item, tops)}
         if not hits:
-            paths = ", ".join(path or "the result itself" for path, _ in found[:20])
+            paths = ", ".join(path or "the result itself" for path, _ in every[:20])
             raise UnknownName(f"outputs={one!r} finds nothing in what the model returns; there are: {paths or 'no tensors'}")
         chosen |= hits
-    return [item for index, item in enumerate(found) if index in chosen]
+    return [item for index, item in enumerate(every) if index in chosen]
 
 
 def _meant(one: str | int | Callable, path: str, item: Any, tops: list[str]) -> bool:

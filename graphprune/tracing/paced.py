@@ -41,10 +41,10 @@ class Again:
 
     def until(self, value: Value) -> Any:
         """What is taken from the tensor of a watched value."""
-        held: list[Any] = []
+        results: list[Any] = []
 
         def see(_: Value, tensor: Tensor) -> None:
-            held.append(self.takes[id(value)][1](tensor))
+            results.append(self.takes[id(value)][1](tensor))
             raise _Stop
 
         try:
@@ -53,7 +53,7 @@ class Again:
                 self.model(*args, **kwargs)
         except _Stop:
             pass
-        return held[0]
+        return results[0]
 
     def close(self) -> None:
         """Nothing waits."""

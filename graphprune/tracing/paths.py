@@ -27,21 +27,21 @@ def following(modules: list[tuple[str, nn.Module]], stack: list[str]) -> Iterato
     """Keep ``stack`` at the paths of the modules that are running, the outermost first."""
     hooks, before = [], []
     for path, module in modules:
-        own = module.__dict__
-        if own.get("_forward_pre_hooks") or own.get("_forward_hooks"):
+        attributes = module.__dict__
+        if attributes.get("_forward_pre_hooks") or attributes.get("_forward_hooks"):
             hooks.append(module.register_forward_pre_hook(_push(stack, path), prepend=True))
             hooks.append(module.register_forward_hook(_pop(stack), always_call=True))
         else:
-            before.append((own, own.get("forward")))
-            own["forward"] = MethodType(_noted(stack, path, module.forward), module)
+            before.append((attributes, attributes.get("forward")))
+            attributes["forward"] = MethodType(_noted(stack, path, module.forward), module)
     try:
         yield
     finally:
-        for own, forward in before:
+        for attributes, forward in before:
             if forward is None:
-                del own["forward"]
+                del attributes["forward"]
             else:
-                own["forward"] = forward
+                attributes["forward"] = forward
         for hook in hooks:
             hook.remove()
 

@@ -21,10 +21,10 @@ def picked(args: tuple, numbers: dict[str, torch.Tensor]) -> tuple[Value, int, V
         x, dim, index = args
     else:
         x, indices = args
-        given = [i for i, item in enumerate(indices) if isinstance(item, Value)]
-        if len(given) != 1:
+        indexed = [i for i, item in enumerate(indices) if isinstance(item, Value)]
+        if len(indexed) != 1:
             return None
-        dim, index = given[0], indices[given[0]]
+        dim, index = indexed[0], indices[indexed[0]]
     dim %= max(len(x.shape), 1)
     if index.leaf not in numbers or len(index.shape) != 1 or index.shape[0] < 2 or not any(field.shape[dim] > 1 for field in x.fields):
         return None
@@ -34,22 +34,22 @@ def picked(args: tuple, numbers: dict[str, torch.Tensor]) -> tuple[Value, int, V
 def pick(labels: Labels, x: Value, dim: int, index: Value, numbers: torch.Tensor, reason: int) -> list[Fields]:
     """The fields of the result; ``numbers`` are the buffer's values, shape (picked,)."""
     order = numbers.detach().cpu().numpy()
-    own, held = index.fields[0].ravel(), []
+    flat, fields = index.fields[0].ravel(), []
     for field in x.fields:
         if field.shape[dim] > 1:
             field = field.take(order, axis=dim, mode="wrap")
             over = varying(field)
             if dim not in over:  # the same entry again and again
                 field = compact(field)
-                labels.lock(own, reason)
+                labels.lock(flat, reason)
             elif len(over) == 1:
-                labels.join(own, field.ravel())
+                labels.join(flat, field.ravel())
             else:
                 dense = field.reshape([field.shape[axis] for axis in over])
                 labels.joint(dense)
-                labels.join(own, labels.marginal(dense, (over.index(dim),)))
-        held.append(field)
-    return [tuple(held)]
+                labels.join(flat, labels.marginal(dense, (over.index(dim),)))
+        fields.append(field)
+    return [tuple(fields)]
 
 
 def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: list, leaves: dict[str, Value]) -> dict[str, tuple[Value, int]]:
@@ -57,7 +57,7 @@ def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: lis
     if not picks:
         return {}
     other = {v.leaf for node in nodes if not node.op.picks for v in node.held}
-    found = {}
+    numbered = {}
     for name, places in picks.items():
         (value, dim), *rest = places
         counted = [[field for field in v.fields if field.shape[d] > 1] for v, d in places]
@@ -69,8 +69,8 @@ def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: lis
             continue
         for fields in counted[1:]:
             labels.join(counted[0][0].ravel(), fields[0].ravel())
-        found[name] = (value, dim)
-    return found
+        numbered[name] = (value, dim)
+    return numbered
 
 
 def renumber(mask: np.ndarray) -> list[int]:

@@ -58,13 +58,13 @@ class _Watch(TorchFunctionMode):
             result = func(*args, **kwargs)
             if not floating(list(tensors(result, torch.Tensor))):
                 return result
-            return self.shown(result, [(i, value) for given, i, value in self.next(name) if not given])
+            return self.shown(result, [(i, value) for is_input, i, value in self.next(name) if not is_input])
         places = self.next(name)
         if not places:
             return func(*args, **kwargs)
-        args, kwargs = self.shown((args, kwargs), [(i, value) for given, i, value in places if given])
+        args, kwargs = self.shown((args, kwargs), [(i, value) for is_input, i, value in places if is_input])
         assert kwargs is not None
-        return self.shown(func(*args, **kwargs), [(i, value) for given, i, value in places if not given])
+        return self.shown(func(*args, **kwargs), [(i, value) for is_input, i, value in places if not is_input])
 
     def next(self, name: str) -> list[tuple[bool, int, Value]]:
         """What is watched at the next call of the example that works on activations, which has to be this one."""
@@ -77,12 +77,12 @@ class _Watch(TorchFunctionMode):
     def shown(self, tree: Any, watched: list[tuple[int, Value]]) -> Any:
         if not watched:
             return tree
-        found = list(tensors(tree, torch.Tensor))
+        seen_tensors = list(tensors(tree, torch.Tensor))
         swaps = {}
         for index, value in watched:
-            other = self.see(value, found[index])
+            other = self.see(value, seen_tensors[index])
             if other is not None:
-                swaps[id(found[index])] = other
+                swaps[id(seen_tensors[index])] = other
         return replace(tree, lambda tensor: swaps.get(id(tensor), tensor)) if swaps else tree
 
 
@@ -97,10 +97,10 @@ def watch(model: torch.nn.Module, graph: Graph, values: Iterable[Value], see: Se
     places: dict[int, list[tuple[bool, int, Value]]] = {}
     steps = [step for step in graph.steps if step.floats]
     for at, step in enumerate(steps):
-        for given, held in ((True, step.args), (False, step.results)):
-            for index, value in enumerate(held):
+        for is_input, values_of in ((True, step.args), (False, step.results)):
+            for index, value in enumerate(values_of):
                 if value is not None and wanted.pop(id(value), None) is not None:
-                    places.setdefault(at, []).append((given, index, value))
+                    places.setdefault(at, []).append((is_input, index, value))
     missing = next(iter(wanted.values()), None)
     if missing is not None:
         raise BadInput(f"a value of shape {missing.shape} passes no call of the model's own code and cannot be watched")

@@ -129,21 +129,21 @@ class Recorder(TorchDispatchMode):
         self.alive.clear()
 
     def value(self, tensor: Tensor) -> Value:
-        found = self.values.get(id(tensor))
-        if found is None:
+        value = self.values.get(id(tensor))
+        if value is None:
             name = self.names.get(id(tensor))
             if name:
                 return self.leaf(tensor, name)
             twin = self.twin(tensor)
             if twin is not None:  # a Parameter made of a result: the same memory, which no call shows
-                found = self.values[id(tensor)] = self.values[id(self.__torch_dispatch__(torch.ops.aten.alias.default, (), (twin,)))]
+                value = self.values[id(tensor)] = self.values[id(self.__torch_dispatch__(torch.ops.aten.alias.default, (), (twin,)))]
                 self.alive.append(tensor)
-                return found
-            found = Value(tuple(tensor.shape), leaf=f"<constant {len(self.leaves)}>")
-            self.leaves[found.leaf] = found
-            self.constants[found.leaf] = tensor
-            self.keep(tensor, found)
-        return found
+                return value
+            value = Value(tuple(tensor.shape), leaf=f"<constant {len(self.leaves)}>")
+            self.leaves[value.leaf] = value
+            self.constants[value.leaf] = tensor
+            self.keep(tensor, value)
+        return value
 
     def twin(self, tensor: Tensor) -> Tensor | None:
         """The last tensor of the run that is the same memory, seen the same way."""
@@ -195,9 +195,9 @@ class Recorder(TorchDispatchMode):
                 return given[0]
             if self.stale or False in meta:
                 args, kwargs = self.emptied(args, kwargs)
-            found = known.shape(*args, **kwargs) if known.shape is not None and False not in meta else None
-            if found is not None:
-                return found
+            shaped = known.shape(*args, **kwargs) if known.shape is not None and False not in meta else None
+            if shaped is not None:
+                return shaped
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": META}
         elif str(kwargs.get("device", "")) == "meta":
@@ -246,28 +246,22 @@ class Recorder(TorchDispatchMode):
         held: list[Value] = []
         seen = tuple(self.see(args, given, held))
         named = dict(zip(kwargs, self.see(kwargs.values(), given, held), strict=True)) if kwargs else kwargs
-        first = args[0] if args else None
         result = self.run(func, known, args, kwargs, given)
         results = [result] if isinstance(result, Tensor) else tensors(result, Tensor)
+        self.note(known, args, seen, named, given, held, results)
+        return result
+
+    def note(self, known: Known, args: tuple, seen: tuple, named: dict, given: list[Tensor], held: list[Value], results: list[Tensor]) -> None:
+        """Write a call down: what it was given (``args``; ``seen`` and ``named`` have values for tensors, ``given`` and ``held`` list both) and its results."""
         if not results:
             self.read.update(id(value) for value in held)
             if known.op.looks:
                 self.looked.append((self.stack[-1] if self.stack else "", self.line()))
-            return result
+            return
         first_lock = len(self.labels.locks)
         shapes = [tuple(t.shape) for t in results]
         module, where = (self.stack[-1] if self.stack else ""), self.place()
-        try:
-            outs, reduces = self.carry(known, seen, named, held, shapes, module, where)
-        except (GraphpruneError, ValueError, IndexError, KeyError, TypeError) as error:
-            if known.op.strict:
-                raise error if isinstance(error, BadRule) else BadRule(f"the rule of {known.op.name} does not fit: {error}") from error
-            outs, reduces = self.refuse(known.name, held, len(shapes), module, where, f"not understood: {error}")
-        if not _fits(shapes, outs):
-            if known.op.strict:
-                raise BadRule(f"the rule of {known.op.name} gives its results other shapes than {shapes}")
-            whole = [Value(s, f) for s, f in zip(shapes, outs, strict=True)]
-            outs, reduces = self.refuse(known.name, held + whole, len(shapes), module, where, "its rule does not fit")
+        outs, reduces = self.fields(known, seen, named, held, shapes, module, where)
         number = len(self.nodes)
         zero = known.zero and bool(held) and held[0].zero
         values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
@@ -275,6 +269,7 @@ class Recorder(TorchDispatchMode):
             for value, (choice, tally) in zip(values, self.numbering, strict=True):
                 value.numbers, value.tally = choice, tally
             self.numbering = []
+        first = args[0] if args else None
         for tensor, value in zip(results, values, strict=True):
             if tensor is first and known.op.writes:
                 value.zero = False
@@ -286,7 +281,21 @@ class Recorder(TorchDispatchMode):
         if self.amend is not None:
             self.amend(self, node, given, results)
         self.spans.append((first_lock, len(self.labels.locks)))
-        return result
+
+    def fields(self, known: Known, args: tuple, kwargs: dict, held: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
+        """What :meth:`carry` says; where the operation's own rule does not fit, its axes are locked, or it is an error if the rule is strict."""
+        try:
+            outs, reduces = self.carry(known, args, kwargs, held, shapes, module, where)
+        except (GraphpruneError, ValueError, IndexError, KeyError, TypeError) as error:
+            if known.op.strict:
+                raise error if isinstance(error, BadRule) else BadRule(f"the rule of {known.op.name} does not fit: {error}") from error
+            outs, reduces = self.refuse(known.name, held, len(shapes), module, where, f"not understood: {error}")
+        if _fits(shapes, outs):
+            return outs, reduces
+        if known.op.strict:
+            raise BadRule(f"the rule of {known.op.name} gives its results other shapes than {shapes}")
+        whole = [Value(s, f) for s, f in zip(shapes, outs, strict=True)]
+        return self.refuse(known.name, held + whole, len(shapes), module, where, "its rule does not fit")
 
     def carry(self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
         """The fields of the results of a call, and whether an axis is reduced."""
@@ -315,10 +324,10 @@ class Recorder(TorchDispatchMode):
         return op.assemble(self.labels, reason, shapes, *args, **kwargs), False
 
     def picked(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
-        found = picked(args, self.numbers)
-        if not found:
+        positions = picked(args, self.numbers)
+        if not positions:
             return self.ruled(op, args, kwargs, given, shapes, reason)
-        x, dim, index = found
+        x, dim, index = positions
         self.picks.setdefault(index.leaf, []).append((x, dim))
         outs = pick(self.labels, x, dim, index, self.numbers[index.leaf], reason)
         self.box(outs)
@@ -371,8 +380,8 @@ class Recorder(TorchDispatchMode):
         """Lock what an operation touches, and only that."""
         unknown = self.labels.reason(Reason(text, name, module, where, cure=cure))
         for value in given:
-            for held in value.fields:
-                self.labels.lock(held, unknown)
+            for array in value.fields:
+                self.labels.lock(array, unknown)
         return [()] * count, False
 
     def copies(self, before: Fields, moved: list[list], reason: int) -> list[list]:
@@ -394,10 +403,10 @@ class Recorder(TorchDispatchMode):
         """A part of length 1 names one position of an axis: that position stays."""
         if any(len(shape) != len(source.shape) for shape in shapes):
             return
-        for held, shape in zip(outs, shapes, strict=True):
+        for fields, shape in zip(outs, shapes, strict=True):
             if 0 in shape:
                 continue
-            for before, after in zip(source.fields, held, strict=True):
+            for before, after in zip(source.fields, fields, strict=True):
                 lost = [a for a, n in enumerate(shape) if n == 1 and before.shape[a] > 1 and after.shape[a] == 1]
                 if lost and not self.labels.is_repeated(before):  # over several axes: this position of one, the others may go as they like
                     dense = [a for a, n in enumerate(after.shape) if n > 1 or a in lost]
@@ -405,8 +414,8 @@ class Recorder(TorchDispatchMode):
                     self.labels.lock(self.labels.marginal(after.reshape([after.shape[a] for a in dense]), over).ravel(), reason)
 
     def box(self, outs: list[Fields]) -> None:
-        for held in outs:
-            for array in held:
+        for fields in outs:
+            for array in fields:
                 if max(array.shape) != array.size:  # more than one axis varies
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
 
@@ -439,8 +448,8 @@ def _cross(one: Array, two: Array) -> bool:
 
 def _fits(shapes: list, outs: list[Fields]) -> bool:
     """Whether every field has length 1 or the tensor's own along each axis."""
-    for size, held in zip(shapes, outs, strict=True):
-        for field in held:
+    for size, fields in zip(shapes, outs, strict=True):
+        for field in fields:
             if field.ndim != len(size):
                 return False
             for n, whole in zip(field.shape, size, strict=True):

@@ -21,9 +21,9 @@ from ..operations.labels import Array, Labels
 from ..operations.notation import Value
 from .node import Node
 from .outputs import items, selected
-from .record import META, Recorder
+from .record import META, Known, Recorder
 from .surroundings import undisturbed_surroundings
-from .trace import DATA, RUNNING, TENSOR, Functions, Graph, kind_of
+from .trace import DATA, RUNNING, Functions, Graph
 from .trees import PLAIN, leaf_tensors, replace, tensors
 from .unused import same_dice
 
@@ -56,16 +56,7 @@ class _Parted(BaseException):
 class _Calls(Functions):
     """Makes the calls as the recorded run made them, and gives out plain sizes."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        kind, name, step = kind_of(func)
-        body = self.bodies[func]
-        if body is not None:
-            with self:
-                return body(*args, **kwargs)
-        if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
+    def returned(self, kind: int, func: Any, name: str, args: tuple, kwargs: dict, result: Any, since: int) -> Any:
         if kind == DATA:
             self.recorder.values[id(args[0])] = self.recorder.value(args[1])
         return result
@@ -106,46 +97,34 @@ class Rehearsal(Recorder):
         node = self.graph.nodes[self.at]
         return Difference(self.at, text, self.watch is not None, ", ".join(part for part in (node.op.short, node.module, node.line) if part))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        known = self.known.get(id(func))
-        if known is None:
-            known = self.known[id(func)] = self.resolved(func)
-        if known.whole:
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        given: list[torch.Tensor] = []
-        held: list[Value] = []
-        seen = tuple(self.see(args, given, held))
-        named = dict(zip(kwargs, self.see(kwargs.values(), given, held), strict=True)) if kwargs else kwargs
-        result = self.run(func, known, args, kwargs, given)
-        results = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
+    def note(self, known: Known, args: tuple, seen: tuple, named: dict, given: list[torch.Tensor], held: list[Value], results: list[torch.Tensor]) -> None:
+        """Compare a call with the recorded one; its results are known as the recorded results."""
+        func = known.op.func
         if not results:
-            return result
+            return
         if func in SAME and (self.at >= len(self.graph.nodes) or self.graph.nodes[self.at].func is not func):
             self.keep(results[0], held[0])
-            return result
+            return
         node = self.expected(func, known.name, seen)
         if len(results) != len(node.outs):
             self.part(f"{node.func} has become {func}")
         self.compare(node, seen, named)
-        for tensor, value in zip(results, node.outs, strict=True):
-            if id(value) not in self.used:
-                continue
-            if any(length != self.length(value, dim) for dim, length in enumerate(tensor.shape)):
-                self.part(f"a result of shape {tuple(tensor.shape)}")
-        wrong = self.watch(node, results) if self.watch else ""
-        if wrong:
-            self.part(wrong)
+        self.judge(node, results)
         for tensor, value in zip(results, node.outs, strict=True):
             if args and tensor is args[0] and isinstance(node.args[0], Value) and id(node.args[0]) in self.copies:
                 self.copies[id(value)] = seen[0]  # written to in place: what was a part is all of it by now
             else:
                 self.keep(tensor, value)
         self.at += 1
-        return result
+
+    def judge(self, node: Node, results: list[torch.Tensor]) -> None:
+        """The results that are used have the lengths that stay, and nothing against them is said by who watches."""
+        for tensor, value in zip(results, node.outs, strict=True):
+            if id(value) in self.used and any(length != self.length(value, dim) for dim, length in enumerate(tensor.shape)):
+                self.part(f"a result of shape {tuple(tensor.shape)}")
+        wrong = self.watch(node, results) if self.watch else ""
+        if wrong:
+            self.part(wrong)
 
     def expected(self, func: Any, name: str, args: tuple) -> Node:
         """The recorded call that this one has to be; what is not needed for a shorter axis is passed over."""
@@ -206,10 +185,10 @@ class Rehearsal(Recorder):
         names = node.op.arguments
         if len(args) != len(node.args) or kwargs.keys() != node.kwargs.keys():
             self.part("other arguments")
-        for name, mine, other in zip(names, args, node.args, strict=False):
-            self.same(node, name, mine, other)
-        for name, mine in kwargs.items():
-            self.same(node, name, mine, node.kwargs[name])
+        for name, argument, other in zip(names, args, node.args, strict=False):
+            self.same(node, name, argument, other)
+        for name, argument in kwargs.items():
+            self.same(node, name, argument, node.kwargs[name])
 
     def entries(self, taken: Callable, node: Node, args: tuple) -> None:
         """A call that takes entries by their positions has to take the same ones as before."""
@@ -224,30 +203,33 @@ class Rehearsal(Recorder):
             if not np.array_equal(rank[before[alive]], after):
                 self.part(f"positions {list(args[1:])} instead of {list(node.args[1:])}")
 
-    def same(self, node: Node, name: str, mine: Any, other: Any) -> None:
-        if isinstance(mine, Value):
-            while mine is not other and isinstance(other, Value) and id(other) in self.copies:
-                other = self.copies[id(other)]
-            if mine is not other and not self.equal(mine, other):
+    def same(self, node: Node, name: str, argument: Any, recorded: Any) -> None:
+        if isinstance(argument, Value):
+            while argument is not recorded and isinstance(recorded, Value) and id(recorded) in self.copies:
+                recorded = self.copies[id(recorded)]
+            if argument is not recorded and not self.equal(argument, recorded):
                 self.part(f"another tensor for {name}")
-        elif type(mine) in PLAIN:
-            if type(mine) is float and type(other) is float and math.isnan(mine) and math.isnan(other):
-                return
-            if mine != other and name not in SHAPED and not self.follows(node, name, mine, other):
-                self.part(f"{name}={mine} instead of {other}")
-        elif isinstance(mine, list | tuple):
-            if not isinstance(other, list | tuple) or len(mine) != len(other):
+        elif type(argument) in PLAIN:
+            if not _alike(argument, recorded):
+                self.differs(node, name, argument, recorded)
+        elif isinstance(argument, list | tuple):
+            if not isinstance(recorded, list | tuple) or len(argument) != len(recorded):
                 self.part(f"another number of entries for {name}")
-            if all(type(item) is int for item in (*mine, *other)):
-                if list(mine) != list(other) and name not in SHAPED and not self.follows(node, name, mine, other):
-                    self.part(f"{name}={list(mine)} instead of {list(other)}")
+            if all(type(item) is int for item in (*argument, *recorded)):
+                if list(argument) != list(recorded):
+                    self.differs(node, name, list(argument), list(recorded))
                 return
-            for left, right in zip(mine, other, strict=True):
+            for left, right in zip(argument, recorded, strict=True):
                 self.same(node, name, left, right)
 
-    def equal(self, mine: Value, other: Any) -> bool:
+    def differs(self, node: Node, name: str, argument: Any, recorded: Any) -> None:
+        """Another number may be given where it says a shape, or still means the same entries."""
+        if name not in SHAPED and not self.follows(node, name, argument, recorded):
+            self.part(f"{name}={argument} instead of {recorded}")
+
+    def equal(self, value: Value, other: Any) -> bool:
         """Whether a constant that the code made holds what it held in the recorded run."""
-        tensor, constant = self.made.get(id(mine)), self.graph.constants.get(other.leaf) if isinstance(other, Value) else None
+        tensor, constant = self.made.get(id(value)), self.graph.constants.get(other.leaf) if isinstance(other, Value) else None
         if tensor is None or constant is None or tensor.shape != constant.shape or tensor.dtype != constant.dtype:
             return False
         if tensor.is_meta or constant.is_meta or not torch.equal(tensor, constant):
@@ -255,7 +237,7 @@ class Rehearsal(Recorder):
         self.values[id(tensor)] = other
         return True
 
-    def follows(self, node: Node, name: str, mine: Any, other: Any) -> bool:
+    def follows(self, node: Node, name: str, argument: Any, other: Any) -> bool:
         """Whether a number that changed still means the same entries, blocks or copies."""
         kind = node.op.short.rstrip("_")
         value = node.args[0]
@@ -264,11 +246,16 @@ class Rehearsal(Recorder):
         if name in ("groups", "group"):
             dim = 1 if len(value.shape) > 1 else 0
             blocks = self.kept(value, dim).reshape(other, -1).any(axis=1)
-            return int(blocks.sum()) == mine
+            return int(blocks.sum()) == argument
         if kind == "repeat" and name == "repeats":
             lead = len(other) - len(value.shape)
-            return all(a == b or i < lead or value.shape[i - lead] == 1 for i, (a, b) in enumerate(zip(mine, other, strict=True)))
+            return all(a == b or i < lead or value.shape[i - lead] == 1 for i, (a, b) in enumerate(zip(argument, other, strict=True)))
         return False
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equality, under which nan is nan."""
+    return one == other or (type(one) is float and type(other) is float and math.isnan(one) and math.isnan(other))
 
 
 def rehearse(graph: Graph, small: nn.Module, mask: Mask, real: bool = False, watch: Watch | None = None) -> Difference | None:
@@ -277,13 +264,14 @@ def rehearse(graph: Graph, small: nn.Module, mask: Mask, real: bool = False, wat
     ``mask`` gives the surviving positions along an axis of a recorded tensor, ``watch`` looks at the results of every call.
     """
     rehearsal = Rehearsal(graph, mask, real, watch)
+    away = False
     for name, _, _, tensor in leaf_tensors(small):
         rehearsal.keep(tensor, graph.leaves.get(name) or Value(tuple(tensor.shape), leaf=name))
+        away |= tensor.device.type not in ("cpu", "meta")
     swap = lambda t: t.detach().clone() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     args, kwargs = replace(graph.example[0], swap), replace(graph.example[1], swap)
     for tensor, value in zip(tensors((args, kwargs), torch.Tensor), graph.inputs, strict=True):
         rehearsal.keep(tensor, value)
-    away = any(tensor.device.type not in ("cpu", "meta") for *_, tensor in leaf_tensors(small))
     try:
         with RUNNING, same_dice(), ExitStack() as scopes:
             for scope in (torch.no_grad(), undisturbed_surroundings(small), rehearsal, _Calls(rehearsal, [], away, not away and not real)):

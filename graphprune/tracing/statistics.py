@@ -89,24 +89,24 @@ def _uses(nodes: Iterable[Node]) -> dict[int, list[Node]]:
 
 def _narrow(nodes: Iterable[Node]) -> set[int]:
     """The values (by id) that are a statistic over an axis that may be cut, or are computed from such ones entry by entry."""
-    found: set[int] = set()
+    narrow: set[int] = set()
     for node in nodes:
         if node.op.statistic and node.rule is not None:
             made = _over(node)
         else:
-            labelled = [value for value in node.held if value.fields or id(value) in found]
-            made = (node.op.pointwise or node.op.moves) and bool(labelled) and all(id(value) in found for value in labelled)
+            labelled = [value for value in node.held if value.fields or id(value) in narrow]
+            made = (node.op.pointwise or node.op.moves) and bool(labelled) and all(id(value) in narrow for value in labelled)
         if made:
-            found.update(map(id, node.outs))
-    return found
+            narrow.update(map(id, node.outs))
+    return narrow
 
 
-def _divides(value: Value, inverse: bool, uses: dict[int, list[Node]], narrow: set[int], left: int) -> bool:
+def _divides(value: Value, inverse: bool, uses: dict[int, list[Node]], narrow: set[int], steps: int) -> bool:
     """Whether all that a statistic is used for is to centre and to divide what has the axis."""
-    return left > 0 and all(_as_norm(node, value, inverse, uses, narrow, left) for node in uses[id(value)])
+    return steps > 0 and all(_as_norm(node, value, inverse, uses, narrow, steps) for node in uses[id(value)])
 
 
-def _as_norm(node: Node, value: Value, inverse: bool, uses: dict[int, list[Node]], narrow: set[int], left: int) -> bool:
+def _as_norm(node: Node, value: Value, inverse: bool, uses: dict[int, list[Node]], narrow: set[int], steps: int) -> bool:
     wide = [other for other in node.held if other is not value and other.fields and id(other) not in narrow]
     below = node.op.arithmetic == "div" and len(node.held) > 1 and node.held[1] is value
     if not wide:
@@ -114,18 +114,18 @@ def _as_norm(node: Node, value: Value, inverse: bool, uses: dict[int, list[Node]
             return False
         negative = node.op.zero == "first" and not node.op.arithmetic and any(number < 0 for number in _numbers(node))  # a power
         inverse ^= node.op.inverts or below or negative
-        return all(_divides(out, inverse, uses, narrow, left - 1) for out in node.outs)
+        return all(_divides(out, inverse, uses, narrow, steps - 1) for out in node.outs)
     if node.op.arithmetic == "sub":
         return _scaled(node.outs[0], uses, narrow, STEPS // 2)
     return below or (node.op.arithmetic == "mul" and inverse)
 
 
-def _scaled(value: Value, uses: dict[int, list[Node]], narrow: set[int], left: int) -> bool:
+def _scaled(value: Value, uses: dict[int, list[Node]], narrow: set[int], steps: int) -> bool:
     """Whether what was centred goes into a statistic of its own, or is divided by one."""
-    for node in uses[id(value)] if left else ():
+    for node in uses[id(value)] if steps else ():
         if node.op.statistic or any(id(other) in narrow for other in node.held if other is not value):
             return True
-        if (node.op.pointwise or node.op.moves) and any(_scaled(out, uses, narrow, left - 1) for out in node.outs):
+        if (node.op.pointwise or node.op.moves) and any(_scaled(out, uses, narrow, steps - 1) for out in node.outs):
             return True
     return False
 
@@ -176,8 +176,8 @@ class Zeros:
         operands = [(value, _named(value, axes)) for value, axes in zip(rule.operands, lefts, strict=True) if isinstance(value, Value)]
         bias = node.bias
         for name in _named(node.outs[0], rights[0]):
-            held = [(value, names) for value, names in operands if value is not bias]
-            if not any(self.known(value) and name in names for value, names in held):
+            factors = [(value, names) for value, names in operands if value is not bias]
+            if not any(self.known(value) and name in names for value, names in factors):
                 return False
             if bias is not None and not any(value is bias and self.known(value) and name in names for value, names in operands):
                 return False

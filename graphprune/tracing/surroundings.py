@@ -130,11 +130,11 @@ class _Kept:
         return True
 
     def module(self, module: nn.Module) -> None:
-        own = module.__dict__
+        attributes = module.__dict__
         for name in HOOKS:
-            for hook in own.get(name, {}).values():
+            for hook in attributes.get(name, {}).values():
                 self.callable(hook)
-        for name, item in own.items():
+        for name, item in attributes.items():
             kind = type(item)
             if isinstance(item, FunctionType | functools.partial):
                 self.callable(item)

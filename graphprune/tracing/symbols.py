@@ -125,14 +125,14 @@ def _repeat(module: nn.Module, key: str, values: Mapping[int, Value], uses: Uses
     axis = REPEATS[key]
     if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
         axis = 1 - axis
-    found = values.get(id(weight))
-    if found is not None and axis < len(found.shape) and found.shape[axis] == module.__dict__[key]:
-        module.__dict__[key] = Size(found.shape[axis], ("dim", found, axis), uses)
+    value = values.get(id(weight))
+    if value is not None and axis < len(value.shape) and value.shape[axis] == module.__dict__[key]:
+        module.__dict__[key] = Size(value.shape[axis], ("dim", value, axis), uses)
 
 
 def _bare(module: nn.Module) -> bool:
     """Whether a norm holds no tensor whose shape would tell its number of channels."""
-    return not any(tensor is not None and tensor.ndim for held in (module._parameters, module._buffers) for tensor in held.values())
+    return not any(tensor is not None and tensor.ndim for table in (module._parameters, module._buffers) for tensor in table.values())
 
 
 def channels_of_bare_norms(nodes: list, symbols: Mapping[tuple, int]) -> Iterator[Call]:
@@ -178,12 +178,7 @@ def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list[Wrong]]
             return length(Need("size", leaf[1], leaf[2]))
         return new.get(leaf[1], symbols.get(leaf[1], 0))
 
-    wanted = [(call.expr, length(call.need), call) for call in graph.calls]
-    for left, right in graph.equals:
-        for mine, other in ((left, right), (right, left)):
-            if mine[0] == "attr" and other[0] == "dim":
-                need = Need("size", other[1], other[2])
-                wanted.append((mine, length(need), Call(mine, need, "==", "", "")))
+    wanted = _wanted(graph, length)
     for expr, value, _ in wanted:
         if not isinstance(expr, int) and expr[0] == "attr":
             new.setdefault(expr[1], value)
@@ -198,14 +193,30 @@ def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list[Wrong]]
                 break
         else:
             del new[path]
-    old = _old(symbols)
+    return {path: value for path, value in new.items() if value != symbols[path]}, _unmet(graph, wanted, dims)
+
+
+def _wanted(graph: Any, length: Callable[[Need], int]) -> list[tuple[Expr, int, Call]]:
+    """The sizes that calls are given, and those of attributes that are compared with a length: what they have to be, and for which call."""
+    wanted = [(call.expr, length(call.need), call) for call in graph.calls]
+    for left, right in graph.equals:
+        for attribute, dim in ((left, right), (right, left)):
+            if attribute[0] == "attr" and dim[0] == "dim":
+                need = Need("size", dim[1], dim[2])
+                wanted.append((attribute, length(need), Call(attribute, need, "==", "", "")))
+    return wanted
+
+
+def _unmet(graph: Any, wanted: list[tuple[Expr, int, Call]], dims: Callable[[Expr], int]) -> list[Wrong]:
+    """What is not as it has to be where sizes are what ``dims`` says."""
+    old = _old(graph.symbols)
     wrong = [Wrong(call.need, expr, call) for expr, value, call in wanted if evaluate(expr, dims) != value]
     wrong += [Wrong(None, expr, None) for expr in graph.floats if evaluate(expr, dims) != evaluate(expr, old)]
     wrong += [Wrong(None, expr, None, at, where) for expr, at, where in graph.doubts if evaluate(expr, dims) != evaluate(expr, old)]
     for symbol, left, right, outcome, at, where in graph.outcomes:
         if COMPARISONS[symbol](evaluate(left, dims), evaluate(right, dims)) != outcome:
             wrong.append(Wrong(None, ("-", left, right), None, at, where))
-    return {path: value for path, value in new.items() if value != symbols[path]}, wrong
+    return wrong
 
 
 def _attrs(expr: Expr) -> list:

@@ -220,13 +220,22 @@ class Functions(TorchFunctionMode):
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
         since = len(self.recorder.nodes)
         result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
+        return self.returned(kind, func, name, args, kwargs, result, since)
+
+    def returned(self, kind: int, func: Any, name: str, args: tuple, kwargs: dict, result: Any, since: int) -> Any:
+        """The result of a call for the code that made it, once the sizes that it was given are noted."""
         if kind == PASS or kind == TENSOR:
             sizes = sizes_in(args, kwargs)
             if sizes:
                 self.recorder.uses.floats.extend([size.expr for size in sizes])
             return result
-        if kind == GET:
+        if kind == CALL:
+            calls_of(self.calls, self.recorder, name, args, kwargs, result, self.recorder.stack[-1] if self.recorder.stack else "", since)
             return result
+        return result if kind == GET else self.answered(kind, func, name, args, kwargs, result)
+
+    def answered(self, kind: int, func: Any, name: str, args: tuple, kwargs: dict, result: Any) -> Any:
+        """What the code is told that asks for a size, a device or values."""
         if kind == DEVICE:
             return ANSWERS[func.__self__] if self.home and args[0].is_meta else result  # code that asks takes the path that it takes with values
         if kind == SHAPE:
@@ -243,8 +252,6 @@ class Functions(TorchFunctionMode):
             self.leave(args[0], name)
         elif kind == DATA:
             self.recorder.values[id(args[0])] = self.recorder.value(args[1])
-        elif kind == CALL:
-            calls_of(self.calls, self.recorder, name, args, kwargs, result, self.recorder.stack[-1] if self.recorder.stack else "", since)
         return result
 
     def doubted(self, tensor: torch.Tensor, rank: int) -> None:
@@ -358,12 +365,12 @@ def _traced(model: nn.Module, asked: Examples) -> Graph:
     try:
         graph = run(model, asked, real=False)
         stale = any("[" in name for name in graph.unread)  # a cache that the run looked for under another device
-        return _other_ways(model, run(model, asked, real=True) if stale else graph, asked)
+        return run(model, asked, real=True) if stale else _other_ways(model, graph, asked)
     except (BadRule, UnknownName):
         raise
     except Exception as first:
         try:
-            return _other_ways(model, run(model, asked, real=True), asked)
+            return run(model, asked, real=True)
         except UnknownName:
             raise
         except Exception as error:
@@ -375,12 +382,11 @@ def _traced(model: nn.Module, asked: Examples) -> Graph:
 
 def _other_ways(model: nn.Module, graph: Graph, asked: Examples) -> Graph:
     """The graph, made again where the model has further ways that read sizes which this run did not."""
-    swap = lambda t: t.detach().clone() if graph.real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
-    further = ways(model, graph, lambda: shadow(model, graph.real)[0], swap)
+    further = ways(model, graph, lambda: shadow(model, real=False)[0], lambda t: t.detach().clone() if not t.is_floating_point() else t.detach().to(META))
     if not further:
         return graph
     try:
-        return run(model, replace_fields(asked, others=(*asked.others, *further)), real=graph.real)
+        return run(model, replace_fields(asked, others=(*asked.others, *further)), real=False)
     except Exception:  # a way that cannot be followed asks for nothing
         return graph
 

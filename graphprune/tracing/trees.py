@@ -21,35 +21,38 @@ HOLDERS = frozenset((list, tuple, dict))
 PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format})
 
 
+Leaf = tuple[str, nn.Module, str, torch.Tensor]  # qualified name, the module that holds it, its name there, the tensor
+
+
 def tensors(tree: Any, kind: type = Value) -> list[Any]:
     """All tensors (or values) in nested tuples, lists, dictionaries and dataclasses."""
-    found: list[Any] = []
-    _collect(tree, kind, found)
-    return found
+    collected: list[Any] = []
+    _collect(tree, kind, collected)
+    return collected
 
 
-def _collect(tree: Any, kind: type, found: list[Any]) -> None:
-    own = type(tree)
-    if own in PLAIN:
+def _collect(tree: Any, kind: type, collected: list[Any]) -> None:
+    holder = type(tree)
+    if holder in PLAIN:
         return
-    if own is tuple or own is list:
+    if holder is tuple or holder is list:
         for item in tree:
             if type(item) not in PLAIN:
                 if isinstance(item, kind):
-                    found.append(item)
+                    collected.append(item)
                 else:
-                    _collect(item, kind, found)
+                    _collect(item, kind, collected)
     elif isinstance(tree, kind):
-        found.append(tree)
+        collected.append(tree)
     elif isinstance(tree, (list, tuple, set)):  # noqa: UP038 (a union takes longer)
         for item in tree:
-            _collect(item, kind, found)
+            _collect(item, kind, collected)
     elif isinstance(tree, Mapping):
         for item in tree.values():
-            _collect(item, kind, found)
+            _collect(item, kind, collected)
     elif is_dataclass(tree) and not isinstance(tree, type):
         for entry in fields(tree):
-            _collect(getattr(tree, entry.name, None), kind, found)
+            _collect(getattr(tree, entry.name, None), kind, collected)
 
 
 def replace(tree: Any, swap: Any) -> Any:
@@ -75,33 +78,33 @@ def is_parameter(tensor: torch.Tensor) -> bool:
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module once, with its path: ``list(model.named_modules())`` in one walk."""
-    found: list[tuple[str, nn.Module]] = []
-    _walk(model, "", set(), found)
-    return found
+    walked: list[tuple[str, nn.Module]] = []
+    _walk(model, "", set(), walked)
+    return walked
 
 
-def _walk(module: nn.Module, path: str, seen: set[int], found: list[tuple[str, nn.Module]]) -> None:
+def _walk(module: nn.Module, path: str, seen: set[int], walked: list[tuple[str, nn.Module]]) -> None:
     # A function inside another that calls itself would be a circle, and keep all modules until the next garbage collection.
     seen.add(id(module))
-    found.append((path, module))
+    walked.append((path, module))
     for name, child in module.__dict__["_modules"].items():
         if child is not None and id(child) not in seen:
-            _walk(child, f"{path}.{name}" if path else name, seen, found)
+            _walk(child, f"{path}.{name}" if path else name, seen, walked)
 
 
-def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+def leaf_tensors(model: nn.Module) -> Iterator[Leaf]:
     """Every tensor a model holds, by qualified name: parameters, buffers, plain attributes, and those in lists and dictionaries.
 
     The last have a name with brackets, ``"attn.cache[cpu]"``; a fresh model may lack them.
     """
     for prefix, module in modules_of(model):
         dot = f"{prefix}." if prefix else ""
-        own = module.__dict__
-        for held in (own["_parameters"], own["_buffers"]):
-            for name, tensor in held.items():
+        attributes = module.__dict__
+        for table in (attributes["_parameters"], attributes["_buffers"]):
+            for name, tensor in table.items():
                 if tensor is not None:
                     yield dot + name, module, name, tensor
-        for name, value in list(own.items()):
+        for name, value in list(attributes.items()):
             if name in EVERY:
                 continue
             kind = type(value)
@@ -109,12 +112,12 @@ def leaf_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.
                 continue
             if kind in HOLDERS:
                 if value and name[0] != "_" and (kind is dict or type(value[0]) not in PLAIN):
-                    yield from [(dot + path, module, path, inner) for path, inner in _held(value, name)]
+                    yield from [(dot + path, module, path, inner) for path, inner in _inside(value, name)]
             elif isinstance(value, torch.Tensor):
                 yield dot + name, module, name, value
 
 
-def _held(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _inside(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in nested lists, tuples and dictionaries (caches), but for parameters, which belong to a module."""
     if type(holder) is not dict and type(holder[0]) in PLAIN:
         return
@@ -125,7 +128,7 @@ def _held(holder: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(item, torch.Tensor) and not isinstance(item, nn.Parameter):
             yield f"{path}[{key}]", item
         elif type(item) in HOLDERS and item:
-            yield from _held(item, f"{path}[{key}]")
+            yield from _inside(item, f"{path}[{key}]")
 
 
 def check_scope() -> None:

@@ -27,13 +27,13 @@ from .surroundings import foreign, methods, named
 def forget(recorder: Recorder, outputs: list[Value]) -> None:
     """Take back the locks of calls that reach no output and that run whatever the sizes."""
     wanted = {id(value) for value in outputs} | recorder.read
-    held: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for node, (start, end) in zip(reversed(recorder.nodes), reversed(recorder.spans), strict=True):
         if node.op.writes or any(id(value) in wanted for value in node.outs):
             wanted.update(map(id, node.held))
         elif end > start and node.op.any_size is not None and node.op.any_size(*node.args, **node.kwargs):
-            held.append((start, end))
-    for start, end in held:  # from the last to the first
+            spans.append((start, end))
+    for start, end in spans:  # from the last to the first
         del recorder.labels.locks[start:end]
 
 
@@ -68,12 +68,12 @@ def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any, state: f
     kept, spans, recorder.nodes, recorder.spans = recorder.nodes, recorder.spans, [], []
     try:
         with same_dice():
-            found = [item for item in items(call()) if item[0].partition(".")[0] not in state]
+            returned = [item for item in items(call()) if item[0].partition(".")[0] not in state]
             try:
-                found = selected(found, outputs)
+                returned = selected(returned, outputs)
             except UnknownName:  # another result than that of the example: all of it matters
                 pass
-            return [recorder.value(item) for _, item in found if isinstance(item, torch.Tensor)]
+            return [recorder.value(item) for _, item in returned if isinstance(item, torch.Tensor)]
     finally:
         for node in recorder.nodes:
             for value in node.outs:

@@ -29,14 +29,14 @@ from .kind import of_groups
 @of_groups("hidden", "the residual stream: what branches read and add to, in all layers at once")
 def hidden(groups: Groups) -> set[int]:
     graph = groups.graph
-    found: set[int] = set()
+    indices: set[int] = set()
     for node in graph.nodes:
         if node.op.arithmetic != "add" or not node.outs:
             continue
         terms = [value for value in tensors((node.args, node.kwargs)) if value.shape == node.outs[0].shape]
         if len(terms) == 2 and any(made_from(graph, one, other) for one, other in (terms, terms[::-1])):
-            found |= {index for dim in range(len(node.outs[0].shape)) for index in groups.along(node.outs[0], dim)}
-    return found
+            indices |= {index for dim in range(len(node.outs[0].shape)) for index in groups.along(node.outs[0], dim)}
+    return indices
 
 
 def made_from(graph: Graph, value: Value, origin: Value) -> bool:
@@ -61,8 +61,8 @@ def _arguments(graph: Graph, value: Value) -> list[Value]:
 
 def recurrent(groups: Groups) -> Mapping[int, bool]:
     """Whether a weight of a group reads what it makes: both its axes are of the group."""
-    found = {}
+    recurrence = {}
     for group in groups:
         leaves = [name for name, _ in group.places]
-        found[group.index] = len(set(leaves)) < len(leaves)
-    return found
+        recurrence[group.index] = len(set(leaves)) < len(leaves)
+    return recurrence

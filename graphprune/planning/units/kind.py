@@ -31,12 +31,12 @@ class Kind:
     def groups(self, groups: Groups) -> set[int]:
         """The numbers of the groups of this kind; raises :class:`~graphprune.errors.BadOption` where a function of somebody else's returns no such numbers."""
         try:
-            found = {int(index) for index in self.find(groups)}
+            indices = {int(index) for index in self.find(groups)}
         except (TypeError, ValueError) as error:
             raise BadOption(f"the granularity {self.name!r} has to return numbers of groups (group.index): {error}") from error
-        if found and not 0 <= min(found) <= max(found) < len(groups):
-            raise BadOption(f"the granularity {self.name!r} returned {sorted(found)}; groups are numbered from 0 to {len(groups) - 1}")
-        return found
+        if indices and not 0 <= min(indices) <= max(indices) < len(groups):
+            raise BadOption(f"the granularity {self.name!r} returned {sorted(indices)}; groups are numbered from 0 to {len(groups) - 1}")
+        return indices
 
 
 def of_groups(name: str, line: str, *, role: bool = True, apart: bool = False, locks: Locks | None = None) -> Callable[[Find], Find]:
@@ -66,9 +66,9 @@ def kind(name: str) -> Kind | None:
 
 def roles(groups: Groups) -> Mapping[int, str]:
     """What every group is, by its number: the first kind that claims it, and channels where none does."""
-    found: dict[int, str] = {}
+    names_of: dict[int, str] = {}
     for name in names("granularity"):
         known = kind(name)
         if known is not None and known.role:
-            found |= {index: name for index in known.groups(groups) if index not in found}
-    return {index: found.get(index, CHANNELS) for index in range(len(groups))}
+            names_of |= {index: name for index in known.groups(groups) if index not in names_of}
+    return {index: names_of.get(index, CHANNELS) for index in range(len(groups))}

@@ -23,10 +23,10 @@ MATRIX = 2  # axes of a matrix
 def mlp(groups: Groups) -> set[int]:
     leaves, state = groups.graph.leaves, recurrent(groups)
     others = {*hidden(groups), *attended(groups)}
-    found = set()
-    for group, mine in zip(groups, links(groups), strict=True):
-        weights = [(link.role, len(leaves[link.leaf].shape)) for link in mine if len(leaves[link.leaf].shape) >= MATRIX]
+    indices = set()
+    for group, group_links in zip(groups, links(groups), strict=True):
+        weights = [(link.role, len(leaves[link.leaf].shape)) for link in group_links if len(leaves[link.leaf].shape) >= MATRIX]
         both = {role for role, _ in weights} >= {"produces", "consumes"}
         if both and all(axes == MATRIX for _, axes in weights) and not state[group.index] and group.index not in others:
-            found.add(group.index)
-    return found
+            indices.add(group.index)
+    return indices

@@ -1,4 +1,4 @@
-"""With inputs to learn from, what loses least: :func:`settled` tries a few scores and scopes, repairs each, and keeps the best on inputs kept out.
+"""``score="auto"``: :func:`with_score` tries a few scores and scopes, repairs each, and takes the one that loses least on inputs kept out.
 
 No score is the best everywhere: the one that is made for repair wins on most convolutional networks and language models, plain norms under allocated
 widths on some, so they are compared by what counts, the distance of the outputs after the repair. The list is short, goes from the one that wins most
@@ -16,7 +16,7 @@ from torch import nn
 from .cutting.apply import apply
 from .errors import BadTarget, GraphpruneError, NothingToPrune, warn
 from .options import Repair
-from .planning.planner import decide
+from .planning.planner import Planner
 from .planning.request import Request
 from .repair import closed, repair
 from .repair.calibration import parts
@@ -30,7 +30,7 @@ BAD = 0.5  # … and above which little of the function is left
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Choice:
     """A score and the scope under which it is ranked (None: the one that was asked for)."""
 
     score: str
@@ -40,15 +40,15 @@ class Recipe:
         return self.score if self.scope is None else f"{self.score}, {self.scope}"
 
 
-BUDGETS = (Recipe("effect", "global"), Recipe("l2", "allocated"), Recipe("wanda_sp", "global"))
-RATIOS = (Recipe("effect", None), Recipe("wanda_sp", None), Recipe("l2", None))
+BUDGETS = (Choice("effect", "global"), Choice("l2", "allocated"), Choice("wanda_sp", "global"))
+RATIOS = (Choice("effect", None), Choice("wanda_sp", None), Choice("l2", None))
 
 
-def settled(graph: Graph, model: nn.Module, request: Request, asked: Repair | None) -> Request:
-    """The request with a score: where "auto" is asked for, that of the recipe whose repaired model is nearest to the original.
+def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair | None, planner: Planner) -> Request:
+    """The request with a score: where "auto" is asked for, that of the choice whose repaired model is nearest to the original.
 
-    Scores that read inputs and were given none read those of the repair. Raises what :func:`~graphprune.planning.planner.decide` raises, and
-    :class:`~graphprune.errors.BadTarget` when no recipe meets what is asked.
+    Scores that read inputs and were given none read those of the repair. Raises what the ``planner`` raises, and
+    :class:`~graphprune.errors.BadTarget` when no choice meets what is asked.
     """
     batches = None if asked is None else asked.batches
     if request.score != AUTO:
@@ -57,37 +57,37 @@ def settled(graph: Graph, model: nn.Module, request: Request, asked: Repair | No
         return replace(request, score="l2")
     fits, checks = parts(list(batches), asked.spare)
     facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": False}
-    trials: list[tuple[float, Recipe]] = []
+    trials: list[tuple[float, Choice]] = []
     failed: GraphpruneError = BadTarget("no score could be computed")
-    for recipe in _recipes(request):
+    for choice in _choices(request):
         try:
-            plan = decide(graph, model, _by(recipe, request, batches))
+            plan = planner(graph, model, _by(choice, request, batches))
         except NothingToPrune:
             raise
         except GraphpruneError as error:
             failed = error
             continue
         small = repair(apply(model, plan), model, plan, fits, _closed(asked), graph=graph, **facts)
-        trials.append((_distance(model, small, checks or fits), recipe))
+        trials.append((_distance(model, small, checks or fits), choice))
         if trials[-1][0] < CLEAR:
             break
     if not trials:
         raise failed
     trials.sort(key=lambda trial: trial[0])
-    error, recipe = trials[0]
+    error, choice = trials[0]
     if error > BAD:
         lost = f"{error:.0%} of the outputs' variance is lost on inputs kept out, after the repair"
         warn(f"at this target little of the function is left: {lost}; train, or ask for less")
     others = "".join(f"; {other}: {loss:.1%}" for loss, other in trials[1:])
-    note = f"note: chose {recipe}: {error:.1%} of the outputs' variance lost on inputs kept out, after the repair{others}"
-    return replace(_by(recipe, request, batches), notes=(*request.notes, note))
+    note = f"note: chose {choice}: {error:.1%} of the outputs' variance lost on inputs kept out, after the repair{others}"
+    return replace(_by(choice, request, batches), notes=(*request.notes, note))
 
 
-def _by(recipe: Recipe, request: Request, batches: object) -> Request:
-    return _with_data(replace(request, score=recipe.score, scope=recipe.scope or request.scope), batches)
+def _by(choice: Choice, request: Request, batches: object) -> Request:
+    return _with_data(replace(request, score=choice.score, scope=choice.scope or request.scope), batches)
 
 
-def _recipes(request: Request) -> Iterator[Recipe]:
+def _choices(request: Request) -> Iterator[Choice]:
     """What is tried: under a budget the scope is free unless it was asked for; a ratio is that of every group."""
     if request.aims.any and not request.scope_given:
         yield from BUDGETS
@@ -104,7 +104,7 @@ def _with_data(request: Request, batches: object) -> Request:
 
 
 def _closed(asked: Repair) -> tuple[str, ...] | str:
-    """The closed forms among the steps: gradient steps take minutes, and come once the recipe is chosen."""
+    """The closed forms among the steps: gradient steps take minutes, and come once the score is chosen."""
     steps = (asked.steps,) if isinstance(asked.steps, str) else tuple(asked.steps)
     return tuple(step for step in steps if step == "auto" or step in closed.STEPS) or "auto"
 

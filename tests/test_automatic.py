@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune import recipe
+from graphprune import automatic
 from graphprune.errors import LessThanAsked
 
 F64 = torch.float64
@@ -33,19 +33,19 @@ def lost(net, small, batches):
 
 
 @pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.3}])
-def test_no_recipe_of_the_list_loses_less_than_the_one_chosen(target):
+def test_no_choice_of_the_list_loses_less_than_the_one_chosen(target):
     net, batches = trained()
     before = copy.deepcopy(net.state_dict())
     small, plan = graphprune.shrink(net, batches[0][:1], repair=batches, return_plan=True, **target)
     note = next(line for line in plan.notes if line.startswith("note: chose"))
     fits, checks = batches[:-2], batches[-2:]
     losses = {}
-    for each in recipe.BUDGETS:
+    for each in automatic.BUDGETS:
         score = each.score if each.score == "l2" else getattr(graphprune.scores, each.score).on(batches)
         cut, made = graphprune.shrink(net, batches[0][:1], score=score, scope=each.scope, return_plan=True, **target)
         losses[str(each)] = lost(net, graphprune.repair(cut, net, made, fits, progress=False), checks)
     chosen = min(losses, key=losses.__getitem__)
-    assert f"chose {chosen}:" in note or losses[note.split("chose ")[1].split(":")[0]] < recipe.CLEAR
+    assert f"chose {chosen}:" in note or losses[note.split("chose ")[1].split(":")[0]] < automatic.CLEAR
     assert max(losses.values()) > min(losses.values())  # there was something to choose
     assert lost(net, small, checks) < 1.5 * min(losses.values())
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
