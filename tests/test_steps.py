@@ -178,7 +178,7 @@ def test_the_options_are_listed_once():
     assert list(inspect.signature(graphprune.plan).parameters) == [*first, *PlanOptions.__annotations__]
     assert list(inspect.signature(graphprune.shrink).parameters) == [*first, "return_plan", *ShrinkOptions.__annotations__]
     for function in (graphprune.plan, graphprune.shrink):
-        with pytest.raises(BadOption, match="nearest is 'speedup'"):
+        with pytest.raises(BadOption, match="nearest is speedup="):
             function(nn.Linear(2, 2), torch.zeros(1, 2), spedup=2)
     with pytest.raises(BadOption, match="no option 'inplace'"):
         graphprune.plan(nn.Linear(2, 2), torch.zeros(1, 2), inplace=True)
