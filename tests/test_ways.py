@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune
+from graphprune.planning import widths
 from graphprune.tracing import trace as tracing
 
 X = torch.randn(2, 3, 6, 6, dtype=torch.float64)
@@ -124,17 +125,41 @@ def test_the_other_way_of_the_cut_model_computes_the_same(kind, nested, width, b
     torch.testing.assert_close(otherwise(small), wanted)
 
 
+def switch_off(monkeypatch, *parts):
+    """Without the ways, or without what follows sizes that no run read (most of these models need one of the two)."""
+    if "ways" in parts:
+        monkeypatch.setattr(tracing, "ways", lambda *_: ())
+    if "unread" in parts:
+        monkeypatch.setattr(widths, "unread_sizes", lambda *_: ({}, []))
+
+
 @pytest.mark.parametrize("kind", WAYS)
-def test_nothing_less_goes_and_without_the_ways_the_other_one_fails(kind, monkeypatch):
+@pytest.mark.parametrize("off", [(), ("unread",)])
+def test_nothing_less_goes(kind, off, monkeypatch):
+    switch_off(monkeypatch, *off)
     small = graphprune.shrink(built(kind, True), X, 0.5)
     wanted = small(X)
     assert small.first.enter.out_channels == 12
     torch.testing.assert_close(otherwise(small), wanted)
-    monkeypatch.setattr(tracing, "ways", lambda *_: ())
-    stale = graphprune.shrink(built(kind, True), X, 0.5)  # control
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_without_both_the_other_one_fails(kind, monkeypatch):
+    switch_off(monkeypatch, "ways", "unread")
+    stale = graphprune.shrink(built(kind, True), X, 0.5)
+    wanted = stale(X)
     assert stale.first.enter.out_channels == 12
     with pytest.raises((RuntimeError, AssertionError)):
         torch.testing.assert_close(otherwise(stale), wanted)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WAYS if kind is not Listed])  # no run reads its list: the ways alone know of that
+def test_without_the_ways_sizes_that_no_run_read_follow_their_axes(kind, monkeypatch):
+    switch_off(monkeypatch, "ways")
+    small, plan = graphprune.shrink(built(kind, True), X, 0.5, return_plan=True)
+    wanted = small(X)
+    assert small.first.enter.out_channels == 12 and "follow their axes: first.width" in " ".join(plan.notes)
+    torch.testing.assert_close(otherwise(small), wanted)
 
 
 class Other(Base):
