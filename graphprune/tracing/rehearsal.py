@@ -31,6 +31,7 @@ from .unused import same_dice
 SHAPED = frozenset("size sizes self_size input_size input_sizes split_size split_sizes normalized_shape N C HxW output_size".split())
 CLONE, SLICE = torch.ops.aten.clone.default, torch.ops.aten.slice.Tensor
 VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default))
+BLOCKS = frozenset(("group", "groups"))  # numbers of equal blocks that an axis is taken apart into
 SAME = frozenset((CLONE, torch.ops.aten.alias.default))
 Mask = Callable[[Value, int], Array]  # the surviving positions along an axis of a tensor of the recorded run
 Watch = Callable[[Node, list[torch.Tensor]], str]  # what is wrong with the results of a call, if anything
@@ -210,7 +211,7 @@ class Rehearsal(Recorder):
             if argument is not recorded and not self.equal(argument, recorded):
                 self.part(f"another tensor for {name}")
         elif type(argument) in PLAIN:
-            if not _alike(argument, recorded):
+            if not _alike(argument, recorded) or name in BLOCKS:
                 self.differs(node, name, argument, recorded)
         elif isinstance(argument, list | tuple):
             if not isinstance(recorded, list | tuple) or len(argument) != len(recorded):
@@ -243,8 +244,10 @@ class Rehearsal(Recorder):
         value = node.args[0]
         if not isinstance(value, Value) or not value.shape:
             return False
-        if name in ("groups", "group"):
+        if name in BLOCKS:  # the same number, too, is another one where whole blocks are gone
             dim = 1 if len(value.shape) > 1 else 0
+            if not self.moves(value, dim):
+                return argument == other
             blocks = self.kept(value, dim).reshape(other, -1).any(axis=1)
             return int(blocks.sum()) == argument
         if kind == "repeat" and name == "repeats":
