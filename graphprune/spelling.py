@@ -99,7 +99,8 @@ def _unknown(function: str, name: str, known: list[str]) -> str:
     near = nearest(name, known)
     words = ELSEWHERE.get(name.lower())
     if words is None:
-        words = f"{', '.join(f'{each}=' for each in near)}" if near else ", ".join(f"{each}=" for each in known[2:])
+        listed = sorted(known[2:], key="return_plan".__eq__)  # how the result comes back is said last
+        words = f"{', '.join(f'{each}=' for each in near)}" if near else ", ".join(f"{each}=" for each in listed)
         return f"{function} has no option {name!r}; {('the nearest is ' if len(near) == 1 else 'the nearest are ') if near else 'there are '}{words}"
     return f"{function} has no option {name!r}; write {words}"
 

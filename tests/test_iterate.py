@@ -129,6 +129,10 @@ def test_ranked_together_the_total_is_reached(scope):
     assert abs(units(run(train=lambda *_: None, steps=4, scope=scope).model) - units(graphprune.shrink(net, X[:1], 0.5, scope=scope))) <= 1
 
 
+def never(*_):
+    pytest.fail("a finished run calls nothing")
+
+
 def test_the_result_belongs_to_the_original(tmp_path):
     net, before = network(), bits(network())
     done = run(tmp_path)
@@ -136,7 +140,7 @@ def test_the_result_belongs_to_the_original(tmp_path):
     graphprune.save(done.model, tmp_path / "mine")
     assert bits(graphprune.load(tmp_path / "mine", base=net)) == bits(done.model)
     assert [row.round for row in done.history.rows] == [0, 1, 2, 3] and "3 rounds" in done.reason
-    again = run(tmp_path, train=None, evaluate=None)  # finished: nothing is called
+    again = run(tmp_path, train=never, evaluate=never)  # finished: nothing is called
     assert bits(again.model) == bits(done.model) and again.history == done.history and again.plan == done.plan
     assert bits(run(seed=1).model) != bits(done.model)  # control: the seed matters
 
@@ -245,7 +249,7 @@ def test_killed_at_random_points(tmp_path):
         folder = tmp_path / str(seed)
         done = subprocess.run([sys.executable, "-c", KILLED, str(folder), here, str(seed)], check=True, capture_output=True, text=True)
         total += np.array([int(count) for count in done.stdout.split()])
-        resumed = run(folder, train=None, evaluate=None, optimizer=factory)
+        resumed = run(folder, train=never, evaluate=never, optimizer=factory)
         assert bits(resumed.model) == bits(whole.model) and resumed.history == whole.history
     assert (total >= 1).all() and total.sum() >= 10, total
 

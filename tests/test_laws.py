@@ -85,6 +85,7 @@ RULE_CALLS = {
     "_softmax": (X3, 1, False), "_log_softmax": (X3, 1, False), "_safe_softmax": (X3, 1), "softmax": (X3, 1), "log_softmax": (X3, 1),
     "mm": (real(3, 4), real(4, 5)), "bmm": (real(2, 3, 4), real(2, 4, 5)), "_grouped_mm": (ROWS, real(2, 8, 8).float(), ENDS),
     "mv": (real(3, 4), B), "dot": (B, real(4) * 2), "vdot": (B, real(4) * 2), "addmm": (real(5), real(3, 4), real(4, 5)),
+    "segment_reduce": (real(6, 4), "sum", torch.tensor([1, 3, 2])), "_sparse_addmm": (real(3, 5), real(3, 4).to_sparse(), real(4, 5)),
     "baddbmm": (real(2, 3, 5), real(2, 3, 4), real(2, 4, 5)), "linear": (real(2, 3, 4), real(5, 4), real(5)),
     "_trilinear": (real(2, 4), real(3, 4, 5), real(2, 5), [1, 3], [0], [1, 2], [2, 3]),
     "convolution": (X4, real(6, 2, 3, 3), real(6), [1, 1], [1, 1], [1, 1], False, [0, 0], 2),
@@ -173,7 +174,15 @@ def test_rule(name):
         return
     assert name in RULE_CALLS, f"no law is tested for the rule of {name}: give it an example"
     args = RULE_CALLS[name]
-    check_call(name, operation(name), RULES[name](*valued(args)), args)
+    check_call(name, by_keyword(name, operation(name)), by_keyword(name, RULES[name])(*valued(args)), args)
+
+
+KEYWORDS = {"segment_reduce": ("lengths",)}  # the last arguments of an example, where they have to be given by name
+
+
+def by_keyword(name, function):
+    keys = KEYWORDS.get(name, ())
+    return lambda *args: function(*args[: len(args) - len(keys)], **dict(zip(keys, args[len(args) - len(keys) :], strict=True)))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -329,7 +338,8 @@ def check_assembled(name, function, parts, args, call=None):
 FACTORY = {"zeros": ([4, 5],), "ones": ([4, 5],), "full": ([4, 5], 2.0), "empty": ([4, 5],), "rand": ([4, 5],), "randn": ([4, 5],),
            "empty_permuted": ([4, 5], [1, 0]), "empty_strided": ([4, 5], [5, 1])}  # fmt: skip
 FACTORY |= {f"new_{name}": FACTORY[name] for name in ("zeros", "ones", "full", "empty", "empty_strided")}
-PACKED = "_pack_padded_sequence"  # has a test of its own
+PACKED = "_pack_padded_sequence"
+OWN = {PACKED, "masked_scatter"}  # have tests of their own
 ASSEMBLE_CALLS = {
     "expand": ([(2, 1, 4)], ([3, 2, 5, 4],)), "repeat": ([(2, 1, 4)], ([3, 2, 5, 1],)), "select": ([(2, 6, 4)], (1, 2)), "unbind": ([(2, 3, 4)], (1,)),
     "stack": ([(2, 3), (2, 3)], (1,)), "cat": ([(2, 3), (2, 5)], (1,)), "concatenate": ([(2, 3), (2, 5)], (-1,)),
@@ -350,7 +360,27 @@ def test_packing_sequences():
     assert parts.is_locked(times.ravel()).all() and not parts.is_locked(features.ravel()).any()
 
 
-@pytest.mark.parametrize("name", sorted(set(ASSEMBLE) - {PACKED}))
+@pytest.mark.parametrize("rows", [True, False])
+def test_scattering_where_a_mask_is_set(rows):
+    """Every entry of the result carries the label of what it was copied from; features stay apart where whole rows are written, and are locked elsewhere."""
+    labels = Labels()
+    x, source, where = (labels.fresh(count).reshape(shape) for count, shape in ((4, (1, 4)), (4, (1, 4)), (4, (1, 4))))
+    places = labels.fresh(3).reshape(3, 1)
+    mask = torch.tensor([[True], [False], [True]]).expand(3, 4) if rows else torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 0, 0]]).bool()
+    wide = lambda field, shape: torch.from_numpy(np.broadcast_to(field, shape).astype(np.int64).copy())  # noqa: E731
+    result = aten.masked_scatter(wide(x, (3, 4)), mask, wide(source, (2, 4)) if rows else wide(source, (3, 4))).numpy()
+    given = Value((3, 1) if rows else (3, 4), (places,) if rows else (places, where))
+    (fields,) = ASSEMBLE["masked_scatter"](labels, labels.reason(None), [(3, 4)], Value((3, 4), (x,)), given, Value((2 if rows else 3, 4), (source,)))
+    parts = labels.partition()
+    roots = [np.broadcast_to(parts.find(field.ravel()).reshape(field.shape), (3, 4)) for field in fields if field.ndim == 2]
+    wanted = parts.find(result.ravel().astype(np.int32)).reshape(3, 4)
+    locked = parts.is_locked(result.ravel()).reshape(3, 4)
+    assert (np.any([root == wanted for root in roots], axis=0) | locked).all()
+    assert parts.is_locked(x.ravel()).any() != rows and parts.is_locked(source.ravel()).all() != rows
+    assert len(np.unique(parts.find(x.ravel()))) == 4 or not rows
+
+
+@pytest.mark.parametrize("name", sorted(set(ASSEMBLE) - OWN))
 def test_assembling(name):
     if name in FACTORY:
         args = FACTORY[name]
@@ -402,6 +432,6 @@ def test_picking_by_a_buffer():
 
 
 def test_the_tables_above_name_only_what_there_is():
-    assert set(RULE_CALLS) | set(SAME) == set(RULES) and set(ASSEMBLE_CALLS) | set(FACTORY) | {PACKED} == set(ASSEMBLE)
+    assert set(RULE_CALLS) | set(SAME) == set(RULES) and set(ASSEMBLE_CALLS) | set(FACTORY) | OWN == set(ASSEMBLE)
     assert set(MOVE_CALLS) | set(TWO) | MADE <= set(MOVES)
     assert all(re.search("->", text) for text in PLANTED.values())

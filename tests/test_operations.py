@@ -35,6 +35,9 @@ WORDS = frozenset(
 ARGUED = {
     "tracing/trace.py": ({"scaled_dot_product_attention"}, "calls of the Python code, not operations"),
     "tracing/features.py": ({"linear"}, "calls of the Python code, not operations"),
+    "granularity/spec.py": ({"embedding"}, "what other tools call the axis of the residual stream"),
+    "spelling.py": ({"minimum"}, "what other tools call an option"),
+    "planning/unread.py": ({"split", "split_with_sizes"}, "calls of the Python code, not operations"),
     "tracing/sizes.py": ({"add", "sub", "mul"}, "methods of integers that remember their expression"),
 }
 KINDS = frozenset(("arithmetic", "statistic", "zero"))  # facts of a record whose values are called like operations

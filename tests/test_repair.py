@@ -605,7 +605,7 @@ def test_a_handful_of_samples_does_no_harm(count):
         ([torch.zeros(2, 1, 9, 9)], "does not fit the model: AssertionError: images of 8"),
         ([torch.randn(4, 1, 8, 8), torch.randn(4, 1, 9, 9)], "does not fit the model: AssertionError: images of 8"),
         ([(torch.randn(4, 1, 8, 8), torch.zeros(4), torch.zeros(4))], "longer tuples and dicts go to forward as they are"),
-        (torch.zeros(2, 1, 8, 8), r"one Tensor was given, write \[x\]"),
+        (torch.zeros(2, 1, 8, 8), r"it is a Tensor: write repair=\[batch\]"),
         ([], "calibration is empty"),
     ],
 )

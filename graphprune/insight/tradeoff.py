@@ -144,14 +144,14 @@ def tradeoff(
         try:
             plan = study.plan(1 - share) if by == "ratio" else study.plan(None, {by: share})
         except BadTarget as error:
-            missed.append(f"{by} {share:.0%}: {str(error).splitlines()[0]}")
+            missed.append(f"{by} {100 * share:g}%: {str(error).splitlines()[0]}")
             continue
         outline = plan.outline
         assert outline is not None  # plans of widths have one
         small = study.cut(plan)
         note_plan(small, plan)
         small, plan = after_cut(small, model, plan, repairs, study.graph)
-        point = Point(share, *outline.after, study.value(evaluate, small, f"the model at {by} {share:.0%}"), plan=plan)
+        point = Point(share, *outline.after, study.value(evaluate, small, f"the model at {by} {100 * share:g}%"), plan=plan)
         if measure:
             timing = measured(small, example_input, model, example_kwargs=example_kwargs, runtime=clock.name, threads=clock.threads, seconds=seconds)
             point = replace(point, seconds=timing.seconds, speedup=timing.speedup, band=timing.band)

@@ -14,7 +14,7 @@ import ast
 import inspect
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,7 +32,7 @@ from ..tracing.surroundings import foreign
 from ..tracing.trace import Graph
 from ..wording import folded
 
-PARTS = frozenset(("split", "chunk", "split_with_sizes", "tensor_split", "narrow", "slice", "__getitem__"))  # functions, and operations of the run
+PARTS = frozenset(("split", "chunk", "split_with_sizes", "tensor_split", "narrow", "__getitem__"))  # calls of the Python code that take parts of an axis
 Pairs = Callable[[Value], Iterator[tuple[int, int]]]
 Lengths = dict[str, dict[int, set[int]]]  # of every module: what became of the axes of some length
 _READS: WeakKeyDictionary[type, dict[str, tuple[bool, frozenset[str]]]] = WeakKeyDictionary()
@@ -45,7 +45,7 @@ def unread_sizes(graph: Graph, model: nn.Module, groups: Groups, kept: Kept) -> 
     if not unread:
         return {}, []
     lengths = partial(_became, Survivors(groups, kept), graph.marks.features(groups.root))
-    own, parts, inside = _activations(graph, lengths), _activations(graph, lengths, PARTS), _tensors(graph, lengths)
+    own, parts, inside = _activations(graph, lengths), _activations(graph, lengths, parts=True), _tensors(graph, lengths)
     edits: dict[tuple, int] = {}
     stale: list[str] = []
     for path, value in unread:
@@ -73,11 +73,11 @@ def _used(graph: Graph) -> Iterator[tuple]:
         yield from (leaf[1] for leaf in leaves(expr) if leaf[0] == "attr")
 
 
-def _activations(graph: Graph, lengths: Pairs, names: Iterable[str] = ()) -> Lengths:
-    """By module, what became of the axes of the results of its own calls (of those with one of these names)."""
+def _activations(graph: Graph, lengths: Pairs, parts: bool = False) -> Lengths:
+    """By module, what became of the axes of the results of its own calls (``parts``: of those that take parts of an axis)."""
     became: Lengths = defaultdict(lambda: defaultdict(set))
     for node in graph.nodes:
-        if not names or node.op.short in names:
+        if node.op.part or not parts:
             for value in node.outs:
                 _add(became[node.module], value, lengths)
     return became
