@@ -1,5 +1,7 @@
 """Depth: what goes is really gone, the result is the original with that contribution skipped, and scores are the written ones."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from zoo_support import declare_operators
 
 import graphprune
 from graphprune.cutting.passthrough import Passthrough
-from graphprune.errors import BadLoss, BadPlan, BadScore, NeedsBatches, NothingToPrune, UnknownName
+from graphprune.cutting.verify import check
+from graphprune.errors import BadLoss, BadPlan, BadScore, NeedsBatches, NotEqual, NothingToPrune, UnknownName
 from graphprune.granularity.blocks import Modules
 from graphprune.granularity.depth import scores_of
 
@@ -328,3 +331,26 @@ def test_removed_modules_cannot_be_expanded():
     rest, gone = graphprune.expand(small, partial=True), removed(small)[0]
     assert set(model.state_dict()) - set(rest) == {name for name in model.state_dict() if name.startswith(f"{gone}.")}
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in rest.items())
+
+
+@pytest.mark.parametrize("what", ["layers", ("mlp", "layers")])
+@pytest.mark.parametrize("scale", [1.0, -2.0])
+def test_examples_that_are_functions_hold_where_blocks_are_gone(what, scale):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Wide() for _ in range(4)), nn.Linear(8, 3)).eval()
+    x = torch.randn(4, 8)
+    small, plan = graphprune.shrink(model, x, 0.5, what=what, examples=[lambda each: each(scale * x[:2])], return_plan=True)
+    assert any(part.kind == "skip" for part in plan.parts)
+    with pytest.raises(NotEqual):  # control: another model is seen by that example alone
+        broken = copy.deepcopy(small)
+        broken.register_forward_pre_hook(lambda _, args: (args[0] * (1 if len(args[0]) > 2 else 1.1),))
+        check(graphprune.trace(model, x, examples=[lambda each: each(scale * x[:2])]), model, broken, plan)
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())

@@ -21,7 +21,7 @@ from ..tracing.trees import check_scope, inner_modules, leaf_tensors, modules_of
 from ..tracing.unused import same_dice
 from .plan import Plan
 from .sampled import Parted, Sampled, smaller
-from .zeroed import outcome, reading, walk
+from .zeroed import answer, outcome, reading
 
 SUSPECT, LASTING = 1e-5, 1e-3  # from here on a difference in float32 is looked at in float64, where rounding leaves less than this share of it
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # largest relative difference; of shorter numbers 5e-2
@@ -109,7 +109,7 @@ def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, exam
         raise NotEqual(_failed(error)) from error
     with torch.no_grad(), same_dice():
         if callable(example):
-            wanted = _mattering(walk(model, plan, replace_fields(graph.asked, example=example, outputs=None, others=())), graph)
+            wanted = _mattering(answer(model, plan, replace_fields(graph.asked, example=example, outputs=None, others=())), graph)
         else:
             wanted = outcome(model, plan, graph, *example)
     if not found and not wanted:

@@ -81,6 +81,11 @@ def walk(model: nn.Module, plan: Plan, asked: Examples, training: bool = False) 
     return results
 
 
+def answer(model: nn.Module, plan: Plan, asked: Examples) -> list[Item]:
+    """What the zeroed original returns for an example that is a function of the model."""
+    return _settled(model, plan, asked, training=False) if plan.parts else walk(model, plan, asked)
+
+
 def _finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.layout is not torch.strided:
         return True
@@ -125,7 +130,8 @@ def _settled(model: nn.Module, plan: Plan, asked: Examples, training: bool) -> l
     left = {name: {axis: kept for axis, kept in axes.items() if axis < 2 or name not in taps} for name, axes in plan.cuts.items()}
     left = {name: axes for name, axes in left.items() if axes}
     if left:
-        return outcome(twin, Plan(left, plan.shapes, gains=plan.gains), asked, *asked.example, training=training)
+        rest = Plan(left, plan.shapes, gains=plan.gains)
+        return walk(twin, rest, asked, training) if callable(asked.example) else outcome(twin, rest, asked, *asked.example, training=training)
     with torch.no_grad():
         _, call = next(asked.called(twin, lambda tensor: tensor.detach().clone()))
         return [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in selected(items(call()), asked.outputs)]
