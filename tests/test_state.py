@@ -75,15 +75,32 @@ def test_a_watch_leaves_the_overrides_of_others_alone(function):
         assert all(vars(nn.functional)[name] is check for name, check in checks.items())
 
 
-def test_what_torch_is_while_a_model_runs():
+class Remembering(Block):
+    def __init__(self, between):
+        super().__init__(between)
+        self.memory = nn.LSTM(4, 4)
+
+    def forward(self, x):
+        return self.memory(super().forward(x))[0]
+
+
+@pytest.mark.parametrize("kind", [Block, Remembering])
+def test_what_torch_is_while_a_model_runs(kind):
     def between(module, h):
         during.put((nn.Module.__call__, nn.functional.has_torch_function_unary, torch.backends.mha.get_fastpath_enabled(), gc.isenabled()))
-        during.put((torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()))
+        during.put(
+            (
+                torch.backends.mkldnn.enabled,
+                torch.backends.cuda.flash_sdp_enabled(),
+                torch.backends.cuda.mem_efficient_sdp_enabled(),
+                torch.backends.cudnn.enabled,
+            )
+        )
         return h * float(h.sum() > -1e9)
 
     during = queue.SimpleQueue()  # a list would be as it was after the runs
     between(None, X)
-    graphprune.shrink(Block(between), X)
+    graphprune.shrink(kind(between), X)
     during = [during.get() for _ in range(during.qsize())]
     assert len(during) >= 6 and all(state == during[i % 2] for i, state in enumerate(during))
 

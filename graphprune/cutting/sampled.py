@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..operations import Operation, resolve
 from ..tracing.bodies import Bodies
 from ..tracing.copies import duplicate
-from ..tracing.fused import gathered, spelled_out
+from ..tracing.fused import gathered, recurrent
 from ..tracing.node import Node
 from ..tracing.trace import DIRECT, FUSED, RECURRENT, Graph
 from ..tracing.trees import is_parameter, leaf_tensors, replace, tensors
@@ -39,7 +39,6 @@ RUNNING = ("running_mean", "running_var")  # a batch norm in training mode write
 LEAVING: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__, Tensor.share_memory_))
 COPIES = frozenset((torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default))
 PRODUCTS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.bmm.default))
-ATTENTION = FUSED - RECURRENT
 NUMBER, LIFTED = torch.ops.aten.scalar_tensor.default, torch.ops.aten.lift_fresh.default
 
 
@@ -147,7 +146,7 @@ def longer(tensor: torch.Tensor, long: bool) -> torch.Tensor:
 def _run(twin: nn.Module, sample: tuple, mode: _Followed, bodies: Bodies) -> Any:
     args, kwargs = (replace(part, lambda tensor: longer(tensor.detach().clone(), mode.long)) for part in sample)
     with ExitStack() as scopes:
-        for scope in (spelled_out(twin), mode, _Functions(bodies)):
+        for scope in (mode, _Functions(bodies)):
             scopes.enter_context(scope)
         result = twin(*args, **kwargs)
     left = [node for node in mode.nodes[mode.at :] if not _looks(node.op)]
@@ -180,8 +179,9 @@ class _Functions(TorchFunctionMode):
             raise Parted(f"{func} gives memory away")
         body = self.bodies[func]
         if body is None:
-            if getattr(func, "__name__", "") in ATTENTION:
-                with sdpa_kernel(SDPBackend.MATH):  # for this call alone: the model's own code finds torch as it is
+            name = getattr(func, "__name__", "")
+            if name in FUSED:  # spelled out for this call alone: the model's own code finds torch as it is
+                with recurrent() if name in RECURRENT else sdpa_kernel(SDPBackend.MATH):
                     return func(*args, **(kwargs or {}))
             return DIRECT.get(func, func)(*args, **(kwargs or {}))
         with self:

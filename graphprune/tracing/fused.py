@@ -19,8 +19,14 @@ def spelled_out(model: nn.Module) -> Iterator[None]:
     """Recurrent layers run as the products that they are made of: the fused kernels have no gradient in evaluation mode (cuDNN), and nobody counts them."""
     with ExitStack() as scopes:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            scopes.enter_context(torch.backends.cudnn.flags(enabled=False))
-            scopes.enter_context(unfused())
+            scopes.enter_context(recurrent())
+        yield
+
+
+@contextmanager
+def recurrent() -> Iterator[None]:
+    """Without the fused kernels of recurrent layers."""
+    with torch.backends.cudnn.flags(enabled=False), unfused():
         yield
 
 
