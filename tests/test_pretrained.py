@@ -26,7 +26,7 @@ WIDTHS = {
     "gpt2": {"n_embd": 16, "n_head": 4, "n_layer": 3},
     "opt": {"hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 4, "word_embed_proj_dim": 16},
     "phi3": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
-    "gpt_neox": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4},
+    "gpt_neox": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2},  # whole heads go: those that stay fill hidden_size
     "qwen3_moe": {"hidden_size": 16, "moe_intermediate_size": 12, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
     "mixtral": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4},
     "bert": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4},
