@@ -82,11 +82,13 @@ def ids(rows: int = 2, length: int = 10) -> torch.Tensor:
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A model of a family, and what to call it with."""
+def build(name: str, layers: int | None = None) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model of a family, and what to call it with; of ``layers``, where its configuration has one number of them."""
     import transformers
 
     kind, numbers = FAMILIES[name]
+    if layers is not None:
+        numbers = {key: layers if key in ("num_hidden_layers", "n_layer") else value for key, value in numbers.items()}
     make: Callable = getattr(transformers, kind)
     torch.manual_seed(0)
     model = make(make.config_class(**numbers)).eval()

@@ -17,10 +17,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
+from graphprune.repair import imitation
 from graphprune.scores.data import brought
 
 F64 = torch.float64
 GPU = DEVICE.type == "cuda"  # the pretended one has no autocast, no clock and no memory that safetensors could read
+
+
+@pytest.fixture
+def few_passes(monkeypatch):
+    """Gradient steps are the same ones in each pass; the pretended device takes a second for a few."""
+    if not GPU:
+        monkeypatch.setattr(imitation, "PASSES", 6)
+        monkeypatch.setattr(imitation, "TRIAL", 1)
 
 
 def there(value):
@@ -132,7 +141,7 @@ def test_scores_with_gradients_of_recurrent_layers(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("steps", ["auto", "data-free", "variance", "bias", "bn", "censored", "distill", "mimic", ("auto", "mimic")])
-def test_repairs_are_equal(name, steps):
+def test_repairs_are_equal(name, steps, few_passes):
     net = NETWORKS[name]()
     small, plan = graphprune.shrink(net, X[:1], 0.5, return_plan=True)
     graph = graphprune.trace(net, X[:1]) if steps == "data-free" else None
@@ -148,7 +157,7 @@ def test_repairs_are_equal(name, steps):
         near(mine(there(X)), here(X), 1e-5)
 
 
-def test_calibration_is_taken_in_shrink_and_reported():
+def test_calibration_is_taken_in_shrink_and_reported(few_passes):
     net = moved(NETWORKS["convolutions"]()).float()
     shown = [there(x).float() for x in SHOWN]
     small = graphprune.shrink(net, shown[0][:1], 0.5, calibration=shown, repair=("auto", "mimic"), criterion="effect", batches=shown)
