@@ -1,12 +1,14 @@
 """What can be asked for by name: scores, units, targets, repairs and runtimes, each a record with one line and the function that does it.
 
 A file that offers something enters it where it is defined; :func:`register` does the same from outside, and :func:`available` lists all of them.
+Who reads the catalogue first, loads these files (:func:`_loaded`): nothing is loaded with the package itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from .errors import BadOption, UnknownName
@@ -29,6 +31,16 @@ class Entry:
 
 _ENTRIES: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 _MAKERS: dict[str, Callable[..., Any]] = {}
+
+
+_LOADING: list[bool] = []
+
+
+def _loaded() -> None:
+    """Load the files that offer something, once. They may read the catalogue while they are loaded; it is then as far as it is."""
+    if not _LOADING:
+        _LOADING.append(True)
+        import_module(f"{__package__}.shrink")
 
 
 def enter(kind: str, name: str, line: str, function: Callable | None = None, **facts: Any) -> Entry:
@@ -61,6 +73,7 @@ def register(kind: str, name: str, line: str, function: Callable | None = None, 
     'a plain call of the model'
     >>> forget("runtime", "mine")
     """
+    _loaded()
     if kind not in _MAKERS:
         raise UnknownName(f"no kind {kind!r} to register; there are {', '.join(sorted(_MAKERS))}")
     if not isinstance(name, str) or not name or ":" in name or not isinstance(line, str) or not line or "\n" in line:
@@ -83,6 +96,7 @@ def forget(kind: str, name: str) -> None:
 
 def names(kind: str) -> list[str]:
     """The names of one kind, in the order in which they were entered."""
+    _loaded()
     return list(_ENTRIES[kind])
 
 
@@ -94,6 +108,7 @@ def entry(kind: str, name: str) -> Entry:
     'nothing at all'
     >>> forget("repair", "polish")
     """
+    _loaded()
     found = _ENTRIES[kind].get(name)
     if found is None:
         near = nearest(name, _ENTRIES[kind], 1)
@@ -107,6 +122,7 @@ def available() -> dict[str, dict[str, str]]:
     >>> available()["target"]["speedup"]
     'how many times faster, measured'
     """
+    _loaded()
     return {kind: {name: found.line for name, found in entries.items()} for kind, entries in _ENTRIES.items()}
 
 

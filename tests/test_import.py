@@ -32,6 +32,23 @@ def test_a_cut_loads_nothing_heavy():
     assert not {name for name in loaded if name.startswith(("graphprune.commands", "graphprune.insight", "graphprune.loop"))}
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "graphprune.Runtime('compile', threads=1)",
+        "from graphprune.options import Runtime; Runtime('onnxruntime')",
+        "assert all(len(found) > 3 for found in graphprune.available().values()), graphprune.available()",
+        "graphprune.register('runtime', 'mine', 'of my own', lambda *_: None); assert {'mine', 'eager'} <= set(graphprune.available()['runtime'])",
+        "from graphprune.catalogue import entry; assert entry('score', 'l2').line",
+        "import graphprune.catalogue, graphprune.repair; assert 'l2' in graphprune.available()['score']",
+    ],
+)
+def test_what_can_be_asked_for_by_name_is_there_from_the_first_call(first):
+    new_modules(f"import graphprune\n{first}")
+    with pytest.raises(subprocess.CalledProcessError):  # control
+        new_modules("from graphprune.catalogue import _ENTRIES; assert _ENTRIES['score']")
+
+
 def imports() -> dict[str, str]:
     """Of the names that type checkers see: where each comes from."""
     tree = ast.parse(Path(graphprune.__file__).read_text())
