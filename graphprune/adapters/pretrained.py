@@ -9,11 +9,8 @@ Unit(files=('bias',), names=('bias',))
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import BadFile, BadInput, BadModel
+from ..formats.huggingface import quiet
 from ..tracing.trees import leaf_tensors
 from ..wording import several
 
@@ -54,7 +52,7 @@ def hollow(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         hint = "a folder with config.json and safetensors files is expected; or give model=, on the meta device"
         raise BadModel(f"{file} cannot be read ({error}): {hint}") from error
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             model = _diffusers(folder, tree) if diffuser else _transformers(folder, tree, trust_remote_code)
     except ImportError as error:
         raise BadModel(f"the library that {folder} was saved by cannot be imported: {error}") from error
@@ -251,16 +249,3 @@ def _matches(pattern: str, name: str) -> bool:
     import re
 
     return re.search(pattern, name) is not None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What a library says while a model is built without weights is not for the user."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -267,7 +267,7 @@ def _builder(model: nn.Module, bare: bool = False) -> Callable[[Tree], nn.Module
     config = model.config
 
     def build(tree: Tree) -> nn.Module:
-        with _quiet(), torch.random.fork_rng(devices=[]), _Unfilled() if bare else torch.device("meta"):
+        with quiet(), torch.random.fork_rng(devices=[]), _Unfilled() if bare else torch.device("meta"):
             if isinstance(config, Mapping):
                 return kind.from_config(tree)
             return kind(_object(config, tree))
@@ -296,8 +296,8 @@ class _Unfilled(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What a class says about numbers that are only tried is not for the user."""
+def quiet() -> Iterator[None]:
+    """What a library says while a model is built on trial, or without weights, is not for the user."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -364,7 +364,7 @@ def loaded(model: nn.Module, tree: Tree) -> nn.Module:
     state = model.state_dict() | {name: buffers[name] for name in buffers.keys() & model.state_dict().keys()}
     again.load_state_dict(state, assign=True)
     if any(tensor.is_meta for *_, tensor in leaf_tensors(again)):
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             again = kind.from_config(tree) if isinstance(model.config, Mapping) else kind(_object(model.config, tree))
         again.load_state_dict(state, assign=True)
     return again.to(device).eval()
