@@ -27,8 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def macs(model: nn.Module, *args: Any, **kwargs: Any) -> int:
-    """Multiply-accumulates of one call by torch's own counter, which knows nothing of graphprune."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """Multiply-accumulates of one call by torch's own counter, which knows nothing of graphprune; without oneDNN, whose recurrent layers it passes over."""
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     return counter.get_total_flops() // 2
 
