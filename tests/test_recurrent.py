@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_s
 
 import graphprune
 from graphprune.errors import BadScore
+from judge import emptied
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 X = torch.randn(4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -172,3 +173,61 @@ def test_weights_inside_recurrent_layers_are_repaired():
     small = graphprune.shrink(net, X[:1], 0.5, calibration=[X, X + 1, X - 1, 2 * X])
     lines = [str(line) for line in small.graphprune_repairs]
     assert all(any(name in line and "->" in line for line in lines) for name in ("out.weight", "a.weight_ih_l0, and what", "b.weight_ih_l0, and what"))
+
+
+class Once(nn.Module):
+    """A recurrent layer, or a cell, that the example runs for a single step."""
+
+    def __init__(self, inner, read):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.__dict__["read"] = inner, read
+        width = getattr(inner, "proj_size", 0) or inner.hidden_size * (2 if getattr(inner, "bidirectional", False) else 1)
+        self.out = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.out(self.read(self.inner, x))
+
+
+def last_state(layer, x):
+    state = layer(x)[1]
+    return (state[0] if isinstance(state, tuple) else state)[-1]
+
+
+def own_state(layer, x):
+    zeros = torch.zeros(layer.num_layers, x.shape[1], layer.hidden_size, dtype=x.dtype)
+    return layer(x, (zeros, zeros) if isinstance(layer, nn.LSTM) else zeros)[0]
+
+
+def cell_state(cell, x):
+    state = cell(x[0])
+    return state[0] if isinstance(state, tuple) else state
+
+
+ONCE = {f"{kind.__name__} {options}": (kind, options, lambda layer, x: layer(x)[0]) for kind in KINDS for options in ({}, {"num_layers": 2})}
+ONCE |= {f"{kind.__name__} both ways": (kind, {"bidirectional": True}, lambda layer, x: layer(x)[0]) for kind in KINDS}
+ONCE |= {f"{kind.__name__} state": (kind, {"num_layers": 2}, last_state) for kind in KINDS}
+ONCE |= {f"{kind.__name__} own state": (kind, {}, own_state) for kind in KINDS}
+ONCE |= {f"{kind.__name__} unbatched": (kind, {}, lambda layer, x: layer(x[:, 0])[0]) for kind in KINDS}
+ONCE |= {f"{kind.__name__} packed": (kind, {}, lambda layer, x: layer(pack_sequence(list(x.unbind(1))))[0].data) for kind in KINDS}
+ONCE |= {kind.__name__: (kind, {}, cell_state) for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)}
+ONCE["projected"] = nn.LSTM, {"proj_size": 4}, lambda layer, x: layer(x)[0]
+
+
+@pytest.mark.parametrize("kind, options, read", ONCE.values(), ids=ONCE)
+def test_one_step_shows_what_many_do(kind, options, read):
+    net = Once(kind(8, 12, **options), read).double().eval()
+    small, plan = graphprune.shrink(net, X[:1], 0.5, return_plan=True)
+    assert small.inner.hidden_size == 6
+    for x in (X[:1], X):  # one step, and as many as there are
+        zero = graphprune.zeroed(net, plan)(x)[0] if len(x) == 1 else emptied(net, plan)(x)
+        assert (small(x) - zero).abs().max() < 1e-12 < (small(x) - net(x)).abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_is_given_keeps_its_width(kind):
+    """The caller makes it, and would have to know."""
+    net = Once(kind(8, 12), lambda layer, given: layer(*given)[0]).double().eval()
+    state = torch.randn(1, 6, 12, dtype=torch.float64)
+    graph = graphprune.trace(net, ((X[:1], (state, state) if kind is nn.LSTM else state),))
+    assert all(not name.startswith("inner") for group in graphprune.couple(graph) for name, _ in group.places)

@@ -35,6 +35,7 @@ from .outputs import Item, handed_back, items, selected
 from .paths import following
 from .picks import settle
 from .record import CPU, HERE, META, TORCH, Recorder
+from .recurrent import RECURRENT, STATEFUL, hand_on
 from .sizes import Branch, Doubt, Expr, Size
 from .statistics import hold_statistics
 from .summary import summary
@@ -54,9 +55,8 @@ NOT_RUN = (
 UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
 
 
-# Calls of many layers and steps, which want their first state, that has values here, where the weights lie. A run with values shows what a processor
+# Recurrent calls want their first state, that has values here, where the weights lie. A run with values shows what a processor
 # does (the gates of all steps at once), but not what they are made of on a GPU: that one has kernels of its own, which nothing sees into.
-RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 FUSED = RECURRENT | {"scaled_dot_product_attention", "scaled_dot_product_attention.default"}
 
 
@@ -282,6 +282,8 @@ class Functions(TorchFunctionMode):
         result = self.plainly(func, name, args, kwargs, held)
         self.recorder.step = -1
         made = [result] if isinstance(result, torch.Tensor) else tensors(result, torch.Tensor)
+        if name in STATEFUL:
+            hand_on(self.recorder, args, made)
         self.steps.append(Step(name, given, tuple([known.get(id(tensor)) for tensor in made]), floats or floating(made)))
         return result
 
