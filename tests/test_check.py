@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import graphprune
 from graphprune.errors import BadInput, NotEqual
@@ -246,3 +247,64 @@ def test_another_method_as_an_example():
     assert graphprune.shrink(net, X, 0.5).up.out_features == 8
     with pytest.raises(graphprune.errors.NothingToPrune, match="an output of the model keeps its size"):
         graphprune.shrink(net, X, 0.5, examples=[lambda model: model.features(X)])
+
+
+class Ids(nn.Module):
+    """Scores and what is chosen by them; ``wrong`` plants a fault that no number with a fraction shows."""
+
+    def __init__(self, choose, beside=False, wrong=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 6)
+        self.__dict__["choose"], self.beside, self.wrong = choose, beside, wrong
+
+    def forward(self, x):
+        h = self.up(x).relu()
+        y = self.down(h)
+        # The memory behind a weight is read where nothing sees it: one half of it is gone after the cut.
+        chosen = self.choose(-y if self.wrong and self.up.weight.untyped_storage().nbytes() < 16 * 8 * self.up.weight.element_size() else y)
+        return (y, chosen) if self.beside else chosen
+
+
+CHOICES = {
+    "argmax": lambda y: y.argmax(-1),
+    "mask": lambda y: y > y.mean(-1, keepdim=True),
+    "order": lambda y: y.argsort(-1),
+    "topk": lambda y: y.topk(2).indices,
+    "bytes": lambda y: (y.sigmoid() * 255).round().to(torch.uint8),
+    "a plain number": lambda y: int((y > 0).sum()),
+    "truth": lambda y: [bool(more) for more in y.flatten()[:8] > 0],
+    "in a dictionary": lambda y: {"ids": y.argmin(-1)},
+}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CHOICES)
+def test_whole_numbers_are_compared(name, dtype, beside):
+    x = torch.randn(64, 8, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    small = graphprune.shrink(Ids(CHOICES[name], beside).to(dtype), x, 0.5)
+    assert small.up.out_features == 8
+    wrong = Ids(CHOICES[name], beside, wrong=True).to(dtype)
+    try:
+        assert graphprune.shrink(wrong, x, 0.5).up.out_features == 16
+    except (NotEqual, graphprune.errors.NothingToPrune):
+        pass
+
+
+TIED = {
+    "equal rows": lambda m, h: m.down(h)[:, [0, 0, 1, 1]].argmax(-1),
+    "equal but for rounding": lambda m, h: torch.cat([m.down(h), F.linear(h.flip(1), m.down.weight.flip(1), m.down.bias)], 1).argmax(-1),
+    "at the edge": lambda m, h: m.down(h) >= F.linear(h.flip(1), m.down.weight.flip(1), m.down.bias) - 1e-7 * m.down(h).abs(),
+    "sorted": lambda m, h: (m.down(h) * 1e-4 + 1).argsort(-1),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_ties_that_rounding_breaks_are_no_fault(name):
+    class Tied(Net):
+        def forward(self, x):
+            return TIED[name](self, self.up(x).relu())
+
+    net = Tied(None).float()
+    graphprune.shrink(net, torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)), 0.5)

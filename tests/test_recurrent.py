@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from judge import emptied
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import graphprune
 from graphprune.errors import BadScore
-from judge import emptied
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 X = torch.randn(4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -179,6 +179,42 @@ def test_threads_leave_torch_and_each_other_alone():
     assert not failures and nn.Module.__call__ is call
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.MultiheadAttention])
+def test_checks_in_several_threads_leave_kernels_and_dice_alone(kind):
+    """A check sets torch's kernels and its random numbers for the whole process, and puts them back: one at a time."""
+
+    class Sequences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.drop = (kind(8, 2) if kind is nn.MultiheadAttention else kind(8, 8)), nn.Dropout()
+            self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.c(self.drop(self.b(self.a(x, x, x)[0] if kind is nn.MultiheadAttention else self.a(x)[0])))
+
+    def state():
+        return torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.get_rng_state().tolist()
+
+    torch.manual_seed(3)
+    before, failures, x = state(), [], torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+
+    def cut(net):
+        try:
+            for _ in range(3):
+                graphprune.shrink(net, x, 0.5)
+        except Exception as error:
+            failures.append(error)
+
+    nets = [Sequences().eval() for _ in range(4)]
+    torch.manual_seed(3)
+    threads = [threading.Thread(target=cut, args=(net,)) for net in nets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and state() == before
+
+
 def test_the_collector_stays_on_in_the_users_functions():
     seen = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace as replace_fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,15 +16,26 @@ from ..tracing.fused import gathered
 from ..tracing.node import line
 from ..tracing.outputs import Item, items, selected
 from ..tracing.surroundings import undisturbed_surroundings
-from ..tracing.trace import Graph, fails, raised_at
+from ..tracing.trace import RUNNING, Graph, fails, raised_at
 from ..tracing.trees import check_scope, inner_modules, leaf_tensors, modules_of, replace, tensors
 from ..tracing.unused import same_dice
+from .apply import apply
 from .plan import Plan
-from .sampled import Parted, Sampled, smaller
+from .sampled import MOST, Parted, Sampled, smaller
 from .zeroed import answer, outcome, reading
 
 SUSPECT, LASTING = 1e-5, 1e-3  # from here on a difference in float32 is looked at in float64, where rounding leaves less than this share of it
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # largest relative difference; of shorter numbers 5e-2
+TIES = {torch.float64: 0.0, torch.float32: 1e-3}  # the share of whole numbers that rounding may change where float64 cannot tell; of shorter numbers 0.2
+
+
+class Compared(NamedTuple):
+    """What comparing two results says."""
+
+    gap: float  # the largest relative difference of numbers with a fraction
+    tells: bool  # whether any output says something
+    counted: str = ""  # the first output of whole numbers (chosen positions, masks) that differs, and how much of it
+    share: float = 0.0  # the largest share of the entries of such an output that differ
 
 
 def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, tolerance: float | None = None) -> float:
@@ -32,7 +43,13 @@ def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, toleranc
 
     A copy of ``small`` runs, on copies of the example, so that both are as they were. Where the example has no values of its own (zeros, constants), a
     second one is drawn; further examples that the graph was made of, and training mode where it does something else, are checked as well.
+    Whole numbers have to be equal; where scores next to each other may have changed places by rounding, float64 tells.
     """
+    with RUNNING:  # it sets torch's random numbers and kernels
+        return _check(graph, model, small, plan, tolerance)
+
+
+def _check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, tolerance: float | None) -> float:
     if any(tensor.is_meta for *_, tensor in leaf_tensors(small)):
         warn("the model lies on the meta device and has no values, so that nothing is checked against the zeroed original; do that where the weights are")
         return 0.0
@@ -41,12 +58,14 @@ def check(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, toleranc
     for example in (graph.example, *graph.asked.others):
         for inputs, drawn in _inputs(example):
             said = _said(sampled, inputs, tolerance) if example is graph.example else None
-            gap, tells = said or _compared(graph, model, small, plan, inputs, tolerance, drawn)
-            worst, void = max(worst, gap), void and not tells
+            said = said or _compared(graph, model, small, plan, inputs, tolerance, drawn)
+            _settle(said, graph, model, plan, inputs)
+            worst, void = max(worst, said.gap), void and not said.tells
     if void:
         warn("on the example every output is constant, so that comparing the cut model with the zeroed original says nothing; give an example with values")
-    if graph.trained and _said(sampled, graph.example, tolerance, training=True) is None:
-        _check_training(graph, model, small, plan, tolerance)
+    if graph.trained:
+        said = _said(sampled, graph.example, tolerance, training=True) or _check_training(graph, model, small, plan, tolerance)
+        _settle(said, graph, model, plan, graph.example, training=True)
     return worst
 
 
@@ -62,7 +81,7 @@ def _inputs(example: Any) -> Iterator[tuple[Any, bool]]:
         yield tuple(replace(part, draw) for part in example), True
 
 
-def _said(sampled: Sampled, example: Any, tolerance: float | None, training: bool = False) -> tuple[float, bool] | None:
+def _said(sampled: Sampled, example: Any, tolerance: float | None, training: bool = False) -> Compared | None:
     """The difference on a part of the example, or on all of it, and whether any output says something; None where only slower ways can tell.
 
     These are taken, too, wherever the two seem to differ (:mod:`graphprune.cutting.sampled`).
@@ -74,14 +93,14 @@ def _said(sampled: Sampled, example: Any, tolerance: float | None, training: boo
         try:
             with undisturbed_surroundings(sampled.model, sampled.small):
                 found, wanted = (_mattering(items(result), graph) for result in sampled.results(sample, training))
-            gap, tells = _gap(graph, found, wanted, tolerance)
+            said = _gap(graph, found, wanted, tolerance)
         except (Parted, Exception):  # whatever it is, the slower ways meet it again and say it
             continue
-        if not found or not (tells or sample is example):
+        if not found or not (said.tells or sample is example):
             continue
-        if gap > SUSPECT and tolerance is None and _lasts(sampled, sample, training, gap):
-            raise NotEqual(f"the outputs differ from those of the zeroed original by {gap:.1e} (relative), in float64 as in float32: more than rounding")
-        return gap, tells
+        if said.gap > SUSPECT and tolerance is None and _lasts(sampled, sample, training, said.gap):
+            raise NotEqual(f"the outputs differ from those of the zeroed original by {said.gap:.1e} (relative), in float64 as in float32: more than rounding")
+        return said
     return None
 
 
@@ -92,12 +111,12 @@ def _lasts(sampled: Sampled, sample: Any, training: bool, gap: float) -> bool:
     try:
         with undisturbed_surroundings(sampled.model, sampled.small):
             found, wanted = (_mattering(items(result), sampled.graph) for result in sampled.results(sample, training, long=True))
-        return _gap(sampled.graph, found, wanted, math.inf)[0] > LASTING * gap
+        return _gap(sampled.graph, found, wanted, math.inf).gap > LASTING * gap
     except (Parted, Exception):  # it does not run in float64
         return False
 
 
-def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, example: Any, tolerance: float | None, drawn: bool) -> tuple[float, bool]:
+def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, example: Any, tolerance: float | None, drawn: bool) -> Compared:
     """The difference on one example, and whether any output says something."""
     try:
         with torch.no_grad(), same_dice(), undisturbed_surroundings(small):
@@ -105,16 +124,73 @@ def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, exam
     except Exception as error:
         fails(model, example)
         if drawn:
-            return 0.0, False
+            return Compared(0.0, False)
         raise NotEqual(_failed(error)) from error
-    with torch.no_grad(), same_dice():
-        if callable(example):
-            wanted = _mattering(answer(model, plan, replace_fields(graph.asked, example=example, outputs=None, others=())), graph)
-        else:
-            wanted = outcome(model, plan, graph, *example)
+    wanted = _wanted(graph, model, plan, example)
     if not found and not wanted:
         raise NotEqual("the model returns no tensor and no number on the example, so that nothing can be compared; return what matters")
     return _gap(graph, found, wanted, tolerance)
+
+
+def _wanted(graph: Graph, model: nn.Module, plan: Plan, example: Any) -> list[Item]:
+    """What the zeroed original returns for an example, of the outputs that matter."""
+    with torch.no_grad(), same_dice():
+        if callable(example):
+            return _mattering(answer(model, plan, replace_fields(graph.asked, example=example, outputs=None, others=())), graph)
+        return outcome(model, plan, graph, *example)
+
+
+def _settle(said: Compared, graph: Graph, model: nn.Module, plan: Plan, example: Any, training: bool = False) -> None:
+    """Raises NotEqual where whole numbers differ, and not because scores that are equal but for rounding have changed places."""
+    if not said.counted:
+        return
+    again = _unrounded(graph, model, plan, example, training)
+    if again is None:
+        dtypes = {tensor.dtype for *_, tensor in leaf_tensors(model) if tensor.is_floating_point()}
+        wrong = said.share > max((TIES.get(dtype, 0.2) for dtype in dtypes), default=0.0)
+    else:
+        wrong = bool(again.counted)
+    if wrong:
+        raise NotEqual(f"{said.counted}{' (in training mode)' if training else ''}")
+
+
+def _unrounded(graph: Graph, model: nn.Module, plan: Plan, example: Any, training: bool) -> Compared | None:
+    """The comparison in float64, of a model each of whose weights is moved by a millionth: no two scores of it are equal by chance.
+
+    None where the model is too large for that, or does not run so.
+    """
+    kept = [tensor for *_, tensor in leaf_tensors(model)]
+    if sum(tensor.numel() for tensor in kept) > MOST or any(tensor.is_meta for tensor in kept):
+        return None
+    dice = torch.Generator().manual_seed(0)
+    try:
+        other = duplicate(model, {id(tensor): _moved(tensor, dice) for tensor in kept}).train(training)
+        small = apply(other, plan).train(training)
+        if not callable(example):
+            example = tuple(replace(part, _long) for part in example)
+        with torch.no_grad(), same_dice(), undisturbed_surroundings(model):
+            found = _run(_copy(small).train(training), example, graph)
+        if callable(example):
+            wanted = _wanted(graph, other, plan, example)
+        else:
+            with torch.no_grad(), same_dice():
+                wanted = outcome(other, plan, replace_fields(graph.asked, others=()), *example, training=training)
+        return _gap(graph, found, wanted, math.inf)
+    except Exception:  # code that cannot run in float64 says nothing more than it did
+        return None
+
+
+def _moved(tensor: torch.Tensor, dice: torch.Generator) -> torch.Tensor:
+    data = _long(tensor.detach())
+    if not isinstance(tensor, nn.Parameter):
+        return data.clone()
+    if data.is_floating_point():
+        data = data * (1 + 1e-6 * torch.randn(data.shape, generator=dice, dtype=data.dtype).to(data.device))
+    return nn.Parameter(data.clone(), tensor.requires_grad)
+
+
+def _long(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _run(model: nn.Module, example: Any, graph: Graph) -> list[Item]:
@@ -146,8 +222,8 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
-def _gap(graph: Graph, found: list[Item], wanted: list[Item], tolerance: float | None) -> tuple[float, bool]:
-    worst, tells = 0.0, False
+def _gap(graph: Graph, found: list[Item], wanted: list[Item], tolerance: float | None) -> Compared:
+    worst, tells, counted, share = 0.0, False, "", 0.0
     if len(found) != len(wanted):
         raise NotEqual(f"the cut model returns {len(found)} tensors and numbers, the zeroed original {len(wanted)}")
     for index, ((path, mine), (_, theirs)) in enumerate(zip(found, wanted, strict=True)):
@@ -160,7 +236,11 @@ def _gap(graph: Graph, found: list[Item], wanted: list[Item], tolerance: float |
         if not mine.numel() or mine.is_nested:
             continue
         if not mine.is_floating_point() and not mine.is_complex():
-            tells = tells or not bool((theirs == theirs.flatten()[0]).all())
+            tells = tells or bool((theirs != theirs.flatten()[0]).any()) or theirs.numel() == 1 and bool(theirs.any())
+            others = int((mine != theirs).sum())
+            if others:
+                counted = counted or f"{what} differs from that of the zeroed original in {others} of {mine.numel()} entries, which are whole numbers"
+                share = max(share, others / mine.numel())
             continue
         finite = torch.isfinite(theirs)
         if not torch.equal(torch.isfinite(mine), finite):
@@ -177,7 +257,7 @@ def _gap(graph: Graph, found: list[Item], wanted: list[Item], tolerance: float |
             at = tuple(int(i) for i in torch.unravel_index(where, mine.shape))
             raise NotEqual(f"{what} differs from the zeroed original by {gap:.1e} (relative to its largest entry; most at {at})")
         worst = max(worst, gap)
-    return worst, tells
+    return Compared(worst, tells, counted, share)
 
 
 def _what(graph: Graph, index: int, path: str) -> str:
@@ -191,7 +271,7 @@ def _what(graph: Graph, index: int, path: str) -> str:
     return f"{name} (made by {node.op.short}{f' in {made}' if made else ''})"
 
 
-def _check_training(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, tolerance: float | None) -> None:
+def _check_training(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, tolerance: float | None) -> Compared:
     """In training mode the cut model has to run where the original does, and to compute the same where nothing is random."""
     try:
         with torch.no_grad(), same_dice(), undisturbed_surroundings(small):
@@ -200,11 +280,11 @@ def _check_training(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan
         fails(model, graph.example, training=True)
         raise NotEqual(f"{_failed(error)} (in training mode)") from error
     if graph.random_in_training:
-        return
+        return Compared(0.0, False)
     with torch.no_grad(), same_dice():
         wanted = outcome(model, plan, graph, *graph.example, training=True)
     try:
-        _gap(graph, found, wanted, tolerance)
+        return _gap(graph, found, wanted, tolerance)
     except NotEqual as error:
         raise NotEqual(f"{error} (in training mode)") from None
 

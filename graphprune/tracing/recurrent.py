@@ -6,17 +6,13 @@ zeros that no weight has made.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 
 from ..operations.labels import Reason
 from ..operations.notation import meet
 from ..operations.record import pointwise
+from .record import Recorder
 from .trees import tensors
-
-if TYPE_CHECKING:
-    from .record import Recorder
 
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # calls of many layers and steps
 STATEFUL = RECURRENT | {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
