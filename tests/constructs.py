@@ -788,6 +788,28 @@ class Frequencies(nn.Module):
         return x + self.b(self.a(torch.cat([turned.sin(), turned.cos()], 1)).relu())
 
 
+class Grown(nn.Module):
+    """A transposed convolution in groups, without a bias: its output axis has a factor of each operand."""
+
+    def __init__(self, c, mid):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(c, 2 * mid, 1), nn.ConvTranspose2d(2 * mid, 4 * mid, 2, 2, groups=2, bias=False), nn.Conv2d(4 * mid, c, 2, 2)
+
+    def forward(self, x):
+        return x + self.c(self.b(self.a(x).relu()).relu())
+
+
+class OneStep(nn.Module):
+    """A recurrent layer that is run for one step."""
+
+    def __init__(self, c, mid):
+        super().__init__()
+        self.a, self.b = nn.LSTM(c, mid), nn.Linear(mid, c)
+
+    def forward(self, x):
+        return x + self.b(self.a(x.mean((2, 3))[None])[0])[0][:, :, None, None]
+
+
 CONSTRUCTS = [
     IntView, Shifted, Divided, Negative, Divmod, Lengths, Numel, Ranged, Steps, Alpha, Filled, TensorSize, Interpolated, Literal, LastLiteral, Rolled,
     TensorSplit, TemporalShift, Keyed, Cached, Named, ThroughNumpy, ThroughList, Branch, InPlace, Data, MaskedAssignment, MaskedFill, Scattered,
@@ -796,4 +818,5 @@ CONSTRUCTS = [
     Coordinates, Experts, Cells, LinearAttention, OneKey, Focus, Partial, Detour, Kept, Gumbel,
     Rotary, ComplexPairs, Recursed, Zipped, Reduced, Checkpointed, Mapped, LiteralBlocks,
     NarrowedFromTheEnd, LowRank, Generated, Codes, Prototypes, Masked, Taken, ListedSizes, ClassWidths, PrunedWeights, Frequencies,
+    Grown, OneStep,
 ]  # fmt: skip

@@ -1075,3 +1075,18 @@ def test_what_numbers_copies_is_known_by_arrays_that_live(monkeypatch):
     trace(drawn(GQA), X)
     numbering = [array() is not None for number, (recorder, array) in moved.items() if number in recorder.copied]
     assert numbering and all(numbering)
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+@pytest.mark.parametrize(("groups", "wide"), [(2, 16), (2, 32), (4, 32), (16, 16), (16, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_transposed_convolutions_in_groups(kind, groups, wide, bias):
+    """Whether there is a bias makes no difference: its axis is that of the result."""
+    rank = int(kind.__name__[-2])
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(3, 16, 1), nn.ReLU(), kind(16, wide, 2, 2, groups=groups, bias=bias), nn.ReLU(), conv(wide, 2, 1)).double().eval()
+    x = torch.randn(2, 3, *[4] * rank, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x, 0.5, return_plan=True)
+    assert (small[2].in_channels, small[2].out_channels) == (8, wide // 2)
+    assert (small(x) - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12 < (small(x) - net(x)).abs().max()

@@ -349,6 +349,7 @@ def _meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reas
         _lock_uncovered(labels, operand, shared, reason)
     outs = [_result(axes, shape, rule.sizes, order) for axes, shape in zip(rights, results, strict=False)]
     kept = {name for names, *_ in outs for name in names}
+    _make_whole(labels, rights, {name: size for operand in operands for name, size in operand.sizes.items()}, shared)
     _join_overlaps(labels, shared)
     mixed = any(token[0] == "[" for axes in lefts + rights for dim in axes for token in dim)
     reduces = bool(shared) and (mixed or any(not set(names) <= kept for names in shared))
@@ -457,6 +458,16 @@ def _lock_uncovered(labels: Coupling, operand: _Operand, shared: dict, reason: i
             labels.lock(_over(labels, array, names, missing), reason)
         if len(missing) == len(names):  # it stays whole from here on: nothing more to carry
             del shared[names]
+
+
+def _make_whole(labels: Coupling, rights: tuple[Axes, ...], sizes: Mapping[str, int], shared: dict) -> None:
+    """An axis of a result whose factors come from different operands gets labels of its own: a position of it is all of its factors at once."""
+    for group in [group for axes in rights for group in axes if len(group) > 1]:
+        names = tuple(name for name in _names(group, 0) if name in sizes)
+        parts = [set(other).intersection(names) for other in shared]
+        if len(names) > 1 and set(names) == set().union(*parts) and all(len(part) < len(names) for part in parts):
+            shared[names] = labels.fresh(math.prod(sizes[name] for name in names)).reshape([sizes[name] for name in names])
+            labels.joint(shared[names])
 
 
 def _join_overlaps(labels: Coupling, shared: dict) -> None:
