@@ -44,12 +44,7 @@ def named(model: nn.Module, keep: Any) -> list[str]:
 def _hits(item: Any, modules: dict[str, nn.Module], tensors: list[str]) -> list[str]:
     """The modules and tensors that one key fits; raises :class:`~graphprune.errors.UnknownName` with the nearest names for a text that fits none."""
     if isinstance(item, str):
-        hits = [name for name in (*modules, *tensors) if name and (name == item or fnmatch.fnmatchcase(name, item))]
-        if not hits:
-            near = difflib.get_close_matches(item, [name for name in (*modules, *tensors) if name], 3)
-            hint = f"the nearest are {', '.join(near)}" if near else "model.named_modules() lists what there is"
-            raise UnknownName(f"{item!r} fits no module or parameter; {hint}")
-        return hits
+        return _fitting(item, [name for name in (*modules, *tensors) if name])
     if isinstance(item, type):
         return [name for name, module in modules.items() if isinstance(module, item)]
     if isinstance(item, nn.Module):
@@ -58,14 +53,28 @@ def _hits(item: Any, modules: dict[str, nn.Module], tensors: list[str]) -> list[
             raise UnknownName(f"{brief(item)} is a module, but none of this model; give one of model.modules(), or its name")
         return hits
     if isinstance(item, Callable):
-        try:
-            inspect.signature(item).bind("name", nn.Identity())
-        except TypeError as error:
-            raise UnknownName(f"{getattr(item, '__name__', item)!r} is no predicate (name, module) -> bool: {error}") from None
-        except ValueError:  # some built-in functions have no signature
-            pass
+        _check_predicate(item)
         return [name for name, module in modules.items() if item(name, module)]
     raise UnknownName(f"{brief(item)} is neither a name, a pattern, a module type nor a predicate")
+
+
+def _fitting(text: str, names: list[str]) -> list[str]:
+    """The names that are this one, or fit this pattern."""
+    hits = [name for name in names if name == text or fnmatch.fnmatchcase(name, text)]
+    if not hits:
+        near = difflib.get_close_matches(text, names, 3)
+        hint = f"the nearest are {', '.join(near)}" if near else "model.named_modules() lists what there is"
+        raise UnknownName(f"{text!r} fits no module or parameter; {hint}")
+    return hits
+
+
+def _check_predicate(function: Callable) -> None:
+    try:
+        inspect.signature(function).bind("name", nn.Identity())
+    except TypeError as error:
+        raise UnknownName(f"{getattr(function, '__name__', function)!r} is no predicate (name, module) -> bool: {error}") from None
+    except ValueError:  # some built-in functions have no signature
+        pass
 
 
 class Makers:

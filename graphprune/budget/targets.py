@@ -57,6 +57,10 @@ class Aims:
     def __post_init__(self) -> None:
         for name in NAMES:
             _checked(name, getattr(self, name))
+        self._check_time()
+        self._check_objective()
+
+    def _check_time(self) -> None:
         if self.latency is not None and self.speedup is not None:
             raise BadTarget(f"latency={self.latency!r} and speedup={self.speedup!r} say the same thing twice; give one of them")
         if self.speedup is not None and not (_number(self.speedup) and self.speedup >= 1):
@@ -67,7 +71,9 @@ class Aims:
             raise BadTarget(f'latency is {self.latency!r}; give the share of the original\'s time (0 < latency <= 1) or a time with its unit ("12 ms")')
         if self.measure is not None and not (callable(self.measure) and self.timed):
             raise BadTarget("measure is a function (model) -> seconds, and needs latency= or speedup=")
-        if isinstance(self.objective, str) and self.objective not in OBJECTIVES or not isinstance(self.objective, str) and not _within(self.objective):
+
+    def _check_objective(self) -> None:
+        if self.objective not in OBJECTIVES if isinstance(self.objective, str) else not _within(self.objective):
             raise BadTarget(f'objective is {self.objective!r}; it is "score", "time", or a number between 0 (score) and 1 (time)')
         if self.weight and (self.timed or not self.any):
             raise BadTarget(

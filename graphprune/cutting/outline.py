@@ -189,22 +189,13 @@ def outline(groups: Groups, cuts: Mapping[str, Mapping[int, Sequence[int]]], kep
     buffers = {name: tuple(leaf.shape) for name, leaf in graph.leaves.items() if name not in shapes}
     volume = {name: math.prod(shape) for name, shape in shapes.items()}
     params = sum(volume.values())
-    left = sum(math.prod(cut_shape(shape, cuts.get(name, {}))) for name, shape in shapes.items())
-    lengths, macs, along = _Lengths(groups, length), [0.0, 0.0], np.zeros(len(groups))
-    for factor, forms in (term for node in graph.nodes for term in products(node, lengths)):  # type: ignore[arg-type]  # it asks for nothing but form()
-        whole = factor * math.prod(lengths.before[form] for form in forms)
-        macs = [macs[0] + whole, macs[1] + factor * math.prod(lengths.after[form] for form in forms)]
-        apart: dict[int, float] = {}  # of each group: the share of the call that has none of its units
-        for shares in (lengths.shares[form] for form in forms):
-            for group, share in shares.items():
-                apart[group] = apart.get(group, 1.0) * (1 - share)
-        for group, share in apart.items():
-            along[group] += whole * (1 - share)
+    params_after = sum(math.prod(cut_shape(shape, cuts.get(name, {}))) for name, shape in shapes.items())
+    macs, macs_after, along = _work(groups, _Lengths(groups, length))
     widths, made = [], _made(graph)
     for group, units in zip(groups, kept, strict=True):
         (name, axis), *places = group.places
         touched = sum(volume[n] * np.count_nonzero(unit >= 0) / len(unit) for (n, _), unit in group.places.items() if n in volume)
-        share = float(along[group.index] / macs[0]) if macs[0] else 0.0
+        share = float(along[group.index] / macs) if macs else 0.0
         makers = [module_of(n) for n, a in group.places if len(shapes.get(n, ())) > 1 and a in made.get(n, (0,))] or [module_of(n) for n, _ in group.places]
         facts = (group.size, units, min(1.0, float(touched / max(1, params))), share)
         widths.append(Width(name, axis, *facts, tuple(places), tuple(dict.fromkeys(makers))))
@@ -212,7 +203,23 @@ def outline(groups: Groups, cuts: Mapping[str, Mapping[int, Sequence[int]]], kep
         Whole(name, axis, math.prod(graph.leaves[name].shape), reason.text, reason.op, reason.module, reason.line)
         for (name, axis), reason in groups.locked.items()
     ]
-    return Outline(Totals(params, round(macs[0])), Totals(left, round(macs[1])), tuple(widths), tuple(wholes), shapes, buffers)
+    return Outline(Totals(params, round(macs)), Totals(params_after, round(macs_after)), tuple(widths), tuple(wholes), shapes, buffers)
+
+
+def _work(groups: Groups, lengths: _Lengths) -> tuple[float, float, Array]:
+    """The multiply-accumulates of a run before and after the cut, and those, before it, that have a unit of each group."""
+    before, after, along = 0.0, 0.0, np.zeros(len(groups))
+    for factor, forms in (term for node in groups.graph.nodes for term in products(node, lengths)):  # type: ignore[arg-type]  # it asks for nothing but form()
+        work = factor * math.prod(lengths.before[form] for form in forms)
+        before += work
+        after += factor * math.prod(lengths.after[form] for form in forms)
+        apart: dict[int, float] = {}  # of each group: the share of the call that has none of its units
+        for shares in (lengths.shares[form] for form in forms):
+            for group, share in shares.items():
+                apart[group] = apart.get(group, 1.0) * (1 - share)
+        for group, share in apart.items():
+            along[group] += work * (1 - share)
+    return before, after, along
 
 
 def _made(graph: Graph) -> dict[str, set[int]]:

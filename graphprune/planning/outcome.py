@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -34,26 +35,32 @@ def disappointments(graph: Graph, model: nn.Module, plan: Plan, request: Request
 
 def _unheard(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> list[str]:
     """The names with a ratio or a width of their own that cut nothing, each with what holds it."""
-    ratios, widths = request.widths.ratios, request.widths.to
-    asked = [(key, None) for key, ratio in ratios.items() if ratio > 0] if isinstance(ratios, Mapping) else []
-    asked += [(key, width) for key, width in widths.items() if not whole(key)]
-    if not asked or not any(each.spec.coarse for each in request.wanted):
+    overrides = _overrides(request)
+    if not overrides or not any(each.spec.coarse for each in request.wanted):
         return []
     groups = couple(graph, tuple((name, None) for name in request.keep if name in graph.leaves), free=request.free)
     makers = Makers(groups, model)
     texts = []
-    for key, width in asked:
+    for key, width in overrides:
         makes = [groups.groups[index] for index in makers.of(key)]
         if any(axis in plan.cuts.get(name, ()) for group in makes for name, axis in group.places):
             continue
         if width is not None and makes and all(makers.units(group, key, width) == group.size for group in makes):  # as wide as it is
             continue
-        small = f"the ratio is too small for {makes[0].size} units" if width is None and makes else ""
-        reason = small or ("it is left whole for the reasons in the notes of the plan" if makes else _held(groups, named(model, [key])))
-        texts.append(
-            f"the {'ratio' if width is None else 'width'} of {key if isinstance(key, str) else getattr(key, '__name__', key)!r} cuts nothing: {reason}"
-        )
+        if not makes:
+            reason = _held(groups, named(model, [key]))
+        else:
+            reason = f"the ratio is too small for {makes[0].size} units" if width is None else "it is left whole for the reasons in the notes of the plan"
+        name = key if isinstance(key, str) else getattr(key, "__name__", key)
+        texts.append(f"the {'ratio' if width is None else 'width'} of {name!r} cuts nothing: {reason}")
     return texts
+
+
+def _overrides(request: Request) -> list[tuple[Any, int | None]]:
+    """The keys with a ratio (None) or a width of their own."""
+    ratios, widths = request.widths.ratios, request.widths.to
+    shares = [(key, None) for key, ratio in ratios.items() if ratio > 0] if isinstance(ratios, Mapping) else []
+    return [*shares, *((key, width) for key, width in widths.items() if not whole(key))]
 
 
 def _held(groups: Groups, tensors: Sequence[str]) -> str:

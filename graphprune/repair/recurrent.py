@@ -13,6 +13,7 @@ True
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -81,24 +82,28 @@ class Cell:
 def recurrences(graph: Graph, original: nn.Module, small: nn.Module) -> list[Recurrence]:
     """The calls whose weights are all those of one recurrent module, called once, on sequences that are not packed."""
     places: list[Recurrence] = []
+    wholes, smalls = dict(original.named_modules()), dict(small.named_modules())
     for at, step in enumerate(graph.steps):
         values = [value for value in step.args if value is not None]
         leaves = [value.leaf for value in values if value.leaf in graph.leaves]
-        names = {leaf.rpartition(".")[0] for leaf in leaves if not leaf.startswith("<")}
-        if step.name not in RECURRENT or len(names) != 1 or not values or len(values[0].shape) != 3:
+        name = _module(leaves)
+        if step.name not in RECURRENT or name is None or not values or len(values[0].shape) != 3:
             continue
-        (name,) = names
-        wide, tight = (dict(model.named_modules()).get(name) for model in (original, small))
-        if (
-            isinstance(wide, nn.RNNBase)
-            and isinstance(tight, nn.RNNBase)
-            and {f"{name}.{leaf}".lstrip(".") for leaf in wide._flat_weights_names} == set(leaves)
-        ):
-            states = tuple(values[1 : 1 + STATES.get(wide.mode, 1)])
-            if all(len(state.shape) == 3 and state.leaf not in graph.leaves for state in states):
-                places.append(Recurrence(at, name, values[0], states))
-    repeated = {place.module for place in places if sum(place.module == other.module for other in places) > 1}
-    return [place for place in places if place.module not in repeated]
+        wide, tight = wholes.get(name), smalls.get(name)
+        if not isinstance(wide, nn.RNNBase) or not isinstance(tight, nn.RNNBase):
+            continue
+        states = tuple(values[1 : 1 + STATES.get(wide.mode, 1)])
+        complete = {f"{name}.{leaf}".lstrip(".") for leaf in wide._flat_weights_names} == set(leaves)
+        if complete and all(len(state.shape) == 3 and state.leaf not in graph.leaves for state in states):
+            places.append(Recurrence(at, name, values[0], states))
+    calls = Counter(place.module for place in places)
+    return [place for place in places if calls[place.module] == 1]
+
+
+def _module(leaves: Sequence[str]) -> str | None:
+    """The one module that some parameters belong to."""
+    names = {leaf.rpartition(".")[0] for leaf in leaves if not leaf.startswith("<")}
+    return names.pop() if len(names) == 1 else None
 
 
 def unrolled(cell: Cell, x: Tensor, first: Sequence[Tensor]) -> Tensor:

@@ -15,9 +15,10 @@ import torch
 from torch import fx, nn
 
 from ..errors import NotEqual
+from ..operations.contraction import Product
 from ..operations.notation import Value
 from ..tracing.copies import duplicate
-from ..tracing.node import Node
+from ..tracing.node import Node, Norm
 from ..tracing.origin import axis_of, source
 from ..tracing.trace import Graph, evaluating, trace
 from ..tracing.trees import leaf_tensors, tensors
@@ -85,11 +86,17 @@ def _pair(graph: Graph, call: Node, reads: Counter, model: nn.Module) -> Pair | 
     path = weight.leaf.rpartition(".")[0]
     if product.bias is None and model.get_submodule(path)._parameters.get("bias", 0) is not None:
         return None  # nowhere to put the shift
+    return _folding(path, weight, axis, product, norm, call.module)
+
+
+def _folding(path: str, weight: Value, axis: int, product: Product, norm: Norm, module: str) -> Pair:
+    """The names of what is folded; ``path`` is the layer of the weight, ``module`` that of the norm."""
+    assert norm.mean is not None and norm.var is not None
     # Where the outputs of a group stand alone (transposed), the groups lie along the other axis.
     groups = product.groups if len(product.weight.axes[product.weight.made[0]]) == 1 else 1
     scale, shift = (value.leaf if value is not None else None for value in (norm.weight, norm.bias))
     bias = product.bias.leaf if product.bias is not None else f"{path}.bias".lstrip(".")
-    return Pair(weight.leaf, bias, axis, groups, call.module, scale, shift, norm.mean.leaf, norm.var.leaf, norm.eps)
+    return Pair(weight.leaf, bias, axis, groups, module, scale, shift, norm.mean.leaf, norm.var.leaf, norm.eps)
 
 
 def _once(graph: Graph, reads: Counter, weight: Value, operand: Value, others: list[Value | None]) -> bool:

@@ -78,8 +78,15 @@ def carried(recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Va
     if first is not None and op.finds and len(first.shape) == 1:
         return _found(recorder, first, shapes)
     numbered = [value for value in given if value.numbers is not None]
-    if not numbered:
-        return None
+    return _numbered(recorder, known, args, kwargs, given, shapes, reason, numbered) if numbered else None
+
+
+def _numbered(
+    recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int, numbered: list[Value]
+) -> tuple[list[Fields], bool]:
+    """The fields of the results of a call that is given chosen positions."""
+    op: Operation = known.op
+    first = args[0] if args and isinstance(args[0], Value) else None
     if first is not None and first.numbers is not None and len(numbered) == 1:
         outs = _moved(recorder, known, args, kwargs, given, shapes, reason, first)
         if outs is not None:

@@ -14,6 +14,7 @@ What neither makes (a mean over tokens, attention over positions) does not count
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -95,6 +96,10 @@ class _Operand:
     names: frozenset[str]
     kind: str | None
 
+    def alone(self, names: frozenset[str], operands: Iterable[_Operand]) -> frozenset[str]:
+        """Those of some names that it has and no other of the operands."""
+        return self.names & names - frozenset().union(*(other.names for other in operands if other is not self))
+
 
 class _Reader:
     def __init__(self, steps: Sequence) -> None:
@@ -122,7 +127,8 @@ class _Reader:
             if operands[0].kind == WEIGHT:
                 self.note(self.marks.made, operands[0], out)
             return None if node.op.table else result
-        summed = frozenset(n for one in operands for n in one.names - out if sum(n in other.names for other in operands) > 1)
+        shared = Counter(name for one in operands for name in one.names - out)
+        summed = frozenset(name for name, count in shared.items() if count > 1)
         if summed or node.op.layer:
             factors = operands[:2] if node.op.layer else [one for one in operands if one.names & summed]
             self.product(factors, self.operand(node.outs[0], rights[0], rule), summed, layer)
@@ -130,8 +136,7 @@ class _Reader:
         if result is None:
             for one in operands:
                 if one.kind == WEIGHT:
-                    fresh = one.names & out - frozenset().union(*(other.names for other in operands if other is not one))
-                    self.note(self.marks.spread, one, fresh)
+                    self.note(self.marks.spread, one, one.alone(out, operands))
         return result
 
     def operand(self, value: Value, axes: Axes, rule: Expr) -> _Operand:
@@ -143,7 +148,7 @@ class _Reader:
         learnt = [one for one in factors if one.kind == WEIGHT]
         weight = factors[-1] if layer else learnt[0] if len(learnt) == 1 else None
         for one in factors:
-            fresh = one.names & out.names - frozenset().union(*(other.names for other in factors if other is not one))
+            fresh = one.alone(out.names, factors)
             if one is weight:
                 self.note(self.marks.read, one, summed)
                 if one.kind == WEIGHT or (one.kind is None and self.comes_spread(one, fresh)):

@@ -265,22 +265,24 @@ class Recorder(TorchDispatchMode):
         number = len(self.nodes)
         zero = known.zero and bool(held) and held[0].zero
         values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
-        if self.numbering:
-            for value, (choice, tally) in zip(values, self.numbering, strict=True):
-                value.numbers, value.tally = choice, tally
-            self.numbering = []
-        first = args[0] if args else None
-        for tensor, value in zip(results, values, strict=True):
-            if tensor is first and known.op.writes:
-                value.zero = False
-            self.keep(tensor, value)
-            if known.op.factory and known.op.unmade and not tensor.is_floating_point() and not tensor.is_meta:
-                self.filled[id(value)] = tensor
+        for value, (choice, tally) in zip(values, self.numbering, strict=True) if self.numbering else ():
+            value.numbers, value.tally = choice, tally
+        self.numbering = []
+        self.keep_results(known.op, args[0] if args else None, results, values)
         node = Node(known.op, seen, named, values, module, where, held, reduces, self.step)
         self.nodes.append(node)
         if self.amend is not None:
             self.amend(self, node, given, results)
         self.spans.append((first_lock, len(self.labels.locks)))
+
+    def keep_results(self, op: Operation, first: Any, results: list[Tensor], values: list[Value]) -> None:
+        """Keep the values of what a call returned; ``first`` is its first argument, which it may have written to."""
+        for tensor, value in zip(results, values, strict=True):
+            if tensor is first and op.writes:
+                value.zero = False
+            self.keep(tensor, value)
+            if op.factory and op.unmade and not tensor.is_floating_point() and not tensor.is_meta:
+                self.filled[id(value)] = tensor
 
     def fields(self, known: Known, args: tuple, kwargs: dict, held: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
         """What :meth:`carry` says; where the operation's own rule does not fit, its axes are locked, or it is an error if the rule is strict."""

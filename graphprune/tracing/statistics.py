@@ -30,18 +30,23 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Array],
         return
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
     for node in taken:
+        if node.op.softmax:
+            kept = all(chosen(entries) for entries in _along(node))
+        else:
+            norm = node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs)
+            kept = norm or _sums_zeros(node, zeros)
+        if kept:
+            continue
         assert node.rule is not None
-        operands = [value for value in node.rule.operands if isinstance(value, Value)]
-        if node.op.statistic in ("sum", "norm") and all(zeros.known(value) for value in operands):  # a distance is taken of two
-            continue
-        if node.op.softmax and all(chosen(entries) for entries in _along(node)):
-            continue
-        if node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs):
-            continue
         what = "a softmax" if node.op.softmax else "a statistic"
         reason = labels.reason(Reason(f"{what} over it changes with the number of its entries", node.op.short, node.module, node.where, "statistic"))
         rule = Expr(re.sub(r"\[(\w+)\]", "_", node.rule.text), node.rule.operands, node.rule.sizes)
         meet(_OnCondition(labels), rule, [value.shape for value in node.outs], reason)
+
+
+def _sums_zeros(node: Node, zeros: Zeros) -> bool:
+    """Whether a call adds up entries that are zero where they are removed, so that the sum is the same without them; a distance is taken of two."""
+    return node.op.statistic in ("sum", "norm") and all(zeros.known(value) for value in node.rule.operands if isinstance(value, Value))  # type: ignore[union-attr]
 
 
 class _OnCondition:

@@ -449,75 +449,58 @@ def _kernels(modules: list[tuple[str, nn.Module]]) -> Iterator[int]:
                     yield id(tensor)
 
 
+@dataclass
+class _Runs:
+    """What the runs of one trace leave beside what their recorder holds."""
+
+    inputs: list[Value]
+    chosen: list[Item]  # what counts of what the first run returned
+    outputs: list[Value]
+    state: frozenset[str]  # the paths of results that are the model's own state, handed back
+    steps: list  # the functions that the first run called
+    all_steps: list  # those of the others too
+    calls: list
+    others: list[Value]  # what further examples, and the run in training mode, returned
+    trained: bool  # whether there was a run in training mode
+    training: list[Node]
+
+
 def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, results: list[Item] | None = None, training: bool = False) -> Graph:
-    """One run, as a graph. ``amend`` is told of every call and its results with values; ``results`` is given what the model returned."""
-    twin, held = shadow(model, real)
+    """One run, as a graph. ``amend`` is called with every call and its results with values; ``results`` receives what the model returned."""
+    twin, leaves = shadow(model, real)
     if training:
         twin.train()
-    names = {id(tensor): name for tensor, name in held}
-    parameters = frozenset([name for tensor, name in held if is_parameter(tensor)])
-    labels, stack, calls = Labels(apart=asked.apart), [], []
-    recorder = Recorder(labels, names, stack, real)
+    parameters = frozenset([name for tensor, name in leaves if is_parameter(tensor)])
+    labels = Labels(apart=asked.apart)
+    recorder = Recorder(labels, {id(tensor): name for tensor, name in leaves}, [], real)
     recorder.amend = amend
     modules = modules_of(twin)
     kernels = set(_kernels(modules))
-    for tensor, name in held:
+    for tensor, name in leaves:
         recorder.leaf(tensor, name, 2 if id(tensor) in kernels else tensor.ndim)
     symbols = recorder.symbols = plant(modules, recorder.values, model, recorder.uses)
-    home = {tensor.device for *_, tensor in leaf_tensors(model)}
-    swap = lambda t: t.detach().clone() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
-    first, *more = asked.called(twin, swap)
-    inputs, call = entered(recorder, first[0]), first[1]
-    with ExitStack() as scopes:
-        scopes.callback(recorder.release)
-        scopes.callback(recorder.uses.forgotten)
-        away = any(device.type not in ("cpu", "meta") for device in home)  # what is on the meta device is taken for what it is with values, on the processor
-        functions = Functions(recorder, calls, away, not away)
-        for scope in (torch.no_grad(), undisturbed_surroundings(model), following(modules, stack), recorder, functions):
-            scopes.enter_context(scope)
-        result = call()
-        state = frozenset() if callable(asked.example) else handed_back(model, result, *asked.example)
-        found = [item for item in items(result) if item[0].partition(".")[0] not in state]
-        chosen = selected(found, asked.outputs)
-        recorder.uses.floats.extend([number.expr for _, number in chosen if type(number) is Size])
-        paths = [path for path, item in chosen if isinstance(item, torch.Tensor)]
-        outputs = [recorder.value(item) for _, item in chosen if isinstance(item, torch.Tensor)]
-        if results is not None:
-            results += [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in chosen]
-        steps, others, in_training = list(functions.steps), [], []
-        recorder.amend = None
-        for tensors_of, other in more:
-            entered(recorder, tensors_of)
-            others += more_run(recorder, other, asked.outputs, state)
-        trained = reads_mode(modules) or bool(parameters.intersection(unread(recorder, recorder.nodes + recorder.extra)))
-        if trained:
-            twin.train()
-            with _disable_current_modes():
-                again, call = next(asked.called(twin, swap))
-            entered(recorder, again)
-            before = len(recorder.extra)
-            others += train_run(recorder, call, asked.outputs, state)
-            in_training = [] if recorder.stopped else recorder.extra[before:]
-    calls += channels_of_bare_norms(recorder.nodes, symbols)
-    forget(recorder, outputs)
+    runs = _recorded(recorder, model, twin, modules, asked, parameters, results)
+    calls = [*runs.calls, *channels_of_bare_norms(recorder.nodes, symbols)]
+    forget(recorder, runs.outputs)
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
     idle = unread(recorder, recorder.nodes + recorder.extra)
     hold(recorder, idle)
     choices, of_choice = settled(labels, recorder.choices)
     hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
     reason = labels.reason(Reason("an output of the model keeps its size"))
-    for value in outputs + others:
-        for held in value.fields:
-            labels.lock(held, reason)
+    for value in runs.outputs + runs.others:
+        for entries in value.fields:
+            labels.lock(entries, reason)
     uses = recorder.uses
+    paths = [path for path, item in runs.chosen if isinstance(item, torch.Tensor)]
     learnt = parameters if parameters.intersection(recorder.leaves) else frozenset(recorder.leaves)
     return Graph(
         nodes=recorder.nodes,
-        steps=steps,
+        steps=runs.steps,
         leaves=recorder.leaves,
         labels=labels,
-        inputs=inputs,
-        outputs=outputs,
+        inputs=runs.inputs,
+        outputs=runs.outputs,
         calls=calls,
         floats=uses.floats,
         equals=uses.equals,
@@ -532,16 +515,62 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         unread=idle,
         picks=numbered,
         choices=choices,
-        marks=marks(recorder.nodes + recorder.extra, functions.steps, recorder.leaves, learnt).with_made(labels.copied),
+        marks=marks(recorder.nodes + recorder.extra, runs.all_steps, recorder.leaves, learnt).with_made(labels.copied),
         paths=paths,
-        numbers=len(chosen) > len(paths),
+        numbers=len(runs.chosen) > len(paths),
         asked=asked,
-        state=state,
+        state=runs.state,
         looked=list(dict.fromkeys(recorder.looked)),
-        trained=trained and not recorder.stopped,
-        training=in_training,
+        trained=runs.trained and not recorder.stopped,
+        training=runs.training,
         random_in_training=any(torch.Tag.nondeterministic_seeded in node.func.tags for node in (*recorder.nodes, *recorder.extra)),
     )
+
+
+def _recorded(
+    recorder: Recorder,
+    model: nn.Module,
+    twin: nn.Module,
+    modules: list[tuple[str, nn.Module]],
+    asked: Examples,
+    parameters: frozenset[str],
+    results: list[Item] | None,
+) -> _Runs:
+    """Run the twin of a model on every example, and in training mode where that matters, with the recorder watching."""
+    home = {tensor.device for *_, tensor in leaf_tensors(model)}
+    swap = lambda t: t.detach().clone() if recorder.real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
+    first, *more = asked.called(twin, swap)
+    inputs, call = entered(recorder, first[0]), first[1]
+    calls: list = []
+    with ExitStack() as scopes:
+        scopes.callback(recorder.release)
+        scopes.callback(recorder.uses.forgotten)
+        away = any(device.type not in ("cpu", "meta") for device in home)  # what is on the meta device is taken for what it is with values, on the processor
+        functions = Functions(recorder, calls, away, not away)
+        for scope in (torch.no_grad(), undisturbed_surroundings(model), following(modules, recorder.stack), recorder, functions):
+            scopes.enter_context(scope)
+        result = call()
+        state = frozenset() if callable(asked.example) else handed_back(model, result, *asked.example)
+        chosen = selected([item for item in items(result) if item[0].partition(".")[0] not in state], asked.outputs)
+        recorder.uses.floats.extend([number.expr for _, number in chosen if type(number) is Size])
+        outputs = [recorder.value(item) for _, item in chosen if isinstance(item, torch.Tensor)]
+        if results is not None:
+            results += [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in chosen]
+        steps, others, training = list(functions.steps), [], []
+        recorder.amend = None
+        for tensors_of, other in more:
+            entered(recorder, tensors_of)
+            others += more_run(recorder, other, asked.outputs, state)
+        trained = reads_mode(modules) or bool(parameters.intersection(unread(recorder, recorder.nodes + recorder.extra)))
+        if trained:
+            twin.train()
+            with _disable_current_modes():
+                again, call = next(asked.called(twin, swap))
+            entered(recorder, again)
+            before = len(recorder.extra)
+            others += train_run(recorder, call, asked.outputs, state)
+            training = [] if recorder.stopped else recorder.extra[before:]
+    return _Runs(inputs, chosen, outputs, state, steps, functions.steps, calls, others, trained, training)
 
 
 def entered(recorder: Recorder, inputs: list[torch.Tensor]) -> list[Value]:
