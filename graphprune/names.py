@@ -27,10 +27,12 @@ from .wording import brief
 
 def named(model: nn.Module, keep: Any) -> list[str]:
     """The tensors that ``keep`` speaks of: names, patterns, module types, modules or predicates."""
-    alone = isinstance(keep, str | type) or callable(keep)
-    if not alone and not isinstance(keep, Iterable):
+    if isinstance(keep, str | type) or callable(keep):
+        wanted = [keep]
+    elif isinstance(keep, Iterable):
+        wanted = list(keep)
+    else:
         raise UnknownName(f"{keep!r} is neither a name, a pattern, a module type nor a predicate, nor a list of these")
-    wanted = [keep] if alone else list(keep)
     if not wanted:
         return []
     modules, tensors = dict(model.named_modules()), [name for name, *_ in leaf_tensors(model)]

@@ -144,7 +144,7 @@ def check_repair(target: Any, spare: Any, rows: Any, progress: Any) -> None:
     """Raise :class:`~graphprune.errors.BadCalibration` for options of a repair that make no sense."""
     if target not in TARGETS:
         raise BadCalibration(f"target is {target!r}; fits are made to the output of each {' or of each '.join(map(repr, TARGETS))}")
-    if not isinstance(spare, Real) or isinstance(spare, bool) or not 0 <= spare < 1:
+    if not isinstance(spare, Real) or isinstance(spare, bool) or not 0 <= float(spare) < 1:
         raise BadCalibration(f"spare is {spare!r}; it is the share of the batches that is kept out of the fits, 0 <= spare < 1")
     if not whole(rows) or rows < 1:
         raise BadCalibration(f"rows is {rows!r}; it is how many positions each fit sees, a whole number from 1 on")

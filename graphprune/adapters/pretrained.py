@@ -152,7 +152,7 @@ class Names:
         from transformers.core_model_loading import revert_weight_conversion
 
         small.__dict__["_weight_conversions"] = [transform for transform in self._transforms if transform.was_used()]
-        return revert_weight_conversion(small, dict(tensors))
+        return revert_weight_conversion(small, dict(tensors))  # type: ignore[arg-type]  # it asks for no more than the conversions
 
     def saved(self, small: nn.Module) -> list[str]:
         """The names of a model's state that are written: of tensors that are tied, one."""

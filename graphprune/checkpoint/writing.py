@@ -62,7 +62,7 @@ def write(path: Path, kinds: Kinds, pieces: Callable[[str], Iterable[torch.Tenso
                     assert piece.dtype == DTYPES[dtype], f"{name} is {piece.dtype}, {dtype} was announced"
                     count += piece.numel()
                     if piece.numel():
-                        file.write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
+                        file.write(piece.reshape(-1).view(torch.uint8).numpy().data)
                 assert count == math.prod(shape), f"{name} has {count} entries, {shape} was announced"
         sync(part)
         os.replace(part, path)

@@ -181,7 +181,7 @@ def scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def _parameter(data: torch.Tensor, old: torch.Tensor) -> nn.Parameter:
     """A parameter in the place of another, of its class and with the attributes that were written on it."""
     kind = type(old) if issubclass(type(old), nn.Parameter) and type(data) is torch.Tensor else nn.Parameter
-    parameter = nn.Parameter(data, old.requires_grad) if kind is nn.Parameter else torch.Tensor._make_subclass(kind, data, old.requires_grad)
+    parameter: Any = nn.Parameter(data, old.requires_grad) if kind is nn.Parameter else torch.Tensor._make_subclass(kind, data, old.requires_grad)
     for name, value in vars(old).items():
         setattr(parameter, name, value)
     return parameter

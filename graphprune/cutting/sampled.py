@@ -183,7 +183,7 @@ class _Functions(TorchFunctionMode):
             if name in FUSED:  # spelled out for this call alone: the model's own code finds torch as it is
                 with recurrent() if name in RECURRENT else sdpa_kernel(SDPBackend.MATH):
                     return func(*args, **(kwargs or {}))
-            return DIRECT.get(func, func)(*args, **(kwargs or {}))
+            return (DIRECT.get(func) or func)(*args, **(kwargs or {}))
         with self:
             return body(*args, **(kwargs or {}))
 

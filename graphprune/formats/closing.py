@@ -13,7 +13,7 @@ graphprune a list of blocks is as long as a configuration says, and has no such 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,7 @@ def closed(model: nn.Module) -> tuple[nn.Module, Lists]:
     return twin, lists
 
 
-def _numbers(kept: tuple[int, ...], blocks: list[Any], gone: dict[int, nn.Module]) -> Iterator[tuple[int, int, list[tuple[dict, str]]]]:
+def _numbers(kept: tuple[int, ...], blocks: list[Any], gone: Mapping[int, nn.Module]) -> Iterator[tuple[int, int, list[tuple[dict, str]]]]:
     """The attributes that say, in every block, which one it is: the old number, the new, and who holds them."""
     every = [{(path, key): module.__dict__ for path, module in block.named_modules() for key in _plain(module)} for block in blocks]
     counts = set.intersection(*(set(names) for names in every)) if every else set()

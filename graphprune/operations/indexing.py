@@ -113,8 +113,9 @@ def _masked(x: Value, start: int, mask: Value, values: Value) -> Expr:
 def segment_reduce(data, reduce, *, lengths=None, indices=None, offsets=None, axis=0, **kwargs):
     """Rows are put together as their lengths or offsets say; what stands behind them is each by itself."""
     axes = " ".join(but(len(data.shape), *range(axis + 1)))
-    told = lengths if isinstance(lengths, Value) else offsets
-    return expr(f"{axes},{' _' * len(told.shape)} -> {axes}", data, told)
+    division = lengths if isinstance(lengths, Value) else offsets
+    assert isinstance(division, Value)
+    return expr(f"{axes},{' _' * len(division.shape)} -> {axes}", data, division)
 
 
 @computes("_sparse_addmm")

@@ -31,6 +31,6 @@ STACK = 3  # axes of a stack of matrices
 @of_groups("expert_mlp", "hidden units of experts, the same in all experts that share a tensor")
 def expert_mlp(groups: Groups) -> set[int]:
     stacks = {name for name in stacked(groups) if len(groups.graph.leaves[name].shape) >= STACK}
-    others = experts(groups) | hidden(groups) | attended(groups) if stacks else set()
+    others = {*experts(groups), *hidden(groups), *attended(groups)} if stacks else set()
     between = {group.index for group in groups if len({name for name, _ in group.places} & stacks) > 1}  # made by one, read by another
     return between - others
