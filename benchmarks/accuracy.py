@@ -239,7 +239,7 @@ def table(known: dict, every: int, kept: Rows) -> str:
         "",
         f"`python benchmarks/accuracy.py --every {every} --curve --free`; torch {torch.__version__}, one thread, 512 calibration images (no",
         f"labels; from the training set), top-1 on {images}; CIFAR-10 is a JPEG copy. Both prune channels inside the blocks.",
-        'Ours: criterion `effect` under `scope="global"`, then `repair="auto"` (closed form); mean and standard deviation over the seeds of the',
+        'Ours: score `effect` under `scope="global"`, then repair in closed form; mean and standard deviation over the seeds of the',
         "calibration sample (their number in the column *seeds*). Torch-Pruning 1.6.1: the best of eight runs (L1, L2, BN scale, Taylor with labels, FPGM",
         "layer by layer; L2, BN scale, Taylor globally), chosen on the test images; as it ships, and after batch-norm re-estimation on the same images.",
         "The MACs of each model are in brackets, as a share of the original's; ours are at most those of the models it is compared with.",

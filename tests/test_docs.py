@@ -12,7 +12,7 @@ import pytest
 from zoo_support import declare_operators
 
 import graphprune
-from graphprune import catalogue
+from graphprune import catalogue, spelling
 from graphprune.scores import SCORES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -115,3 +115,20 @@ def test_every_page_is_reached_and_every_link_leads_somewhere():
 
 def test_there_is_a_page():
     assert {page.stem for page in PAGES} >= {f"own-{kind}" for kind in ("operation", "score", "runtime", "granularity", "repair")}
+
+
+def old_spellings(page: Path) -> list[str]:
+    """Options of calls that a page writes as they were written before."""
+    calls = [node for code in blocks(page) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [each.arg for call in calls if call.func.attr in ("shrink", "plan", "iterate") for each in call.keywords if each.arg in spelling.OLD]
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
+def test_no_page_writes_an_option_as_it_was_written_before(page):
+    assert not old_spellings(page)
+
+
+def test_an_old_spelling_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text('```python\nsmall = graphprune.shrink(net, x, criterion="l1", macs=0.5)\n```\n')
+    assert old_spellings(page) == ["criterion"]
