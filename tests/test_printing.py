@@ -199,3 +199,16 @@ def test_what_meets_the_input_says_so_and_nothing_else_does(model, shape, tensor
     assert "meets the model's input" in said[tensor]
     others = [text for name, text in said.items() if not name.startswith("0.") and text]
     assert others and not any("the model's input" in text for text in others)
+
+
+def test_a_cut_without_a_repair_says_what_one_would_do():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    batches = list(torch.randn(64, 8).split(16))
+    plans = {
+        repair: graphprune.shrink(net, batches[0][:1], repair=given, return_plan=True)[1]
+        for repair, given in (("none", None), ("data-free", "data-free"), ("batches", batches))
+    }
+    assert "not repaired: repair=batches" in str(plans["none"])
+    assert "not repaired" not in str(plans["data-free"]) + str(plans["batches"])
+    assert "not repaired" not in str(graphprune.plan(net, batches[0][:1], ratio=0))  # nothing is cut

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 ROWS, WHOLES, NOTES = 30, 8, 6  # what fits a screen
+UNREPAIRED = 'not repaired: repair=batches (inputs, no labels) refits what stays to what was removed, repair="data-free" does what it can without'
 CHANGES = {"skip": "removed", "mask": "masked", "kernel": "smaller kernel", "columns": "thinner product"}
 
 
@@ -61,6 +62,8 @@ def brief_text(plan: Plan) -> str:
     if extra:
         lines += ["", *(_cut(line) for line in extra[-NOTES:])]
         lines += [f"… and {counted(len(extra) - NOTES, 'more line')}"] if len(extra) > NOTES else []
+    if (plan.cuts or plan.parts) and not any(line.startswith("repair") for line in plan.lines):
+        lines += ["", UNREPAIRED]
     if len(lines) > 1:
         lines += ["", "more: plan.explain(), plan.explain(verbose=True), plan.table(), plan.kept(module), plan.compare(other)"]
     return "\n".join(lines)
