@@ -32,14 +32,17 @@ ROLES: dict[str, dict[str, Any]] = {
     "widths": {"what": "channel", "widths": graphprune.Widths(uniform=True)},
     "blocks": {"what": "block"},
 }
+TOKENS = "vocabulary"  # by the use in the example, which is what is compared: all its ids stay, or others take their place in both models
 KINDS = ("mlp", "heads", "query_heads", "hidden", "experts", "expert_mlp", "head_dim")
-ROLES |= {kind: {"what": kind, "widths": graphprune.Widths(uniform=True)} for kind in KINDS}
+ROLES |= {kind: {"what": kind, "widths": graphprune.Widths(uniform=True)} for kind in (*KINDS, TOKENS)}
 
 
 def again(name: str, folder: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, dict[str, Any]]:
     """In a process of its own: what a folder computes, what it writes with the cache and without, and its configuration."""
     model, inputs = build(name)
     back = type(model).from_pretrained(folder).eval()
+    if (Path(folder) / "graphprune_tokens.json").exists():
+        inputs = graphprune.tokens(folder).example((), inputs)[1]
     return result(back, inputs), written(back, inputs), written(back, inputs, cache=False), back.config.to_dict()
 
 
@@ -48,11 +51,14 @@ def row(name: str, role: str, others: Executor) -> dict[str, Any]:
     model, inputs = build(name)
     start, before = time.process_time(), parameters(model)
     try:
-        small = graphprune.shrink(model, inputs, 0.5, **ROLES[role])
+        asked = ROLES[role] | ({"what": {TOKENS: graphprune.Vocabulary(batches=[inputs])}} if role == TOKENS else {})
+        small = graphprune.shrink(model, inputs, 0.5, **asked)
     except GraphpruneError as error:
         return {"cell": f"{name} {role}", "result": "whole", "reason": str(error).splitlines()[0]}
     spent = {"cell": f"{name} {role}", "left": round(parameters(small) / before, 3), "seconds": round(time.process_time() - start, 1)}
     spent["class kept"] = type(small) is type(model)
+    if role == TOKENS:
+        inputs = graphprune.tokens(small).example((), inputs)[1]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         try:
             small.save_pretrained(folder)

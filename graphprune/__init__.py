@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .errors import GraphpruneError
     from .formats.applied import apply
     from .formats.folder import load, save
+    from .formats.tokens import tokens
     from .insight.picture import picture
     from .insight.report import report
     from .insight.sensitivity import Sensitivity, sensitivity
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .operations.laws import check_rule
     from .operations.notation import expr
     from .operations.record import rule
-    from .options import Repair, Runtime, Widths
+    from .options import Repair, Runtime, Vocabulary, Widths
     from .planning.overview import widths
     from .planning.selected import plan_from
     from .repair import repair
@@ -66,6 +67,7 @@ __all__ = [
     "SparseTraining",
     "Table",
     "Tradeoff",
+    "Vocabulary",
     "Widths",
     "__version__",
     "apply",
@@ -101,6 +103,7 @@ __all__ = [
     "semi_structured",
     "sensitivity",
     "shrink",
+    "tokens",
     "trace",
     "tradeoff",
     "widths",
@@ -120,6 +123,7 @@ PLACES = {
     ".errors": "GraphpruneError",
     ".formats.applied": "apply",
     ".formats.folder": "load save",
+    ".formats.tokens": "tokens",
     ".insight.picture": "picture",
     ".insight.report": "report",
     ".insight.sensitivity": "Sensitivity sensitivity",
@@ -132,7 +136,7 @@ PLACES = {
     ".operations.laws": "check_rule",
     ".operations.notation": "expr",
     ".operations.record": "rule",
-    ".options": "Repair Runtime Widths",
+    ".options": "Repair Runtime Vocabulary Widths",
     ".planning.overview": "widths",
     ".planning.selected": "plan_from",
     ".repair": "repair",

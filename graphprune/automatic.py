@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .cutting.apply import apply
+from .cutting.vocabulary import parted
 from .errors import BadTarget, GraphpruneError, NothingToPrune, warn
 from .options import Repair
 from .planning.planner import Planner
@@ -61,7 +62,7 @@ def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair |
     failed: GraphpruneError = BadTarget("no score could be computed")
     for choice in _choices(request):
         try:
-            plan = planner(graph, model, _by(choice, request, batches))
+            plan = parted(planner(graph, model, _by(choice, request, batches)))[0]
         except NothingToPrune:
             raise
         except GraphpruneError as error:

@@ -114,6 +114,44 @@ def _check_multiple(step: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class Vocabulary(_Brief):
+    """Which tokens stay, for ``shrink(..., what={"vocabulary": Vocabulary(...)})``.
+
+    ``amount``: a share of tokens to remove, a whole number of tokens that stay, the ids that stay (a list, a range, a tensor), or None where the ratio or the
+    budget of all decides. ``batches``: inputs of the model; tokens that they use most stay (left out: those of a score or of a repair). ``special``: ids that
+    stay in any case, beside those that the configuration names, such as ``tokenizer.all_special_ids``. Raises :class:`~graphprune.errors.BadOption`.
+
+    >>> Vocabulary(0.5, special=[100, 103])
+    Vocabulary(0.5, special=(100, 103))
+    """
+
+    amount: Any = None
+    batches: Iterable | None = None
+    special: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        ids = token_ids(self.special)
+        if ids is None:
+            raise BadOption(f"special is {self.special!r}; it lists the ids of tokens that stay, whole numbers from 0 on")
+        object.__setattr__(self, "special", ids)
+        if self.batches is not None and (isinstance(self.batches, str | Mapping) or not isinstance(self.batches, Iterable)):
+            raise BadOption(f"batches is a {type(self.batches).__name__}; it is an iterable of inputs of the model, which hold the ids that are used")
+
+
+def token_ids(value: Any) -> tuple[int, ...] | None:
+    """The ids that a list, a set, a range, an array or a tensor holds; None where it is none of these.
+
+    >>> token_ids(range(2, 5)), token_ids(8000)
+    ((2, 3, 4), None)
+    """
+    value = value.tolist() if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1 else value
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        return None
+    ids = tuple(value)
+    return ids if all(whole(each) and each >= 0 for each in ids) else None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Runtime(_Brief):
     """Where a time counts (``speedup=``, ``latency=``), and how it is taken.
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from .automatic import AUTO, with_score
 from .cutting.apply import apply
-from .cutting.compose import so_far
+from .cutting.compose import compose, so_far
 from .cutting.plan import Plan, note_plan
 from .cutting.undo import undone
 from .cutting.verify import check_model
+from .cutting.vocabulary import check_tokens, parted, set_apart
 from .formats.huggingface import expressed, follow
 from .options import DEFAULTS, GOALS, PlanOptions, Repair, ShrinkOptions, Target
 from .planning.outcome import disappointments
@@ -83,23 +84,38 @@ def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return
     if score is None:  # with inputs to learn from, and a budget to spend, what loses least
         score = AUTO if repairs is not None and any(options.get(name) is not None for name in GOALS) else "l2"
     request, graph = _asked(model, example_input, ratio, options, score=score, inplace=inplace)
+    request = replace(request, calibration=None if repairs is None else repairs.batches)
     request = with_score(graph, model, request if verify else replace(request, proof="calls"), repairs, PLANNER)
     if verify:
         chosen, small = proved(graph, model, request, PLANNER)
     else:
         chosen = PLANNER(graph, model, request)
-        small = apply(model, chosen)
+        small = apply(model, parted(chosen)[0])
     common = agreed(chosen)
-    chosen, small = (chosen, small) if common is chosen else (common, apply(model, common))
-    small, chosen = after_cut(small, model, chosen, repairs, graph)
+    chosen, small = (chosen, small) if common is chosen else (common, apply(model, parted(common)[0]))
+    small, chosen = _finished(small, model, chosen, repairs, graph, verify)
     disappointments(graph, model, chosen, request)  # which may be made errors: nothing of the model has changed by now
     with undone(model, chosen.edits) if inplace else nullcontext():
         if inplace:
+            if chosen.tokens is not None:
+                set_apart(model)
             cut = apply(model, chosen, inplace=True)
             small = cut if repairs is None else refill(cut, small)
         note_plan(small, so_far(model, chosen))
-        follow(small, graph, verify)
+        follow(small, graph, verify, chosen.tokens)
     return (small, chosen) if return_plan else small
+
+
+def _finished(small: nn.Module, model: nn.Module, chosen: Plan, repairs: Repair | None, graph: Graph, verify: bool) -> tuple[nn.Module, Plan]:
+    """The cut model repaired, and then without the tokens that go: until then it takes the ids of the original."""
+    rest, words = parted(chosen)
+    small, rest = after_cut(small, model, rest, repairs, graph)
+    if words is None or words.tokens is None:
+        return small, rest
+    fewer = apply(small, words)
+    if verify:
+        check_tokens(small, fewer, words.tokens, graph.example)
+    return fewer, compose(rest, words)
 
 
 @taking(PlanOptions)

@@ -50,7 +50,8 @@ def compose(first: Plan, second: Plan) -> Plan:
         numbers[name] = [-1 if n < 0 else then[n] for n in new] if then else new
     texts, summary = (_notes(first, second), _lines(first, second)), _outline(first, second, cuts)
     gains = _gains(first, second)
-    return Plan(cuts, shapes, edited, *texts, rewrites=rewrites, numbers=numbers, parts=parts, outline=summary, gains=gains)
+    tokens = second.tokens.after(first.tokens) if first.tokens and second.tokens else first.tokens or second.tokens
+    return Plan(cuts, shapes, edited, *texts, rewrites=rewrites, numbers=numbers, parts=parts, outline=summary, gains=gains, tokens=tokens)
 
 
 def so_far(model: torch.nn.Module, plan: Plan) -> Plan:

@@ -28,6 +28,7 @@ from .gains import Gain, gains_of
 from .outline import Outline, outline
 from .parts import Part, survivors
 from .schema import VERSION, read
+from .tokens import Tokens
 
 SHOWN = 8  # places that look at values, in the notes
 
@@ -39,7 +40,7 @@ class Plan:
     ``numbers``: for buffers that number positions of a cut axis, the new number of every old one (-1: gone).
     ``rewrites``: the modules whose code holds sizes as literals; they come back as subclasses that read them from attributes.
     ``parts``: changes beyond cutting axes (masks, smaller kernels, skipped modules). ``gains``: tensors that take up what a cut does to the
-    weights that a norm makes (weight norm, spectral norm), so that these stay what they were.
+    weights that a norm makes (weight norm, spectral norm), so that these stay what they were. ``tokens``: the ids of a smaller vocabulary.
     ``outline``: totals, widths and reasons as numbers (:mod:`graphprune.cutting.outline`); ``print(plan)``, :meth:`explain` and :meth:`table` read it.
     """
 
@@ -53,6 +54,7 @@ class Plan:
     parts: tuple[Part, ...] = ()
     gains: tuple[Gain, ...] = ()
     outline: Outline | None = field(default=None, compare=False)
+    tokens: Tokens | None = None
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter, buffer and plain attribute that is cut; True where the entry survives."""
@@ -129,6 +131,7 @@ class Plan:
         data |= {"numbers": self.numbers} if self.numbers else {}
         data |= {"outline": self.outline.to_dict()} if self.outline else {}
         data |= {"gains": [[gain.name, gain.power, gain.calls, gain.result, gain.axes] for gain in self.gains]} if self.gains else {}
+        data |= {"tokens": self.tokens.to_dict()} if self.tokens else {}
         return data | ({"parts": [part.to_json() for part in self.parts]} if self.parts else {})
 
     def to_json(self) -> str:

@@ -23,6 +23,7 @@ from ..operations import operation as known
 from .gains import MOST, Gain
 from .outline import Outline
 from .parts import Part
+from .tokens import Tokens
 
 VERSION = 1
 CHECKSUM = "sha256"  # of everything else, where a plan is kept in a file
@@ -84,6 +85,7 @@ def _fields(data: dict[str, Any]) -> dict[str, Any]:
         "parts": _parts(_list(data.get("parts", []), "parts"), shapes),
         "outline": Outline.from_dict(_table(data["outline"], "outline")) if "outline" in data else None,
         "gains": tuple(map(_gain, _list(data.get("gains", []), "gains"))),
+        "tokens": Tokens.from_dict(_table(data["tokens"], "tokens")) if "tokens" in data else None,
     }
 
 

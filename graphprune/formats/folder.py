@@ -32,6 +32,7 @@ from ..cutting.parts import Part, pack, widened
 from ..cutting.plan import Plan, note_plan
 from ..cutting.schema import CHECKSUM, checksum
 from ..cutting.schema import read as read_plan
+from ..cutting.tokens import FILE as TOKENS
 from ..errors import BadFile, BadModel, BadPlan, GraphpruneError
 from ..tracing.trees import check_scope, is_parameter, leaf_tensors
 from .atomic import current, ordinary, read, replacing
@@ -76,6 +77,8 @@ def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         except SafetensorError as error:
             raise OSError(str(error)) from error
         (part / PLAN).write_text(json.dumps(data | {CHECKSUM: checksum(data)}))
+        if plan.tokens is not None:
+            (part / TOKENS).write_text(plan.tokens.to_json())
     return folder
 
 

@@ -17,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path as Folder
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..cutting.apply import apply
 from ..cutting.masks import masked
-from ..cutting.plan import Plan
+from ..cutting.plan import Plan, plan_of
+from ..cutting.tokens import Tokens
+from ..cutting.vocabulary import parted
 from ..errors import BadConfig, BadPlan
 from ..planning.planner import Planner
 from ..planning.request import Request
@@ -35,6 +38,7 @@ from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 from .closing import Lists, closed
 from .config import Gap, Path, Slot, Solution, Tree, changed, compare, search
+from .tokens import write_tokens
 
 RUNTIME = ("_attn_implementation", "_experts_implementation")  # how a model runs: chosen when it is loaded, not kept
 CURES = (
@@ -64,7 +68,7 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
     notes: list[str] = []
     tied: set[frozenset[Slot]] = set()
     for _ in range(ROUNDS):
-        small = apply(model, plan)
+        small = apply(model, parted(plan)[0])
         solution = search(_builder(small), small, _tree(small), used=_used(graph))
         wrong = frozenset(solution.gap.axes)
         reason = "" if solution.gap.loads else "no number of the configuration says this width alone"
@@ -119,7 +123,7 @@ def _values(model: nn.Module) -> dict[tuple[str, str], Any]:
     return values
 
 
-def follow(small: nn.Module, graph: Graph | None = None, check: bool = True) -> nn.Module:
+def follow(small: nn.Module, graph: Graph | None = None, check: bool = True, tokens: Tokens | None = None) -> nn.Module:
     """Let the configuration of a cut model, in place, say what is left, and guard its ``save_pretrained``; other models are left as they are.
 
     ``graph`` is the run that the cut was planned with: its example is what ``check`` computes. Where no configuration gives this
@@ -135,7 +139,7 @@ def follow(small: nn.Module, graph: Graph | None = None, check: bool = True) -> 
     whole, lists = closed(small)
     solution, reason = _solved(whole, small, lists, graph)
     if not reason and check and graph is not None:
-        reason = _differs(whole, small, solution, graph)
+        reason = _differs(whole, small, solution, graph, tokens)
     fewer = {path: value for path, value in solution.changes.items() if _of_lists(_tree(small), path, lists)}
     changes = {} if reason else {path: value for path, value in solution.changes.items() if path not in fewer}
     _configure(small, changes)
@@ -188,7 +192,11 @@ class Saving:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         whole = as_written(self.model)[0]
         kind: Any = type(whole)
-        return kind.save_pretrained(whole, *args, **kwargs)
+        result = kind.save_pretrained(whole, *args, **kwargs)
+        folder, plan = args[0] if args else kwargs.get("save_directory"), plan_of(self.model)
+        if kwargs.get("is_main_process", True) and folder is not None:
+            write_tokens(Folder(folder), plan.tokens if plan is not None else None)
+        return result
 
 
 def as_written(small: nn.Module) -> tuple[nn.Module, Lists]:
@@ -308,12 +316,12 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _differs(whole: nn.Module, small: nn.Module, solution: Solution, graph: Graph) -> str:
+def _differs(whole: nn.Module, small: nn.Module, solution: Solution, graph: Graph, tokens: Tokens | None = None) -> str:
     """Why a model that is built from the configuration, with the weights of the cut one, does not compute the same on the example (or nothing)."""
     if _hollow(small):
         wanted, built = _promised(whole), _promised(whole, solution.tree)
         return _factor(solution) if any(_other(built.get(place, value), value) for place, value in wanted.items()) else ""
-    args, kwargs = graph.example
+    args, kwargs = graph.example if tokens is None else tokens.example(*graph.example)
     try:
         again = loaded(whole, solution.tree)
         twin = duplicate(small, {id(tensor): tensor for tensor in small.parameters()})

@@ -39,6 +39,7 @@ ELSEWHERE = {
     **dict.fromkeys(("ffn", "intermediate", "intermediate_size"), "mlp"),
     **dict.fromkeys(("hidden_size", "embedding", "embed_dim", "stream"), "hidden"),
     **dict.fromkeys(("depth", "num_layers"), "layers"),
+    **dict.fromkeys(("vocab", "vocab_size", "tokens"), "vocabulary"),
 }
 OPTIONS = {"group": ("box",), "vector": ("row", "column")}
 
@@ -65,12 +66,17 @@ class Spec:
     @property
     def alone(self) -> bool:
         """Does it need a plan of its own, since other units stay whole for it, or are others?"""
-        return self.apart or self.locks is not None
+        return self.apart or self.locks is not None or self.coupled is not None
 
     @property
     def locks(self) -> Callable | None:
         """What of a run stays whole so that its units may go."""
         return entry("granularity", self.name).facts.get("locks")
+
+    @property
+    def coupled(self) -> Callable | None:
+        """How a run is coupled so that its units may go, where that is another way than that of all others."""
+        return entry("granularity", self.name).facts.get("coupled")
 
     @property
     def masks(self) -> bool:

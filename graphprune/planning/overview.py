@@ -111,7 +111,7 @@ def _by_themselves(graph: Graph, model: nn.Module) -> list[Row]:
         if found is None or spec is None or not spec.alone or (spec.apart and not graph.labels.repeated):
             continue
         other = trace(model, *graph.example, apart=True) if spec.apart else graph
-        groups = couple(other, locks=tuple(spec.locks(other)) if spec.locks else ())
+        groups = spec.coupled(other) if spec.coupled else couple(other, locks=tuple(spec.locks(other)) if spec.locks else ())
         rows += _groups(groups, model, dict.fromkeys(found.groups(groups), name))
     return rows
 

@@ -10,6 +10,7 @@ from torch import nn
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..cutting.verify import check
+from ..cutting.vocabulary import parted
 from ..errors import BadRatio, BadScore, NotEqual
 from ..scores import SCORES, Score
 from ..scores.attempts import attempts, remembered
@@ -20,6 +21,7 @@ from .entries import plan_entries
 from .request import DEPTH, Request
 from .together import together
 from .trial import best
+from .vocabulary import plan_vocabulary
 from .wanted import multiples
 from .widths import plan_widths
 
@@ -39,6 +41,8 @@ def one_stage(graph: Graph, model: nn.Module, request: Request) -> Plan:
         return plan_depth(graph, model, _by_name(request))
     if not request.spec.coarse:
         return plan_entries(graph, model, _by_name(request))
+    if request.spec.coupled:
+        return plan_vocabulary(graph, model, with_steps(graph, model, request))
     if request.spec.apart:
         graph = trace(model, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others, apart=True)
     aims, scope = request.aims, request.scope
@@ -70,16 +74,19 @@ def _by_name(request: Request) -> Request:
 def proved(graph: Graph, model: nn.Module, request: Request, planner: Planner) -> tuple[Plan, nn.Module]:
     """A plan and the cut model, once it computes what the zeroed original computes; what it differs by is looked for, left whole, and planned again.
 
-    Both times it is ``planner`` that plans. Raises :class:`~graphprune.errors.NotEqual` where nothing that is left whole makes them equal.
+    Both times it is ``planner`` that plans. The cut model has its whole vocabulary: fewer tokens are its last cut.
+    Raises :class:`~graphprune.errors.NotEqual` where nothing that is left whole makes them equal.
     """
     plan = planner(graph, model, request)
-    small = apply(model, plan)
+    rest = parted(plan)[0]
+    small = apply(model, rest)
     try:
-        check(graph, model, small, plan)
+        check(graph, model, small, rest)
     except NotEqual:
         if not any(each.spec.coarse for each in request.wanted):
             raise
         plan = planner(graph, model, replace(request, proof="values"))
-        small = apply(model, plan)
-        check(graph, model, small, plan)
+        rest = parted(plan)[0]
+        small = apply(model, rest)
+        check(graph, model, small, rest)
     return plan, small

@@ -14,7 +14,7 @@ from ..coupling.groups import Groups, couple
 from ..errors import BadOption, BadRatio, BadTarget
 from ..granularity.spec import Spec, parse
 from ..names import named
-from ..options import FREED, Runtime, Widths, whole
+from ..options import FREED, Runtime, Vocabulary, Widths, token_ids, whole
 from ..quantities import Seconds, amount
 from ..scores import OnData
 from ..select import check_ratio
@@ -34,12 +34,14 @@ class Wanted:
     """One kind of unit that may go, as :func:`~graphprune.shrink` was asked, and how much of it.
 
     ``amount``: a share of units to remove (a float), how many stay (a whole number), which blocks or layers go (a tuple of numbers or names), or None
-    where the ratio or the budget of all decides.
+    where the ratio or the budget of all decides. Of a vocabulary: which tokens stay; ``batches`` say which are used, ``special`` which stay in any case.
     """
 
     spec: Spec
     name: str
     amount: Any = None
+    batches: Iterable | None = None
+    special: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Request:
     alone: bool = True
     batches: Iterable | None = None
     loss: Callable | None = None
+    calibration: Iterable | None = None  # the inputs of a repair
     multiple_of: Any = None
     extra_costs: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
     tied: Sequence[frozenset[tuple[str, int]]] = ()
@@ -94,10 +97,11 @@ class Request:
     def stages(self) -> tuple[Request, ...]:
         """One request for each planner, in the order in which they work: whole modules first, then widths, then entries."""
         depth = [(each,) for each in self.wanted if each.spec.name in DEPTH]
-        alone = [(each,) for each in self.wanted if each.spec.alone]
+        alone = [(each,) for each in self.wanted if each.spec.alone and not each.spec.coupled]
+        words = [(each,) for each in self.wanted if each.spec.coupled]  # last of all that are cut, since the cut model takes other ids
         widths = tuple(each for each in self.wanted if each.spec.coarse and not each.spec.alone)
         entries = [(each,) for each in self.wanted if not each.spec.coarse and each.spec.name not in DEPTH]
-        every = (*depth, *alone, *((widths,) if widths else ()), *entries)
+        every = (*depth, *alone, *((widths,) if widths else ()), *words, *entries)
         return tuple(replace(self.stage(each), alone=len(every) == 1) for each in every)
 
     def stage(self, wanted: tuple[Wanted, ...]) -> Request:
@@ -171,7 +175,7 @@ def ask(
 def _wanted(what: Any) -> tuple[Wanted, ...]:
     """The kinds that ``what`` names: one, several, or a mapping to how much of each."""
     if isinstance(what, Mapping):
-        kinds = [Wanted(parse(name), name, _checked(name, value)) for name, value in what.items()]
+        kinds = [_one(name, value) for name, value in what.items()]
     else:
         kinds = [Wanted(parse(name), name) for name in ((what,) if isinstance(what, str) or not isinstance(what, Iterable) else what)]
     if not kinds:
@@ -182,17 +186,28 @@ def _wanted(what: Any) -> tuple[Wanted, ...]:
     return tuple(kinds)
 
 
+def _one(name: str, value: Any) -> Wanted:
+    """One kind with its amount."""
+    if isinstance(value, Vocabulary):
+        if not parse(name).coupled:
+            raise BadOption(f"what={{{name!r}: {value!r}}}: a Vocabulary says which tokens stay; it goes with 'vocabulary'")
+        return Wanted(parse(name), name, _checked(name, value.amount), value.batches, tuple(value.special))
+    return Wanted(parse(name), name, _checked(name, value))
+
+
 def _checked(name: str, value: Any) -> Any:
     """An amount of one kind: None, a share, a number, or a choice."""
-    value = amount("ratio", value)
     spec = parse(name)
+    if spec.coupled and (chosen := token_ids(value)) is not None:
+        return chosen
+    value = amount("ratio", value)
     if isinstance(value, Sequence) and spec.name in DEPTH and value and all(whole(each) or isinstance(each, str) for each in value):
         return tuple(value)
     if value is None or (isinstance(value, int) and whole(value) and value > 0 and (spec.coarse or spec.name in DEPTH)):
         return value
     if isinstance(value, float) and 0 <= value < 1:
         return value
-    choice = ", or a list of the ones that go ([21, 22])" if spec.name in DEPTH else ""
+    choice = ", or a list of the ones that go ([21, 22])" if spec.name in DEPTH else ", or a list of the ids that stay" if spec.coupled else ""
     raise BadRatio(f"what={{{name!r}: {value!r}}}: give a share of units to remove (0 <= share < 1), a whole number of units that stay{choice}")
 
 

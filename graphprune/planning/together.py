@@ -127,7 +127,10 @@ class Chain:
             plan = step if plan is None else compose(plan, step)
             if measured or index < len(stages) - 1:
                 model = _cut(model, step)
-                graph = trace(model, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others)
+                example, others = graph.example, graph.asked.others
+                if step.tokens is not None:  # the cut model takes other ids; what further examples hold of them is not known
+                    example, others = step.tokens.example(*example), ()
+                graph = trace(model, *example, outputs=graph.asked.outputs, examples=others)
         assert plan is not None
         return plan, graph, model
 

@@ -118,7 +118,7 @@ class _Coupling:
     def chosen(self, scores: Scores, ratios: Mapping[int, float]) -> tuple[Kept, dict, list[Wrong]]:
         """The units that stay, new values of attributes, and sizes that these do not give; groups whose widths the code derives from each other are tied."""
         while True:
-            kept = _choose(self.groups, scores, self.request, ratios, self.ties)
+            kept = choose(self.groups, scores, self.request, ratios, self.ties)
             edits, unsolved = solve(self.graph, Survivors(self.groups, kept).length)
             closer = _tie(self.graph, self.groups, unsolved, self.ties)
             if closer == self.ties:
@@ -175,7 +175,7 @@ def why(wrong: Wrong) -> str:
     return f"a factor or a branch depends on this size{where}"
 
 
-def _choose(groups: Groups, scores: Scores, request: Request, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
+def choose(groups: Groups, scores: Scores, request: Request, ratios: Mapping[int, float], ties: Sequence[frozenset[int]]) -> Kept:
     """The units that stay, by a ratio or under the limits that the request set."""
     step = request.multiple_of if isinstance(request.multiple_of, int) else request.multiple_of(groups)
     rules = {"scope": request.scope, "multiple_of": step, "min_units": _least(groups, request), "ratios": ratios, "ties": ties}
@@ -220,7 +220,7 @@ def _widened(
         size, width = max((groups.groups[index].size, len(kept[index])) for index in along)
         for wider in range(width + 1, size, max(1, (size - width) // TRIES)):
             trial = ratios | {index: 1 - wider / size for index in along}
-            wide = _choose(groups, scores, request, trial, ties)
+            wide = choose(groups, scores, request, trial, ties)
             changed, remaining = solve(graph, Survivors(groups, wide).length)
             still = [each for each in remaining if _key(each) not in right]
             if len(still) < len(wrong):

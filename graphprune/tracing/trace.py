@@ -47,6 +47,7 @@ from .ways import Way, ways
 
 __all__ = ["Graph", "Node", "Step", "trace"]
 
+OUTPUT = "an output of the model keeps its size"
 NOT_RUN = (
     "the model does not run on the example input: {}: {}\nCall model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
 )
@@ -487,7 +488,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     hold(recorder, idle)
     choices, of_choice = settled(labels, recorder.choices)
     hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
-    reason = labels.reason(Reason("an output of the model keeps its size"))
+    reason = labels.reason(Reason(OUTPUT))
     for value in runs.outputs + runs.others:
         for entries in value.fields:
             labels.lock(entries, reason)

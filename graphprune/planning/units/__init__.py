@@ -5,7 +5,7 @@ A kind is one file: a function that finds its groups (or its modules), entered i
 
 from __future__ import annotations
 
-from . import expert_mlp, experts, head_dim, heads, hidden, layers, mlp, query_heads
+from . import expert_mlp, experts, head_dim, heads, hidden, layers, mlp, query_heads, vocabulary
 from .kind import CHANNELS, Kind, kind, roles
 
-__all__ = ["CHANNELS", "Kind", "expert_mlp", "experts", "head_dim", "heads", "hidden", "kind", "layers", "mlp", "query_heads", "roles"]
+__all__ = ["CHANNELS", "Kind", "expert_mlp", "experts", "head_dim", "heads", "hidden", "kind", "layers", "mlp", "query_heads", "roles", "vocabulary"]

@@ -15,6 +15,7 @@ CHANNELS = "channels"  # what is none of the kinds that are found
 
 Find = Callable[[Groups], Iterable[int]]
 Locks = Callable[[Graph], list[tuple[Array, str]]]
+Coupled = Callable[[Graph], Groups]
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,17 @@ class Kind:
         return indices
 
 
-def of_groups(name: str, line: str, *, role: bool = True, apart: bool = False, locks: Locks | None = None) -> Callable[[Find], Find]:
+def of_groups(
+    name: str, line: str, *, role: bool = True, apart: bool = False, locks: Locks | None = None, coupled: Coupled | None = None
+) -> Callable[[Find], Find]:
     """Enter a kind that is cut from axes under ``name``; what was entered first names a group that several kinds claim.
 
     ``apart``: its groups are those of a run in which copies may go instead of what is copied (``trace(..., apart=True)``).
-    ``locks``: what stays whole of a run so that units of this kind may go. Both are planned by themselves.
+    ``locks``: what stays whole of a run so that units of this kind may go. ``coupled``: how a run is coupled for them. All three are planned by themselves.
     """
 
     def entered(find: Find) -> Find:
-        enter("granularity", name, line, find, cut=Kind(name, find, role), apart=apart, locks=locks)
+        enter("granularity", name, line, find, cut=Kind(name, find, role), apart=apart, locks=locks, coupled=coupled)
         return find
 
     return entered
