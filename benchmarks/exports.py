@@ -84,7 +84,7 @@ class Subject:
         """With an open batch size where that works."""
         if self._program is None:
             batch = torch.export.Dim("batch", min=1, max=64)
-            shapes = {"given": tuple({0: batch} if batched else {} for batched in self.batched)}
+            shapes = (tuple({0: batch} if batched else {} for batched in self.batched),)
             try:
                 self._program = torch.export.export(self.model, self.inputs, dynamic_shapes=shapes)
             except Exception:

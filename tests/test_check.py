@@ -308,3 +308,58 @@ def test_ties_that_rounding_breaks_are_no_fault(name):
 
     net = Tied(None).float()
     graphprune.shrink(net, torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)), 0.5)
+
+
+class Amplifying(nn.Module):
+    """Convolutions, and between them what makes differences nine times larger, again and again: rounding, too."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1) for _ in range(8))
+        self.norm = norm
+
+    def forward(self, x):
+        for conv in self.convs[:-1]:
+            x = self.norm(conv(x))
+        return self.convs[-1](x)
+
+
+def by_batch(h):
+    return nn.functional.batch_norm((20 * h).sin(), None, None, training=True, eps=1e-12)
+
+
+def by_spread(h):
+    h = (20 * h).sin()
+    return (h - h.mean((2, 3), keepdim=True)) / (h.var((2, 3), keepdim=True) + 1e-12).sqrt()
+
+
+def by_instance(h):
+    return nn.functional.instance_norm((20 * h).sin(), eps=1e-12)
+
+
+def by_angle(h):
+    return 9 * (20 * h).sin()
+
+
+@pytest.mark.parametrize("norm", [by_batch, by_spread, by_instance, by_angle])
+def test_rounding_that_a_model_makes_large_is_no_fault(norm):
+    x = torch.randn(2, 64, 2, 2, generator=torch.Generator().manual_seed(0))
+    net = Amplifying(norm)
+    small, plan = graphprune.shrink(net, x, 0.5, return_plan=True)
+    found, wanted = small(x), graphprune.cutting.zeroed._masked(net, plan)(x)
+    assert (found - wanted).abs().max() > 1e-3 * wanted.abs().max()  # control: in single precision the two are far apart
+    assert small.convs[0].out_channels == 32
+
+
+@pytest.mark.parametrize("norm", [by_batch, by_spread, by_instance, by_angle])
+def test_a_fault_is_found_beneath_rounding(norm):
+    """A channel of another place in the cut model: as large as the rounding, and there in double precision, too."""
+    x = torch.randn(2, 64, 2, 2, generator=torch.Generator().manual_seed(0))
+    net = Amplifying(norm)
+    small, plan = graphprune.shrink(net, x, 0.5, return_plan=True)
+    graph = graphprune.trace(net, x)
+    graphprune.cutting.verify.check(graph, net, small, plan)
+    small.convs[-1].weight.data[:, [0, 1]] = small.convs[-1].weight.data[:, [1, 0]]
+    with pytest.raises(NotEqual):
+        graphprune.cutting.verify.check(graph, net, small, plan)
