@@ -169,18 +169,36 @@ class Survivors:
             out[stay.numpy()] = False
             gone[group.units[out]] = True
         self.gone, self.root = gone, groups.root
+        self.known: dict[tuple[int, ...], tuple[Array, int]] = {}  # by axis and the ids of fields, which most values share with others
+        self.alive: list[Sequence[Array]] = []  # the fields, so that ids stay theirs
 
     @cached_property
     def stays(self) -> Array:
         return ~self.gone[self.root] if len(self.gone) else ~self.gone
 
     def axis(self, value: Value, dim: int) -> Array:
-        mask = np.ones(value.shape[dim], dtype=bool)
-        for array in value.fields:
-            if array.shape[dim] > 1:
-                others = tuple(a for a in range(array.ndim) if a != dim)
-                mask &= self.stays[array].any(axis=others)
-        return mask
+        """Which positions of an axis survive; not to be written into."""
+        known = self.along(value, dim)
+        return np.ones(value.shape[dim], dtype=bool) if known is None else known[0]
+
+    def count(self, value: Value, dim: int) -> int:
+        """How many positions of an axis survive."""
+        known = self.along(value, dim)
+        return value.shape[dim] if known is None else known[1]
+
+    def along(self, value: Value, dim: int) -> tuple[Array, int] | None:
+        """Both, of an axis along which anything may go."""
+        fields = [field for field in value.fields if field.shape[dim] > 1]
+        if not fields:
+            return None
+        key = (dim, *map(id, fields))
+        if key not in self.known:
+            mask = np.ones(value.shape[dim], dtype=bool)
+            for field in fields:
+                mask &= self.stays[field].any(axis=tuple(axis for axis in range(field.ndim) if axis != dim))
+            self.known[key] = mask, int(np.count_nonzero(mask))
+            self.alive.append(fields)
+        return self.known[key]
 
     def length(self, need: Need) -> int:
         if need.kind == "count":
@@ -192,10 +210,10 @@ class Survivors:
             return int(mask[len(mask) - need.at :].sum()) if need.at else 0
         if need.kind == "blocks":
             return int(mask.reshape(need.at, -1).any(axis=1).sum())
-        return int(mask.sum())
+        return self.count(need.value, need.dim)
 
     def shape(self, value: Value) -> tuple[int, ...]:
-        return tuple(int(self.axis(value, dim).sum()) for dim in range(len(value.shape)))
+        return tuple(self.count(value, dim) for dim in range(len(value.shape)))
 
 
 def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[str, ...]) -> Plan:
@@ -212,7 +230,7 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[
             lines.append(f"{name}: renumbered, {int(mask.sum())} positions of {len(mask)} stay")
     gains = gains_of(groups.graph, groups.root, cuts)
     lines += [f"{gain.name}: takes up what the cut does to the weight it makes" for gain in gains]
-    summary = outline(groups, cuts, [len(stay) for stay in kept], lambda value, dim: int(np.count_nonzero(stays.axis(value, dim))))
+    summary = outline(groups, cuts, [len(stay) for stay in kept], stays.count)
     # What the example does not take is not known: a person may know it.
     looks = [f"note: {', '.join(part for part in place if part)} looks at a value; what the code does for others is not known" for place in groups.graph.looked]
     texts = (*notes, *looks[:SHOWN]), tuple(lines)

@@ -14,8 +14,7 @@ import ast
 import inspect
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,8 +32,7 @@ from ..tracing.trace import Graph
 from ..wording import folded
 
 PARTS = frozenset(("split", "chunk", "split_with_sizes", "tensor_split", "narrow", "__getitem__"))  # calls of the Python code that take parts of an axis
-Pairs = Callable[[Value], Iterator[tuple[int, int]]]
-Lengths = dict[str, dict[int, set[int]]]  # of every module: what became of the axes of some length
+Lengths = dict[str, dict[int, set[int]]]  # by module: what became of the axes of some length
 _READS: WeakKeyDictionary[type, dict[str, tuple[bool, frozenset[str]]]] = WeakKeyDictionary()
 
 
@@ -44,18 +42,18 @@ def unread_sizes(graph: Graph, model: nn.Module, groups: Groups, kept: Kept) -> 
     unread = [(path, value) for path, value in graph.symbols.items() if len(path) == 2 and path not in used]
     if not unread:
         return {}, []
-    lengths = partial(_became, Survivors(groups, kept), graph.marks.features(groups.root))
-    own, parts, inside = _activations(graph, lengths), _activations(graph, lengths, parts=True), _tensors(graph, lengths)
+    axes = _Axes(groups, kept, unread)
+    results, parts, inside = axes.of_results(), axes.of_results(parts=True), axes.of_tensors()
     edits: dict[tuple, int] = {}
     stale: list[str] = []
     for path, value in unread:
         name, key = path
-        news = inside[name].get(value, set()) | own[name].get(value, set())
+        news = inside[name].get(value, set()) | results[name].get(value, set())
         if news <= {value}:  # there is no such axis, or none of them is cut
             continue
         known, calls = reading(type(model.get_submodule(name)), key)
         sources = [parts] if calls & PARTS else []
-        one = next((found for lengths_of in (*sources, own, inside) if (found := lengths_of[name].get(value))), set())
+        one = next((lengths for lengths_of in (*sources, results, inside) if (lengths := lengths_of[name].get(value))), set())
         if known and len(one) == 1:
             edits[path] = next(iter(one))
         else:
@@ -73,38 +71,48 @@ def _used(graph: Graph) -> Iterator[tuple]:
         yield from (leaf[1] for leaf in leaves(expr) if leaf[0] == "attr")
 
 
-def _activations(graph: Graph, lengths: Pairs, parts: bool = False) -> Lengths:
-    """By module, what became of the axes of the results of its own calls (``parts``: of those that take parts of an axis)."""
-    became: Lengths = defaultdict(lambda: defaultdict(set))
-    for node in graph.nodes:
-        if node.op.part or not parts:
-            for value in node.outs:
-                _add(became[node.module], value, lengths)
-    return became
+class _Axes:
+    """What became of axes of features (of places and samples an attribute says nothing), by module: of those as long as an attribute of it says."""
 
+    def __init__(self, groups: Groups, kept: Kept, unread: Iterable[tuple[tuple, int]]) -> None:
+        self.graph, self.survivors = groups.graph, Survivors(groups, kept)
+        self.features = self.graph.marks.features(groups.root)
+        self.of_features: dict[int, bool] = {}  # by the id of a field
+        self.asked: dict[str, set[int]] = defaultdict(set)
+        for (name, _), length in unread:
+            self.asked[name].add(length)
 
-def _tensors(graph: Graph, lengths: Pairs) -> Lengths:
-    """By module, what became of the axes of its tensors, and of those of the modules in it."""
-    became: Lengths = defaultdict(lambda: defaultdict(set))
-    for name, value in graph.leaves.items():
-        if name in graph.parameters:
-            path = name.split(".")
-            for depth in range(len(path)):
-                _add(became[".".join(path[:depth])], value, lengths)
-    return became
+    def of_results(self, parts: bool = False) -> Lengths:
+        """Of the results of a module's own calls (``parts``: of those that take parts of an axis)."""
+        became: Lengths = defaultdict(lambda: defaultdict(set))
+        for node in self.graph.nodes:
+            if node.module in self.asked and (node.op.part or not parts):
+                for value in node.outs:
+                    self.add(became, node.module, value)
+        return became
 
+    def of_tensors(self) -> Lengths:
+        """Of a module's tensors, and of those of the modules in it."""
+        became: Lengths = defaultdict(lambda: defaultdict(set))
+        for name, value in self.graph.leaves.items():
+            if name in self.graph.parameters:
+                path = name.split(".")
+                for depth in range(len(path)):
+                    module = ".".join(path[:depth])
+                    if module in self.asked:
+                        self.add(became, module, value)
+        return became
 
-def _became(survivors: Survivors, features: Array, value: Value) -> Iterator[tuple[int, int]]:
-    """What became of every axis of features of a tensor (of places and samples an attribute says nothing)."""
-    new = survivors.shape(value)
-    for dim, old in enumerate(value.shape):
-        if any(features[survivors.root[field]].any() for field in value.fields if field.shape[dim] > 1):
-            yield old, new[dim]
+    def add(self, became: Lengths, module: str, value: Value) -> None:
+        for dim, length in enumerate(value.shape) if value.fields else ():
+            if length in self.asked[module] and any(self.featured(field) for field in value.fields if field.shape[dim] > 1):
+                became[module][length].add(self.survivors.count(value, dim))
 
-
-def _add(became: dict[int, set[int]], value: Value, lengths: Pairs) -> None:
-    for old, new in lengths(value) if value.fields else ():
-        became[old].add(new)
+    def featured(self, field: Array) -> bool:
+        """Whether a field has labels of features; most tensors share their fields with others."""
+        if id(field) not in self.of_features:
+            self.of_features[id(field)] = bool(self.features[self.survivors.root[field]].any())
+        return self.of_features[id(field)]
 
 
 def reads_as_size(kind: type, key: str) -> bool:
