@@ -24,6 +24,7 @@ from .planning.request import Request, ask, flag
 from .ranks import across_ranks, agreed
 from .repair import after_cut, before_cut, refill
 from .spelling import taking
+from .tracing.surroundings import looked_for_once
 from .tracing.trace import Graph, trace
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_pla
 def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_plan: Literal[False] = False, **options: Unpack[ShrinkOptions]) -> Model: ...
 @taking(ShrinkOptions)
 @across_ranks
+@looked_for_once()
 def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return_plan: bool = False, **options: Unpack[ShrinkOptions]) -> Any:
     """A smaller model, of the same class, that computes what ``model`` computes with the removed units set to zero.
 
@@ -120,6 +122,7 @@ def _finished(small: nn.Module, model: nn.Module, chosen: Plan, repairs: Repair 
 
 @taking(PlanOptions)
 @across_ranks
+@looked_for_once()
 def plan(model: nn.Module, example_input: Any, ratio: Target = None, **options: Unpack[PlanOptions]) -> Plan:
     """What :func:`shrink` would do, as a plan, without cutting anything: ``graphprune.apply(model, plan)`` does it.
 

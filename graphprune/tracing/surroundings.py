@@ -17,11 +17,15 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, MutableSet
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, MutableSet
 from contextlib import ExitStack, contextmanager
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import repeat
+from operator import is_
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,6 +37,7 @@ CACHED = type(functools.lru_cache(lambda: None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 FOREIGN = frozenset(("torch", "numpy", "builtins", "__builtin__", "graphprune", *sys.stdlib_module_names)) - {"__main__"}
 TIMES = 4  # as many frames as Python allows
+QUIET = PLAIN | {dict, OrderedDict, list, tuple, set, torch.Tensor, nn.Parameter}  # attributes of modules of these kinds are copied, and hold no code
 BARE = frozenset(nn.Module().__dict__)  # what every module holds
 HOLDERS = (SimpleNamespace, threading.local)  # classes of Python's own whose objects hold what others put there
 DEPTH = 3  # how deep objects and containers are looked into
@@ -44,18 +49,47 @@ _ABSENT = object()
 @contextmanager
 def undisturbed_surroundings(*models: nn.Module) -> Iterator[None]:
     """What the code of models can reach outside of them is put back at the end, also after an error."""
-    kept = _Kept()
-    for model in models:
-        for _, module in modules_of(model):
-            kept.module(module)
-    for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks):
-        for hook in hooks.values():
-            kept.callable(hook)
+    surroundings = _surroundings(models)
     try:
         with _deeper:
             yield
     finally:
-        kept.put_back()
+        surroundings.put_back()
+
+
+@contextmanager
+def looked_for_once() -> Iterator[None]:
+    """Inside, what surrounds a model is looked for once, and again only where something else than a run has changed it.
+
+    A request runs a model and its copies dozens of times, and the code of a library names tens of thousands of things.
+    """
+    outermost = _request.get() is None
+    token = _request.set(_Request() if outermost else _request.get())
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
+@dataclass
+class _Request:
+    """What surrounds the models that a request runs, as it was before each of these runs."""
+
+    surroundings: _Surroundings | None = None
+
+
+_request: ContextVar[_Request | None] = ContextVar("request", default=None)
+
+
+def _surroundings(models: Iterable[nn.Module]) -> _Surroundings:
+    """What surrounds the models, as it is now."""
+    request = _request.get()
+    known = request.surroundings if request is not None else None
+    surroundings = _Surroundings() if known is None or known.changed() else known
+    surroundings.look(models)
+    if request is not None:
+        request.surroundings = surroundings
+    return surroundings
 
 
 class _Deeper:
@@ -98,29 +132,55 @@ def unchanged(*models: nn.Module) -> Iterator[None]:
     >>> net.calls
     0
     """
-    kept = _Kept()
+    inner = _Surroundings()
     with ExitStack() as scopes:
         for model in models:
             scopes.enter_context(undisturbed_surroundings(model))
             for _, module in modules_of(model):
-                kept.inside(module)
+                inner.inside(module)
         try:
             yield
         finally:
-            kept.put_back()
+            inner.put_back()
 
 
-class _Kept:
-    """What was found, and how to put it back: by the id of what was looked at."""
+class _Holder(Protocol):
+    """Something that code can fill, and what was in it."""
+
+    def changed(self) -> bool:
+        """Whether something else is in it now."""
+        ...
+
+    def put_back(self) -> None:
+        """Fill it with what was in it."""
+        ...
+
+
+class _Surroundings:
+    """The holders that code can reach, each looked at once: by the id of what was looked at."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()
         self.alive: list[Any] = []  # so that ids stay theirs
-        self.undo: list[Callable[[], None]] = []
+        self.holders: list[_Holder] = []
+        self.spaces: dict[int, _Names] = {}  # by the id of what holds the names of a module
+
+    def look(self, models: Iterable[nn.Module]) -> None:
+        """Add what the code of the models, of their hooks and of the hooks of all modules can reach."""
+        for model in models:
+            for _, module in modules_of(model):
+                self.module(module)
+        for hooks in (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks):
+            for hook in hooks.values():
+                self.callable(hook)
+
+    def changed(self) -> bool:
+        return any(holder.changed() for holder in self.holders)
 
     def put_back(self) -> None:
-        for undo in reversed(self.undo):
-            undo()
+        for holder in reversed(self.holders):
+            if holder.changed():
+                holder.put_back()
 
     def new(self, item: Any) -> bool:
         if id(item) in self.seen:
@@ -132,13 +192,15 @@ class _Kept:
     def module(self, module: nn.Module) -> None:
         attributes = module.__dict__
         for name in HOOKS:
-            for hook in attributes.get(name, {}).values():
+            for hook in (attributes.get(name) or {}).values():
                 self.callable(hook)
         for name, item in attributes.items():
             kind = type(item)
+            if kind in QUIET:
+                continue
             if isinstance(item, FunctionType | functools.partial):
                 self.callable(item)
-            elif kind not in PLAIN and name[0] != "_" and getattr(kind, "__deepcopy__", None) is not None and not isinstance(item, torch.Tensor | nn.Module):
+            elif name[0] != "_" and getattr(kind, "__deepcopy__", None) is not None and not isinstance(item, torch.Tensor | nn.Module):
                 self.value(item, 1)  # it may copy as itself
         self.kind(type(module))
 
@@ -146,16 +208,9 @@ class _Kept:
         """What a module of the user's holds beside its parameters and modules."""
         if foreign(type(module)) or isinstance(module, nn.modules.batchnorm._NormBase) or not self.new(module):
             return
-        own = module.__dict__
-        before = {name: item for name, item in own.items() if name not in BARE}
-
-        def undo() -> None:
-            for name in [name for name in own if name not in BARE and name not in before]:
-                del own[name]
-            own.update(before)
-
-        self.undo.append(undo)
-        for item in (*before.values(), *module._buffers.values()):
+        attributes = _Attributes(module.__dict__)
+        self.holders.append(attributes)
+        for item in (*attributes.before.values(), *module._buffers.values()):
             if isinstance(item, torch.Tensor):
                 self.tensor(item)
             else:
@@ -163,16 +218,8 @@ class _Kept:
 
     def tensor(self, tensor: torch.Tensor) -> None:
         """The entries of a tensor, which are written back where they were written to."""
-        if tensor.is_meta or tensor.is_inference() or tensor.layout is not torch.strided or not self.new(tensor):
-            return
-        version, entries = tensor._version, tensor.detach().clone()
-
-        def undo() -> None:
-            if tensor._version != version:
-                with torch.no_grad():
-                    tensor.copy_(entries)
-
-        self.undo.append(undo)
+        if not (tensor.is_meta or tensor.is_inference() or tensor.layout is not torch.strided) and self.new(tensor):
+            self.holders.append(_Entries(tensor))
 
     def kind(self, kind: type) -> None:
         """A class of the user: what its attributes hold, and what its methods can name."""
@@ -186,21 +233,10 @@ class _Kept:
                 self.function(method)
 
     def attributes(self, kind: type) -> None:
-        before = {name: item for name, item in vars(kind).items() if not callable(item) and name[:2] != "__"}
-        for item in before.values():
+        holder = _Class(kind)
+        for item in holder.before.values():
             self.value(item, 1)
-
-        def undo() -> None:
-            for name, item in list(vars(kind).items()):
-                if before.get(name, _ABSENT) is not item and not callable(item) and name[:2] != "__":
-                    if name in before:
-                        setattr(kind, name, before[name])
-                    else:
-                        delattr(kind, name)
-            for name in before.keys() - vars(kind).keys():
-                setattr(kind, name, before[name])
-
-        self.undo.append(undo)
+        self.holders.append(holder)
 
     def callable(self, item: Any) -> None:
         if isinstance(item, functools.partial):
@@ -224,20 +260,20 @@ class _Kept:
         for cell in function.__closure__ or ():
             if not self.new(cell):
                 continue
-            try:
-                content = cell.cell_contents
-            except ValueError:  # not filled yet
-                continue
-            self.value(content, 1)
-            self.undo.append(lambda cell=cell, content=content: setattr(cell, "cell_contents", content) if cell.cell_contents is not content else None)
+            holder = _Cell(cell)
+            if holder.before is not _ABSENT:
+                self.value(holder.before, 1)
+                self.holders.append(holder)
 
     def space(self, space: dict[str, Any], names: frozenset[str]) -> list[Any]:
         """What some names mean in a module of the user's; returns it."""
-        before = {name: space.get(name, _ABSENT) for name in names}
-        present = [item for item in before.values() if item is not _ABSENT]
+        holder = self.spaces.get(id(space))
+        if holder is None:
+            holder = self.spaces[id(space)] = _Names(space)
+            self.holders.append(holder)
+        present = holder.more(names)
         for item in present:
             self.value(item, 1)
-        self.undo.append(lambda: _rebind(space, before))
         return present
 
     def value(self, item: Any, depth: int) -> None:
@@ -247,8 +283,7 @@ class _Kept:
             return
         if isinstance(item, CACHED):
             if self.new(item):
-                misses = item.cache_info().misses
-                self.undo.append(lambda: item.cache_clear() if item.cache_info().misses != misses else None)
+                self.holders.append(_Cache(item))
                 self.callable(item.__wrapped__)
         elif isinstance(item, FunctionType):
             if not foreign(item):
@@ -258,8 +293,9 @@ class _Kept:
                 self.kind(item)
         elif isinstance(item, MutableMapping | list | MutableSet | deque):
             if self.new(item):
-                self.undo.append(_filling(item))
-                for part in list((value for _, value in _entries(item)) if isinstance(item, MutableMapping) else item)[:1000]:
+                holder = _Mapping(item) if isinstance(item, MutableMapping) else _Sequence(item)
+                self.holders.append(holder)
+                for part in holder.before[:1000]:
                     if type(part) not in PLAIN:
                         self.value(part, depth + 1)
         elif isinstance(item, MethodType | functools.partial):
@@ -268,42 +304,161 @@ class _Kept:
             self.value(item.__dict__, depth)
 
 
-def _filling(holder: Any) -> Callable[[], None]:
-    """Puts the entries of a container back, if they are others."""
-    before = _entries(holder) if isinstance(holder, MutableMapping) else list(holder)
+class _Sequence:
+    """The entries of a list, a queue or a set."""
 
-    def undo() -> None:
-        if isinstance(holder, MutableMapping):
-            now = _entries(holder)
-            if len(now) == len(before) and all(a is c and b is d for (a, b), (c, d) in zip(now, before, strict=True)):
-                return
-        elif len(holder) == len(before) and all(a is b for a, b in zip(holder, before, strict=True)):
-            return
-        holder.clear()
-        if isinstance(holder, list | deque):
-            holder.extend(before)
-        elif isinstance(holder, MutableMapping):
-            holder.update(before)
+    def __init__(self, holder: Any) -> None:
+        self.holder, self.before = holder, list(holder)
+
+    def changed(self) -> bool:
+        return len(self.holder) != len(self.before) or not all(map(is_, self.holder, self.before))
+
+    def put_back(self) -> None:
+        self.holder.clear()
+        if isinstance(self.holder, list | deque):
+            self.holder.extend(self.before)
         else:
-            for item in before:
-                holder.add(item)
-
-    return undo
+            for item in self.before:
+                self.holder.add(item)
 
 
-def _entries(holder: MutableMapping) -> list[tuple[Any, Any]]:
-    """What a mapping holds; of a dictionary that makes entries as they are asked for (a library's table of modules to import), those that are there."""
-    return list(dict.items(holder) if isinstance(holder, dict) else holder.items())
+class _Mapping:
+    """The entries of a mapping."""
+
+    def __init__(self, holder: Any) -> None:
+        self.holder = holder
+        self.keys, self.before = (list(each) for each in self.now())
+
+    def now(self) -> tuple[Collection[Any], Collection[Any]]:
+        """Keys and values; of a dictionary that makes entries as they are asked for (a library's table of modules to import), those that are there."""
+        if isinstance(self.holder, dict):
+            return dict.keys(self.holder), dict.values(self.holder)
+        pairs = list(self.holder.items())
+        return [key for key, _ in pairs], [item for _, item in pairs]
+
+    def changed(self) -> bool:
+        keys, items = self.now()
+        return len(keys) != len(self.keys) or not (all(map(is_, items, self.before)) and all(map(is_, keys, self.keys)))
+
+    def put_back(self) -> None:
+        self.holder.clear()
+        self.holder.update(zip(self.keys, self.before, strict=True))
 
 
-def _rebind(space: dict[str, Any], before: dict[str, Any]) -> None:
-    for name, item in before.items():
-        now = space.get(name, _ABSENT)
-        if now is not item:
+class _Names:
+    """What some names mean in a module of the user's."""
+
+    def __init__(self, space: dict[str, Any]) -> None:
+        self.space = space
+        self.before: dict[str, Any] = {}
+
+    def more(self, names: frozenset[str]) -> list[Any]:
+        """What further names mean, of those that mean anything."""
+        now = {name: self.space.get(name, _ABSENT) for name in names}
+        for name, item in now.items():
+            self.before.setdefault(name, item)
+        return [item for item in now.values() if item is not _ABSENT]
+
+    def changed(self) -> bool:
+        return not all(map(is_, map(self.space.get, self.before, repeat(_ABSENT)), self.before.values()))
+
+    def put_back(self) -> None:
+        for name, item in self.before.items():
+            now = self.space.get(name, _ABSENT)
+            if now is item:
+                continue
             if item is not _ABSENT:
-                space[name] = item
+                self.space[name] = item
             elif not isinstance(now, ModuleType):  # an import inside a function happens once
-                del space[name]
+                del self.space[name]
+
+
+class _Class:
+    """What a class holds beside its code."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.all, self.before = list(vars(kind).values()), self.now()
+
+    def now(self) -> dict[str, Any]:
+        return {name: item for name, item in vars(self.kind).items() if not callable(item) and name[:2] != "__"}
+
+    def changed(self) -> bool:
+        everything = vars(self.kind)
+        if len(everything) == len(self.all) and all(map(is_, everything.values(), self.all)):
+            return False
+        now = self.now()
+        return now.keys() != self.before.keys() or any(now[name] is not item for name, item in self.before.items())
+
+    def put_back(self) -> None:
+        for name in self.now().keys() - self.before.keys():
+            delattr(self.kind, name)
+        for name, item in self.before.items():
+            if vars(self.kind).get(name, _ABSENT) is not item:
+                setattr(self.kind, name, item)
+
+
+class _Attributes:
+    """What a module of the user's holds beside what every module has."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.attributes, self.before = attributes, {name: item for name, item in attributes.items() if name not in BARE}
+
+    def changed(self) -> bool:
+        return True  # comparing takes as long as putting back
+
+    def put_back(self) -> None:
+        for name in [name for name in self.attributes if name not in BARE and name not in self.before]:
+            del self.attributes[name]
+        self.attributes.update(self.before)
+
+
+class _Entries:
+    """The entries of a tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version, self.before = tensor, tensor._version, tensor.detach().clone()
+
+    def changed(self) -> bool:
+        return self.tensor._version != self.version
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            self.tensor.copy_(self.before)
+
+
+class _Cell:
+    """What a name of a closure means."""
+
+    def __init__(self, cell: CellType) -> None:
+        self.cell = cell
+        self.before = self.now()
+
+    def now(self) -> Any:
+        try:
+            return self.cell.cell_contents
+        except ValueError:  # it is not filled
+            return _ABSENT
+
+    def changed(self) -> bool:
+        return self.now() is not self.before
+
+    def put_back(self) -> None:
+        self.cell.cell_contents = self.before
+
+
+class _Cache:
+    """What a function remembers of its calls: all of it is forgotten, if there was any new one."""
+
+    def __init__(self, cached: Any) -> None:
+        self.cached, self.misses = cached, cached.cache_info().misses
+
+    def changed(self) -> bool:
+        return self.cached.cache_info().misses != self.misses
+
+    def put_back(self) -> None:
+        self.cached.cache_clear()
+        self.misses = 0
 
 
 def foreign(item: type | FunctionType) -> bool:
