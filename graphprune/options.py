@@ -22,7 +22,7 @@ from .catalogue import names
 from .errors import BadCalibration, BadMeasure, BadOption, BadRatio, BadTarget
 from .wording import nearest
 
-FREED = {"positions": "position", "statistics": "statistic"}  # what goes at the user's word alone, and the kind of the reasons why it stays
+FREED = {"positions": "position", "statistics": "statistic", "ranks": "rank"}  # what goes at the user's word alone, and the kind of the reasons why it stays
 OBJECTIVES = {"score": 0.0, "time": 1.0}
 TARGETS = ("block", "layer")  # of a repair
 
@@ -73,8 +73,9 @@ class Widths(_Brief):
     ``to``: widths instead of shares, by the same keys: how many outputs the module keeps (``{"layers.*.mlp.gate_proj": 9216}``). ``uniform``: groups of one
     kind and size keep equally many units in all layers, as configurations with one number for all of them need. ``rewrite``: modules whose code holds a size
     as a literal come back in a subclass that reads it from an attribute where that frees an axis; False leaves them whole. ``also``: axes that go at your word
-    alone: ``"positions"`` (tokens, coordinates, entries of a memory, which are no features), and ``"statistics"`` (features over which a mean, a product or a
-    softmax is taken that is no norm: as in a norm, it is then taken over those that stay, by :func:`graphprune.zeroed`, too).
+    alone: ``"positions"`` (tokens, coordinates, entries of a memory, which are no features), ``"statistics"`` (features over which a mean, a product or a
+    softmax is taken that is no norm: as in a norm, it is then taken over those that stay, by :func:`graphprune.zeroed`, too), and ``"ranks"`` (of
+    low-rank updates beside a whole layer, as adapters have).
     Raises :class:`~graphprune.errors.BadRatio` or :class:`~graphprune.errors.BadTarget`.
     """
 

@@ -188,6 +188,37 @@ def test_state_that_the_model_takes_back_is_its_own_business():
     assert small(X, first["cache"])["y"].shape == (3, 4)
 
 
+@pytest.mark.parametrize("way", ["keywords", "both", "nested"])
+def test_a_wrapper_hands_the_state_on(way):
+    """What it wraps says which arguments there are."""
+
+    class Stateful(Two):
+        def forward(self, x, cache=None):
+            h = self.up(x).relu() + (cache.inner if cache is not None else 0)
+            return {"y": self.down(self.mid(h).relu()), "cache": Plain(h)}
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    class Keywords(Wrapper):
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    class Both(Wrapper):
+        def forward(self, *args, **inputs):
+            return self.inner(*args, **inputs)
+
+    kinds = {"keywords": Keywords, "both": Both, "nested": lambda inner: Both(Keywords(inner))}
+    net = kinds[way](Stateful(None))
+    small = graphprune.shrink(net, {"x": X}, 0.5)
+    assert min(min(p.shape) for p in small.parameters()) < 8 and small(x=X, cache=small(x=X)["cache"])["y"].shape == (3, 4)
+    given = Plain(torch.zeros(3, 16, dtype=torch.float64))
+    with pytest.raises(NothingToPrune):  # who makes the state has to know its width
+        graphprune.shrink(net, {"x": X, "cache": given}, 0.5, keep=("*.mid",))
+
+
 def test_recurrent_state_may_shrink():
     class Recurrent(nn.Module):
         def __init__(self):

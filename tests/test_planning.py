@@ -371,3 +371,37 @@ def test_a_kind_that_returns_no_groups_is_said():
     small, plan = graphprune.shrink(MLP, X, repair=Repair(batches, "worse"), return_plan=True)
     assert "not kept" in plan.lines[-1] and small[0].weight.any()
     forget("repair", "worse")
+
+
+@pytest.mark.parametrize("last", ["2:4", "weight:0.01"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("target", [{"params": 0.4}, {"macs": 0.35}])
+def test_a_kind_that_says_itself_how_much_goes_takes_nothing_of_a_budget(last, scope, target):
+    net = language()
+    small, plan = graphprune.shrink(net, TOKENS, what=("block", last), scope=scope, return_plan=True, **target)
+    assert len(standing(net)) > len(standing(small)) and plan.parts
+    with pytest.raises(BadTarget, match="nothing to choose"):
+        graphprune.shrink(net, TOKENS, what={"block": 0.3, last: None}, scope=scope, **target)
+
+
+def test_the_last_kind_is_given_more_room_until_it_meets_the_budget(monkeypatch):
+    """What is planned in earnest may fall short of what was drafted; only where no share is enough, it is an error, and says which target."""
+    from graphprune.planning import planner
+
+    plan_entries, tried = planner.plan_entries, []
+
+    def short(enough):
+        def plan(graph, model, request):
+            if request.aims.any:
+                tried.append(len(standing(model)))
+                if len(tried) < enough:
+                    raise BadTarget("params: not met yet")
+            return plan_entries(graph, model, request)
+
+        return plan
+
+    monkeypatch.setattr(planner, "plan_entries", short(4))
+    assert graphprune.shrink(language(), TOKENS, what=("block", "weight"), params=0.6, return_plan=True)[1].parts and len(tried) == 4
+    monkeypatch.setattr(planner, "plan_entries", short(10**6))
+    with pytest.raises(BadTarget, match="not met yet"):
+        graphprune.shrink(language(), TOKENS, what=("block", "weight"), params=0.6)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -50,10 +51,23 @@ SLACK, COARSE = 16, 2e-2  # how far two runs of the same weights may be apart: i
 
 
 def configured(model: nn.Module) -> bool:
-    """Whether a model is saved with a configuration that its class is built from."""
+    """Whether a model is saved with a configuration that its class is built from; one that wraps such a model (an adapter) takes that beside it."""
     config = getattr(model, "config", None)
-    ways = isinstance(config, Mapping) and hasattr(type(model), "from_config") or hasattr(config, "to_dict") and hasattr(type(config), "from_dict")
+    if isinstance(config, Mapping):
+        ways = hasattr(type(model), "from_config")
+    else:
+        ways = hasattr(config, "to_dict") and hasattr(type(config), "from_dict") and _takes_one(type(model))
     return ways and callable(getattr(type(model), "save_pretrained", None)) and callable(getattr(type(model), "from_pretrained", None))
+
+
+def _takes_one(kind: type[nn.Module]) -> bool:
+    """Whether a class is built from one argument, and needs no other."""
+    try:
+        arguments = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return True
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return sum(argument.kind in places and argument.default is inspect.Parameter.empty for argument in arguments) <= 1
 
 
 def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner) -> Plan:

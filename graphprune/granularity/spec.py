@@ -84,6 +84,11 @@ class Spec:
         return not self.coarse and self.name not in ("block", "layer") and self.option != "box"
 
     @property
+    def says_itself(self) -> bool:
+        """Does its text say how much goes, whatever is asked for beside it?"""
+        return self.name == "n:m" or self.threshold is not None
+
+    @property
     def text(self) -> str:
         """As the user wrote it."""
         return self.option if self.name == "n:m" else f"{self.name}:{self.option}" if self.option else self.name

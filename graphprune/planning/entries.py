@@ -33,8 +33,7 @@ def plan_entries(graph: Graph, model: nn.Module, request: Request) -> Plan:
     spec, score = request.spec, request.score
     ratios = by_tensor(model, request.widths.ratios)
     check_criterion(score, ENTRYWISE)
-    says_itself = spec.name == "n:m" or spec.threshold is not None
-    limits = request.limits(graph, () if says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
+    limits = request.limits(graph, () if spec.says_itself else ("params", "macs", "size") if spec.option == "box" else ("params", "macs"))
     every, whole = weights(graph, model)
     free = [weight for weight in every if weight.leaf not in request.keep and weight.name not in request.keep]
     whole |= {weight.name: "kept on request" for weight in every if weight not in free}

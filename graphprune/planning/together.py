@@ -39,7 +39,7 @@ def together(graph: Graph, model: nn.Module, stages: Sequence[Request], plan_one
     aims, chain = stages[0].aims, Chain(graph, model, plan_one)
     if not aims.any:
         return chain.plan(stages)
-    free = [index for index, stage in enumerate(stages) if any(each.amount is None for each in stage.wanted)]
+    free = [index for index, stage in enumerate(stages) if not _decided(stage)]
     if not free:
         raise BadTarget("every kind in what= has an amount of its own, so that a target has nothing to choose; leave one of the amounts, or the target, out")
     timed, last = aims.timed or aims.weight, len(stages) - 1
@@ -48,22 +48,28 @@ def together(graph: Graph, model: nn.Module, stages: Sequence[Request], plan_one
     if timed or free == [last]:
         return chain.plan([*(_open(stage) for stage in stages[:last]), stages[last] if timed else _absolute(stages[last], graph)])
     limits = aims.limits(cost(couple(graph)))
+    unmet_by: BadTarget | None = None
     for ratio in _shared(chain, stages, limits):
         others = [_open(stage, ratio) for stage in stages[:last]]
         try:
             plan = chain.plan([*others, _absolute(stages[last], graph) if last in free else _open(stages[last], ratio)])
-        except BadTarget:
-            continue  # the last kind alone does not meet it: the next larger share of the others does
+        except BadTarget as error:
+            unmet_by = error  # the last kind alone does not meet it: a larger share of the others may
+            continue
         lines = (f"{' and '.join(stage.text for stage in stages)} under one budget: {ratio:.1%} of each, and of {stages[last].text} what is still asked for",)
         return replace(plan, remarks=(*lines, *plan.remarks))
-    raise AssertionError("the larger of two shares meets the limits")
+    raise unmet_by or BadTarget("no share of the kinds in what= meets the targets")
+
+
+def _decided(stage: Request) -> bool:
+    """Whether a stage itself says how much goes of every kind, so that a target has nothing to choose."""
+    return all(each.amount is not None or each.spec.says_itself for each in stage.wanted)
 
 
 def _open(stage: Request, ratio: float = 0.0) -> Request:
     """A stage without targets, which removes at least a ratio."""
     aims = replace(stage.aims, **dict.fromkeys((*NAMES, "latency", "speedup", "measure")), objective="score")
-    said = all(each.amount is not None for each in stage.wanted)
-    return replace(stage, aims=aims, ratio=stage.ratio if said else max(ratio, stage.ratio))
+    return replace(stage, aims=aims, ratio=stage.ratio if _decided(stage) else max(ratio, stage.ratio))
 
 
 def _absolute(stage: Request, graph: Graph) -> Request:
@@ -73,7 +79,10 @@ def _absolute(stage: Request, graph: Graph) -> Request:
 
 
 def _shared(chain: Chain, stages: Sequence[Request], limits: dict[str, float]) -> tuple[float, ...]:
-    """The two neighbours among the shared ratios between which the limits begin to hold; raises :class:`~graphprune.errors.BadTarget` where none does."""
+    """The shared ratios from the last at which the limits do not hold yet, in order; raises :class:`~graphprune.errors.BadTarget` where they never do.
+
+    Plans are drafted to find it, and what is planned in earnest may remove a little less: so there are more than two.
+    """
 
     def spent(step: int) -> dict[str, float]:
         return chain.costs([_drafted(_open(stage, _ratio(step))) for stage in stages])
@@ -84,8 +93,7 @@ def _shared(chain: Chain, stages: Sequence[Request], limits: dict[str, float]) -
         low, high = (low, middle) if holds(spent(middle), limits) else (middle, high)
     if high == STEPS and not holds(least := spent(high), limits):
         raise unmet(least, limits, " and ".join(stage.text for stage in stages))
-    last = all(each.amount is not None for each in stages[-1].wanted)  # then nobody takes what is missing
-    return (_ratio(high),) if last else (_ratio(low), _ratio(high))
+    return (_ratio(high),) if _decided(stages[-1]) else tuple(_ratio(step) for step in range(low, STEPS + 1))
 
 
 def _ratio(step: int) -> float:

@@ -107,6 +107,17 @@ def _names(slots: Any) -> list[str]:
     return [slots] if isinstance(slots, str) else list(slots)
 
 
+PASSED_ON = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _arguments(forward: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a function, and the kind of each; none where it does not say."""
+    try:
+        return {name: argument.kind for name, argument in inspect.signature(forward).parameters.items()}
+    except (TypeError, ValueError):
+        return {}
+
+
 def handed_back(model: nn.Module, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
     """The parts of a result that are state for the next call: objects under the name of an argument of ``forward`` that this call did without.
 
@@ -114,11 +125,11 @@ def handed_back(model: nn.Module, result: Any, args: tuple, kwargs: Mapping[str,
     """
     if not isinstance(result, Mapping) and not is_dataclass(result):
         return frozenset()
-    try:
-        names = list(inspect.signature(model.forward).parameters)
-    except (TypeError, ValueError):
-        return frozenset()
+    own = _arguments(model.forward)
+    names = [name for name, kind in own.items() if kind not in PASSED_ON]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    if len(names) < len(own) and len(args) <= len(names):  # a wrapper, which hands the rest on to what it wraps
+        names += [name for kind in {type(module) for module in model.modules()} for name in _arguments(kind.forward)]
     parts = dict(_parts(result) or ())
     holders = (torch.Tensor, np.ndarray, list, tuple, Mapping, *NUMBERS, *SILENT)
     return frozenset(str(key) for key, part in parts.items() if key in names and arguments.get(str(key)) is None and not isinstance(part, holders))

@@ -43,6 +43,7 @@ from .surroundings import undisturbed_surroundings
 from .symbols import channels_of_bare_norms, plant
 from .trees import inner_modules, is_parameter, leaf_tensors, modules_of, normal_inputs, replace, tensors
 from .unused import forget, hold, more_run, reads_mode, same_dice, train_run, unread
+from .updates import hold_ranks
 from .ways import Way, ways
 
 __all__ = ["Graph", "Node", "Step", "trace"]
@@ -488,6 +489,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     hold(recorder, idle)
     choices, of_choice = settled(labels, recorder.choices)
     hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
+    hold_ranks(labels, recorder.nodes + recorder.extra, [value for name, value in recorder.leaves.items() if name in parameters])
     reason = labels.reason(Reason(OUTPUT))
     for value in runs.outputs + runs.others:
         for entries in value.fields:
