@@ -59,7 +59,7 @@ ORDER = {
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
     "tracing": """sizes trees picks choices needs symbols bodies paths fused copies node origin record recurrent outputs surroundings
-        unused updates ways features statistics summary trace rehearsal probe paced""",
+        unused updates ways features states statistics summary trace rehearsal probe paced""",
     "coupling": "groups links sums lengths",
     "scores": """order normalise data task registry fold norm similar others seen stages gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",

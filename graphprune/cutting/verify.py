@@ -22,7 +22,7 @@ from ..tracing.unused import same_dice
 from .apply import apply
 from .plan import Plan
 from .sampled import MOST, Parted, Sampled, smaller
-from .zeroed import answer, outcome, reading
+from .zeroed import Masks, answer, outcome, reading
 
 SUSPECT, LASTING = 1e-5, 1e-3  # from here on a difference in float32 is looked at in float64, where rounding leaves less than this share of it
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # largest relative difference; of shorter numbers 5e-2
@@ -93,6 +93,7 @@ def _said(sampled: Sampled, example: Any, tolerance: float | None, training: boo
         try:
             with undisturbed_surroundings(sampled.model, sampled.small):
                 found, wanted = (_mattering(items(result), graph) for result in sampled.results(sample, training))
+            wanted = _narrowed(wanted, graph, sampled.masks)
             said = _gap(graph, found, wanted, tolerance or math.inf)
         except (Parted, Exception):  # whatever it is, the slower ways meet it again and say it
             continue
@@ -124,6 +125,7 @@ def _lasts(sampled: Sampled, sample: Any, training: bool, gap: float) -> bool | 
     try:
         with undisturbed_surroundings(sampled.model, sampled.small):
             found, wanted = (_mattering(items(result), sampled.graph) for result in sampled.results(sample, training, long=True))
+        wanted = _narrowed(wanted, sampled.graph, sampled.masks)
         return _gap(sampled.graph, found, wanted, math.inf).gap > LASTING * gap
     except (Parted, Exception):  # it does not run in float64
         return None
@@ -139,7 +141,7 @@ def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, exam
         if drawn:
             return Compared(0.0, False)
         raise NotEqual(_failed(error)) from error
-    wanted = _wanted(graph, model, plan, example)
+    wanted = _narrowed(_wanted(graph, model, plan, example), graph, plan)
     if not found and not wanted:
         raise NotEqual("the model returns no tensor and no number on the example, so that nothing can be compared; return what matters")
     return _gap(graph, found, wanted, tolerance)
@@ -188,7 +190,7 @@ def _unrounded(graph: Graph, model: nn.Module, plan: Plan, example: Any, trainin
         else:
             with torch.no_grad(), same_dice():
                 wanted = outcome(other, plan, replace_fields(graph.asked, others=()), *example, training=training)
-        return _gap(graph, found, wanted, math.inf)
+        return _gap(graph, found, _narrowed(wanted, graph, plan), math.inf)
     except Exception:  # code that cannot run in float64 says nothing more than it did
         return None
 
@@ -223,6 +225,20 @@ def _mattering(found: list[Item], graph: Graph) -> list[Item]:
         return selected(found, graph.asked.outputs)
     except UnknownName:
         return found
+
+
+def _narrowed(wanted: list[Item], graph: Graph, plan: Plan | Masks) -> list[Item]:
+    """What the zeroed original returns, its states without the removed entries: these follow what is cut."""
+    if not graph.states:
+        return wanted
+    masks = plan if isinstance(plan, Masks) else Masks(graph, plan)
+    kept = {path: masks.kept(value) for path, value in zip(graph.paths, graph.outputs, strict=True) if path.partition(".")[0] in graph.states}
+    narrowed: list[Item] = []
+    for path, item in wanted:
+        for dim, positions in kept.get(path, {}).items() if isinstance(item, torch.Tensor) else ():
+            item = item.index_select(dim, positions.to(item.device))
+        narrowed.append((path, item))
+    return narrowed
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -297,7 +313,7 @@ def _check_training(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan
     with torch.no_grad(), same_dice():
         wanted = outcome(model, plan, graph, *graph.example, training=True)
     try:
-        return _gap(graph, found, wanted, tolerance)
+        return _gap(graph, found, _narrowed(wanted, graph, plan), tolerance)
     except NotEqual as error:
         raise NotEqual(f"{error} (in training mode)") from None
 

@@ -63,6 +63,20 @@ def unread_sizes(graph: Graph, model: nn.Module, groups: Groups, kept: Kept) -> 
     return edits, notes
 
 
+def narrower(graph: Graph, groups: Groups, kept: Kept) -> list[str]:
+    """A note on states that the model returns beside its logits, where they are narrower now."""
+    survivors, changed = Survivors(groups, kept), {}
+    for path, value in zip(graph.paths, graph.outputs, strict=True) if graph.states else ():
+        new = survivors.shape(value)
+        pairs = [f"{before} -> {after}" for before, after in zip(value.shape, new, strict=True) if before != after]
+        if path.partition(".")[0] in graph.states and pairs:
+            changed.setdefault(path.partition(".")[0], ", ".join(pairs))
+    if not changed:
+        return []
+    said = folded([f"{name} ({widths})" for name, widths in changed.items()])
+    return [f'note: states beside the logits follow what is cut: {said}; outputs=("logits", {next(iter(changed))!r}) keeps one whole']
+
+
 def _used(graph: Graph) -> Iterator[tuple]:
     """The attributes that any run used."""
     exprs: list[Any] = [call.expr for call in graph.calls] + list(graph.floats) + [doubt.expr for doubt in graph.doubts]

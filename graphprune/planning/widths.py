@@ -31,7 +31,7 @@ from .proof import Fault, Proof
 from .request import Request
 from .shares import shares
 from .uniform import alike
-from .unread import unread_sizes
+from .unread import narrower, unread_sizes
 from .wanted import amounts, others
 
 ROUNDS = 40  # how often groups are coupled anew because something proved wrong
@@ -60,6 +60,7 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
                 break
         else:
             more, said = unread_sizes(graph, model, groups, kept)
+            said += narrower(graph, groups, kept)
             return groups, kept, make_plan(groups, kept, edits | more, tuple(dict.fromkeys([*coupling.notes, *said])))
         coupling.learn(wrong, faults)
     raise NothingToPrune("sizes in the code contradict each other; the last ones: " + "; ".join(coupling.notes[-3:]))

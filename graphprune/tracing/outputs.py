@@ -125,14 +125,19 @@ def handed_back(model: nn.Module, result: Any, args: tuple, kwargs: Mapping[str,
     """
     if not isinstance(result, Mapping) and not is_dataclass(result):
         return frozenset()
+    names, parts = without(model, args, kwargs), dict(_parts(result) or ())
+    holders = (torch.Tensor, np.ndarray, list, tuple, Mapping, *NUMBERS, *SILENT)
+    return frozenset(str(key) for key, part in parts.items() if key in names and not isinstance(part, holders))
+
+
+def without(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
+    """The names of arguments of ``forward`` that a call did without."""
     own = _arguments(model.forward)
     names = [name for name, kind in own.items() if kind not in PASSED_ON]
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     if len(names) < len(own) and len(args) <= len(names):  # a wrapper, which hands the rest on to what it wraps
         names += [name for kind in {type(module) for module in model.modules()} for name in _arguments(kind.forward)]
-    parts = dict(_parts(result) or ())
-    holders = (torch.Tensor, np.ndarray, list, tuple, Mapping, *NUMBERS, *SILENT)
-    return frozenset(str(key) for key, part in parts.items() if key in names and arguments.get(str(key)) is None and not isinstance(part, holders))
+    return frozenset(name for name in names if arguments.get(name) is None)
 
 
 def selected(every: list[Item], selection: Selection) -> list[Item]:

@@ -37,6 +37,7 @@ from .picks import settle
 from .record import CPU, HERE, META, TORCH, Recorder
 from .recurrent import RECURRENT, STATEFUL, hand_on
 from .sizes import Branch, Doubt, Expr, Size
+from .states import stated, states_of, unstated
 from .statistics import hold_statistics
 from .summary import summary
 from .surroundings import undisturbed_surroundings
@@ -105,6 +106,7 @@ class Graph:
     numbers: bool = False  # whether plain numbers stand beside them there
     asked: Any = None  # what was run: example, outputs that matter, further examples
     state: frozenset[str] = frozenset()  # parts of the result that the model takes back itself in its next call
+    states: frozenset[str] = frozenset()  # parts of the result whose width follows what is cut (:mod:`graphprune.tracing.states`)
     looked: list[tuple[str, str]] = field(default_factory=list)  # (module, line) that looked at a value
     trained: bool = False  # whether what training mode does is part of the labels
     training: list[Node] = field(default_factory=list)  # the calls of a run in training mode, where that may be another one
@@ -459,6 +461,7 @@ class _Runs:
     chosen: list[Item]  # what counts of what the first run returned
     outputs: list[Value]
     state: frozenset[str]  # the paths of results that are the model's own state, handed back
+    states: frozenset[str]  # parts of the result whose width follows what is cut
     steps: list  # the functions that the first run called
     all_steps: list  # those of the others too
     calls: list
@@ -491,8 +494,10 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
     hold_ranks(labels, recorder.nodes + recorder.extra, [value for name, value in recorder.leaves.items() if name in parameters])
     reason = labels.reason(Reason(OUTPUT))
-    for value in runs.outputs + runs.others:
-        for entries in value.fields:
+    sizes = stated(model, symbols)
+    tops = [path.partition(".")[0] for path, item in runs.chosen if isinstance(item, torch.Tensor)]
+    for name, value in [*zip(tops, runs.outputs, strict=True), *(("", value) for value in runs.others)]:
+        for entries in unstated(value, sizes) if name in runs.states else value.fields:
             labels.lock(entries, reason)
     uses = recorder.uses
     paths = [path for path, item in runs.chosen if isinstance(item, torch.Tensor)]
@@ -523,6 +528,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         numbers=len(runs.chosen) > len(paths),
         asked=asked,
         state=runs.state,
+        states=runs.states,
         looked=list(dict.fromkeys(recorder.looked)),
         trained=runs.trained and not recorder.stopped,
         training=runs.training,
@@ -557,13 +563,16 @@ def _recorded(
         chosen = selected([item for item in items(result) if item[0].partition(".")[0] not in state], asked.outputs)
         recorder.uses.floats.extend([number.expr for _, number in chosen if type(number) is Size])
         outputs = [recorder.value(item) for _, item in chosen if isinstance(item, torch.Tensor)]
+        states = frozenset()
+        if asked.outputs is None and not callable(asked.example):
+            states = states_of(model, result, chosen, outputs, recorder.nodes, asked.example)
         if results is not None:
             results += [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in chosen]
         steps, others, training = list(functions.steps), [], []
         recorder.amend = None
         for tensors_of, other in more:
             entered(recorder, tensors_of)
-            others += more_run(recorder, other, asked.outputs, state)
+            others += more_run(recorder, other, asked.outputs, state | states)
         trained = reads_mode(modules) or bool(parameters.intersection(unread(recorder, recorder.nodes + recorder.extra)))
         if trained:
             twin.train()
@@ -571,9 +580,9 @@ def _recorded(
                 again, call = next(asked.called(twin, swap))
             entered(recorder, again)
             before = len(recorder.extra)
-            others += train_run(recorder, call, asked.outputs, state)
+            others += train_run(recorder, call, asked.outputs, state | states)
             training = [] if recorder.stopped else recorder.extra[before:]
-    return _Runs(inputs, chosen, outputs, state, steps, functions.steps, calls, others, trained, training)
+    return _Runs(inputs, chosen, outputs, state, states, steps, functions.steps, calls, others, trained, training)
 
 
 def entered(recorder: Recorder, inputs: list[torch.Tensor]) -> list[Value]:
