@@ -21,9 +21,12 @@ from .planning.planner import Planner
 from .planning.request import Request
 from .repair import closed, repair
 from .repair.calibration import parts
+from .repair.predictions import information, scores, vocabulary
 from .scores import SCORES, Score
+from .tracing.probe import batch_inputs
 from .tracing.surroundings import unchanged
 from .tracing.trace import Graph
+from .tracing.trees import tensors
 
 AUTO = "auto"
 CLEAR = 0.01  # share of the outputs' variance below which nothing else is tried
@@ -69,18 +72,19 @@ def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair |
             failed = error
             continue
         small = repair(apply(model, plan), model, plan, fits, _closed(asked), graph=graph, **facts)
-        trials.append((_distance(model, small, checks or fits), choice))
+        trials.append((_distance(model, small, checks or fits, vocabulary(graph)), choice))
         if trials[-1][0] < CLEAR:
             break
     if not trials:
         raise failed
     trials.sort(key=lambda trial: trial[0])
     error, choice = trials[0]
+    what = "the outputs' variance" if vocabulary(graph) is None else "what the predictions say"
     if error > BAD:
-        lost = f"{error:.0%} of the outputs' variance is lost on inputs kept out, after the repair"
+        lost = f"{error:.0%} of {what} is lost on inputs kept out, after the repair"
         warn(f"at this target little of the function is left: {lost}; train, or ask for less")
     others = "".join(f"; {other}: {loss:.1%}" for loss, other in trials[1:])
-    note = f"note: chose {choice}: {error:.1%} of the outputs' variance lost on inputs kept out, after the repair{others}"
+    note = f"note: chose {choice}: {error:.1%} of {what} lost on inputs kept out, after the repair{others}"
     return replace(_by(choice, request, batches), notes=(*request.notes, note))
 
 
@@ -110,13 +114,22 @@ def _closed(asked: Repair) -> tuple[str, ...] | str:
     return tuple(step for step in steps if step == "auto" or step in closed.STEPS) or "auto"
 
 
-def _distance(model: nn.Module, small: nn.Module, batches: list) -> float:
+def _distance(model: nn.Module, small: nn.Module, batches: list, entries: int | None) -> float:
+    """How far the outputs are apart: the share of the variance, or of what predictions of so many entries say."""
     modes = [(module, module.training) for each in (model, small) for module in each.modules()]
     try:
         model.eval()
         small.eval()
         with torch.no_grad(), unchanged(model):
-            return closed.distance(model, small, batches)
+            return closed.distance(model, small, batches) if entries is None else information(_predictions(model, small, batches, entries))
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _predictions(model: nn.Module, small: nn.Module, batches: list, entries: int) -> Iterator[list[torch.Tensor]]:
+    """What both make of each batch."""
+    for batch in batches:
+        args, kwargs = batch_inputs(batch)
+        pair = [scores(tensors(each(*args, **kwargs), torch.Tensor), entries) for each in (model, small)]
+        yield [each for each in pair if each is not None]

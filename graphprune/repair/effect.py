@@ -6,6 +6,9 @@ change of the output to first order (Kronecker factors as in Wang et al. 2019 an
 units of different layers can be compared: ``per="macs"`` divides by the operations a unit costs, which under ``scope="global"`` gives
 each group the width where the next unit's loss per operation is the same.
 
+Of a model that predicts entries of a vocabulary (:mod:`graphprune.repair.predictions`) the gradient is that of the log-likelihood of entries drawn
+from its own probabilities, so that it is the divergence of the probabilities.
+
 Two things keep layers comparable. Kronecker factors take the positions of a sample for independent; before a pooling they all push the same
 way, so each layer's losses are multiplied by how much more the channels' first-order effects are together than apart. And where samples are
 few, the refit is measured on every fourth batch, which it has not seen (:mod:`graphprune.repair.unseen`).
@@ -34,6 +37,7 @@ from ..scores.waiting import Waiting, inner, sampled
 from ..tracing.probe import watch
 from ..tracing.trees import tensors
 from .moments import Moments, moments
+from .predictions import drawn, scores, vocabulary
 from .rows import chosen, outputs, read
 from .sites import Site, sites
 from .unseen import Halves, unseen
@@ -44,7 +48,7 @@ ROWS = 16384
 ENTRIES = 2**16  # numbers of each sample that are taken in any case
 WORK = 0.15  # how much of the time of the passes the products of either kind may take
 EVERY = 4  # of so many batches one is kept out of the fits and tells what they are worth
-MEMORY = 2**29  # bytes of matrices that are added up in one pass over the data
+MEMORY = 2**30  # bytes of matrices that are added up in one pass over the data
 ENOUGH = 0.25  # columns per row up to which a Gram matrix is taken at its word
 
 
@@ -189,7 +193,7 @@ def _bytes(site: Site, weight: Tensor) -> int:
 
 def _observe(task: Task, every: dict[str, Site], wanted: set[str], projection: int) -> dict[str, _Seen]:
     """One forward pass for every batch, and one backward pass through the activations alone; ``projection`` seeds the random projections of outputs."""
-    observer = _Observer(task, every, wanted)
+    observer, entries = _Observer(task, every, wanted), vocabulary(task.groups.graph)
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
     for weight in observer.weights.values():
@@ -198,10 +202,14 @@ def _observe(task: Task, every: dict[str, Site], wanted: set[str], projection: i
         observer.start(index, batch)
         with torch.inference_mode(False), torch.enable_grad(), watch(task.model, task.groups.graph, observer.values, observer.see):
             outs = [t for t in tensors(task.data.run(batch), Tensor) if t.requires_grad]
-            centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
             generator = torch.Generator().manual_seed(projection + index)  # the same for every block of groups
-            drawn = [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device) for o in centred]
-            loss = sum(((o * each).sum() for o, each in zip(centred, drawn, strict=True)), torch.zeros(()))
+            predictions = scores(outs, entries) if entries else None
+            if predictions is not None:
+                loss = (predictions * drawn(predictions, generator)).sum()
+            else:
+                centred = [o - o.mean(-1, keepdim=True) if o.ndim > 1 and o.shape[-1] > 1 else o for o in outs]
+                ways = [torch.randn(o.shape, generator=generator, dtype=o.dtype).to(o.device) for o in centred]
+                loss = sum(((o * each).sum() for o, each in zip(centred, ways, strict=True)), torch.zeros(()))
         if not bool(torch.isfinite(loss)):
             raise BadScore(f"the score 'effect' meets an output that is not finite; {cause(task.model)}")
         if outs and observer.first:

@@ -33,7 +33,7 @@ from .rows import chosen, outputs, read, written
 from .sites import Scale, Site, scales, sites
 
 Tensor = torch.Tensor
-FEWEST, EACH = 4096, 24  # rows of a fit: so many at least, and so many for each input
+FEWEST, EACH = 16384, 24  # rows of a fit: so many at least, and so many for each input
 
 
 def repair_weights(
