@@ -71,7 +71,7 @@ def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair |
         except GraphpruneError as error:
             failed = error
             continue
-        small = repair(apply(model, plan), model, plan, fits, _closed(asked), graph=graph, **facts)
+        small = repair(apply(model, plan), model, plan, fits, closed_steps(asked), graph=graph, **facts)
         trials.append((_distance(model, small, checks or fits, vocabulary(graph)), choice))
         if trials[-1][0] < CLEAR:
             break
@@ -108,7 +108,7 @@ def _with_data(request: Request, batches: object) -> Request:
     return replace(request, batches=batches)
 
 
-def _closed(asked: Repair) -> tuple[str, ...] | str:
+def closed_steps(asked: Repair) -> tuple[str, ...] | str:
     """The closed forms among the steps: gradient steps take minutes, and come once the score is chosen."""
     steps = (asked.steps,) if isinstance(asked.steps, str) else tuple(asked.steps)
     return tuple(step for step in steps if step == "auto" or step in closed.STEPS) or "auto"

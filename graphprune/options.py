@@ -196,7 +196,8 @@ class Repair(_Brief):
     """How the cut model is repaired: ``batches`` of inputs (no labels; a list or a data loader) and the ``steps`` of :func:`graphprune.repair`.
 
     ``batches`` may be left out for steps that need no data: ``Repair(steps="data-free")``. ``target``, ``spare`` and ``rows`` are those of
-    :func:`graphprune.repair`. Raises :class:`~graphprune.errors.BadCalibration`.
+    :func:`graphprune.repair`. ``rounds``: a budget is reached in so many rounds, each planned on the repaired model of the one before: less is lost, for as
+    many times the seconds. Raises :class:`~graphprune.errors.BadCalibration`.
     """
 
     batches: Iterable | None = None
@@ -205,8 +206,11 @@ class Repair(_Brief):
     spare: float = 0.25
     rows: int = 16384
     progress: bool = True
+    rounds: int = 1
 
     def __post_init__(self) -> None:
+        if not whole(self.rounds) or self.rounds < 1:
+            raise BadCalibration(f"rounds is {self.rounds!r}; it is in how many rounds a budget is reached, a whole number from 1 on")
         if self.batches is None and self.steps == "auto":
             raise BadCalibration('a repair learns from inputs: Repair(batches), any iterable of input batches; Repair(steps="data-free") needs none')
         check_repair(self.target, self.spare, self.rows, self.progress)

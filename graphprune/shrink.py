@@ -17,6 +17,7 @@ from .cutting.undo import undone
 from .cutting.verify import check_model
 from .cutting.vocabulary import check_tokens, parted, set_apart
 from .formats.huggingface import expressed, follow
+from .gradual import in_rounds
 from .options import DEFAULTS, GOALS, PlanOptions, Repair, ShrinkOptions, Target
 from .planning.outcome import disappointments
 from .planning.planner import decide, proved
@@ -88,10 +89,11 @@ def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return
     request, graph = _asked(model, example_input, ratio, options, score=score, inplace=inplace)
     request = replace(request, calibration=None if repairs is None else repairs.batches)
     request = with_score(graph, model, request if verify else replace(request, proof="calls"), repairs, PLANNER)
+    planner = in_rounds(PLANNER, repairs)
     if verify:
-        chosen, small = proved(graph, model, request, PLANNER)
+        chosen, small = proved(graph, model, request, planner)
     else:
-        chosen = PLANNER(graph, model, request)
+        chosen = planner(graph, model, request)
         small = apply(model, parted(chosen)[0])
     common = agreed(chosen)
     chosen, small = (chosen, small) if common is chosen else (common, apply(model, parted(common)[0]))

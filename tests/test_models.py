@@ -55,7 +55,7 @@ def test_nothing_in_the_package_knows_a_model():
 
 ORDER = {
     "": """errors version wording catalogue options quantities tables operations tracing distributed coupling cost scores select names cutting budget
-        timing repair granularity planning ranks automatic formats spelling shrink insight loop adapters checkpoint commands command __main__""",
+        timing repair granularity planning ranks automatic gradual formats spelling shrink insight loop adapters checkpoint commands command __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
     "tracing": """sizes trees picks choices needs symbols bodies paths fused copies node origin record recurrent outputs surroundings
@@ -67,7 +67,8 @@ ORDER = {
     "formats": "atomic tokens closing config huggingface folder applied recipe",
     "budget": "targets space ledger problem bound descent optimal choose",
     "timing": "runtimes measure fuse operators table align learnt latency",
-    "repair": "moments solve censored sites rows pairs unseen effect fitting recurrent sequential statistics belief free calibration closed imitation __init__",
+    "repair": """moments solve censored sites rows pairs unseen predictions effect fitting recurrent sequential statistics belief free calibration closed
+        imitation __init__""",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
     "planning": "shares proof request limits uniform unread units wanted widths vocabulary selected trial depth entries together planner outcome overview",
     "units": "kind hidden experts expert_mlp heads query_heads head_dim mlp layers vocabulary",
