@@ -37,14 +37,14 @@ EVERY = (*METHODS, OURS, LEARNED)
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its calibration text by seed (batches), its test text (pieces, tokens), and the steps that may follow the closed forms."""
+    """A model, its calibration text by seed (batches), its test text (pieces, tokens), and in how many rounds ours goes."""
 
     title: str
     model: nn.Module
     calibration: Callable[[int], list[dict]]
     test: torch.Tensor
     text: str
-    steps: tuple[str, ...]
+    rounds: int
 
 
 def batched(tokens: torch.Tensor, size: int) -> list[dict]:
@@ -57,7 +57,7 @@ def tinystories(options: argparse.Namespace) -> Case:
     model = LlamaForCausalLM.from_pretrained(find_data(options.data) / "tinystories-260k").eval()
     test = written(model, 128, 128, 1)  # seeds of calibration are even
     text = "192 pieces of 128 tokens for calibration, 128 others for the test, all of the model's own (drawn token by token)"
-    return Case("LLaMA, 260 k, its own text", model, lambda seed: batched(written(model, 192, 128, 2 * seed), 16), test, text, ("auto", "distill"))
+    return Case("LLaMA, 260 k, its own text", model, lambda seed: batched(written(model, 192, 128, 2 * seed), 16), test, text, options.rounds or 4)
 
 
 def smollm2(options: argparse.Namespace) -> Case:
@@ -85,7 +85,7 @@ def smollm2(options: argparse.Namespace) -> Case:
 
     test = fresh[: options.test // length * length].reshape(-1, length)
     text = f"{options.count} pieces of {length} tokens of WikiText-2 valid for calibration, the first {test.numel()} tokens of its test text for the test"
-    return Case("SmolLM2-135M-Instruct", model.eval(), calibration, test, text, ("auto", "distill"))
+    return Case("SmolLM2-135M-Instruct", model.eval(), calibration, test, text, options.rounds or 1)
 
 
 CASES = {"tinystories": tinystories, "smollm2": smollm2}
@@ -126,20 +126,12 @@ def throughput(model: nn.Module, test: torch.Tensor, decoded: int = 16) -> tuple
     return rates[0], rates[1]
 
 
-def ours(case: Case, batches: list[dict], ratio: float, known: dict[Any, Any]) -> nn.Module:
-    """The recommended call; its scores are computed once for all ratios."""
+def ours(case: Case, batches: list[dict], ratio: float, rounds: int) -> nn.Module:
+    """The recommended call."""
     example = {name: value[:1, :32] if torch.is_tensor(value) else value for name, value in batches[0].items()}
-
-    def effect(groups: Any, model: nn.Module, _: Any) -> list[torch.Tensor]:
-        key = ("scores", tuple(group.name for group in groups))
-        if key not in known:
-            start = time.process_time()
-            known[key] = graphprune.score(groups, model, "effect", batches, progress=False)
-            known["scoring"] = time.process_time() - start
-        return known[key]
-
-    options = {"score": effect, "scope": "global", "keep": ["model.embed_tokens"], "repair": graphprune.Repair(batches, progress=False)}
-    return graphprune.shrink(case.model, (), params=1 - ratio, example_kwargs=example, verify=False, **options)
+    repair = graphprune.Repair(batches, rounds=rounds, progress=False)
+    keep = ["model.embed_tokens"]
+    return graphprune.shrink(case.model, (), params=1 - ratio, example_kwargs=example, score="effect", scope="global", keep=keep, repair=repair)
 
 
 def measured(case: Case, model: nn.Module, dense: float) -> dict[str, Any]:
@@ -156,12 +148,11 @@ def made(case: Case, method: str, ratio: float, seed: int, known: dict[Any, Any]
     start = time.process_time()
     if method == LEARNED:
         small, seconds = known[OURS, ratio] if (OURS, ratio) in known else next(made(case, OURS, ratio, seed, known))
-        yield graphprune.repair(small, case.model, None, batches, case.steps[1:], progress=False), seconds + time.process_time() - start
+        yield graphprune.repair(small, case.model, None, batches, "distill", progress=False), seconds + time.process_time() - start
         return
     if method == OURS:
-        scored = "scoring" in known
-        small = ours(case, batches, ratio, known)
-        known[OURS, ratio] = small, time.process_time() - start + (known["scoring"] if scored else 0.0)
+        small = ours(case, batches, ratio, case.rounds)
+        known[OURS, ratio] = small, time.process_time() - start
         yield known[OURS, ratio]
         return
     if "seen" not in known:
@@ -264,7 +255,7 @@ HEAD = [
     "- *FLAP*: one threshold over heads and hidden units, with the means of what goes as biases of the output and down projections;",
     "- *SliceGPT*: a rotation for every place in the stream (embedding and head are then two tensors), or one for all, whichever is better on the test text;",
     '- *graphprune*: `graphprune.shrink(model, (), params=0.8, example_kwargs={"input_ids": ids}, score="effect", scope="global",',
-    '  keep=["model.embed_tokens"], repair=batches)`: closed forms alone;',
+    '  keep=["model.embed_tokens"], repair=graphprune.Repair(batches, rounds=4))`: closed forms alone (one round for SmolLM2);',
     '- *graphprune, with steps*: `graphprune.repair(small, model, None, batches, "distill")` after that: gradient steps towards the original\'s',
     "  answers on the same calibration text, without labels.",
     "",
@@ -284,6 +275,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=EVERY, default=list(EVERY))
     parser.add_argument("--ratios", nargs="*", type=float, default=list(RATIOS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, help="of ours (by default 4 for the small model and 1 for SmolLM2)")
     parser.add_argument("--count", type=int, default=16, help="pieces of calibration text (SmolLM2)")
     parser.add_argument("--length", type=int, default=256, help="tokens of each piece (SmolLM2)")
     parser.add_argument("--test", type=int, default=16384, help="tokens of test text (SmolLM2)")
