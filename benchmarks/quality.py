@@ -193,14 +193,16 @@ def mean(rows: list[dict], column: str) -> float:
     return sum(row[column] for row in rows) / len(rows)
 
 
-def table(rows: Rows, options: argparse.Namespace) -> str:
+def table(rows: Rows) -> str:
     known = rows.by("key")
     lines = ["# Language models: six methods in one run", "", made_by("python benchmarks/quality.py --data DIR", "transformers", rows=rows), "", *HEAD]
     for name in dict.fromkeys(key.split("/")[0] for key in known):
         dense = known.get(f"{name}/dense")
         if dense:
             lines += section(dense, [row for row in known.values() if row.get("case") == name and "method" in row])
-    return "\n".join(lines) + "\n"
+    missing = [name for name in CASES if f"{name}/dense" not in known]
+    lines += [f"Not run yet: `python benchmarks/quality.py --data DIR --cases {' '.join(missing)}`, which goes on where it was stopped.", ""] if missing else []
+    return "\n".join(lines)
 
 
 def section(dense: dict, rows: list[dict]) -> list[str]:
@@ -286,7 +288,7 @@ def main() -> None:
     for name in options.cases:
         cells(name, options, rows)
     if options.out:
-        Path(options.out).write_text(table(rows, options))
+        Path(options.out).write_text(table(rows))
 
 
 if __name__ == "__main__":
