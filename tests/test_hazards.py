@@ -1090,3 +1090,35 @@ def test_transposed_convolutions_in_groups(kind, groups, wide, bias):
     small, plan = graphprune.shrink(net, x, 0.5, return_plan=True)
     assert (small[2].in_channels, small[2].out_channels) == (8, wide // 2)
     assert (small(x) - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12 < (small(x) - net(x)).abs().max()
+
+
+PICKED = {
+    "first": (lambda h: h * h[:, 0].sigmoid()[:, None], {0}),
+    "last": (lambda h: h * h[:, -1].sigmoid()[:, None], {15}),
+    "both": (lambda h: h * h[:, -1].sigmoid()[:, None] + h[:, 0, None], {0, 15}),
+    "select": (lambda h: h + h.select(1, 0)[:, None], {0}),
+    "one in the middle": (lambda h: h + h[:, 5, None], set(range(16))),
+}
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_a_channel_that_is_picked_stays_and_the_others_go(name):
+    """The first stays the first whatever goes behind it; one in the middle would be another one."""
+    middle, stays = PICKED[name]
+
+    class Picked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.down(middle(self.up(x).relu()))
+
+    net, x = Picked().double(), torch.randn(3, 8, dtype=torch.float64)
+    groups = graphprune.couple(graphprune.trace(net, x))
+    assert sum(group.size for group in groups) == 16 - len(stays)
+    if len(stays) < 16:
+        small, plan = graphprune.shrink(net, x, 0.5, return_plan=True)
+        assert stays <= set(plan.cuts["down.weight"][1])
+        assert (small(x) - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12 < (small(x) - net(x)).abs().max()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import queue
 import sys
 import threading
@@ -364,3 +365,75 @@ def test_modules_in_modules(depth):
     net(X)
     small = graphprune.shrink(net, X, 0.5)
     assert small[0].out_features == 8 and small(X).shape == (2, 4) and sys.getrecursionlimit() == limit
+
+
+class Registry:
+    """An object of the user's, with something in it that cannot be copied, and something that can."""
+
+    def __init__(self):
+        self.lock, self.gain, self.table = threading.RLock(), 2, torch.ones(16)
+
+
+@torch.jit.script
+def gate(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+def locked(m, h):
+    with m.held if not isinstance(m.held, Registry) else m.held.lock:
+        return h * (m.held.gain if isinstance(m.held, Registry) else 2)
+
+
+def written(m, h):
+    m.held.write("")
+    return h
+
+
+def signalled(m, h):
+    m.held.set()
+    return h
+
+
+HANDLES = {
+    "lock": (threading.Lock, locked),
+    "lock in an object": (Registry, locked),
+    "event": (threading.Event, signalled),
+    "local": (threading.local, lambda m, h: h if m.held is not None else h * 2),
+    "file": (lambda: open(os.devnull, "w"), written),
+    "scripted function": (lambda: gate, lambda m, h: h + 0 * len(str(type(m.held)))),
+}
+
+
+@pytest.mark.parametrize("kind", HANDLES)
+def test_what_cannot_be_copied_is_shared(kind):
+    make, middle = HANDLES[kind]
+    net = Block(middle)
+    net.held = make()
+    try:
+        small, plan = graphprune.shrink(net, X, 0.5, return_plan=True)
+        assert small.up.out_features == 8 and (small(X) - graphprune.zeroed(net, plan)(X)[0]).abs().max() < 1e-5
+        if kind == "lock in an object":  # the object itself is a copy
+            assert small.held is not net.held and small.held.lock is net.held.lock and small.held.table is not net.held.table
+    finally:
+        getattr(net.held, "close", lambda: None)()
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: (i for i in range(9)), lambda: map(abs, (i for i in range(9))), lambda: zip((i for i in range(3)), "abc", strict=True)]
+)
+def test_what_a_run_would_use_up_is_said(made):
+    net = Block(lambda m, h: h)
+    net.held = made()
+    with pytest.raises(graphprune.errors.BadModel, match="of which there is no copy"):
+        graphprune.shrink(net, X, 0.5)
+    assert len(list(net.held)) in (3, 9)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_named(layout):
+    def nested(m, h):
+        rows = torch.nested.nested_tensor([h[:1], h[1:]], layout=layout)
+        return torch.cat([row * 2 for row in rows.unbind()])
+
+    with pytest.raises((graphprune.errors.BadModel, graphprune.errors.NothingToPrune), match="nested"):
+        graphprune.shrink(Block(nested), X, 0.5)

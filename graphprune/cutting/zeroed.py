@@ -7,7 +7,6 @@ and each call that takes statistics is made anew over the survivors before its r
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace as replace_fields
@@ -19,6 +18,7 @@ from torch import nn
 
 from ..errors import BadInput, BadPlan
 from ..operations.notation import Expr, Value, parse
+from ..tracing.copies import duplicate
 from ..tracing.fused import gathered
 from ..tracing.outputs import Item, items, selected
 from ..tracing.trace import RUNNING, Examples, Graph, run, trace
@@ -146,7 +146,7 @@ def _masked(model: nn.Module, plan: Plan) -> nn.Module:
         counts = name in plan.numbers or not (data.is_floating_point() or data.is_complex() or data.dtype is torch.bool)
         data = without(data, plan, name, gone) if name in known and not counts else data.clone()
         memo.setdefault(id(tensor), nn.Parameter(data, requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
-    return gathered(copy.deepcopy(model, memo))
+    return gathered(duplicate(model, memo))
 
 
 def without(data: torch.Tensor, plan: Plan, name: str, known: dict[tuple, torch.Tensor] | None = None) -> torch.Tensor:

@@ -102,18 +102,19 @@ def repeat(labels: Labels, reason: int, outs: list, x: Value, times) -> list[Fie
     return [tuple(fields) + copies(labels, outs[0], grown)]
 
 
-def _without(x: Value, axis: int, labels: Labels, reason: int) -> Fields:
-    """The fields without one axis, over which all positions are asked to agree."""
+def _without(x: Value, axis: int, labels: Labels, reason: int, only: int | None = None) -> Fields:
+    """The fields without one axis, all positions of which stay (or one of them alone)."""
+    stays = slice(None) if only is None else only
     fields = []
     for field in x.fields:
         if field.shape[axis] > 1:
             if len(varying(field)) == 1:
-                labels.lock(field, reason)
+                labels.lock(field.ravel()[stays], reason)
                 continue
             over = varying(field)
             at = over.index(axis)
             dense = field.reshape([field.shape[a] for a in over])
-            labels.lock(labels.marginal(dense, (at,)), reason)
+            labels.lock(labels.marginal(dense, (at,))[stays], reason)
         fields.append(field)
     return tuple(fields)
 
@@ -121,7 +122,9 @@ def _without(x: Value, axis: int, labels: Labels, reason: int) -> Fields:
 @assemble("select", part=True, any_size=lambda x, dim, index: index in (0, -1))
 def select(labels: Labels, reason: int, outs: list, x: Value, dim: int, index: int) -> list[Fields]:
     dim %= len(x.shape)
-    fields = _without(x, dim, labels, reason)
+    # The first stays the first and the last the last whatever goes between; of copies one of which is looked at, all stay.
+    ends = index in (0, -1) and not any(field.shape[dim] > 1 and labels.is_repeated(field) for field in x.fields)
+    fields = _without(x, dim, labels, reason, index if ends else None)
     return [tuple(compact(f.take(index if f.shape[dim] > 1 else 0, axis=dim)) for f in fields)]
 
 

@@ -11,13 +11,17 @@ idea of copying is handed to ``copy.deepcopy``.
 from __future__ import annotations
 
 import copy
+import io
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from ..errors import BadModel
 
 PLAIN = frozenset({int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size, types.FunctionType,
                    types.BuiltinFunctionType, type(...), type(NotImplemented), range, property})  # fmt: skip
@@ -61,7 +65,30 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         return value if all(a is b for a, b in zip(items, value, strict=True)) else memo.setdefault(id(value), tuple(items))
     if isinstance(value, nn.Module) and ordinary(kind):
         return _module(value, kind, memo)
-    return copy.deepcopy(value, memo)
+    return _other(value, kind, memo)
+
+
+def _other(value: Any, kind: type, memo: dict[int, Any]) -> Any:
+    """A copy by ``copy.deepcopy``; what that refuses (a lock, a compiled function, a handle) is shared, and only that of the object that holds it."""
+    known = len(memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:
+        if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            raise BadModel(
+                f"the model holds a {kind.__name__}, of which there is no copy, and a run would use it up; let it hold what it is made of"
+            ) from error
+        if isinstance(value, nn.Module | torch.Tensor):
+            raise
+        for key in list(memo)[known:]:  # parts of a copy that came to no end
+            del memo[key]
+        plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__new__ is object.__new__ and not hasattr(kind, "__deepcopy__")
+        if not plain or not getattr(value, "__dict__", None) or "__setstate__" in dir(kind) or slots_of(kind):
+            memo[id(value)] = value
+            return value
+    twin = memo[id(value)] = object.__new__(kind)
+    twin.__dict__.update((name, duplicate(item, memo)) for name, item in value.__dict__.items())
+    return twin
 
 
 def _module(module: nn.Module, kind: type, memo: dict[int, Any]) -> nn.Module:

@@ -54,6 +54,8 @@ NOT_RUN = (
     "the model does not run on the example input: {}: {}\nCall model(example_input) yourself; pass a tuple for positional and a dict for keyword arguments."
 )
 
+NESTED = "it makes nested tensors, whose entries have no common shape and so no axes; run it on padded ones, or on one sequence at a time"
+
 # What asks a tensor for a property: these calls are no steps of the model.
 UNSTEPPED = frozenset("__get__ size dim numel __len__ is_floating_point is_complex stride data_ptr element_size get_device".split())
 
@@ -372,7 +374,7 @@ def _traced(model: nn.Module, asked: Examples) -> Graph:
         graph = run(model, asked, real=False)
         stale = any("[" in name for name in graph.unread)  # a cache that the run looked for under another device
         return run(model, asked, real=True) if stale else _other_ways(model, graph, asked)
-    except (BadRule, UnknownName):
+    except (BadRule, BadModel, UnknownName):
         raise
     except Exception as first:
         try:
@@ -382,7 +384,8 @@ def _traced(model: nn.Module, asked: Examples) -> Graph:
         except Exception as error:
             fails(model, asked.example)
             where = f" ({line(at)})" if (at := raised_at(error)) else ""
-            text = f"the model runs on the example, but its run cannot be followed{where}: {type(error).__name__}: {error}"
+            why = NESTED if "NestedTensor" in str(error) else f"{type(error).__name__}: {error}"
+            text = f"the model runs on the example, but its run cannot be followed{where}: {why}"
             raise (error if isinstance(error, BadInput) else BadModel(text)) from (error if str(error) else first)
 
 
