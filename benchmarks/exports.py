@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import logging
 import resource
@@ -34,7 +35,7 @@ from zoo_models import build
 from zoo_support import declare_operators
 
 import graphprune
-from graphprune.timing.runtimes import Flat
+from graphprune.timing.files import Flat
 from graphprune.tracing.trees import tensors
 
 NAMES = """torchvision/resnet18 timm/vit_tiny_patch16_224 transformers/text/bert transformers/causal/llama timm/convnext_atto smp/Unet transformers/causal/gpt2
@@ -294,6 +295,16 @@ def one(name: str, send: Any, limit: float) -> None:
         send.close()
 
 
+def _prepare() -> None:
+    """What every process needs, imported and set up once: the libraries, and what the exporter makes at its first call."""
+    for library in ("timm", "transformers", "onnxruntime.quantization", "openvino"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), dynamo=True, verbose=False)
+
+
 def regressed(pair: Sequence[dict[str, Any]]) -> bool:
     original, cut = pair
     return original["passes"] and not cut["passes"] or bool(original.get("batch")) and not cut.get("batch")
@@ -403,7 +414,7 @@ def main() -> None:
         print(row["name"], *verdicts, row.get("why", ""), sep=" | ", flush=True)
 
     if not options.table:
-        import onnxscript  # noqa: F401  (once, not in every process)
+        _prepare()
 
         if "executorch" in chosen:
             import executorch.exir  # noqa: F401

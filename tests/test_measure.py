@@ -150,6 +150,91 @@ def test_onnx_is_written_by_the_new_exporter_and_by_the_old_one_with_a_word(kind
         to_onnx(NET, (X,), {})
 
 
+class Shaped(nn.Module):
+    """Sizes in the code, which torch.export writes into the file as numbers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.count, self.up, self.down = kind, 4, nn.Linear(8, 24), nn.Linear(24, 3)
+        self.conv, self.deep, self.norm = nn.Conv2d(2, 12, 3, padding=1), nn.Conv2d(12, 12, 3, groups=12), nn.BatchNorm2d(12)
+        self.after = nn.Conv2d(12, 6, 1)
+
+    def forward(self, x):
+        return getattr(self, self.kind)(x)
+
+    def flattened(self, x):
+        return self.down(self.up(x).relu().reshape(len(x), 2, -1).transpose(1, 2).flatten(1))
+
+    def heads(self, x):
+        h = self.up(x).reshape(len(x), self.count, -1)
+        return self.down((h.softmax(-1) * h).reshape(len(x), -1))
+
+    def depthwise(self, x):
+        return self.after(self.norm(self.deep(self.conv(x.reshape(-1, 2, 2, 2).repeat(1, 1, 2, 2)))).relu())
+
+    def grouped(self, x):
+        return self.after(torch.nn.functional.pad(self.conv(x.reshape(-1, 2, 2, 2)), (1, 1)).relu()).flatten(1)
+
+    def pixels(self, x):
+        h = self.conv(x.reshape(-1, 2, 2, 2)).relu()
+        return self.after(h.view(h.shape[0], h.shape[1], 4).view(h.shape[0], -1, 2, 2))
+
+    def split(self, x):  # the sizes of the halves stay numbers: such a model is exported anew
+        a, b = self.up(x).split(self.up.out_features // 2, 1)
+        return self.down(torch.cat([a.relu(), b.sigmoid()], 1))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kind", ["flattened", "heads", "depthwise", "grouped", "pixels", "split"])
+def test_a_cut_model_runs_in_the_file_of_the_original_or_in_its_own(kind, runtime):
+    pytest.importorskip(runtime)
+    pytest.importorskip("onnxscript")
+    from graphprune.timing.runtimes import prepare
+
+    torch.manual_seed(0)
+    net = Shaped(kind).eval()
+    small = graphprune.shrink(net, X, 0.5)
+    assert graphprune.profile(small, X).params < graphprune.profile(net, X).params
+    first = prepare(net, (X,), {}, runtime, 1)
+    call, alone = (prepare(small, (X,), {}, runtime, 1, before) for before in (first, None))
+    assert (call.draft is first.draft) == (kind != "split")
+    outputs, own = ([np.array(array) for array in (found.values() if hasattr(found, "values") else found)] for found in (call(), alone()))
+    np.testing.assert_allclose(outputs[0], small(X).detach().numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(outputs[0], own[0])
+
+
+def test_a_file_made_again_is_the_one_that_would_be_exported():
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from graphprune.timing.files import drafted
+
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.Sigmoid(), nn.Linear(16, 3)).eval()
+    small = graphprune.shrink(net, X, 0.5)
+    again, own = (onnx.load_from_string(file) for file in (next(drafted(net, (X,), {}).refilled(small, (X,), {})), drafted(small, (X,), {}).file))
+    assert list(again.graph.node) == list(own.graph.node)
+    weights = [{item.name: onnx.numpy_helper.to_array(item) for item in file.graph.initializer} for file in (again, own)]
+    assert weights[0].keys() == weights[1].keys() and all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not list(drafted(net, (X,), {}).refilled(nn.Sequential(nn.Linear(8, 3)), (X,), {}))  # control: another model has other weights
+
+
+def test_a_file_that_computes_something_else_is_not_run():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from graphprune.timing.runtimes import prepare
+
+    class Scaled(nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by, self.a = by, nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.a(x) * self.by
+
+    first = prepare(Scaled(2.0).eval(), (X,), {}, "onnxruntime", 1)
+    assert prepare(Scaled(2.0).eval(), (X,), {}, "onnxruntime", 1, first).draft is first.draft
+    assert prepare(Scaled(3.0).eval(), (X,), {}, "onnxruntime", 1, first).draft is not first.draft
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_of_a_session_do_not_wait_on_the_cores_of_the_next_one(threads):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -66,7 +66,7 @@ ORDER = {
     "cutting": "tokens parts gains outline schema describe plan vocabulary rewrite masks kernels passthrough undo apply compose expand zeroed sampled verify",
     "formats": "atomic tokens closing config huggingface folder applied recipe",
     "budget": "targets space ledger problem bound descent optimal choose",
-    "timing": "runtimes measure fuse operators table align learnt latency",
+    "timing": "files runtimes measure fuse operators table align learnt latency",
     "repair": """moments solve censored sites rows pairs unseen predictions effect fitting recurrent sequential statistics belief free calibration closed
         imitation __init__""",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",

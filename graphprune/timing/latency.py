@@ -105,7 +105,7 @@ class Stopwatch:
 
     def _runtime(self, small: nn.Module, enough: Callable) -> Any:
         self.call = self.call or prepare(self.model, self.args, self.kwargs, self.aims.runtime, self.threads)
-        call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads)
+        call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads, self.call)
         clock = clock_for(self.device, self.threads)[1]
         rows = interleave([self.call, call, self.call], clock, self.seconds, enough, chained=True)
         if _timing(rows).noise <= UNSURE or enough(rows):

@@ -7,11 +7,10 @@ A runtime is a record of the catalogue: a name, a line, and a function ``(model,
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,23 +19,21 @@ from torch import nn
 from ..catalogue import enter, entry, names, open_to_others
 from ..errors import BadMeasure
 from ..options import unknown_runtime
-from ..tracing.trees import replace, tensors
+from ..tracing.trees import tensors
+from .files import Draft, Flat, agrees, drafted
 
 Call = Callable[[], Any]
 
 
-class Flat(nn.Module):
-    """A model as a function from its input tensors to its output tensors, whatever nests hold them."""
+@dataclass(frozen=True)
+class Filed:
+    """A call of a model that was read from a file, and the file's draft, from which those of models cut from it are made."""
 
-    def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        super().__init__()
-        self.model, self.args, self.kwargs = model, args, kwargs
+    run: Call
+    draft: Draft
 
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        remaining = iter(inputs)
-        args = replace(self.args, lambda _: next(remaining))
-        kwargs = replace(self.kwargs, lambda _: next(remaining))
-        return tuple(tensors(self.model(*args, **kwargs), torch.Tensor))
+    def __call__(self) -> Any:
+        return self.run()
 
 
 @contextmanager
@@ -50,8 +47,10 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager", threads: int | None = None) -> Call:
+def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager", threads: int | None = None, first: Call | None = None) -> Call:
     """A function that runs the model once on the given inputs, in eval mode and without gradients.
+
+    ``first``: what this returned for the model that the given one was cut from; runtimes that read files have less to do then.
 
     Raises :class:`~graphprune.errors.BadMeasure` when the runtime is unknown, not installed, or refuses the model.
 
@@ -62,8 +61,9 @@ def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager",
         raise BadMeasure(unknown_runtime(runtime))
     record = entry("runtime", runtime)
     assert record.function is not None
+    more = {"first": first} if record.facts["follows"] else {}
     try:
-        return record.function(model, args, kwargs, threads)
+        return record.function(model, args, kwargs, threads, **more)
     except ImportError as error:
         raise missing(runtime) from error
     except Exception as error:
@@ -75,7 +75,7 @@ def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager",
 @open_to_others("runtime")
 def _enter(name: str, line: str, function: Callable[..., Call], *, fuses: bool = True, install: str = "") -> None:
     """``fuses``: pointwise operations cost nothing of their own there; ``install``: the packages it needs, for the error where one is missing."""
-    enter("runtime", name, line, function, fuses=fuses, install=install, plain=False)
+    enter("runtime", name, line, function, fuses=fuses, install=install, plain=False, follows=False)
 
 
 def _eager(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
@@ -100,29 +100,24 @@ def _compiled(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) 
 
 
 def to_onnx(model: nn.Module, args: tuple, kwargs: dict) -> bytes:
-    """The model as an ONNX file; inputs are named x0, x1 … in the order of the given tensors.
-
-    Written by torch's exporter over ``torch.export``, which needs onnxscript; by the older one, with a warning, where it is not installed or fails.
-    """
-    inputs = tuple(tensors((args, kwargs), torch.Tensor))
-    flat, names = Flat(model, args, kwargs).eval(), [f"x{index}" for index in range(len(inputs))]
-    reason = "onnxscript is not installed" if importlib.util.find_spec("onnxscript") is None else ""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if not reason:
-            try:
-                program = torch.onnx.export(flat, inputs, input_names=names, dynamo=True, verbose=False)
-                assert program is not None  # with dynamo it returns one
-                return program.model_proto.SerializeToString()
-            except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-        file = io.BytesIO()
-        torch.onnx.export(flat, inputs, file, input_names=names, opset_version=17, dynamo=False)  # pyright: ignore[reportArgumentType]
-    warnings.warn(f"ONNX: written by torch's older exporter, since the one over torch.export cannot be used ({reason})", stacklevel=2)
-    return file.getvalue()
+    """The model as an ONNX file; inputs are named x0, x1 … in the order of the given tensors (:func:`graphprune.timing.files.drafted`)."""
+    return drafted(model, args, kwargs).file
 
 
-def _onnxruntime(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
+def _filed(read: Callable[[bytes], Call], model: nn.Module, args: tuple, kwargs: dict, first: Call | None) -> Filed:
+    """A call of the model's ONNX file: that of ``first`` with the model's weights where it computes what the model does, otherwise a new one."""
+    for file in first.draft.refilled(model, args, kwargs) if isinstance(first, Filed) else ():
+        try:
+            call = read(file)
+            if agrees(call(), model, args, kwargs):
+                return Filed(call, first.draft)
+        except Exception:  # a width that the file holds as a number; where it is something else, the model's own file meets it, too
+            continue
+    draft = drafted(model, args, kwargs)
+    return Filed(read(draft.file), draft)
+
+
+def _onnxruntime(model: nn.Module, args: tuple, kwargs: dict, threads: int | None, first: Call | None = None) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -130,11 +125,15 @@ def _onnxruntime(model: nn.Module, args: tuple, kwargs: dict, threads: int | Non
     options.intra_op_num_threads = threads or torch.get_num_threads()
     # Threads that wait for the next call keep their cores busy, and those of the other models that are timed in turn would find none.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(to_onnx(model, args, kwargs), options, providers=["CPUExecutionProvider"])
-    known = {item.name for item in session.get_inputs()}
-    feed = {f"x{index}": tensor.detach().cpu().contiguous().numpy() for index, tensor in enumerate(tensors((args, kwargs), torch.Tensor))}
-    feed = {name: array for name, array in feed.items() if name in known}
-    return lambda: session.run(None, feed)
+
+    def read(file: bytes) -> Call:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        known = {item.name for item in session.get_inputs()}
+        feed = {f"x{index}": tensor.detach().cpu().contiguous().numpy() for index, tensor in enumerate(tensors((args, kwargs), torch.Tensor))}
+        feed = {name: array for name, array in feed.items() if name in known}
+        return lambda: session.run(None, feed)
+
+    return _filed(read, model, args, kwargs, first)
 
 
 def openvino_request(model: Any, threads: int | None, **settings: Any) -> Any:
@@ -145,26 +144,32 @@ def openvino_request(model: Any, threads: int | None, **settings: Any) -> Any:
     return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
 
-def _openvino(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
+def _openvino(model: nn.Module, args: tuple, kwargs: dict, threads: int | None, first: Call | None = None) -> Call:
     import openvino
 
     inputs = tuple(tensors((args, kwargs), torch.Tensor))
+
+    def call_of(converted: Any, order: list[int]) -> Call:
+        request = openvino_request(converted, threads)
+        feed = [inputs[index].detach().cpu().contiguous().numpy() for index in order]
+        return lambda: request.infer(feed)
+
+    def read(file: bytes) -> Call:
+        converted = openvino.Core().read_model(file, b"")
+        return call_of(converted, [next(int(name[1:]) for name in port.get_names() if name[1:].isdigit()) for port in converted.inputs])
+
     try:  # several times quicker than OpenVINO's own reader of PyTorch
-        converted = openvino.Core().read_model(to_onnx(model, args, kwargs), b"")
-        order = [next(int(name[1:]) for name in port.get_names() if name[1:].isdigit()) for port in converted.inputs]
+        return _filed(read, model, args, kwargs, first)
     except Exception:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             converted = openvino.convert_model(Flat(model, args, kwargs).eval(), example_input=inputs)
-        order = list(range(len(inputs)))
         if len(converted.inputs) == len(inputs):
             converted.reshape({port: list(tensor.shape) for port, tensor in zip(converted.inputs, inputs, strict=True)})
-    request = openvino_request(converted, threads)
-    feed = [inputs[index].detach().cpu().contiguous().numpy() for index in order]
-    return lambda: request.infer(feed)
+        return call_of(converted, list(range(len(inputs))))
 
 
-enter("runtime", "eager", "PyTorch as it is", _eager, fuses=False, install="torch", plain=True)
-enter("runtime", "compile", "torch.compile", _compiled, fuses=True, install="torch", plain=True)
-enter("runtime", "onnxruntime", "ONNX Runtime on the processor", _onnxruntime, fuses=True, install="onnxruntime onnx onnxscript", plain=False)
-enter("runtime", "openvino", "OpenVINO on the processor", _openvino, fuses=True, install="openvino", plain=False)
+enter("runtime", "eager", "PyTorch as it is", _eager, fuses=False, install="torch", plain=True, follows=False)
+enter("runtime", "compile", "torch.compile", _compiled, fuses=True, install="torch", plain=True, follows=False)
+enter("runtime", "onnxruntime", "ONNX Runtime on the processor", _onnxruntime, fuses=True, install="onnxruntime onnx onnxscript", plain=False, follows=True)
+enter("runtime", "openvino", "OpenVINO on the processor", _openvino, fuses=True, install="openvino", plain=False, follows=True)
