@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"graphprune: the command line needs {error.name}: pip install 'graphprune[cli]'", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return _interrupted()
     from .errors import BadAmount, BadTarget, GraphpruneError
 
     with warnings.catch_warnings():
@@ -36,12 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as done:
             return done.code if isinstance(done.code, int) else 0 if done.code is None else 1
         except (Interrupted, KeyboardInterrupt):
-            print("graphprune: interrupted; no file was left in part", file=sys.stderr)
-            return 130
+            return _interrupted()
         except GraphpruneError as error:
             print(f"graphprune: {type(error).__name__}: {error}", file=sys.stderr)
             return 3 if isinstance(error, BadTarget) and not isinstance(error, BadAmount) else 1
     return 0
+
+
+def _interrupted() -> int:
+    print("graphprune: interrupted; no file was left in part", file=sys.stderr)
+    return 130
 
 
 def _warned(message: Warning | str, category: type[Warning], *_: object) -> None:

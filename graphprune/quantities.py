@@ -71,7 +71,8 @@ def amount(name: str, value: Any) -> Any:
         if not kind.share:
             raise _unreadable(name, value, kind)
         return _share(name, value, number / 100)
-    if not word and kind.share and not digits.isdigit() and number <= 1:
+    none = name == "ratio" and not number  # what widths of single modules are asked beside
+    if not word and kind.share and (none or not digits.isdigit()) and number <= 1:
         return _share(name, value, number)
     words = {known.lower(): factor for known, factor in kind.words.items() if known[:1] != "m"} | kind.words
     factor = kind.words.get(word, words.get(word.lower()))

@@ -1,6 +1,8 @@
 """The command line: every command from a text to a result, recipes that give the same bytes, errors in a sentence with a status, no files in part."""
 
 import contextlib
+import dataclasses
+import inspect
 import io
 import json
 import os
@@ -60,7 +62,7 @@ NET = """
 
     def slow(model):
         open('started', 'w').close()
-        time.sleep(0.5)
+        time.sleep(600)  # longer than any machine takes to send the signal
         return 1.0
 """
 INPUT = ["-i", "1x3x8x8"]
@@ -192,6 +194,10 @@ WRONG = [
     (["plan", "mynet.py:net", *INPUT, "--weights", "none.pt"], 1, "no file none.pt"),
     (["shrink", "mynet.py:net", *INPUT, "-c", "nowhere", "-o", "x"], 1, "there is no nowhere"),
     (["shrink", "mynet.py:net", *INPUT, "-o", "mynet.py/x"], 1, "cannot be written"),
+    (["shrink", "mynet.py:net", *INPUT, "-r", "50%", "--spare", "0.5", "-o", "x"], 1, "--calibration"),
+    (["plan", "mynet.py:net", *INPUT, "--ratio-of", "25%"], 1, "name=value"),
+    (["plan", "mynet.py:net", *INPUT, "--width", "0=half"], 1, "whole number"),
+    (["measure", "mynet.py:net", *INPUT, "--memory-format", "sideways"], 1, "channels_last"),
     (["shrink", "mynet.py:net", *INPUT], 2, "--out"),
     (["frobnicate"], 2, "No such command"),
     (["plan", "mynet.py:net", *INPUT, "--frob"], 2, "No such option"),
@@ -252,6 +258,71 @@ def test_every_command_has_its_mistakes():
     assert {arguments[0] for arguments, *_ in WRONG} >= set(COMMANDS)
 
 
+# How options of Python are spelled on the command line where the name is another one, and what only Python can say.
+SPELLED = {
+    "example_input": ["input"], "example_kwargs": ["input"], "widths": ["multiple_of", "at_least", "ratio_of", "width", "uniform", "rewrite", "also"],
+    "on": ["runtime", "threads", "objective"], "outputs": ["output"], "repair": ["calibration", "steps", "target", "spare", "rows"],
+    "original": ["model"], "small": ["model"], "plan": ["plan"], "file": ["out"], "asked": ["ratio", "params", "macs", "size", "memory", "latency", "speedup"],
+    "measure": ["time"], "reference": ["against"], "ratios": ["ratios"],
+}  # fmt: skip
+PYTHON_ONLY = {
+    "examples": "further inputs, or functions of the model", "inplace": "the model of a command ends with it",
+    "progress": "a bar is shown where a person may be looking",
+    "graph": "a trace that is there already", "measurement": "what measure returned", "return_plan": "it is always printed",
+}  # fmt: skip
+OTHERWISE = {("repair", "plan"): "in the folder", ("tradeoff", "on"): ["runtime", "threads"], ("report", "measure"): []}
+FIELDS = {"widths": graphprune.Widths, "on": graphprune.Runtime, "repair": graphprune.Repair}
+FIELD_NAMES = {"ratios": "ratio_of", "to": "width", "name": "runtime", "batches": "calibration"}
+
+
+def unspelled(command, function, spelled):
+    """Options of a function that a command lacks."""
+    missing = []
+    for name in inspect.signature(function).parameters:
+        wanted = OTHERWISE.get((command, name), SPELLED.get(name, [name]))
+        if name not in PYTHON_ONLY and not isinstance(wanted, str):
+            missing += [option for option in wanted if option not in spelled]
+    return missing
+
+
+def spellings(command):
+    from graphprune.commands import app
+
+    return set(inspect.signature(getattr(app, command)).parameters)
+
+
+@pytest.mark.parametrize("command", ["plan", "shrink", "repair", "measure", "sensitivity", "tradeoff", "report"])
+def test_what_python_can_be_asked_for_can_be_typed(command):
+    function = getattr(graphprune, command)
+    assert not unspelled(command, function, spellings(command))
+    assert unspelled(command, function, spellings(command) - {"seconds", "ratio", "steps", "mode", "title"})  # control
+
+
+@pytest.mark.parametrize("option", FIELDS)
+def test_fields_of_options_that_belong_together_are_typed_one_by_one(option):
+    names = {FIELD_NAMES.get(field.name, field.name) for field in dataclasses.fields(FIELDS[option])} - {"progress", "measure"}
+    assert names == set(SPELLED[option])
+
+
+def test_options_reach_what_they_are_for(net, capsys):
+    def planned(*options):
+        return {row["group"]: row["after"] for row in json.loads(out(capsys, "plan", net, *INPUT, *options, "--json"))["rows"]}
+
+    whole = planned("-r", "0", "--ratio-of", "0=50%")
+    assert sorted(whole.values()) == [8, 8] and sorted(planned("--width", "0=4", "--width", "3=2").values()) == [2, 4]
+    assert sorted(planned("-r", "30%", "--multiple-of", "4").values()) == [8, 12]
+    header, *lines = out(capsys, "tradeoff", net, *INPUT, "--shares", "50%", "--time", "--seconds", "0.05", "--threads", "1", "--keep", "7").splitlines()
+    assert "speedup" in header and lines
+    assert "ms (" in out(capsys, "measure", net, *INPUT, "--seconds", "0.05", "--threads", "1", "--memory-format", "channels_last", "--tolerance", "0.5")
+    assert len(json.loads(out(capsys, "sensitivity", net, *INPUT, "--ratios", "50%", "--keep", "7", "--json"))["rows"]) == 1
+    out(capsys, "report", net, *INPUT, "--params", "60%", "--title", "Ours & theirs", "-o", "r.html")
+    assert "Ours &amp; theirs" in Path("r.html").read_text()
+    np.savez("data.npz", np.random.default_rng(0).normal(size=(64, 3, 8, 8)).astype("float32"))
+    out(capsys, "shrink", net, *INPUT, "-r", "50%", "-c", "data.npz", "--spare", "0.5", "--rows", "512", "--target", "layer", "--no-verify", "-o", "small")
+    out(capsys, "run", "small/recipe.yaml", "-o", "again")
+    assert Path("small/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
+
+
 def write_table():
     """The table of mistakes in docs/cli.md, from what the commands say."""
     rows = []
@@ -308,12 +379,29 @@ def test_an_interrupt_leaves_no_file(net):
     command = [sys.executable, "-m", "graphprune", "sensitivity", net, *INPUT, "--evaluate", "mynet.py:slow", "-o", "s.csv"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started = time.time()
-    while not Path("started").exists() and time.time() - started < 120:
+    while not Path("started").exists() and child.poll() is None and time.time() - started < 400:
         time.sleep(0.1)
+    assert Path("started").exists()
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 130 and errors.strip().endswith("no file was left in part") and "Traceback" not in errors
     assert {path.name for path in Path().iterdir()} <= {"mynet.py", "started", "__pycache__"}
+
+
+@pytest.mark.parametrize("place", ["command", "evaluation", "result", "file"])
+def test_an_interrupt_is_one_wherever_it_comes(net, capsys, monkeypatch, place):
+    from graphprune.commands import work
+
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    if place == "command":
+        monkeypatch.setitem(work.COMMANDS, "tradeoff", pressed)
+    else:
+        monkeypatch.setattr(work, {"evaluation": "_evaluate", "result": "printed", "file": "_recipe"}[place], pressed)
+    said = out(capsys, "tradeoff", net, *INPUT, "--shares", "50%", "-o", "front.csv", status=130)
+    assert said.strip().endswith("no file was left in part")
+    assert not [path for path in Path().iterdir() if "part" in path.name]
 
 
 def test_importing_the_package_imports_none_of_the_extras():

@@ -40,8 +40,20 @@ Score = Annotated[str, typer.Option(help="What matters: a name of `graphprune li
 Scope = Annotated[str | None, typer.Option(help="layer, global, isomorphic or allocated.")]
 What = Annotated[str | None, typer.Option(help="What goes: a name of `graphprune list granularity`.")]
 Keep = Annotated[list[str] | None, typer.Option(help="A module or pattern that stays whole. May be repeated.")]
-Multiple = Annotated[int | None, typer.Option("--multiple-of", help="Widths are multiples of this.")]
+Multiple = Annotated[str | None, typer.Option("--multiple-of", help="Widths are multiples of this; auto: of what the device likes.")]
 Least = Annotated[int | None, typer.Option("--at-least", help="Units that stay of every group.")]
+ByName = Annotated[list[str] | None, typer.Option("--ratio-of", help="A share of single modules: 'layer1.*=25%'. May be repeated.")]
+To = Annotated[list[str] | None, typer.Option("--width", help="How many outputs a module keeps: 'layer1.0.conv1=48'. May be repeated.")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="Groups of one kind and size keep equally many units.")]
+Rewrite = Annotated[bool, typer.Option(help="Whether code that holds a size as a number may read it from an attribute.")]
+Also = Annotated[list[str] | None, typer.Option(help="Axes that go at your word alone: positions, statistics. May be repeated.")]
+Objective = Annotated[str | None, typer.Option(help="What a budget is spent on: score, time, or a number between 0 and 1.")]
+Outputs = Annotated[list[str] | None, typer.Option("--output", help="An output that keeps its size; the others may shrink. May be repeated.")]
+Verify = Annotated[bool, typer.Option(help="Whether the cut model is compared with the zeroed original.")]
+Goal = Annotated[str | None, typer.Option(help="What a repair fits: the output of each block, or of each layer.")]
+Spare = Annotated[float | None, typer.Option(help="Share of the calibration that is kept out of a repair's fits.")]
+Rows = Annotated[int | None, typer.Option(help="Positions that each fit of a repair sees.")]
+Seconds = Annotated[float, typer.Option(help="A timing takes at most so long.")]
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Where a time counts: a name of `graphprune list runtime`.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of what is timed.")]
 Steps = Annotated[str | None, typer.Option(help="How to repair: a name of `graphprune list repair`.")]
@@ -55,17 +67,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def _run(command: str, options: dict[str, Any]) -> None:
     """Call the command; recipes hold what was given, without what only says how to print."""
-    from .work import COMMANDS, printed
-
     as_json = options.pop("json", False)
     for name in ("mean", "std"):
         if options.get(name):
             options[name] = [float(number) for number in str(options[name]).split(",")]
     try:
-        outcome = COMMANDS[command](**options)
+        from .work import COMMANDS, printed
+
+        printed(COMMANDS[command](**options), as_json)
     except KeyboardInterrupt as error:
         raise Interrupted from error
-    printed(outcome, as_json)
 
 
 class Interrupted(BaseException):
@@ -84,6 +95,8 @@ def plan(
     latency: Latency = None, speedup: Speedup = None, score: Score = "l2", scope: Scope = None, what: What = None, keep: Keep = None,
     multiple_of: Multiple = None, at_least: Least = None, runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
+    ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True, also: Also = None,
+    objective: Objective = None, output: Outputs = None,
     explain: Annotated[bool, typer.Option("--explain", help="One line for every group.")] = False, out: Out = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Say what would be cut, without cutting."""
@@ -96,7 +109,9 @@ def shrink(
     latency: Latency = None, speedup: Speedup = None, score: Score = "l2", scope: Scope = None, what: What = None, keep: Keep = None,
     multiple_of: Multiple = None, at_least: Least = None, runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
-    steps: Steps = None, time: Time = False, json: Json = False,
+    ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True, also: Also = None,
+    objective: Objective = None, output: Outputs = None,
+    steps: Steps = None, target: Goal = None, spare: Spare = None, rows: Rows = None, verify: Verify = True, time: Time = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Cut a model, repair it if there is calibration, check it, and save it with the recipe that makes it again.
 
@@ -108,7 +123,8 @@ def shrink(
 @app.command(epilog="Example: graphprune repair small/ -c photos/ -o repaired/")
 def repair(
     model: Annotated[str, typer.Argument(help="A folder that shrink wrote.")], calibration: Calibration, out: Folder, steps: Steps = None,
-    batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None, json: Json = False,
+    target: Goal = None, spare: Spare = None, rows: Rows = None, batch: Batch = 16, limit: Limit = 256,
+    mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Repair a saved model from inputs without labels."""
     _run("repair", dict(locals()))
@@ -117,7 +133,9 @@ def repair(
 @app.command(epilog="Example: graphprune measure small/ --against net.py:net -i 1x3x224x224 --threads 1")
 def measure(
     model: Model, input: Input, against: Annotated[str | None, typer.Option(help="The model to compare with, timed in turn.")] = None,
-    runtime: RuntimeName = None, threads: Threads = None, seconds: Annotated[float, typer.Option(help="At most so long.")] = 10.0,
+    runtime: RuntimeName = None, threads: Threads = None, seconds: Seconds = 10.0,
+    tolerance: Annotated[float, typer.Option(help="It ends once the band is so narrow, as a share of the value.")] = 0.01,
+    memory_format: Annotated[str | None, typer.Option("--memory-format", help="channels_last, for example.")] = None,
     weights: Weights = None, seed: Seed = 0, out: Results = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Time a model, with the band and the control that say how sure it is."""
@@ -128,7 +146,7 @@ def measure(
 def sensitivity(
     model: Model, input: Input, evaluate: Evaluate = None, ratios: Annotated[str | None, typer.Option(help="0.25,0.5,0.75")] = None,
     groups: Annotated[list[str] | None, typer.Option(help="A group or pattern. May be repeated.")] = None,
-    mode: Annotated[str, typer.Option(help="exact or cheap.")] = "exact", score: Score = "l2", weights: Weights = None, seed: Seed = 0,
+    mode: Annotated[str, typer.Option(help="exact or cheap.")] = "exact", score: Score = "l2", keep: Keep = None, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="A .csv file, or a picture (.png, .svg).")] = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -139,10 +157,12 @@ def sensitivity(
 @app.command(epilog="Example: graphprune tradeoff net.py:net -i 1x3x32x32 --evaluate net.py:accuracy --shares 75%,50%,25% -o front.png")
 def tradeoff(
     model: Model, input: Input, evaluate: Evaluate = None, shares: Annotated[str | None, typer.Option(help="75%,50%,25%")] = None,
-    by: Annotated[str, typer.Option(help="macs, params, size, memory or ratio.")] = "macs", score: Score = "l2", scope: Scope = None, time: Time = False,
-    weights: Weights = None, seed: Seed = 0, calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None,
-    tokenizer: Tokenizer = None, out: Annotated[str | None, typer.Option("--out", "-o", help="A .csv file, or a picture (.png, .svg).")] = None,
-    json: Json = False,
+    by: Annotated[str, typer.Option(help="macs, params, size, memory or ratio.")] = "macs", score: Score = "l2", scope: Scope = None, keep: Keep = None,
+    multiple_of: Multiple = None, at_least: Least = None, ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True,
+    also: Also = None, steps: Steps = None, target: Goal = None, spare: Spare = None, rows: Rows = None, time: Time = False, seconds: Seconds = 5.0,
+    runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0, calibration: Calibration = None,
+    batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="A .csv file, or a picture (.png, .svg).")] = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Cut to several budgets and say what each costs and saves."""
     _run("tradeoff", dict(locals()))
@@ -161,7 +181,8 @@ def export(
 @app.command(epilog="Example: graphprune report net.py:net -i 1x3x224x224 --plan small/ -o report.html")
 def report(
     model: Model, input: Input, plan: Annotated[str | None, typer.Option(help="A plan.json, or a folder that shrink wrote.")] = None,
-    ratio: Ratio = None, macs: Macs = None, params: Params = None, score: Score = "l2", evaluate: Evaluate = None,
+    ratio: Ratio = None, params: Params = None, macs: Macs = None, size: Size = None, memory: Memory = None, latency: Latency = None, speedup: Speedup = None,
+    score: Score = "l2", title: Annotated[str | None, typer.Option(help="Its heading.")] = None, evaluate: Evaluate = None,
     sensitivity: Annotated[bool, typer.Option("--sensitivity", help="Also cut one group at a time.")] = False,
     tradeoff: Annotated[bool, typer.Option("--tradeoff", help="Also cut to several budgets.")] = False, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,

@@ -59,14 +59,55 @@ class Setting:
 def request(arguments: dict[str, Any], setting: Setting) -> dict[str, Any]:
     """The options of :func:`graphprune.shrink` among a command's arguments."""
     options: dict[str, Any] = {name: arguments[name] for name in (*TARGETS, "scope", "what", "keep") if arguments.get(name)}
-    timed = options.get("latency") or options.get("speedup")
+    timed = options.get("latency") or options.get("speedup") or arguments.get("objective") or arguments.get("multiple_of") == "auto"
     if arguments.get("runtime") or arguments.get("threads"):
         if not timed:
             raise BadOption("--runtime and --threads say where a time counts; ask for one: --speedup 2x or --latency '8 ms'")
-        options["on"] = Runtime(arguments.get("runtime") or "eager", threads=arguments.get("threads"))
+    if timed:
+        options["on"] = _clock(arguments)
+    if arguments.get("output"):
+        options["outputs"] = arguments["output"]
     options["score"] = _score(arguments.get("score") or "l2", setting)
-    widths = {name: arguments[name] for name in ("multiple_of", "at_least") if arguments.get(name)}
-    return options | ({"widths": Widths(**widths)} if widths else {})
+    return options | _widths(arguments)
+
+
+def _clock(arguments: dict[str, Any]) -> Runtime:
+    """Where a time counts, and what it counts for."""
+    objective = arguments.get("objective") or "score"
+    objective = objective if objective.isalpha() else _number(objective)
+    return Runtime(arguments.get("runtime") or "eager", threads=arguments.get("threads"), objective=objective)
+
+
+def _widths(arguments: dict[str, Any]) -> dict[str, Widths]:
+    """What the widths of single groups have to be, where something is said about them."""
+    options: dict[str, Any] = {name: arguments[name] for name in ("at_least", "uniform", "also") if arguments.get(name)}
+    if arguments.get("multiple_of"):
+        step = str(arguments["multiple_of"])
+        options["multiple_of"] = int(step) if step.isdecimal() else step
+    if arguments.get("ratio_of"):
+        options["ratios"] = {name: _number(share) for name, share in map(_pair, arguments["ratio_of"])}
+    if arguments.get("width"):
+        options["to"] = {name: int(count) if count.isdecimal() else count for name, count in map(_pair, arguments["width"])}
+    if arguments.get("rewrite") is False:
+        options["rewrite"] = False
+    return {"widths": Widths(**options)} if options else {}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.rpartition("=")
+    if not (name and sign and value):
+        raise BadOption(f"{text!r} says nothing about a module; write name=value, as in 'layer1.*=25%' or 'layer1.0.conv1=48'")
+    return name, value
+
+
+def _repair(arguments: dict[str, Any], batches: Any) -> Repair | None:
+    """How a cut model is repaired; not at all where there is no calibration and no step that needs none."""
+    options = {name: arguments[name] for name in ("target", "spare", "rows") if arguments.get(name) is not None}
+    if batches is None and not arguments.get("steps"):
+        if options:
+            raise BadOption(f"--{next(iter(options))} says how to repair, which needs inputs: --calibration")
+        return None
+    return Repair(batches, arguments.get("steps") or "auto", **options)
 
 
 def _score(name: str, setting: Setting) -> Any:
@@ -114,10 +155,10 @@ def shrink(**arguments: Any) -> Outcome:
         raise BadOption("-i says what the model is called with: -i 1x3x224x224")
     setting = Setting(**arguments)
     options = request(arguments, setting)
-    if setting.batches is not None:
-        options["repair"] = Repair(setting.batches, arguments.get("steps") or "auto")
-    elif arguments.get("steps"):
-        options["repair"] = Repair(steps=arguments["steps"])
+    if (repairs := _repair(arguments, setting.batches)) is not None:
+        options["repair"] = repairs
+    if arguments.get("verify") is False:
+        options["verify"] = False
     small, chosen = shrunk(setting.model, setting.example, return_plan=True, **options)
     folder = _saved(small, "shrink", arguments)
     lines, data = [str(chosen), "", f"saved in {folder}"], _facts(chosen) | {"folder": str(folder)}
@@ -131,17 +172,16 @@ def _by_file(arguments: dict[str, Any]) -> bool:
     """Whether what is asked for needs no more than one tensor of a folder at a time."""
     folder = Path(arguments["model"])
     pretrained = (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) and not (folder / RECIPE).is_file()
-    whole = [name for name in ("calibration", "steps", "latency", "speedup", "weights", "time") if arguments.get(name)]
+    whole = [name for name in ("calibration", "steps", "latency", "speedup", "objective", "output", "weights", "time") if arguments.get(name)]
     return pretrained and not whole and (arguments.get("score") or "l2") in STREAMED
 
 
 def _checkpoint(arguments: dict[str, Any]) -> Outcome:
     """A folder of safetensors with a configuration: shrunk file by file, to one of the same kind."""
     options = {name: arguments[name] for name in (*TARGETS, "scope", "what", "keep") if arguments.get(name)}
-    widths = {name: arguments[name] for name in ("multiple_of", "at_least") if arguments.get(name)}
     inputs = example_of(arguments["input"], arguments.get("seed", 0)) if arguments.get("input") else None
     out = Path(_place(arguments))
-    chosen = checkpoint.shrink(arguments["model"], out, inputs, score=arguments.get("score") or "l2", widths=Widths(**widths) if widths else None, **options)
+    chosen = checkpoint.shrink(arguments["model"], out, inputs, score=arguments.get("score") or "l2", **_widths(arguments), **options)
     _with_recipe(out, "shrink", arguments)
     return Outcome("\n".join([str(chosen), "", f"saved in {out}"]), _facts(chosen) | {"folder": str(out)})
 
@@ -196,8 +236,11 @@ def repair(**arguments: Any) -> Outcome:
     if setting.batches is None:
         raise BadOption("repair learns from inputs: --calibration")
     small = load(folder, setting.model)
-    better = repaired(small, setting.model, plan_of(small), setting.batches, arguments.get("steps") or "auto")
-    kept = {**whole, **{name: arguments.get(name) for name in ("steps", "out")}, "model": first["model"], "of": str(folder)}
+    repairs = _repair(arguments, setting.batches)
+    assert repairs is not None  # there is calibration
+    options = {name: getattr(repairs, name) for name in ("steps", "target", "spare", "rows")}
+    better = repaired(small, setting.model, plan_of(small), setting.batches, **options)
+    kept = {**whole, **{name: arguments.get(name) for name in ("steps", "target", "spare", "rows", "out")}, "model": first["model"], "of": str(folder)}
     target = save(better, _place(arguments))
     _recipe(target / RECIPE, "repair", kept)
     return Outcome(f"{plan_of(better)}\n\nsaved in {target}", {"folder": str(target)})
@@ -207,8 +250,16 @@ def measure(**arguments: Any) -> Outcome:
     setting = Setting(**arguments)
     reference = model_of(arguments["against"], arguments.get("weights"), arguments.get("seed", 0)) if arguments.get("against") else None
     options = {"runtime": arguments.get("runtime") or "eager", "threads": arguments.get("threads"), "seconds": arguments.get("seconds") or 10.0}
+    options |= {"tolerance": arguments.get("tolerance") or 0.01, "memory_format": _memory_format(arguments.get("memory_format"))}
     timing = measured(setting.model, setting.example, reference, **options)
     return _kept(Outcome(str(timing), asdict(timing)), "measure", arguments)
+
+
+def _memory_format(name: str | None) -> torch.memory_format | None:
+    formats = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.memory_format)}
+    if name is not None and name not in formats:
+        raise BadOption(f"--memory-format is {name!r}; it is one of {', '.join(sorted(formats))}")
+    return formats[name] if name else None
 
 
 def _evaluate(setting: Setting, text: str | None) -> Callable[[nn.Module], Any]:
@@ -241,7 +292,7 @@ def _outputs(model: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
 def sensitivity(**arguments: Any) -> Outcome:
     setting = Setting(**arguments)
     options: dict[str, Any] = {"ratios": [_number(ratio) for ratio in arguments["ratios"].split(",")]} if arguments.get("ratios") else {}
-    options |= {"groups": arguments["groups"]} if arguments.get("groups") else {}
+    options |= {name: arguments[name] for name in ("groups", "keep") if arguments.get(name)}
     mode, score = arguments.get("mode") or "exact", _score(arguments.get("score") or "l2", setting)
     study = found_sensitivity(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), mode=mode, score=score, **options)
     return _tabled("sensitivity", study, {"original": study.original, "rows": list(study.table())}, arguments)
@@ -265,8 +316,9 @@ def _tabled(command: str, result: Any, data: dict[str, Any], arguments: dict[str
 def tradeoff(**arguments: Any) -> Outcome:
     setting = Setting(**arguments)
     options: dict[str, Any] = {"shares": arguments["shares"].split(",")} if arguments.get("shares") else {}
-    options |= {"repair": Repair(setting.batches)} if setting.batches else {}
     options |= {"by": arguments.get("by") or "macs", "measure": bool(arguments.get("time")), "scope": arguments.get("scope")}
+    options |= {"repair": _repair(arguments, setting.batches), "keep": arguments.get("keep") or (), "on": _clock(arguments)} | _widths(arguments)
+    options["seconds"] = arguments.get("seconds") or 5.0
     options["score"] = _score(arguments.get("score") or "l2", setting)
     study = found_tradeoff(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), **options)
     return _tabled("tradeoff", study, {"budget": study.budget, "rows": list(study.table()), "missed": list(study.missed)}, arguments)
@@ -339,7 +391,9 @@ def report(**arguments: Any) -> Outcome:
     if arguments.get("tradeoff"):
         extra["tradeoff"] = found_tradeoff(setting.model, setting.example, _evaluate(setting, arguments.get("evaluate")), measure=False)
     score = _score(arguments.get("score") or "l2", setting)
-    path = reported(setting.model, setting.example, chosen, arguments.get("out") or "report.html", asked=asked, score=score, **extra)
+    path = reported(
+        setting.model, setting.example, chosen, arguments.get("out") or "report.html", title=arguments.get("title") or "", asked=asked, score=score, **extra
+    )
     _with_recipe(path, "report", arguments)
     return Outcome(f"{path}: {path.stat().st_size:,} bytes", {"file": str(path), "bytes": path.stat().st_size})
 
