@@ -19,7 +19,7 @@ from ..tracing.trees import tensors
 from ..wording import folded, pattern
 
 MARKS = {"produces": "makes", "passes": "passes on", "consumes": "sums over"}
-FEW, MOST = 24, 64  # modules that all get a row; rows that are looked at together
+FEW, MOST = 24, 96  # modules that all get a row; rows that are looked at together
 
 
 @dataclass(frozen=True)
