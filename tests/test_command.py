@@ -261,7 +261,7 @@ def test_every_command_has_its_mistakes():
 # How options of Python are spelled on the command line where the name is another one, and what only Python can say.
 SPELLED = {
     "example_input": ["input"], "example_kwargs": ["input"], "widths": ["multiple_of", "at_least", "ratio_of", "width", "uniform", "rewrite", "also"],
-    "on": ["runtime", "threads", "objective"], "outputs": ["output"], "repair": ["calibration", "steps", "target", "spare", "rows"],
+    "on": ["runtime", "threads", "objective"], "outputs": ["output"], "repair": ["calibration", "steps", "target", "spare", "rows", "rounds"],
     "original": ["model"], "small": ["model"], "plan": ["plan"], "file": ["out"], "asked": ["ratio", "params", "macs", "size", "memory", "latency", "speedup"],
     "measure": ["time"], "reference": ["against"], "ratios": ["ratios"],
 }  # fmt: skip
@@ -270,7 +270,12 @@ PYTHON_ONLY = {
     "progress": "a bar is shown where a person may be looking",
     "graph": "a trace that is there already", "measurement": "what measure returned", "return_plan": "it is always printed",
 }  # fmt: skip
-OTHERWISE = {("repair", "plan"): "in the folder", ("tradeoff", "on"): ["runtime", "threads"], ("report", "measure"): []}
+OTHERWISE = {
+    ("repair", "plan"): "in the folder",
+    ("tradeoff", "on"): ["runtime", "threads"],
+    ("tradeoff", "repair"): ["calibration", "steps", "target", "spare", "rows"],
+    ("report", "measure"): [],
+}
 FIELDS = {"widths": graphprune.Widths, "on": graphprune.Runtime, "repair": graphprune.Repair}
 FIELD_NAMES = {"ratios": "ratio_of", "to": "width", "name": "runtime", "batches": "calibration"}
 

@@ -53,6 +53,7 @@ Verify = Annotated[bool, typer.Option(help="Whether the cut model is compared wi
 Goal = Annotated[str | None, typer.Option(help="What a repair fits: the output of each block, or of each layer.")]
 Spare = Annotated[float | None, typer.Option(help="Share of the calibration that is kept out of a repair's fits.")]
 Rows = Annotated[int | None, typer.Option(help="Positions that each fit of a repair sees.")]
+Rounds = Annotated[int | None, typer.Option(help="Rounds in which a budget is reached, each planned on the repaired model of the one before.")]
 Seconds = Annotated[float, typer.Option(help="A timing takes at most so long.")]
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Where a time counts: a name of `graphprune list runtime`.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of what is timed.")]
@@ -111,7 +112,8 @@ def shrink(
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
     ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True, also: Also = None,
     objective: Objective = None, output: Outputs = None,
-    steps: Steps = None, target: Goal = None, spare: Spare = None, rows: Rows = None, verify: Verify = True, time: Time = False, json: Json = False,
+    steps: Steps = None, target: Goal = None, spare: Spare = None, rows: Rows = None, rounds: Rounds = None, verify: Verify = True,
+    time: Time = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Cut a model, repair it if there is calibration, check it, and save it with the recipe that makes it again.
 

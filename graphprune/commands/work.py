@@ -102,7 +102,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _repair(arguments: dict[str, Any], batches: Any) -> Repair | None:
     """How a cut model is repaired; not at all where there is no calibration and no step that needs none."""
-    options = {name: arguments[name] for name in ("target", "spare", "rows") if arguments.get(name) is not None}
+    options = {name: arguments[name] for name in ("target", "spare", "rows", "rounds") if arguments.get(name) is not None}
     if batches is None and not arguments.get("steps"):
         if options:
             raise BadOption(f"--{next(iter(options))} says how to repair, which needs inputs: --calibration")
