@@ -799,6 +799,23 @@ class Grown(nn.Module):
         return x + self.c(self.b(self.a(x).relu()).relu())
 
 
+class PaddedShortcut(Pair):
+    """A shortcut without weights beside a wider layer: as many zeros before and behind as the code says."""
+
+    def extra(self, width):
+        self.wide, self.narrow = nn.Conv2d(width, width + 4, 3, padding=1), nn.Conv2d(width + 4, width, 1)
+
+    def inner(self, y):
+        return self.narrow(self.wide(y) + F.pad(y, (0, 0, 0, 0, 2, 2)))
+
+
+class Picked(Pair):
+    """The first and the last channel are picked."""
+
+    def inner(self, y):
+        return y * y[:, 0, None].sigmoid() + y[:, -1].tanh()[:, None]
+
+
 class OneStep(nn.Module):
     """A recurrent layer that is run for one step."""
 
@@ -818,5 +835,5 @@ CONSTRUCTS = [
     Coordinates, Experts, Cells, LinearAttention, OneKey, Focus, Partial, Detour, Kept, Gumbel,
     Rotary, ComplexPairs, Recursed, Zipped, Reduced, Checkpointed, Mapped, LiteralBlocks,
     NarrowedFromTheEnd, LowRank, Generated, Codes, Prototypes, Masked, Taken, ListedSizes, ClassWidths, PrunedWeights, Frequencies,
-    Grown, OneStep,
+    Grown, OneStep, PaddedShortcut, Picked,
 ]  # fmt: skip

@@ -1122,3 +1122,25 @@ def test_a_channel_that_is_picked_stays_and_the_others_go(name):
         small, plan = graphprune.shrink(net, x, 0.5, return_plan=True)
         assert stays <= set(plan.cuts["down.weight"][1])
         assert (small(x) - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12 < (small(x) - net(x)).abs().max()
+
+
+@pytest.mark.parametrize("zeros", [(2, 2), (4, 0), (0, 4), (1, 3)])
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_a_literal_number_of_zeros_holds_the_places_beside_them_alone(zeros, rewrite):
+    """What is padded goes; the rows of the wider layer that meet the zeros stay unless the code may be rewritten, and the plan says why."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.wide, self.down = nn.Linear(8, 16), nn.Linear(16, 20), nn.Linear(20, 3)
+
+        def forward(self, x):
+            h = self.up(x).relu()
+            return self.down(self.wide(h) + nn.functional.pad(h, zeros))
+
+    net, x = Padded().double(), torch.randn(3, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x, 0.5, widths=graphprune.Widths(rewrite=rewrite), return_plan=True)
+    assert small.up.out_features == 8 and small.wide.out_features <= 12
+    assert small.wide.out_features < 12 or any("pad" in note for note in plan.notes)
+    assert (small(x) - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12 < (small(x) - net(x)).abs().max()

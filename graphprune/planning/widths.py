@@ -113,6 +113,9 @@ class _Coupling:
         wrong, faults = proof.judge(self.groups, kept, edits, unsolved)
         if wrong and self.request.plain:
             kept, edits, unsolved = _widened(self.graph, self.groups, self.request, scores, ratios, self.ties, (kept, edits, unsolved), wrong)
+            along = [(each, _along(self.graph, self.groups, each)) for each in wrong]
+            whole = {group.index for group, stay in zip(self.groups, kept, strict=True) if len(stay) == group.size}
+            self.notes += [f"note: {why(each)}" for each, indices in along if indices and indices <= whole]
             wrong, faults = proof.judge(self.groups, kept, edits, unsolved)
         return _Attempt(kept, edits, wrong, faults)
 
@@ -154,9 +157,8 @@ def _merged(ties: list[frozenset[int]]) -> list[frozenset[int]]:
 def _locks(graph: Graph, wrong: Wrong) -> list[tuple[Array, str]]:
     """What has to stay because of a size that is wrong, with the reason."""
     need, text, locks = wrong.need, why(wrong), []
-    if need and isinstance(wrong.expr, int) and need.kind in ("before", "after"):  # a literal position: what lies beyond it may go
-        end = slice(need.at) if need.kind == "before" else slice(need.value.shape[need.dim] - need.at, None)
-        return [(np.moveaxis(field, need.dim, 0)[end], text) for field in need.value.fields if field.shape[need.dim] > 1]
+    if need and _literal_part(need, wrong.expr):  # what lies beyond it may go
+        return [(np.moveaxis(field, need.dim, 0)[_part(need)], text) for field in need.value.fields if field.shape[need.dim] > 1]
     for value, dim in _places(graph, need, wrong.expr):
         for field in value.fields:
             over = varying(field)
@@ -215,7 +217,7 @@ def _widened(
     for _ in range(2 * len(wrong)):
         if not wrong:
             break
-        along = sorted({index for value, dim in _places(graph, wrong[0].need, wrong[0].expr) for index in groups.along(value, dim)})
+        along = sorted(_along(graph, groups, wrong[0]))
         if not along:
             return plan
         size, width = max((groups.groups[index].size, len(kept[index])) for index in along)
@@ -243,7 +245,7 @@ def _key(wrong: Wrong) -> tuple:
 def _tie(graph: Graph, groups: Groups, wrong: list, ties: list[frozenset[int]]) -> list[frozenset[int]]:
     """Groups whose widths the code derives from each other have to keep the same share."""
     for need, expr, *_ in wrong:
-        if need is None:
+        if need is None or _literal_part(need, expr):
             continue
         dims = [(leaf[1], leaf[2]) for leaf in leaves(expr) if leaf[0] == "dim"]
         # One attribute (of a configuration that layers share) stands for several axes.
@@ -254,6 +256,25 @@ def _tie(graph: Graph, groups: Groups, wrong: list, ties: list[frozenset[int]]) 
         touching = [tie for tie in ties if tie & members]
         ties = [tie for tie in ties if not tie & members] + [members.union(*touching)]
     return ties
+
+
+def _literal_part(need: Any, expr: Any) -> bool:
+    """Whether a number in the code says how much lies before a position, or behind it."""
+    return need is not None and isinstance(expr, int) and need.kind in ("before", "after")
+
+
+def _part(need: Any) -> slice:
+    """The positions before or behind the one that a need speaks of."""
+    return slice(need.at) if need.kind == "before" else slice(need.value.shape[need.dim] - need.at, None)
+
+
+def _along(graph: Graph, groups: Groups, wrong: Wrong) -> set[int]:
+    """The groups whose widths decide whether a size is right."""
+    need = wrong.need
+    if need is not None and _literal_part(need, wrong.expr):
+        fields = [np.moveaxis(field, need.dim, 0)[_part(need)] for field in need.value.fields if field.shape[need.dim] > 1]
+        return {int(index) for field in fields for index in np.unique(groups.owner[groups.root[field]]) if index >= 0}
+    return {index for value, dim in _places(graph, need, wrong.expr) for index in groups.along(value, dim)}
 
 
 def _places(graph: Graph, need: Any, expr: Any) -> list:
