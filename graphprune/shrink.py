@@ -19,6 +19,7 @@ from .cutting.vocabulary import check_tokens, parted, set_apart
 from .formats.huggingface import expressed, follow
 from .gradual import in_rounds
 from .options import DEFAULTS, GOALS, PlanOptions, Repair, ShrinkOptions, Target
+from .planning.exact import exactly
 from .planning.outcome import disappointments
 from .planning.planner import decide, proved
 from .planning.request import Request, ask, flag
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 CHOICES = ("on", "scope", "what", "keep", "widths")
-PLANNER = partial(expressed, decide=decide)  # of a model with a configuration, plans that the configuration can say
+PLANNER = partial(exactly, planner=partial(expressed, decide=decide))  # whole numbers to the unit, and of a model with a configuration what that can say
 
 
 @overload

@@ -52,6 +52,20 @@ def inside(groups: Groups) -> set[int]:
     return found
 
 
+def entries(groups: Groups) -> dict[int, int]:
+    """How many entries a head has along the axis of each group that is within heads."""
+    length: dict[int, int] = {}
+    for product in _comparing(groups.graph):
+        for operand in product.operands:
+            for dim in operand.summed:
+                length |= dict.fromkeys(groups.along(operand.value, dim), operand.value.shape[dim])
+    for product in _weighing(groups.graph):
+        for operand in product.operands:
+            for dim in operand.made:
+                length |= dict.fromkeys(groups.along(operand.value, dim), operand.value.shape[dim])
+    return {index: length[index] for index in inside(groups) if index in length}
+
+
 def whole_heads(graph: Graph) -> list[tuple[Array, str]]:
     """Locks for the heads themselves, so that what lies inside of them may go."""
     locks = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from torch import nn
@@ -16,7 +16,7 @@ from ..names import Makers
 from ..operations.labels import Array
 from ..options import Widths
 from ..tracing.choices import least
-from .request import Request
+from .request import Request, Wanted
 from .units import kind
 
 
@@ -52,14 +52,54 @@ def amounts(groups: Groups, request: Request) -> dict[int, float]:
     for each in request.wanted:
         if each.amount is None:
             continue
-        for index in of_kind(groups, each.spec.name):
-            size = groups.groups[index].size
-            if not isinstance(each.amount, float) and each.amount > size:
-                raise BadRatio(f"{each.amount} units of {each.name} were asked for; {groups.groups[index].name} has {size}")
-            if not isinstance(each.amount, float) and each.amount < enough.get(index, 1):
-                raise BadRatio(f"{each.amount} units of {each.name} were asked for; the code chooses {enough[index]} for every token: so many stay")
-            ratios[index] = each.amount if isinstance(each.amount, float) else 1 - each.amount / size
+        indices = of_kind(groups, each.spec.name)
+        if isinstance(each.amount, float):
+            ratios |= dict.fromkeys(indices, each.amount)
+            continue
+        full = lengths(groups, each.spec.name, indices)
+        for index in indices:
+            group = groups.groups[index]
+            if not _works(each.amount, group.size, full[index], enough.get(index, 1)):
+                raise BadRatio(_refused(each, groups, indices, full, enough))
+            ratios[index] = 1 - each.amount / full[index]
     return ratios
+
+
+def lengths(groups: Groups, name: str, indices: Collection[int]) -> dict[int, int]:
+    """What a whole number of a kind counts when all of each group stays: its units, for most."""
+    known = kind("heads" if name == "head" else name)
+    full = {index: groups.groups[index].size for index in indices}
+    return full | {index: length for index, length in (known.counts(groups) if known and known.counts else {}).items() if index in full}
+
+
+def _works(width: int, size: int, full: int, enough: int) -> bool:
+    """Whether so many of ``full`` are whole units of a group of ``size``, and not too few of them."""
+    return 0 < width <= full and not width * size % full and width * size // full >= enough
+
+
+def _refused(asked: Wanted, groups: Groups, indices: Collection[int], full: Mapping[int, int], enough: Mapping[int, int]) -> str:
+    """Why a number of units cannot be, and the two nearest that can."""
+    most = max(full[index] for index in indices)
+    fits = [w for w in range(1, most + 1) if all(_works(w, groups.groups[i].size, full[i], enough.get(i, 1)) for i in indices)]
+    first = min(indices, key=lambda index: full[index])
+    if asked.amount > full[first]:
+        why = f"{groups.groups[first].name} has {full[first]}"
+    elif asked.amount < max(enough.get(index, 1) for index in indices):
+        why = f"the code chooses {max(enough.get(index, 1) for index in indices)} for every token, and so many stay"
+    else:
+        why = f"they go {full[first] // groups.groups[first].size} at a time" if full[first] % groups.groups[first].size == 0 else "they go several at a time"
+    return f"{asked.amount} units of {asked.name} were asked for; {why}. {nearest_widths(asked.amount, fits)}"
+
+
+def nearest_widths(width: int, fits: Sequence[int]) -> str:
+    """The two nearest numbers that work, in words.
+
+    >>> nearest_widths(5, [2, 4, 6, 8]), nearest_widths(9, [2, 4])
+    ('The nearest that work are 4 and 6', 'The nearest that work are 2 and 4')
+    """
+    below, above = [each for each in fits if each < width], [each for each in fits if each > width]
+    two = [*below[-1 if above else -2 :], *above[: 1 if below else 2]] if fits else []
+    return f"The nearest that work are {' and '.join(map(str, two))}" if len(two) > 1 else f"What works is {two[0]}" if two else "No other number works"
 
 
 def multiples(widths: Widths, model: nn.Module) -> Callable[[Groups], Mapping[int, int]]:

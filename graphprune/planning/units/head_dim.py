@@ -21,10 +21,12 @@ The two are groups of their own where nothing else ties them: in most models val
 from __future__ import annotations
 
 from ...coupling.groups import Groups
-from ...granularity.heads import inside, whole_heads
+from ...granularity.heads import entries, inside, whole_heads
 from .kind import of_groups
 
 
-@of_groups("head_dim", "entries of every head: those of queries and keys (rotated ones in pairs), and those of values", role=False, locks=whole_heads)
+@of_groups(
+    "head_dim", "entries of every head: those of queries and keys (rotated ones in pairs), and those of values", role=False, locks=whole_heads, counts=entries
+)
 def head_dim(groups: Groups) -> set[int]:
     return inside(groups)

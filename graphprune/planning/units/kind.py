@@ -16,18 +16,21 @@ CHANNELS = "channels"  # what is none of the kinds that are found
 Find = Callable[[Groups], Iterable[int]]
 Locks = Callable[[Graph], list[tuple[Array, str]]]
 Coupled = Callable[[Graph], Groups]
+Counts = Callable[[Groups], Mapping[int, int]]
 
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of units that are cut from axes: ``find`` returns the numbers of its groups.
 
-    ``role``: whether it says what a group is (kinds that only choose among groups do not); what is asked first wins.
+    ``counts``: where a whole number does not count units, how many it counts when all of them stay, by the number of the group (entries of a head that go in
+    pairs). ``role``: whether it says what a group is (kinds that only choose among groups do not); what is asked first wins.
     """
 
     name: str
     find: Find
     role: bool = True
+    counts: Counts | None = None
 
     def groups(self, groups: Groups) -> set[int]:
         """The numbers of the groups of this kind; raises :class:`~graphprune.errors.BadOption` where a function of somebody else's returns no such numbers."""
@@ -41,7 +44,7 @@ class Kind:
 
 
 def of_groups(
-    name: str, line: str, *, role: bool = True, apart: bool = False, locks: Locks | None = None, coupled: Coupled | None = None
+    name: str, line: str, *, role: bool = True, apart: bool = False, locks: Locks | None = None, coupled: Coupled | None = None, counts: Counts | None = None
 ) -> Callable[[Find], Find]:
     """Enter a kind that is cut from axes under ``name``; what was entered first names a group that several kinds claim.
 
@@ -50,7 +53,7 @@ def of_groups(
     """
 
     def entered(find: Find) -> Find:
-        enter("granularity", name, line, find, cut=Kind(name, find, role), apart=apart, locks=locks, coupled=coupled)
+        enter("granularity", name, line, find, cut=Kind(name, find, role, counts), apart=apart, locks=locks, coupled=coupled)
         return find
 
     return entered
