@@ -85,7 +85,7 @@ def inner(model):
 def test_kinds_are_found_from_the_graph_and_listed():
     found = graphprune.widths(language(), TOKENS)
     sizes = {row.kind: (row.count, row.size, row.outputs) for row in found if not row.why}
-    assert sizes == {"layers": (1, 4, 1), "hidden": (1, 16, 1), "heads": (4, 4, 4), "head_dim": (4, 4, 4), "mlp": (4, 24, 1)}
+    assert sizes == {"layers": (1, 4, 1), "hidden": (1, 16, 1), "heads": (4, 4, 4), "head_dim": (4, 4, 4), "mlp": (4, 24, 1), "vocabulary": (1, 32, 1)}
     assert found["mlp"][0].where == "blocks.*.mlp.gate" and found["mlp"][0].params == 16 * 3 + 2
     assert any("head.weight axis 0" == row.where and "output" in row.why for row in found)
     assert max(map(len, str(found).splitlines())) < 160 and "mlp" in str(found)
