@@ -70,7 +70,8 @@ ORDER = {
     "repair": """moments solve censored sites rows pairs unseen predictions effect fitting recurrent sequential statistics belief free calibration closed
         imitation __init__""",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
-    "planning": "shares proof request limits uniform unread units wanted exact widths vocabulary selected trial depth entries together planner outcome overview",
+    "planning": "shares proof request limits uniform unread units wanted exact "
+    "widths vocabulary selected trial depth entries together planner outcome overview",
     "units": "kind hidden experts expert_mlp heads query_heads head_dim mlp layers vocabulary",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
     "adapters": "inputs models pretrained",
