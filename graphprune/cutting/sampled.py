@@ -26,7 +26,7 @@ from ..tracing.bodies import Bodies
 from ..tracing.copies import duplicate
 from ..tracing.fused import gathered, recurrent
 from ..tracing.node import Node
-from ..tracing.trace import DIRECT, FUSED, RECURRENT, Graph
+from ..tracing.trace import DIRECT, FUSED, RECURRENT, Graph, evaluating
 from ..tracing.trees import is_parameter, leaf_tensors, replace, tensors
 from ..tracing.unused import same_dice
 from .plan import Plan
@@ -104,12 +104,18 @@ class Sampled:
         nodes = self.nodes(training)
         with torch.no_grad(), same_dice():
             twin, names, memory = shared(self.model, self.plan, long)
-            wanted = _run(twin.train(training), sample, _Zeroed(nodes, names, memory, self.masks, self.plan, long=long), self.bodies)
+            wanted = _run(twin.train() if training else evaluating(twin), sample, _Zeroed(nodes, names, memory, self.masks, self.plan, long=long), self.bodies)
         with torch.no_grad(), same_dice():
             twin, names, memory = shared(self.small, None, long)
-            found = _run(twin.train(training), sample, _Cut(nodes, names, memory, self.masks, long=long), self.bodies)
+            found = _run(twin.train() if training else evaluating(twin), sample, _Cut(nodes, names, memory, self.masks, long=long), self.bodies)
         return found, wanted
 
+    @cached_property
+    def normalises(self) -> bool:
+        """Whether training mode takes statistics over samples and places; over the few numbers of a sample they make much of rounding."""
+        return any(node.op.norm == "batch" for node in self.graph.training)
+
+    @cached_property
     def fits(self) -> bool:
         """Whether the model is float32 throughout, and small enough for a copy in float64."""
         kept = [tensor for *_, tensor in leaf_tensors(self.model) if tensor.is_floating_point()]

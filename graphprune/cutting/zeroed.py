@@ -28,6 +28,8 @@ from .masks import parameter_name
 from .passthrough import passed
 from .plan import Plan
 
+SMALL = 20_000  # entries of a weight up to which few calls matter more than few bytes
+
 
 def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable[..., list[torch.Tensor]]:
     """A function of the model's inputs that returns the list of output tensors of the zeroed original."""
@@ -159,17 +161,17 @@ def without(data: torch.Tensor, plan: Plan, name: str, known: dict[tuple, torch.
         return data.clone()
     if data.ndim == 1:
         return data.masked_fill(_removed(axes[0], data, known), 0)
-    zeros = torch.zeros_like(data)
-    if len(axes) == 1 or not data.is_contiguous() or list(axes) != [0, 1]:
-        first, *more = axes.items()
-        part = data.index_select(*first)
-        for axis, kept in more:
-            part.masked_fill_(_removed(kept, part, known, axis), 0)
-        return zeros.index_copy_(*first, part)
-    kernel = data[0, 0].numel()  # of two axes, the entries behind them are copied in one piece each
-    at = (axes[0][:, None] * data.shape[1] + axes[1]).view(-1)
-    zeros.view(-1, kernel).index_copy_(0, at, torch.embedding(data.view(-1, kernel), at))
-    return zeros
+    kernel = data.shape[2:].numel()
+    if kernel > 1 and data.numel() > SMALL and data.is_contiguous() and list(axes) == [0, 1]:  # the entries behind both are copied in one piece each
+        at = (axes[0][:, None] * data.shape[1] + axes[1]).view(-1)
+        zeros = torch.zeros_like(data)
+        zeros.view(-1, kernel).index_copy_(0, at, torch.embedding(data.view(-1, kernel), at))
+        return zeros
+    result = data
+    for axis, kept in axes.items():
+        if axis:
+            result = torch.where(_removed(kept, data, known, axis), data.new_zeros(()), result)
+    return (result.clone() if result is data else result).index_fill_(0, _gone(axes[0], data, known), 0) if 0 in axes else result
 
 
 def _positions(kept: list[int], data: torch.Tensor, known: dict[tuple, torch.Tensor]) -> torch.Tensor:
@@ -185,6 +187,14 @@ def _removed(kept: torch.Tensor, data: torch.Tensor, known: dict[tuple, torch.Te
     if key not in known:
         known[key] = torch.ones(data.shape[axis], dtype=torch.bool, device=data.device).index_fill_(0, kept, False)
     return known[key] if data.ndim == 1 else known[key].view([-1 if other == axis else 1 for other in range(data.ndim)])
+
+
+def _gone(kept: torch.Tensor, data: torch.Tensor, known: dict[tuple, torch.Tensor]) -> torch.Tensor:
+    """The positions of the first axis that go."""
+    key = id(kept), data.shape[0], "gone"
+    if key not in known:
+        known[key] = torch.ones(data.shape[0], dtype=torch.bool, device=data.device).index_fill_(0, kept, False).nonzero().view(-1)
+    return known[key]
 
 
 class Masks:

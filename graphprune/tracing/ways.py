@@ -88,10 +88,16 @@ def ways(model: nn.Module, graph: Any, twin: Callable[[], nn.Module], swap: Swap
     if not offers:
         return ()
     args, kwargs = graph.example
-    plain = _shapes(model, twin, lambda copy: copy(*replace(args, swap), **replace(kwargs, swap)))
     candidates = [Way(name, flag, args, kwargs) for name, flag in list(offers)[:MOST]]
     runs = lambda way: lambda copy: way.run(copy, replace(args, swap), replace(kwargs, swap))  # noqa: E731
-    return tuple(way for way in candidates if plain is not None and _shapes(model, twin, runs(way)) == plain)
+    running = [(way, shapes) for way in candidates if (shapes := _shapes(model, twin, runs(way))) is not None]
+    if not running:
+        return ()
+    if graph.state or graph.asked.outputs is not None:  # the graph knows only what matters of the result
+        plain = _shapes(model, twin, lambda copy: copy(*replace(args, swap), **replace(kwargs, swap)))
+    else:
+        plain = [(path, value.shape) for path, value in zip(graph.paths, graph.outputs, strict=True)]
+    return tuple(way for way, shapes in running if shapes == plain)
 
 
 def _offered(module: nn.Module, idle: set[str]) -> Iterator[tuple[str, bool]]:
