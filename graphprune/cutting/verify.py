@@ -88,30 +88,37 @@ def _said(sampled: Sampled, example: Any, tolerance: float | None, training: boo
     """
     if not sampled.possible(training):
         return None
-    graph, part = sampled.graph, smaller(example)
-    for sample in (example,) if graph.real or part is example else (part, example):
-        if training and tolerance is None and sampled.normalises:
-            said = _compared_long(sampled, sample, training)
-            if said is not None and said.gap <= LASTING * SUSPECT and not said.counted and (said.tells or sample is example):
-                return said
-        try:
-            with undisturbed_surroundings(sampled.model, sampled.small):
-                found, wanted = (_mattering(items(result), graph) for result in sampled.results(sample, training))
-            wanted = _narrowed(wanted, graph, sampled.masks)
-            said = _gap(graph, found, wanted, tolerance or math.inf)
-        except (Parted, Exception):  # whatever it is, the slower ways meet it again and say it
-            continue
-        if not found or not (said.tells or sample is example):
-            continue
-        if said.gap <= SUSPECT or tolerance is not None:
-            return said
-        lasts = _lasts(sampled, sample, training, said.gap)
-        if lasts:
-            raise NotEqual(f"the outputs differ from those of the zeroed original by {said.gap:.1e} (relative), in float64 as in float32: more than rounding")
-        # Statistics over a few numbers make much of rounding; where float64 has not been asked, the limits decide.
-        if lasts is False or _within(graph, found, wanted):
+    part = smaller(example)
+    for sample in (example,) if sampled.graph.real or part is example else (part, example):
+        said = _on_sample(sampled, sample, tolerance, training, sample is example)
+        if said is not None:
             return said
     return None
+
+
+def _on_sample(sampled: Sampled, sample: Any, tolerance: float | None, training: bool, whole: bool) -> Compared | None:
+    """The same on one sample, which may be the ``whole`` example; None where it says nothing."""
+    if training and tolerance is None and sampled.normalises:
+        said = _compared_long(sampled, sample, training)
+        if said is not None and said.gap <= LASTING * SUSPECT and not said.counted and (said.tells or whole):
+            return said
+    graph = sampled.graph
+    try:
+        with undisturbed_surroundings(sampled.model, sampled.small):
+            found, wanted = (_mattering(items(result), graph) for result in sampled.results(sample, training))
+        wanted = _narrowed(wanted, graph, sampled.masks)
+        said = _gap(graph, found, wanted, tolerance or math.inf)
+    except (Parted, Exception):  # whatever it is, the slower ways meet it again and say it
+        return None
+    if not found or not (said.tells or whole):
+        return None
+    if said.gap <= SUSPECT or tolerance is not None:
+        return said
+    lasts = _lasts(sampled, sample, training, said.gap)
+    if lasts:
+        raise NotEqual(f"the outputs differ from those of the zeroed original by {said.gap:.1e} (relative), in float64 as in float32: more than rounding")
+    # Statistics over a few numbers make much of rounding; where float64 has not been asked, the limits decide.
+    return said if lasts is False or _within(graph, found, wanted) else None
 
 
 def _within(graph: Graph, found: list[Item], wanted: list[Item]) -> bool:
@@ -262,41 +269,48 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _gap(graph: Graph, found: list[Item], wanted: list[Item], tolerance: float | None) -> Compared:
-    worst, tells, counted, share = 0.0, False, "", 0.0
+    """The difference between two results, output by output; raises NotEqual where one is larger than ``tolerance``, or of another shape."""
     if len(found) != len(wanted):
         raise NotEqual(f"the cut model returns {len(found)} tensors and numbers, the zeroed original {len(wanted)}")
-    for index, ((path, mine), (_, theirs)) in enumerate(zip(found, wanted, strict=True)):
-        what = _what(graph, index, path)
-        mine, theirs = (item if isinstance(item, torch.Tensor) else torch.as_tensor(item) for item in (mine, theirs))
-        if mine.shape != theirs.shape:
-            axes = [axis for axis, (a, b) in enumerate(zip(mine.shape, theirs.shape, strict=False)) if a != b]
-            raise NotEqual(f"{what} has shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}{f' (axis {axes[0]})' if axes else ''}")
-        mine, theirs = (item.to_dense() if item.layout is not torch.strided else item for item in (mine, theirs))
-        if not mine.numel() or mine.is_nested:
-            continue
-        if not mine.is_floating_point() and not mine.is_complex():
-            tells = tells or bool((theirs != theirs.flatten()[0]).any()) or theirs.numel() == 1 and bool(theirs.any())
-            others = int((mine != theirs).sum())
-            if others:
-                counted = counted or f"{what} differs from that of the zeroed original in {others} of {mine.numel()} entries, which are whole numbers"
-                share = max(share, others / mine.numel())
-            continue
-        finite = torch.isfinite(theirs)
-        if not torch.equal(torch.isfinite(mine), finite):
-            raise NotEqual(f"{what} is not finite in the same places as that of the zeroed original")
-        limit = tolerance or LIMITS.get(mine.dtype, 5e-2)
-        apart = (mine - theirs)[finite].abs()
-        size = theirs[finite].abs()
-        if not len(apart):
-            continue
-        gap = float(apart.max()) / (float(size.max()) or 1.0)
-        tells = tells or bool((theirs != theirs.flatten()[0]).any()) or theirs.numel() == 1 and bool(theirs.any())
-        if not gap <= limit:
-            where = torch.where(finite, (mine - theirs).abs(), 0).flatten().argmax()
-            at = tuple(int(i) for i in torch.unravel_index(where, mine.shape))
-            raise NotEqual(f"{what} differs from the zeroed original by {gap:.1e} (relative to its largest entry; most at {at})")
-        worst = max(worst, gap)
-    return Compared(worst, tells, counted, share)
+    outputs = [_apart(_what(graph, at, path), mine, theirs, tolerance) for at, ((path, mine), (_, theirs)) in enumerate(zip(found, wanted, strict=True))]
+    return Compared(
+        max((one.gap for one in outputs), default=0.0),
+        any(one.tells for one in outputs),
+        next((one.counted for one in outputs if one.counted), ""),
+        max((one.share for one in outputs), default=0.0),
+    )
+
+
+def _apart(what: str, mine: Any, theirs: Any, tolerance: float | None) -> Compared:
+    """The difference between two outputs, tensors or numbers; ``what`` names them."""
+    mine, theirs = (item if isinstance(item, torch.Tensor) else torch.as_tensor(item) for item in (mine, theirs))
+    if mine.shape != theirs.shape:
+        axes = [axis for axis, (a, b) in enumerate(zip(mine.shape, theirs.shape, strict=False)) if a != b]
+        raise NotEqual(f"{what} has shape {tuple(mine.shape)} instead of {tuple(theirs.shape)}{f' (axis {axes[0]})' if axes else ''}")
+    mine, theirs = (item.to_dense() if item.layout is not torch.strided else item for item in (mine, theirs))
+    if not mine.numel() or mine.is_nested:
+        return Compared(0.0, False)
+    if not mine.is_floating_point() and not mine.is_complex():
+        others = int((mine != theirs).sum())
+        counted = f"{what} differs from that of the zeroed original in {others} of {mine.numel()} entries, which are whole numbers" if others else ""
+        return Compared(0.0, _tells(theirs), counted, others / mine.numel())
+    finite = torch.isfinite(theirs)
+    if not torch.equal(torch.isfinite(mine), finite):
+        raise NotEqual(f"{what} is not finite in the same places as that of the zeroed original")
+    apart, size = (mine - theirs)[finite].abs(), theirs[finite].abs()
+    if not len(apart):
+        return Compared(0.0, False)
+    gap = float(apart.max()) / (float(size.max()) or 1.0)
+    if not gap <= (tolerance or LIMITS.get(mine.dtype, 5e-2)):
+        where = torch.where(finite, (mine - theirs).abs(), 0).flatten().argmax()
+        at = tuple(int(i) for i in torch.unravel_index(where, mine.shape))
+        raise NotEqual(f"{what} differs from the zeroed original by {gap:.1e} (relative to its largest entry; most at {at})")
+    return Compared(gap, _tells(theirs))
+
+
+def _tells(result: torch.Tensor) -> bool:
+    """Whether an output says something: it has different entries, or one that is not zero."""
+    return bool((result != result.flatten()[0]).any()) or result.numel() == 1 and bool(result.any())
 
 
 def _what(graph: Graph, index: int, path: str) -> str:

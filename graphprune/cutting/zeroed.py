@@ -282,36 +282,19 @@ def replayed(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tens
     """The results of the recorded calls on the zeroed leaves, call by call, and in the end the outputs; to be run without gradients."""
     masks = Masks(graph, plan)
     held: dict[int, torch.Tensor] = {}
-    gone: dict[tuple, torch.Tensor] = {}
-    waiting: dict[int, tuple[torch.Tensor, str]] = {}  # leaves that no call has read yet, by the id of their value: made when one does
-    same: dict[int, list[int]] = {}  # the values of tied tensors
-    for name, _, _, tensor in leaf_tensors(model):
-        leaf = graph.leaves.get(name)
-        if leaf is not None:
-            same.setdefault(id(tensor), []).append(id(leaf))
-            waiting[id(leaf)] = tensor, name
-
-    def ready(value: Value) -> None:
-        if id(value) in waiting:
-            tensor, name = waiting[id(value)]
-            made = without(tensor.detach(), plan, name, gone)
-            for key in same[id(tensor)]:
-                held[key] = made
-                waiting.pop(key, None)
-
+    leaves = _Leaves(graph, model, plan, held)
     for name, tensor in graph.constants.items():
         held[id(graph.leaves[name])] = tensor.clone()
     for value, tensor in zip(graph.inputs, inputs, strict=True):
         held[id(value)] = tensor.detach().clone()
-    device = next((tensor.device for tensor, _ in waiting.values()), torch.device("cpu"))
     last = {id(value): index for index, node in enumerate(graph.nodes) for value in node.held}
     wanted = {id(value) for value in graph.outputs}
     filled = graph.filled
     made = _Made(graph, model, plan)
     for index, node in enumerate(graph.nodes):
         for value in node.held:
-            ready(value)
-        results = _call(node, held, masks, device)
+            leaves.ready(value)
+        results = _call(node, held, masks, leaves.device)
         for value, tensor in zip(node.outs, results, strict=True):
             tensor = filled[id(value)].clone() if id(value) in filled else tensor
             kept = masks.kept(value)
@@ -323,11 +306,34 @@ def replayed(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tens
             if last[id(value)] == index and id(value) not in wanted:
                 held.pop(id(value), None)
     for value in graph.outputs:
-        ready(value)
-    missing = [value for value in graph.outputs if id(value) not in held]
-    if missing:
+        leaves.ready(value)
+    if any(id(value) not in held for value in graph.outputs):
         raise BadInput("an output of the model does not come from the recorded run")
     return [held[id(value)] for value in graph.outputs]
+
+
+class _Leaves:
+    """The model's leaves, each zeroed when the first call reads it."""
+
+    def __init__(self, graph: Graph, model: nn.Module, plan: Plan, held: dict[int, torch.Tensor]) -> None:
+        self.plan, self.held = plan, held  # by the id of a value
+        self.known: dict[tuple, torch.Tensor] = {}
+        self.waiting: dict[int, tuple[torch.Tensor, str]] = {}  # leaves that no call has read yet, by the id of their value
+        self.same: dict[int, list[int]] = {}  # the values of tied tensors
+        for name, _, _, tensor in leaf_tensors(model):
+            leaf = graph.leaves.get(name)
+            if leaf is not None:
+                self.same.setdefault(id(tensor), []).append(id(leaf))
+                self.waiting[id(leaf)] = tensor, name
+        self.device = next((tensor.device for tensor, _ in self.waiting.values()), torch.device("cpu"))
+
+    def ready(self, value: Value) -> None:
+        if id(value) in self.waiting:
+            tensor, name = self.waiting[id(value)]
+            made = without(tensor.detach(), self.plan, name, self.known)
+            for key in self.same[id(tensor)]:
+                self.held[key] = made
+                self.waiting.pop(key, None)
 
 
 class _Made:
