@@ -91,15 +91,20 @@ def _found(graph: Graph) -> Vocabulary:
     tables = tuple(dict.fromkeys(name for run in same for name in run.tables))
     whole = Vocabulary(graph.leaves[tables[0]].shape[0], tables, tuple(name for run in same for name in run.inputs), heads=_heads(graph, tables))
     for run in same:
-        whole.compared += run.compared
+        whole.compared += [each for each in run.compared if each >= 0]  # what is below zero is no token
         whole.looked_up += run.looked_up
-        whole.why = whole.why or run.why
-    mixing = next((node for value, _ in whole.heads for node in [_mixing(graph, value, whole.size)] if node is not None), None)
-    if mixing is not None:
-        whole.why = whole.why or f"what every token gets depends on all of them{_place(mixing)}"
-    if any(graph.leaves[name].shape[0] != whole.size for name in tables):
-        whole.why = whole.why or f"token ids look up rows of tables of several lengths ({', '.join(tables)})"
+    whole.why = next((why for why in (*(run.why for run in same), _held(graph, whole)) if why), "")
     return whole
+
+
+def _held(graph: Graph, words: Vocabulary) -> str:
+    """What holds the whole vocabulary beside single calls on its way."""
+    mixing = next((node for value, _ in words.heads for node in [_mixing(graph, value, words.size)] if node is not None), None)
+    if mixing is not None:
+        return f"what every token gets depends on all of them{_place(mixing)}"
+    if any(graph.leaves[name].shape[0] != words.size for name in words.tables):
+        return f"token ids look up rows of tables of several lengths ({', '.join(words.tables)})"
+    return ""
 
 
 def _arguments(graph: Graph) -> Iterator[tuple[int | str | None, bool]]:
@@ -126,25 +131,41 @@ def _followed(graph: Graph, value: Value, name: int | str | None) -> Vocabulary:
 def _met(words: Vocabulary, node: Node, ids: list[Value], carriers: set[int]) -> None:
     """What a call does with ids."""
     op = node.op
-    slots = [slot for slot in op.addresses(*node.args, **node.kwargs) if any(slot[2] is each for each in ids)] if op.addresses is not None else []
-    if slots:
-        target, dim, _ = slots[0]
-        if target.leaf and dim == 0 and len(slots) == 1 and len(target.shape) == 2 and not op.writes_at and not target.leaf.startswith("<"):
-            words.tables += (target.leaf,) if target.leaf not in words.tables else ()
-            words.looked_up.append(node)
-            return
-    scalars = [each for each in (*node.args, *node.kwargs.values()) if type(each) is int]
+    if table := _looked_up(node, ids):
+        words.tables += (table,) if table not in words.tables else ()
+        words.looked_up.append(node)
+        return
+    scalars = _scalars(node)
     if op.short in COMPARES and len(node.held) == 1 and scalars:
-        words.compared += [each for each in scalars if each >= 0]
+        words.compared += scalars
     elif op.factory or op.short in SHAPES_ONLY:
         return
     elif op.short in FILLS and node.args[0] in ids and scalars:
-        words.compared += [each for each in scalars[-1:] if each >= 0]
+        words.compared += scalars[-1:]
         carriers.update(map(id, node.outs))
-    elif (op.moves or op.part or op.inplace and op.short == "copy_") and all(each in ids or each.leaf or id(each) in carriers for each in node.held):
+    elif _passes_on(node) and all(each in ids or each.leaf or id(each) in carriers for each in node.held):
         carriers.update(map(id, node.outs))
     else:
         words.why = words.why or f"token ids are more than looked up{_place(node)}"
+
+
+def _scalars(node: Node) -> list[int]:
+    return [each for each in (*node.args, *node.kwargs.values()) if type(each) is int]
+
+
+def _looked_up(node: Node, ids: list[Value]) -> str:
+    """The table whose rows a call reads at the ids, and at nothing else, if it does that."""
+    op = node.op
+    slots = [slot for slot in op.addresses(*node.args, **node.kwargs) if any(slot[2] is each for each in ids)] if op.addresses is not None else []
+    if len(slots) != 1 or op.writes_at:
+        return ""
+    target, dim, _ = slots[0]
+    return target.leaf if dim == 0 and len(target.shape) == 2 and not target.leaf.startswith("<") else ""
+
+
+def _passes_on(node: Node) -> bool:
+    """Whether a call moves what it is given, or copies it."""
+    return bool(node.op.moves or node.op.part or node.op.inplace and node.op.short == "copy_")
 
 
 def _place(node: Node) -> str:

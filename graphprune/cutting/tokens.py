@@ -139,10 +139,14 @@ class Tokens:
         if not kept or not 0 <= kept[0] <= kept[-1] < size or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
             raise ValueError(f"the tokens that stay increase and lie between 0 and {size - 1}")
         inputs, slots, paths = data.get("inputs", []), data.get("slots", []), data.get("paths", [])
-        if not all(type(each) in (int, str) for each in inputs):
-            raise ValueError("inputs are numbers or names of arguments")
-        if not all(type(each) is list and len(each) == 2 and type(each[0]) is str and type(each[1]) is int for each in slots):
-            raise ValueError("the places of tokens are tensors, each with an axis")
-        if not all(type(path) is list and all(type(key) in (int, str) for key in path) for path in paths):
-            raise ValueError("attributes that name tokens are paths of names and numbers")
+        _check_places(inputs, slots, paths)
         return cls(tuple(kept), size, tuple(inputs), tuple((name, axis) for name, axis in slots), tuple(map(tuple, paths)))
+
+
+def _check_places(inputs: Any, slots: Any, paths: Any) -> None:
+    if not all(type(each) in (int, str) for each in inputs):
+        raise ValueError("inputs are numbers or names of arguments")
+    if not all(type(each) is list and len(each) == 2 and type(each[0]) is str and type(each[1]) is int for each in slots):
+        raise ValueError("the places of tokens are tensors, each with an axis")
+    if not all(type(path) is list and all(type(key) in (int, str) for key in path) for path in paths):
+        raise ValueError("attributes that name tokens are paths of names and numbers")

@@ -121,7 +121,7 @@ def _use(groups: Groups, model: nn.Module, request: Request, words: Vocabulary) 
     order = 0.5 * (1 - torch.arange(words.size, dtype=torch.float64) / words.size)
     batches = next((each for each in (asked.batches, request.batches, request.calibration) if each is not None), None)
     if callable(request.score) and not isinstance(request.score, Score):
-        return score(groups, model, request.score, request.batches, request.loss)[0], []
+        return score(groups, model, request.score, request.batches, request.loss)[0], []  # type: ignore[arg-type]  # it was looked at in the request
     if batches is not None:
         counts = _counted(batches, words)
         used = int((counts > 0).sum())

@@ -62,9 +62,9 @@ class Draft:
             for value in _between(translation):
                 value.shape = None  # those of the original; they follow from the weights
             for name in self.weights:
-                value = translation.graph.initializers[name]
-                value.const_value = onnx_ir.tensor(state[name].numpy(), name=name)
-                value.shape = value.const_value.shape
+                value, tensor = translation.graph.initializers[name], onnx_ir.tensor(state[name].numpy(), name=name)
+                value.const_value = tensor
+                value.shape = onnx_ir.Shape(tuple(state[name].shape))
             _regroup(translation, self.weights)
             self.program.model = translation
             self.program.optimize()

@@ -106,13 +106,14 @@ def to_onnx(model: nn.Module, args: tuple, kwargs: dict) -> bytes:
 
 def _filed(read: Callable[[bytes], Call], model: nn.Module, args: tuple, kwargs: dict, first: Call | None) -> Filed:
     """A call of the model's ONNX file: that of ``first`` with the model's weights where it computes what the model does, otherwise a new one."""
-    for file in first.draft.refilled(model, args, kwargs) if isinstance(first, Filed) else ():
-        try:
-            call = read(file)
-            if agrees(call(), model, args, kwargs):
-                return Filed(call, first.draft)
-        except Exception:  # a width that the file holds as a number; where it is something else, the model's own file meets it, too
-            continue
+    if isinstance(first, Filed):
+        for file in first.draft.refilled(model, args, kwargs):
+            try:
+                call = read(file)
+                if agrees(call(), model, args, kwargs):
+                    return Filed(call, first.draft)
+            except Exception:  # a width that the file holds as a number; where it is something else, the model's own file meets it, too
+                continue
     draft = drafted(model, args, kwargs)
     return Filed(read(draft.file), draft)
 

@@ -562,13 +562,8 @@ def _recorded(
         for scope in (torch.no_grad(), undisturbed_surroundings(model), following(modules, recorder.stack), recorder, functions):
             scopes.enter_context(scope)
         result = call()
-        state = frozenset() if callable(asked.example) else handed_back(model, result, *asked.example)
-        chosen = selected([item for item in items(result) if item[0].partition(".")[0] not in state], asked.outputs)
-        recorder.uses.floats.extend([number.expr for _, number in chosen if type(number) is Size])
+        state, states, chosen = _results(recorder, model, result, asked)
         outputs = [recorder.value(item) for _, item in chosen if isinstance(item, torch.Tensor)]
-        states = frozenset()
-        if asked.outputs is None and not callable(asked.example):
-            states = states_of(model, result, chosen, outputs, recorder.nodes, asked.example)
         if results is not None:
             results += [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in chosen]
         steps, others, training = list(functions.steps), [], []
@@ -586,6 +581,17 @@ def _recorded(
             others += train_run(recorder, call, asked.outputs, state | states)
             training = [] if recorder.stopped else recorder.extra[before:]
     return _Runs(inputs, chosen, outputs, state, states, steps, functions.steps, calls, others, trained, training)
+
+
+def _results(recorder: Recorder, model: nn.Module, result: Any, asked: Examples) -> tuple[frozenset[str], frozenset[str], list[Item]]:
+    """The paths of the model's own state in what it returned, those of states that follow its configuration, and what counts as an output."""
+    state = frozenset() if callable(asked.example) else handed_back(model, result, *asked.example)
+    chosen = selected([item for item in items(result) if item[0].partition(".")[0] not in state], asked.outputs)
+    recorder.uses.floats.extend([number.expr for _, number in chosen if type(number) is Size])
+    if asked.outputs is not None or callable(asked.example):
+        return state, frozenset(), chosen
+    outputs = [recorder.value(item) for _, item in chosen if isinstance(item, torch.Tensor)]
+    return state, states_of(model, result, chosen, outputs, recorder.nodes, asked.example), chosen
 
 
 def entered(recorder: Recorder, inputs: list[torch.Tensor]) -> list[Value]:
