@@ -123,7 +123,7 @@ class Vocabulary(_Brief):
     stay in any case, beside those that the configuration names, such as ``tokenizer.all_special_ids``. Raises :class:`~graphprune.errors.BadOption`.
 
     >>> Vocabulary(0.5, special=[100, 103])
-    Vocabulary(0.5, special=(100, 103))
+    Vocabulary(amount=0.5, special=(100, 103))
     """
 
     amount: Any = None

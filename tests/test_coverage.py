@@ -178,10 +178,11 @@ class LooksAtShape(nn.Module):
 
 
 def test_a_position_taken_only_for_its_shape_locks_nothing():
-    small, _ = shrunk(LooksAtShape(False), X)
-    assert small.a.out_features == 8
-    with pytest.raises(errors.NothingToPrune, match="a.weight axis 0"):  # the control: where it is used, position -1 stays
-        graphprune.shrink(LooksAtShape(True), X.float())
+    last_first = lambda groups, model, batches: [torch.arange(group.size, 0, -1).double() for group in groups]  # noqa: E731
+    small, plan = shrunk(LooksAtShape(False), X, score=last_first)
+    assert small.a.out_features == 8 and 15 not in plan.cuts["a.weight"][0]
+    small, plan = shrunk(LooksAtShape(True), X, score=last_first)
+    assert small.a.out_features < 16 and 15 in plan.cuts["a.weight"][0]  # the control: where it is used, position -1 stays
 
 
 class Configured(nn.Module):

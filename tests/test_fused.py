@@ -115,3 +115,50 @@ def test_heads_of_a_fused_projection_go_whole(layout) -> None:
     wrong = copy.deepcopy(small)
     wrong.o.weight.data = wrong.o.weight.data.roll(SIZE, 1)
     assert not torch.allclose(wrong(other), zero(other))
+
+
+class Split(Attention):
+    """Three equal parts by the width, which is no size of a head."""
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(part.view(*x.shape[:2], -1, self.size).transpose(1, 2) for part in x.split(self.rows // 3, 2))
+
+
+class Tanh(nn.Module):
+    """GELU as many models write it: a sum of what is put in and a function of it, which is no branch of a stream."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3)))
+
+
+class Swish(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x * x.sigmoid()
+
+
+class Gated(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.sigmoid() * x).clone() + x.relu()
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, Split])
+@pytest.mark.parametrize("activation", [nn.ReLU, Tanh, Swish, Gated])
+def test_hidden_units_go_and_nothing_else(layout, activation) -> None:
+    class Layer(layout):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.act = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH), activation()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            q, k, v = self.split(self.qkv(x))
+            x = x + self.o(((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+            return self.head(x + self.down(self.act(self.up(x))))
+
+    model, x = Layer().double().eval(), torch.randn(2, 7, 5, dtype=torch.float64)
+    small, plan = graphprune.shrink(model, x, 0.5, what="mlp", return_plan=True)
+    assert set(plan.cuts) == {"up.weight", "up.bias", "down.weight"} and small.up.out_features == 10
+    other = torch.randn(3, 9, 5, dtype=torch.float64)
+    torch.testing.assert_close(small(other), graphprune.zeroed(model, plan)(other)[0])
+    stream = graphprune.shrink(model, x, 0.5, what="hidden", return_plan=True)[1]
+    assert "stem.weight" in stream.cuts and all(0 not in stream.cuts.get(name, {}) for name in ("qkv.weight", "up.weight"))  # the control: another kind

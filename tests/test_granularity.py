@@ -390,7 +390,7 @@ def test_the_summed_axis_does_not_depend_on_how_a_weight_is_stored():
 
 def test_every_granularity_has_a_name_and_a_line():
     listed = graphprune.catalogue.available()["granularity"]
-    assert set(listed) == {*NAMES, "hidden", "heads", "mlp", "layers", "experts", "expert_mlp", "head_dim", "query_heads"}
+    assert set(listed) == {*NAMES, "hidden", "heads", "mlp", "layers", "experts", "expert_mlp", "head_dim", "query_heads", "vocabulary"}
     assert all(parse(name.replace("n:m", "2:4")) for name in listed)
 
 

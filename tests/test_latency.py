@@ -147,7 +147,7 @@ def test_every_runtime_runs_what_it_is_asked_to_time(runtime, monkeypatch):
     monkeypatch.setattr(table, "together", lambda items, *_: [1e-7 + 1e-9 * each.bytes for each in items])
     real, seen = latency.prepare, []
 
-    def prepared(model, args, kwargs, asked, threads):
+    def prepared(model, args, kwargs, asked, threads, first=None):
         call = real(model, args, kwargs, asked, threads)
         call()
         seen.append(asked)

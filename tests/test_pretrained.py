@@ -237,3 +237,11 @@ def test_closing_counts_anew_and_leaves_the_model_alone():
     assert [block.width for block in twin] == [4] * len(kept) and twin[0].inner.weight is small[kept[0]].inner.weight
     assert [block.number for block in small if hasattr(block, "inner") and block.inner is not None] == list(kept)
     assert closed(net) == (net, {})
+
+
+def test_a_width_that_the_configuration_leaves_open_is_written_into_it(tmp_path):
+    model, inputs = build("gpt2")
+    assert model.config.n_inner is None  # four times the stream
+    small = graphprune.shrink(model, inputs, 0.25, what="mlp")
+    assert small.config.n_inner == 3 * model.config.n_embd and small.config.n_embd == model.config.n_embd
+    same(small, again(small, tmp_path), inputs)

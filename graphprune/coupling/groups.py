@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -147,6 +147,11 @@ class Groups:
         """The groups whose units stand along an axis of a tensor of the run."""
         fields = [field for field in value.fields if field.shape[dim] > 1]
         return {int(i) for field in fields for i in np.unique(self.owner[self.root[field]]) if i >= 0}
+
+    def labels_of(self, indices: Iterable[int]) -> Array:
+        """All labels of some groups: what is locked by them stays whole however the rest is coupled then, which holds of one label of every unit only
+        where nothing else could be chosen (heads, or what lies inside of them)."""
+        return np.flatnonzero(np.isin(self.owner[self.root], np.fromiter(indices, dtype=np.int64)))
 
     def __len__(self) -> int:
         return len(self.groups)

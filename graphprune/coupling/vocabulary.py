@@ -29,8 +29,6 @@ from ..tracing.trees import tensors
 from .groups import Groups, couple
 
 COMPARES = frozenset(("eq", "ne"))
-FILLS = frozenset(("masked_fill", "fill"))
-SHAPES_ONLY = frozenset(("ones_like", "zeros_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty"))
 
 
 @dataclass
@@ -138,9 +136,9 @@ def _met(words: Vocabulary, node: Node, ids: list[Value], carriers: set[int]) ->
     scalars = _scalars(node)
     if op.short in COMPARES and len(node.held) == 1 and scalars:
         words.compared += scalars
-    elif op.factory or op.short in SHAPES_ONLY:
+    elif op.factory or op.shape_only:
         return
-    elif op.short in FILLS and node.args[0] in ids and scalars:
+    elif op.puts and node.args[0] in ids and scalars:
         words.compared += scalars[-1:]
         carriers.update(map(id, node.outs))
     elif _passes_on(node) and all(each in ids or each.leaf or id(each) in carriers for each in node.held):
@@ -165,7 +163,7 @@ def _looked_up(node: Node, ids: list[Value]) -> str:
 
 def _passes_on(node: Node) -> bool:
     """Whether a call moves what it is given, or copies it."""
-    return bool(node.op.moves or node.op.part or node.op.inplace and node.op.short == "copy_")
+    return node.op.moves or node.op.part or node.op.overwrites
 
 
 def _place(node: Node) -> str:

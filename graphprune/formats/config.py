@@ -65,6 +65,11 @@ class Solution:
     gap: Gap
     measure: Measure
 
+    def mends(self, change: Change) -> bool:
+        """Whether with other changes an attribute comes out right that is wrong with these."""
+        gap = self.measure(_join((), change))[0]
+        return not gap.fails and bool(self.gap.attributes.keys() - gap.attributes.keys())
+
     def reach(self) -> dict[Path, frozenset[Slot]]:
         """The (tensor, axis) whose length each change has a say in."""
         best, sizes = tuple(self.changes.items()), self.measure(_join((), tuple(self.changes.items())))[1]
@@ -94,6 +99,7 @@ def search(build: Callable[[Tree], nn.Module], target: nn.Module, tree: Tree, li
         best = _better(best, measure, lambda best, gap: _shorter(changed(tree, best), lists))
     best = _better(best, measure, lambda best, gap: _same(changed(tree, best), gap))
     best = _better(best, measure, lambda best, gap: [*_same(changed(tree, best), gap), *_times(changed(tree, best), gap)])
+    best = _better(best, measure, lambda best, gap: _open(changed(tree, best), gap))
     return Solution(changed(tree, best), dict(best), measure(best)[0], measure)
 
 
@@ -169,6 +175,12 @@ def _same(tree: Tree, gap: Gap) -> list[Change]:
             if len(path) == 2 and holder.get(path[1]) is None:
                 offers[(*prefix, path[1]), wanted] = None
     return [(offer,) for offer in offers if offer[1] > 0]
+
+
+def _open(tree: Tree, gap: Gap) -> list[Change]:
+    """Numbers that the configuration leaves open, so that they are derived from others (four times the width of the stream)."""
+    wanted = sorted({wanted for _, wanted in gap.axes.values() if wanted > 0})
+    return [(((*prefix, key), size),) for holder, prefix in _tables(tree) for key, value in holder.items() if value is None for size in wanted]
 
 
 def _times(tree: Tree, gap: Gap) -> list[Change]:

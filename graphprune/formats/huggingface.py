@@ -117,6 +117,8 @@ def _factors(small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Sl
     reach = solution.reach()
     for path in solution.changes:
         rest = tuple(item for item in solution.changes.items() if item[0] != path)
+        if solution.mends(rest):  # a number that the code reads is right without this change
+            culprits |= reach[path]
         try:
             values = _values(_builder(small, bare=True)(changed(_tree(small), rest)))
         except Exception:  # numbers that do not go together: this one cannot be asked about alone
@@ -334,7 +336,8 @@ def _differs(whole: nn.Module, small: nn.Module, solution: Solution, graph: Grap
     """Why a model that is built from the configuration, with the weights of the cut one, does not compute the same on the example (or nothing)."""
     if _hollow(small):
         wanted, built = _promised(whole), _promised(whole, solution.tree)
-        return _factor(solution) if any(_other(built.get(place, value), value) for place, value in wanted.items()) else ""
+        other = bool(solution.gap.attributes) or any(_other(built.get(place, value), value) for place, value in wanted.items())
+        return _factor(solution) if other else ""
     args, kwargs = graph.example if tokens is None else tokens.example(*graph.example)
     try:
         again = loaded(whole, solution.tree)

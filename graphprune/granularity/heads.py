@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from ..coupling.groups import Groups
 from ..errors import NothingToPrune
 from ..operations.contraction import Product
@@ -100,4 +98,4 @@ def others(groups: Groups) -> tuple[tuple[Array, str], ...]:
     attended = heads(groups)
     if not attended:
         raise NothingToPrune("no group of this model is made of attention heads: no softmax weighs values head by head along an axis that can be cut")
-    return tuple((np.asarray(group.units), "only attention heads are cut") for group in groups if group.index not in attended)
+    return ((groups.labels_of(index for index in range(len(groups)) if index not in attended), "only attention heads are cut"),)

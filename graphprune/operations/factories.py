@@ -15,4 +15,5 @@ def factory(labels: Labels, reason: int, outs: list, *args, **kwargs) -> list[Fi
 
 
 describe("empty", "new_empty", unmade=True)
+describe("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", shape_only=True)
 describe("empty", "new_empty", "empty_like", "new_empty_strided", "empty_permuted", "empty_strided", unset=True)

@@ -154,5 +154,7 @@ describe("as_strided", why="the same memory in another layout")
 describe("alias", regroups=True)
 describe("clone", fused=True)
 describe("empty_like", unmade=True)
+describe("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", shape_only=True)
+describe("fill", "fill_", puts=True)
 
 describe(*"t transpose permute view reshape _unsafe_view flatten unsqueeze squeeze alias detach clone contiguous".split(), planned=True)

@@ -14,6 +14,8 @@ __all__ = ["operation"]
 
 # Overloads of these lack torch's mark.
 describe(*"copy where masked_fill lerp addcmul addcdiv clamp hardswish hardsigmoid hardtanh relu6 silu gelu leaky_relu elu".split(), pointwise=True)
+describe("masked_fill", "masked_fill_", puts=True)
+describe("copy", "copy_", overwrites=True)
 describe(*"selu celu softplus mish prelu _prelu_kernel rsub nan_to_num bitwise_not logical_not erf log_sigmoid_forward".split(), pointwise=True)
 
 describe("where", chooses=True)

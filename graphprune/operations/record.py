@@ -72,6 +72,9 @@ class Operation:
     makes: bool = False  # the result has axes of its own, whatever the operand has
     factory: bool = False  # a tensor out of nothing but sizes
     fills: bool = False  # entries are written anew: what was zero need not be
+    shape_only: bool = False  # nothing of the operand but its shape is read
+    puts: bool = False  # one number in the place of some entries, or all
+    overwrites: bool = False  # the first operand becomes the second
     copies: bool = False  # repeats its operand along new axes
     part: bool = False  # takes some of the positions of an axis
     picks: bool = False  # reads positions that a tensor names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import numpy as np
 from torch import nn
 
 from ..catalogue import names
@@ -34,7 +33,7 @@ def others(groups: Groups, request: Request) -> list[tuple[Array, str]]:
                 f"nothing of this model that can be cut is of the kind {each.name!r}; graphprune.widths(model, example_input) lists what there is"
             )
         mine |= found
-    return [(np.asarray(group.units), f"only {request.text} are cut") for group in groups if group.index not in mine]
+    return [(groups.labels_of(index for index in range(len(groups)) if index not in mine), f"only {request.text} are cut")]
 
 
 def of_kind(groups: Groups, name: str) -> set[int]:

@@ -39,7 +39,7 @@ class Flat(nn.Module):
         return tuple(tensors(self.model(*args, **kwargs), torch.Tensor))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """A model's ONNX ``file``, and what files of models cut from it are made of: the translation without weights, and the shapes of ``weights``."""
 

@@ -25,7 +25,7 @@ from .files import Draft, Flat, agrees, drafted
 Call = Callable[[], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Filed:
     """A call of a model that was read from a file, and the file's draft, from which those of models cut from it are made."""
 

@@ -1,4 +1,5 @@
-"""The residual stream: units of what is added to a value that it was itself made from.
+"""The residual stream: units of what is added to a value that it was itself made from, by more than arithmetic entry by entry (an activation that is written
+as a sum, ``x + 0.044715 * x**3``, is no branch).
 
 >>> import torch
 >>> from ...coupling.groups import couple
@@ -40,17 +41,23 @@ def hidden(groups: Groups) -> set[int]:
 
 
 def made_from(graph: Graph, value: Value, origin: Value) -> bool:
-    """Whether a value was made from another, which was there before it; only what lies between the two is looked at."""
+    """Whether a value was made from another, which was there before it, by more than moves and arithmetic entry by entry.
+
+    Only what lies between the two is looked at.
+    """
     if origin.node >= value.node or origin.leaf:
         return False
-    todo, seen = [value], set()
+    todo, seen = [(value, False)], set()
     while todo:
-        now = todo.pop()
+        now, branched = todo.pop()
         if now is origin:
-            return True
-        if now.node > origin.node and now.node not in seen:
-            seen.add(now.node)
-            todo += _arguments(graph, now)
+            if branched:
+                return True
+        elif now.node > origin.node and (now.node, branched) not in seen:
+            seen.add((now.node, branched))
+            node = graph.nodes[now.node]
+            branched = branched or not (node.is_pointwise or node.is_move)
+            todo += [(argument, branched) for argument in _arguments(graph, now)]
     return False
 
 
