@@ -7,6 +7,7 @@ python benchmarks/digits.py
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 import warnings
 from pathlib import Path
@@ -76,6 +77,7 @@ def exported(model: nn.Module, x: torch.Tensor, path: Path) -> float:
     import onnxruntime
 
     batch = torch.export.Dim("batch")
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # operators of torchvision, which need not be there
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's own exporter
         program = torch.onnx.export(model, (x[:2],), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
