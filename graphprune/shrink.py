@@ -16,7 +16,8 @@ from .cutting.plan import Plan, note_plan
 from .cutting.undo import undone
 from .cutting.verify import check_model
 from .cutting.vocabulary import check_tokens, parted, set_apart
-from .formats.huggingface import expressed, follow
+from .formats.expressed import expressed
+from .formats.huggingface import follow
 from .gradual import in_rounds
 from .options import DEFAULTS, GOALS, PlanOptions, Repair, ShrinkOptions, Target
 from .planning.exact import exactly

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import BadFile, BadInput, BadModel
-from ..formats.huggingface import quiet
+from ..formats.rebuilt import quiet
 from ..tracing.trees import leaf_tensors
 from ..wording import several
 

@@ -24,7 +24,9 @@ from ..cutting.schema import read as read_plan
 from ..cutting.verify import check_model
 from ..errors import BadOption
 from ..formats.closing import Lists
-from ..formats.huggingface import as_written, configured, expressed, follow, noted, remembered
+from ..formats.expressed import expressed
+from ..formats.huggingface import as_written, follow, noted, remembered
+from ..formats.rebuilt import configured
 from ..options import Widths
 from ..planning.outcome import disappointments
 from ..planning.planner import decide

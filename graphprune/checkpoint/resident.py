@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..formats.huggingface import configured, unfilled
+from ..formats.rebuilt import configured, unfilled
 from ..tracing.copies import duplicate
 from ..tracing.probe import unwatched
 from .stored import FromFiles

@@ -1,0 +1,82 @@
+"""Uniform widths for a model with a configuration: :func:`expressed` returns a plan whose widths that configuration can say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from ..cutting.apply import apply
+from ..cutting.plan import Plan
+from ..cutting.vocabulary import parted
+from ..planning.planner import Planner
+from ..planning.request import Request
+from ..tracing.trace import Graph
+from .agreement import difference, is_another, numbers_of, promised_numbers, without_values
+from .config import Slot, Solution, changed, search
+from .huggingface import read_as_sizes
+from .rebuilt import builder, configured, loaded, tree_of
+
+ROUNDS = 12  # plans that are tried
+
+
+def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner) -> Plan:
+    """The plan that ``decide`` makes; where uniform widths are asked of a model with a configuration, one that its configuration can say.
+
+    What no number of the configuration says is first given the share of what it is derived with (heads and the width they divide), then left whole,
+    with the reason in the notes of the plan.
+    """
+    plan = decide(graph, model, request)
+    if not (any(each.spec.coarse for each in request.wanted) and request.widths.uniform and configured(model)):
+        return plan
+    notes: list[str] = []
+    tied: set[frozenset[Slot]] = set()
+    for _ in range(ROUNDS):
+        small = apply(model, parted(plan)[0])
+        solution = search(builder(small), small, tree_of(small), used=read_as_sizes(graph))
+        wrong = frozenset(solution.gap.axes)
+        reason = "" if solution.gap.loads else "no number of the configuration says this width alone"
+        if not wrong and not reason:
+            wrong = _factors(small, solution, graph)
+            reason = "what the configuration says of this width is also a factor" if wrong else ""
+        if not wrong:
+            return replace(plan, notes=(*plan.notes, *notes))
+        reach = solution.reach().values() if not solution.gap.loads else ()
+        ties = {frozenset((*slots, *wrong)) for slots in reach if slots & wrong and slots - wrong} - tied
+        if ties:
+            tied |= ties
+            request = replace(request, tied=(*request.tied, *ties))
+        else:
+            shut = {(name, axis) for name, axis in wrong if axis in plan.cuts.get(name, {})}
+            shut = shut or {(name, axis) for name, _ in wrong for axis in plan.cuts.get(name, {})}
+            if not shut:
+                break
+            notes.append(f"note: {sorted(shut)[0][0]} axis {sorted(shut)[0][1]} and {len(shut) - 1} more stay whole: {reason}")
+            request = replace(request, keep=(*request.keep, *sorted(shut)), tied=())
+        plan = decide(graph, model, request)
+    return replace(plan, notes=(*plan.notes, *notes, "note: no configuration of this model says these widths"))
+
+
+def _factors(small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Slot]:
+    """The axes whose numbers in the configuration are also factors, if the model that is built computes something else."""
+    if not difference(small, small, solution, graph):
+        return frozenset()
+    wanted, built = (
+        (promised_numbers(small), promised_numbers(small, solution.tree))
+        if without_values(small)
+        else (numbers_of(small), numbers_of(loaded(small, solution.tree)))
+    )
+    off = {place for place, value in wanted.items() if is_another(built.get(place, value), value)}
+    culprits: set[Slot] = set()
+    reach = solution.reach()
+    for path in solution.changes:
+        rest = tuple(item for item in solution.changes.items() if item[0] != path)
+        if solution.mends(rest):  # a number that the code reads is right without this change
+            culprits |= reach[path]
+        try:
+            values = numbers_of(builder(small, bare=True)(changed(tree_of(small), rest)))
+        except Exception:  # numbers that do not go together: this one cannot be asked about alone
+            continue
+        if any(values.get(place) != built[place] for place in off):
+            culprits |= reach[path]
+    return frozenset(culprits or set().union(*reach.values()))
