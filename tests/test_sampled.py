@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import graphprune
 from graphprune.cutting.plan import Plan
-from graphprune.cutting.sampled import Parted, Sampled, smaller
+from graphprune.cutting.sampled import Parted, Sampled, _Zeroed, shared, smaller
 from graphprune.cutting.verify import check
 from graphprune.cutting.zeroed import without
 from graphprune.errors import NotEqual
@@ -62,7 +62,50 @@ def cut(build):
     return graph, model, graphprune.apply(model, plan), plan
 
 
-@pytest.mark.parametrize("build", [pictures, tokens, rows])
+class Convolutions(nn.Module):
+    """Of one group and of several, with a bias and without, transposed, in one dimension and in three, and one whose weight another one shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.apart = nn.Conv1d(4, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1, bias=False), nn.Conv1d(8, 8, 3, padding=1, groups=4)
+        self.back, self.last = nn.ConvTranspose1d(8, 6, 2, 2), nn.Conv1d(6, 3, 1)
+        self.deep, self.shared = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 2, (1, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.apart(self.second(self.second(self.first(x)).relu())).sigmoid()
+        return self.last(self.back(y)), self.shared(self.deep(x[:, None, None].expand(-1, 1, 3, -1, -1)).relu())
+
+
+def convolutions():
+    return Convolutions(), torch.randn(3, 4, 32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_among_survivors_is_the_one_with_zeros(bias):
+    """Along rows, columns, or both, wherever a bias goes with the rows; the control: a bias that stays has entries of its own there."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(6, 8, 3, bias=bias), nn.Conv2d(8, 4, 1, bias=bias)).eval(), torch.randn(2, 6, 9, 9)
+    graph, shapes = graphprune.trace(model, x), {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    rows, columns, names = [0, 2, 7], [1, 3, 4], ["0.bias"] * bias
+    for cuts in ({"0.weight": {0: rows}, "1.weight": {1: rows}}, {"0.weight": {0: rows, 1: columns}, "1.weight": {1: rows}}, {"0.weight": {1: columns}}):
+        for goes in (True, False):
+            plan = Plan(cuts | {name: {0: rows} for name in names if goes and 0 in cuts["0.weight"]}, shapes)
+            sampled = Sampled(graph, model, model, plan)
+            names_of = shared(model, plan)
+            made = _Zeroed(graph.nodes, names_of[1], names_of[2], sampled.masks, plan)
+            twin = next(module for module in names_of[0].modules() if isinstance(module, nn.Conv2d))
+            found = made.convolved((x, twin.weight, twin.bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1))
+            other = None if twin.bias is None else without(model[0].bias.detach(), plan, "0.bias")
+            wanted = F.conv2d(x, without(model[0].weight.detach(), plan, "0.weight"), other)
+            stays = bias and not goes and 0 in cuts["0.weight"]
+            assert (found is None) == stays
+            if found is not None:
+                torch.testing.assert_close(found, wanted)
+            if stays:
+                assert float(wanted[:, 1].detach().abs().max()) > 0
+
+
+@pytest.mark.parametrize("build", [pictures, tokens, rows, convolutions])
 def test_both_make_the_recorded_calls_on_less(build):
     graph, model, small, plan = cut(build)
     sample = smaller(graph.example)
@@ -72,10 +115,12 @@ def test_both_make_the_recorded_calls_on_less(build):
         assert sampled.possible()
         found, wanted = sampled.results(part)
         torch.testing.assert_close(found, wanted)
-    (expected,) = graphprune.zeroed(model, plan)(*graph.example[0])
-    torch.testing.assert_close(wanted, expected)
+    expected = graphprune.zeroed(model, plan)(*graph.example[0])
+    wanted = list(wanted) if isinstance(wanted, tuple) else [wanted]
+    torch.testing.assert_close(wanted, list(expected))
     with torch.no_grad():
-        assert not torch.allclose(wanted, model(*graph.example[0]))  # the control: zeroing did something
+        whole = model(*graph.example[0])
+        assert not torch.allclose(wanted[0], whole[0] if isinstance(whole, tuple) else whole)  # the control: zeroing did something
 
 
 def test_training_mode_follows_its_own_calls():

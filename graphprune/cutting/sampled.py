@@ -30,7 +30,7 @@ from ..tracing.trace import DIRECT, FUSED, RECURRENT, Graph, evaluating
 from ..tracing.trees import is_parameter, leaf_tensors, replace, tensors
 from ..tracing.unused import same_dice
 from .plan import Plan
-from .zeroed import Masks, among_all, survivors, without
+from .zeroed import Masks, among_all, entries, positions, survivors, without
 
 MOST = 200_000_000  # numbers of a model of which a copy in float64 is made
 LONG, SHORT, STEP = 128, 64, 32  # a length from 128 on becomes 64 and what it has beyond a multiple of 32: networks halve pictures five times
@@ -39,6 +39,7 @@ RUNNING = ("running_mean", "running_var")  # a batch norm in training mode write
 LEAVING: frozenset[Any] = frozenset((Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__, Tensor.share_memory_))
 COPIES = frozenset((torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default))
 PRODUCTS = frozenset((torch.ops.aten.mm.default, torch.ops.aten.bmm.default))
+CONVOLUTION = torch.ops.aten.convolution.default
 NUMBER, LIFTED = torch.ops.aten.scalar_tensor.default, torch.ops.aten.lift_fresh.default
 
 
@@ -273,6 +274,10 @@ class _Zeroed(_Followed):
 
     def made(self, node: Node | None, func: Any, args: tuple, kwargs: dict) -> Any:
         self.given = given = tensors((args, kwargs) if kwargs else args, torch.Tensor)
+        if func is CONVOLUTION and node is not None and not node.reduces:
+            result = self.convolved(args)
+            if result is not None:
+                return result
         swaps = {}
         for tensor in given:
             name = self.names.get(id(tensor))
@@ -288,6 +293,28 @@ class _Zeroed(_Followed):
             swap = lambda tensor: swaps.get(id(tensor), tensor)  # noqa: E731
             args, kwargs = replace(args, swap), replace(kwargs, swap)
         return func(*args, **kwargs)
+
+    def convolved(self, args: tuple) -> torch.Tensor | None:
+        """A convolution whose weight is zero in whole rows and columns, made from the others alone: they are all that adds anything.
+
+        None for one of several groups, for a transposed one, and where the bias keeps entries in rows that are gone.
+        """
+        x, weight, bias, *rest = args
+        cuts = self.plan.cuts.get(self.names.get(id(weight), ""), {})
+        spared = {} if bias is None else self.plan.cuts.get(self.names.get(id(bias), "its own"), {})
+        if not cuts or max(cuts) > 1 or rest[3] or rest[5] != 1 or (bias is not None and spared.get(0) != cuts.get(0)):
+            return None
+        rows, columns = (positions(cuts[axis], weight, self.gone) if axis in cuts else None for axis in (0, 1))
+        if columns is not None:
+            x = x.index_select(1, columns)
+        if bias is not None and rows is not None:
+            bias = bias.index_select(0, rows)
+        result = CONVOLUTION(x, entries(weight, cuts, self.gone), bias, *rest)
+        if rows is None:
+            return result
+        shape = list(result.shape)
+        shape[1] = weight.shape[0]
+        return result.new_zeros(shape).index_copy(1, rows, result)
 
     def over_survivors(self, node: Node, func: Any, args: tuple, kwargs: dict, values: dict, swaps: dict, cuts: dict) -> Any:
         """A call that takes statistics, on what stays of its axes."""

@@ -156,7 +156,7 @@ def without(data: torch.Tensor, plan: Plan, name: str, known: dict[tuple, torch.
     if any(part.name == name and part.kind != "skip" for part in plan.parts):
         return data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0)
     known = {} if known is None else known
-    axes = {axis: _positions(kept, data, known) for axis, kept in plan.cuts.get(name, {}).items()}
+    axes = {axis: positions(kept, data, known) for axis, kept in plan.cuts.get(name, {}).items()}
     if not axes:
         return data.clone()
     if data.ndim == 1:
@@ -174,7 +174,19 @@ def without(data: torch.Tensor, plan: Plan, name: str, known: dict[tuple, torch.
     return (result.clone() if result is data else result).index_fill_(0, _gone(axes[0], data, known), 0) if 0 in axes else result
 
 
-def _positions(kept: list[int], data: torch.Tensor, known: dict[tuple, torch.Tensor]) -> torch.Tensor:
+def entries(data: torch.Tensor, cuts: dict[int, list[int]], known: dict[tuple, torch.Tensor]) -> torch.Tensor:
+    """What a plan leaves of a tensor; the entries behind the first two axes are copied in one piece each."""
+    axes = {axis: positions(kept, data, known) for axis, kept in sorted(cuts.items())}
+    kernel = data.shape[2:].numel()
+    if kernel > 1 and data.is_contiguous() and list(axes) == [0, 1]:
+        at = (axes[0][:, None] * data.shape[1] + axes[1]).view(-1)
+        return torch.embedding(data.view(-1, kernel), at).view(len(axes[0]), len(axes[1]), *data.shape[2:])
+    for axis, kept in axes.items():
+        data = data.index_select(axis, kept)
+    return data
+
+
+def positions(kept: list[int], data: torch.Tensor, known: dict[tuple, torch.Tensor]) -> torch.Tensor:
     key = id(kept), data.device
     if key not in known:
         known[key] = torch.from_numpy(np.array(kept, dtype=np.int64)).to(data.device)
@@ -248,12 +260,18 @@ class Masks:
             return None
         key = (dim, *map(id, fields))
         if key not in self.known:
-            mask = np.ones(value.shape[dim], dtype=bool)
-            for field in fields:
-                mask &= self.stays[field].any(axis=tuple(axis for axis in range(field.ndim) if axis != dim))
+            mask = self.over(fields[0], dim)
+            for field in fields[1:]:
+                mask = mask & self.over(field, dim)
             self.known[key] = None if mask.all() else (mask, torch.from_numpy(np.flatnonzero(mask)))
             self.alive.append(fields)
         return self.known[key]
+
+    def over(self, field: np.ndarray, dim: int) -> np.ndarray:
+        """Which positions along an axis of a field have a label that stays."""
+        if field.size == field.shape[dim]:
+            return self.stays[field.reshape(-1)]
+        return np.asarray(self.stays[field].any(axis=tuple(axis for axis in range(field.ndim) if axis != dim)))
 
 
 def _still_there(graph: Any, root: np.ndarray, gone: np.ndarray, slices: list) -> np.ndarray:

@@ -178,7 +178,7 @@ def _wholes(plan: Plan | None, groups: Groups) -> str:
 
 def _histograms(study: Study, plan: Plan | None) -> str:
     try:
-        scores = list(study.scored(study.groups))[-1]
+        scores = study.scores()
     except GraphpruneError as error:
         return f"<p>{escape(str(error))}</p>"
     outline: Outline | None = plan.outline if plan else None

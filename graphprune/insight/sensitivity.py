@@ -142,7 +142,7 @@ def sensitivity(
     study = Study(model, example_input, score, example_kwargs, keep=keep)
     chosen = _chosen(study.groups, groups)
     original = study.value(evaluate, model, "the original")
-    scores = list(study.scored(study.groups))[-1]
+    scores = study.scores()
     cells = [(group, ratio) for group in chosen for ratio in steps]
     effects: list[Effect] = []
     for group, ratio in bar(cells, "sensitivity", progress):

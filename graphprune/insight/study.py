@@ -18,8 +18,8 @@ from ..errors import BadScore, GraphpruneError
 from ..planning.planner import with_steps
 from ..planning.request import ask
 from ..planning.trial import best
-from ..planning.widths import Scored
-from ..scores.attempts import attempts, remembered
+from ..scores import Scores
+from ..scores.attempts import Attempts, attempts, remembered
 from ..tracing.trace import trace
 
 Evaluate = Callable[[nn.Module], Any]
@@ -37,7 +37,7 @@ class Study:
         first = ask(model, 0.5, score=score, **rules).stages[0]
         self.graph = trace(model, example_input, example_kwargs)
         self.groups: Groups = couple(self.graph, tuple((name, None) for name in first.keep if name in self.graph.leaves))
-        self.scored: Scored = remembered(attempts(model, first.score, first.batches, first.loss))
+        self.scored: Attempts = remembered(attempts(model, first.score, first.batches, first.loss))
 
     def plan(self, ratio: Any = None, targets: Mapping[str, Any] | None = None, ratios: Any = None) -> Plan:
         """The plan for a ratio or for targets (no times); ``ratios`` is a function of the groups that gives some a ratio of their own."""
@@ -45,6 +45,11 @@ class Study:
         if ratios is not None:
             request = replace(request, widths=replace(request.widths, ratios=ratios))
         return best(self.graph, self.model, with_steps(self.graph, self.model, request), self.scored)
+
+    def scores(self) -> Scores:
+        """The scores of the groups as they are, whatever the code may allow of them."""
+        *_, (_, scores) = self.scored(self.groups)
+        return scores
 
     def cut(self, plan: Plan) -> nn.Module:
         return apply(self.model, plan)

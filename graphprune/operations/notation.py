@@ -43,6 +43,7 @@ class Value:
     dtype: Any = None
     storage: int = -1
     order: tuple[int, ...] | None = None
+    entry: int = -1  # which position it is, where it is a single one and the run has values
     numbers: Any = None  # what its entries are positions of (:mod:`graphprune.tracing.choices`)
     tally: Any = None  # what its entries count: for each position that was chosen from, how often that was chosen
 

@@ -44,7 +44,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Proof:
-    """Runs cut models beside the recorded calls of ``graph``; ``always``: also where every size is solved for (code may read one unseen)."""
+    """Runs cut models beside the recorded calls of ``graph``; ``always``: where every size is solved for as well (code may read one unseen)."""
 
     graph: Graph
     model: nn.Module
@@ -88,12 +88,15 @@ class Proof:
 
         return rehearse(graph, small, masks.axis, real=True, watch=watch)
 
-    def judge(self, groups: Groups, kept: Kept, edits: dict, wrong: list[Wrong]) -> tuple[list[Wrong], list[Fault]]:
-        """What of ``wrong`` is wrong indeed: what is certain, or what the first difference comes from; else other axes that are to blame for it."""
+    def judge(self, groups: Groups, kept: Kept, edits: dict, wrong: list[Wrong], draft: bool = False) -> tuple[list[Wrong], list[Fault]]:
+        """What of ``wrong`` is wrong indeed: what is certain, or what the first difference comes from; else other axes that are to blame for it.
+
+        A ``draft`` of the widths is run only where a size is in doubt.
+        """
         certain = [each for each in wrong if each.certain]
         if certain or not self.possible:
             return certain or wrong, []
-        if not wrong and not self.always:
+        if not wrong and (draft or not self.always):
             return [], []
         difference = self.difference(groups, kept, edits)
         if difference is None:

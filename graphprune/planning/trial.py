@@ -11,12 +11,13 @@ from ..cutting.plan import Plan
 from ..cutting.rewrite import removed, spelled
 from ..cutting.verify import check
 from ..errors import BadTarget, GraphpruneError, NothingToPrune
+from ..scores.attempts import Attempts
 from ..tracing.trace import Graph, trace
 from .request import Request
-from .widths import Scored, plan_widths
+from .widths import plan_widths
 
 
-def best(graph: Graph, model: nn.Module, request: Request, scored: Scored) -> Plan:
+def best(graph: Graph, model: nn.Module, request: Request, scored: Attempts) -> Plan:
     """The plan; where literals in the code hold axes back, the one for the rewritten code, if that frees more and proves right."""
     literals: set[str] = set()
     plan, nothing = None, GraphpruneError()

@@ -7,7 +7,7 @@ does not help, and the cut code proves to compute something else, the axis is le
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..errors import BadTarget, NothingToPrune
 from ..names import overrides
 from ..operations.labels import Array, varying
 from ..scores import Scores
+from ..scores.attempts import Attempts
 from ..select import Kept, select
 from ..tracing.choices import least
 from ..tracing.sizes import leaves
@@ -36,10 +37,9 @@ from .wanted import amounts, others
 
 ROUNDS = 40  # how often groups are coupled anew because something proved wrong
 TRIES = 16  # how many widths are tried before an axis is left whole
-Scored = Callable[[Groups], Iterator[Scores]]
 
 
-def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored, literals: set[str] | None = None) -> tuple[Groups, Kept, Plan]:
+def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Attempts, literals: set[str] | None = None) -> tuple[Groups, Kept, Plan]:
     """Couple, score and select; whatever no attribute can express is left whole, with the reason.
 
     ``literals`` collects the modules whose code holds such a size as a literal.
@@ -52,8 +52,8 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Scored
             raise NothingToPrune(_nothing(groups) + "".join(f"\n  {note}" for note in dict.fromkeys(coupling.notes)))
         ratios = amounts(groups, request) | overrides(groups, model, request.widths.ratios, request.widths.to)
         wrong, faults = [], []
-        for scores in scored(groups):
-            kept, edits, wrong, faults = coupling.attempt(proof, scores, ratios)
+        for draft, scores in scored(groups):
+            kept, edits, wrong, faults = coupling.attempt(proof, scores, ratios, draft)
             if literals is not None:
                 literals.update(each.call.module for each in wrong if each.call and isinstance(each.expr, int))
             if wrong or faults:
@@ -108,15 +108,15 @@ class _Coupling:
             ties, shut = alike(groups)
         return groups, _merged([*ties, *self.request.ties(groups)])
 
-    def attempt(self, proof: Proof, scores: Scores, ratios: Mapping[int, float]) -> _Attempt:
+    def attempt(self, proof: Proof, scores: Scores, ratios: Mapping[int, float], draft: bool) -> _Attempt:
         kept, edits, unsolved = self.chosen(scores, ratios)
-        wrong, faults = proof.judge(self.groups, kept, edits, unsolved)
+        wrong, faults = proof.judge(self.groups, kept, edits, unsolved, draft)
         if wrong and self.request.plain:
             kept, edits, unsolved = _widened(self.graph, self.groups, self.request, scores, ratios, self.ties, (kept, edits, unsolved), wrong)
             along = [(each, _along(self.graph, self.groups, each)) for each in wrong]
             whole = {group.index for group, stay in zip(self.groups, kept, strict=True) if len(stay) == group.size}
             self.notes += [f"note: {why(each)}" for each, indices in along if indices and indices <= whole]
-            wrong, faults = proof.judge(self.groups, kept, edits, unsolved)
+            wrong, faults = proof.judge(self.groups, kept, edits, unsolved, draft)
         return _Attempt(kept, edits, wrong, faults)
 
     def chosen(self, scores: Scores, ratios: Mapping[int, float]) -> tuple[Kept, dict, list[Wrong]]:

@@ -9,11 +9,13 @@ import torch
 from ..coupling.groups import Groups
 from . import Criterion, Score, Scores, named, score
 
+Attempts = Callable[[Groups], Iterator[tuple[bool, Scores]]]
 
-def attempts(
-    model: torch.nn.Module, criterion: Criterion, batches: Iterable | None = None, loss: Callable | None = None, draft: bool = False
-) -> Callable[[Groups], Iterator[Scores]]:
+
+def attempts(model: torch.nn.Module, criterion: Criterion, batches: Iterable | None = None, loss: Callable | None = None, draft: bool = False) -> Attempts:
     """A function of groups that yields the scores to try in turn: equal ones first, as a draft, then the real ones.
+
+    With them goes whether what they lead to need not be proved, for the ones after them cost less than a proof.
 
     Which sizes the code allows hardly depends on the scores; a pass over the data for every attempt would cost as much as
     the one that counts, so scores that need one are always drafted. ``draft`` asks for it where reading the weights is
@@ -21,21 +23,22 @@ def attempts(
     """
     chosen = named(criterion) if isinstance(criterion, str) else criterion
 
-    def tried(groups: Groups) -> Iterator[Scores]:
+    def tried(groups: Groups) -> Iterator[tuple[bool, Scores]]:
         graph = groups.graph
         asked = graph.calls or graph.equals or graph.floats or graph.outcomes  # without a size in the code no width can be wrong
-        if asked and (draft or not isinstance(chosen, Score) or chosen.needs_now() != "nothing"):
-            yield [torch.zeros(group.size, dtype=torch.float64) for group in groups]
-        yield score(groups, model, chosen, batches, loss)
+        cheap = isinstance(chosen, Score) and chosen.needs_now() == "nothing"
+        if asked and (draft or not cheap):
+            yield cheap, [torch.zeros(group.size, dtype=torch.float64) for group in groups]
+        yield False, score(groups, model, chosen, batches, loss)
 
     return tried
 
 
-def remembered(scored: Callable[[Groups], Iterator[Scores]]) -> Callable[[Groups], Iterator[Scores]]:
+def remembered(scored: Attempts) -> Attempts:
     """Scores of equal groups are computed once, however many widths are tried."""
-    known: dict[tuple, tuple[list[Scores], Iterator[Scores]]] = {}
+    known: dict[tuple, tuple[list[tuple[bool, Scores]], Iterator[tuple[bool, Scores]]]] = {}
 
-    def tried(groups: Groups) -> Iterator[Scores]:
+    def tried(groups: Groups) -> Iterator[tuple[bool, Scores]]:
         done, rest = known.setdefault(groups.key, ([], scored(groups)))
         yield from done
         for each in rest:

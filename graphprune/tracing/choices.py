@@ -36,7 +36,9 @@ from ..operations.notation import Value, meet, parse
 class Choice:
     """``count`` positions of an axis are chosen: ``labels`` names those of the axis, (positions,), and ``entries`` are the labels that stand along it.
 
-    ``stacks`` are the labels of learnt weights along axes that the positions address; ``failed`` says what is done with them otherwise.
+    ``stacks`` are the labels of learnt weights along axes that the positions address; ``failed`` says what is done with them otherwise. ``compared``: single
+    numbers are compared with the positions; ``singled`` are the positions of the axis that were taken one by one, each with the reason for which it stays
+    whole unless all of them lead to modules of a list (:mod:`graphprune.tracing.members`).
     """
 
     labels: Array
@@ -45,6 +47,8 @@ class Choice:
     place: Reason
     stacks: list[Array] = field(default_factory=list)
     failed: str = ""
+    compared: bool = False
+    singled: list[tuple[Array, int]] = field(default_factory=list)
 
 
 def chosen(labels: Labels, op: Operation, args: tuple, kwargs: dict, place: Reason) -> list[Choice]:
@@ -91,12 +95,20 @@ def _numbered(
         outs = _moved(recorder, known, args, kwargs, given, shapes, reason, first)
         if outs is not None:
             return outs
+    if op.short == "eq" and first is not None and _one(args[1]) and first.numbers is not None:
+        first.numbers.compared = True
+        return known.carry(op, args, kwargs, given, shapes, reason)
     slots = op.addresses(*args, **kwargs) if op.addresses is not None else []
     if slots and all(any(value is index for _, _, index in slots) for value in numbered):
         return _addressed(recorder, known, args, kwargs, shapes, reason, slots)
     for value in numbered:
         value.numbers.failed = value.numbers.failed or f"its chosen positions are used by {op.short}"
     return known.carry(op, args, kwargs, given, shapes, reason)
+
+
+def _one(other: Any) -> bool:
+    """Whether something is one number, known in this run."""
+    return isinstance(other, int) or isinstance(other, Value) and other.entry >= 0
 
 
 def _counts(recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int, first: Value) -> tuple[list[Fields], bool]:
@@ -188,6 +200,8 @@ def settled(labels: Labels, choices: list[Choice]) -> tuple[list[Choice], Any]:
             good.append(choice)
             continue
         text = choice.failed or "the largest along it are chosen, which addresses no learnt weights"
+        for array, reason in choice.singled:
+            labels.lock(array, reason)
         labels.lock(choice.labels, labels.reason(choice.place._replace(text=text)))
     return good, lambda array: bool(mixed[root[array]].all())
 

@@ -71,6 +71,7 @@ class Recorder(TorchDispatchMode):
         self.symbols: dict[tuple, int] = {}  # the attributes that remember what they are
         self.choices: list[Choice] = []  # axes that something was chosen from
         self.numbering: list[tuple[Choice | None, Choice | None]] = []  # what the results of the call at hand number, and count
+        self.turned = 0  # by how many entries what is chosen is moved on, so that others are chosen
         self.read: set[int] = set()  # values that the Python code looked into
         self.looked: list[tuple[str, str]] = []  # where: module and line
         self.stopped = False  # whether a run in training mode did not reach its end
@@ -185,7 +186,8 @@ class Recorder(TorchDispatchMode):
     def run(self, func: Any, known: Known, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
         """Execute: on the meta device as soon as one operand lies there."""
         if self.real:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            return self.turn(known.op, args, kwargs, result) if self.turned and known.op.chooses_from is not None else result
         meta = [t.is_meta for t in given]
         if self.stale:
             meta = [empty or t.untyped_storage()._cdata in self.stale for empty, t in zip(meta, given, strict=True)]
@@ -203,6 +205,15 @@ class Recorder(TorchDispatchMode):
         elif str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": given[0].device if given else CPU}
         return func(*args, **kwargs)
+
+    def turn(self, op: Operation, args: tuple, kwargs: dict, result: Any) -> Any:
+        """What would be chosen if the next entries of the axis were the largest."""
+        assert op.chooses_from is not None
+        x, dim, _ = op.chooses_from(*args, **kwargs)
+        values, at = result
+        at.copy_((at + self.turned) % x.shape[dim])
+        values.copy_(x.gather(dim, at))
+        return result
 
     @staticmethod
     def emptied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -267,6 +278,9 @@ class Recorder(TorchDispatchMode):
         values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
         for value, (choice, tally) in zip(values, self.numbering, strict=True) if self.numbering else ():
             value.numbers, value.tally = choice, tally
+        for value, tensor in zip(values, results, strict=True) if self.numbering and self.real else ():
+            if value.numbers is not None and tensor.numel() == 1:
+                value.entry = int(tensor)
         self.numbering = []
         self.keep_results(known.op, args[0] if args else None, results, values)
         node = Node(known.op, seen, named, values, module, where, held, reduces, self.step)
@@ -413,7 +427,12 @@ class Recorder(TorchDispatchMode):
                 if lost and not self.labels.is_repeated(before):  # over several axes: this position of one, the others may go as they like
                     dense = [a for a, n in enumerate(after.shape) if n > 1 or a in lost]
                     over = tuple(dense.index(a) for a in lost)
-                    self.labels.lock(self.labels.marginal(after.reshape([after.shape[a] for a in dense]), over).ravel(), reason)
+                    position = self.labels.marginal(after.reshape([after.shape[a] for a in dense]), over).ravel()
+                    choice = next((each for each in self.choices if self.labels.same(each.labels, before)), None)
+                    if choice is None:
+                        self.labels.lock(position, reason)
+                    else:
+                        choice.singled.append((position, reason))
 
     def box(self, outs: list[Fields]) -> None:
         for fields in outs:
