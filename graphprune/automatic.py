@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from .cutting.apply import apply
-from .cutting.vocabulary import parted
 from .errors import BadTarget, GraphpruneError, NothingToPrune, warn
 from .options import Repair
 from .planning.planner import Planner
@@ -65,7 +64,7 @@ def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair |
     failed: GraphpruneError = BadTarget("no score could be computed")
     for choice in _choices(request):
         try:
-            plan = parted(planner(graph, model, _by(choice, request, batches)))[0]
+            plan = planner(graph, model, _by(choice, request, batches)).stages[0]
         except NothingToPrune:
             raise
         except GraphpruneError as error:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import nn
 
-from .automatic import AUTO, with_score
 from .cutting.apply import apply
 from .cutting.compose import compose, so_far
 from .cutting.plan import Plan, note_plan
 from .cutting.undo import undone
 from .cutting.verify import check_model
-from .cutting.vocabulary import check_tokens, parted, set_apart
-from .formats.expressed import expressed
+from .cutting.vocabulary import check_tokens
+from .deciding import PLANNER, decided, score_of
 from .formats.huggingface import follow
-from .gradual import in_rounds
 from .options import DEFAULTS, GOALS, PlanOptions, Repair, ShrinkOptions, Target
-from .planning.exact import exactly
 from .planning.outcome import disappointments
-from .planning.planner import decide, proved
 from .planning.request import Request, ask, flag
 from .ranks import across_ranks, agreed
 from .repair import after_cut, before_cut, refill
@@ -35,7 +30,6 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 CHOICES = ("on", "scope", "what", "keep", "widths")
-PLANNER = partial(exactly, planner=partial(expressed, decide=decide))  # whole numbers to the unit, and of a model with a configuration what that can say
 
 
 @overload
@@ -85,26 +79,13 @@ def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return
     inplace, verify = (flag(name, options.get(name, DEFAULTS[name])) for name in ("inplace", "verify"))
     return_plan = flag("return_plan", return_plan)
     repairs = before_cut(model, Repair.of(options.get("repair")))
-    score = options.get("score")
-    if score is None:  # with inputs to learn from, and a budget to spend, what loses least
-        score = AUTO if repairs is not None and any(options.get(name) is not None for name in GOALS) else "l2"
+    score = score_of(options.get("score"), repairs, any(options.get(name) is not None for name in GOALS))
     request, graph = _asked(model, example_input, ratio, options, score=score, inplace=inplace)
-    request = replace(request, calibration=None if repairs is None else repairs.batches)
-    request = with_score(graph, model, request if verify else replace(request, proof="calls"), repairs, PLANNER)
-    planner = in_rounds(PLANNER, repairs)
-    if verify:
-        chosen, small = proved(graph, model, request, planner)
-    else:
-        chosen = planner(graph, model, request)
-        small = apply(model, parted(chosen)[0])
-    common = agreed(chosen)
-    chosen, small = (chosen, small) if common is chosen else (common, apply(model, parted(common)[0]))
+    chosen, small = decided(graph, model, request, repairs, verify)
     small, chosen = _finished(small, model, chosen, repairs, graph, verify)
     disappointments(graph, model, chosen, request)  # which may be made errors: nothing of the model has changed by now
     with undone(model, chosen.edits) if inplace else nullcontext():
         if inplace:
-            if chosen.tokens is not None:
-                set_apart(model)
             cut = apply(model, chosen, inplace=True)
             small = cut if repairs is None else refill(cut, small)
         note_plan(small, so_far(model, chosen))
@@ -113,15 +94,15 @@ def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return
 
 
 def _finished(small: nn.Module, model: nn.Module, chosen: Plan, repairs: Repair | None, graph: Graph, verify: bool) -> tuple[nn.Module, Plan]:
-    """The cut model repaired, and then without the tokens that go: until then it takes the ids of the original."""
-    rest, words = parted(chosen)
-    small, rest = after_cut(small, model, rest, repairs, graph)
-    if words is None or words.tokens is None:
-        return small, rest
-    fewer = apply(small, words)
-    if verify:
-        check_tokens(small, fewer, words.tokens, graph.example)
-    return fewer, compose(rest, words)
+    """The model that the first stage of a plan left, repaired, and then cut by the others; with the plan that says so."""
+    first, *others = chosen.stages
+    small, done = after_cut(small, model, first, repairs, graph)
+    for stage in others:
+        whole, small = small, apply(small, stage)
+        if verify and stage.tokens is not None:
+            check_tokens(whole, small, stage.tokens, graph.example)
+        done = compose(done, stage)
+    return small, done
 
 
 @taking(PlanOptions)

@@ -55,7 +55,8 @@ def test_nothing_in_the_package_knows_a_model():
 
 ORDER = {
     "": """errors version wording catalogue options quantities tables operations tracing distributed coupling cost scores select names cutting budget
-        timing repair granularity planning ranks automatic gradual formats spelling shrink insight loop adapters checkpoint commands command __main__""",
+        timing repair granularity planning ranks automatic gradual formats deciding spelling shrink insight loop adapters checkpoint commands command
+        __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
     "tracing": """sizes trees picks choices needs symbols bodies paths fused copies node origin record recurrent outputs surroundings

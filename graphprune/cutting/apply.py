@@ -28,6 +28,7 @@ from .passthrough import apply_skips, check_skip
 from .plan import Plan
 from .rewrite import spell
 from .undo import undone
+from .vocabulary import set_apart
 
 # What is checked before anything is touched, and what is done; modules that are skipped go last, all together.
 CHECKS = {"mask": check_mask, "kernel": check_kernel, "columns": check_kernel, "skip": check_skip}
@@ -52,6 +53,8 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     leaves = list(leaf_tensors(model))
     smaller = _smaller(leaves, plan)
     _check(model, leaves, plan)
+    if inplace and plan.tokens is not None:
+        set_apart(model)
     small = _exchanged(model, leaves, smaller) if inplace else duplicate(model, {**_copies(leaves, smaller), **smaller})
     if plan.rewrites:
         small = spell(small, plan.rewrites)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,6 +55,27 @@ class Plan:
     gains: tuple[Gain, ...] = ()
     outline: Outline | None = field(default=None, compare=False)
     tokens: Tokens | None = None
+
+    @property
+    def stages(self) -> tuple[Plan, ...]:
+        """Plans that do the same one after another: all but a smaller vocabulary, and that, for the model which the first one leaves.
+
+        A model with fewer tokens takes other ids. What compares models, or runs them on inputs of the original, does so between the two.
+
+        >>> both = Plan({"e": {0: [0, 2], 1: [1]}}, {"e": (3, 2)}, tokens=Tokens((0, 2), 3, slots=(("e", 0),)))
+        >>> [stage.cuts for stage in both.stages], both.stages[1].shapes
+        ([{'e': {1: [1]}}, {'e': {0: [0, 2]}}], {'e': (3, 1)})
+        """
+        if self.tokens is None:
+            return (self,)
+        slots, paths = {*self.tokens.slots}, {*self.tokens.paths}
+        cuts = {name: {axis: kept for axis, kept in axes.items() if (name, axis) not in slots} for name, axes in self.cuts.items()}
+        cuts = {name: axes for name, axes in cuts.items() if axes}
+        words = {name: {axis: self.cuts[name][axis]} for name, axis in self.tokens.slots if axis in self.cuts.get(name, {})}
+        shapes = {name: tuple(len(cuts.get(name, {}).get(axis, range(size))) for axis, size in enumerate(self.shapes[name])) for name in words}
+        edits, others = (tuple(edit for edit in self.edits if (edit[:-1] in paths) is of_tokens) for of_tokens in (True, False))
+        first = replace(self, cuts=cuts, edits=others, tokens=None, outline=None)
+        return first, Plan(words, shapes, edits, tokens=self.tokens, outline=self.outline)
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """A boolean tensor of the original shape for every parameter, buffer and plain attribute that is cut; True where the entry survives."""

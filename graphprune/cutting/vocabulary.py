@@ -1,13 +1,12 @@
-"""A smaller vocabulary beside the other cuts of a plan: :func:`parted` tells them apart, and :func:`check_tokens` compares the models before and after it.
+"""A smaller vocabulary, the last stage of a plan: :func:`check_tokens` compares the models before and after it.
 
-A model with fewer tokens takes other ids, so that it is cut last, and everything before it (checks, repairs) speaks of the ids of the original.
+A model with fewer tokens takes other ids, so that everything before that stage (checks, repairs) speaks of the ids of the original.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,31 +19,9 @@ from ..tracing.trace import shadow
 from ..tracing.trees import leaf_tensors, modules_of
 from ..tracing.trees import replace as exchange
 from ..tracing.unused import same_dice
-from .plan import Plan
 from .tokens import Tokens
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # largest relative difference; of shorter numbers 5e-2
-
-
-def parted(plan: Plan) -> tuple[Plan, Plan | None]:
-    """A plan without its smaller vocabulary, and that by itself, for the model which the first one leaves (None where there is none).
-
-    >>> both = Plan({"e": {0: [0, 2], 1: [1]}}, {"e": (3, 2)}, tokens=Tokens((0, 2), 3, slots=(("e", 0),)))
-    >>> [part.cuts for part in parted(both)], parted(both)[1].shapes
-    ([{'e': {1: [1]}}, {'e': {0: [0, 2]}}], {'e': (3, 1)})
-    """
-    tokens = plan.tokens
-    if tokens is None:
-        return plan, None
-    slots = {*tokens.slots}
-    cuts = {name: {axis: kept for axis, kept in axes.items() if (name, axis) not in slots} for name, axes in plan.cuts.items()}
-    cuts = {name: axes for name, axes in cuts.items() if axes}
-    words = {name: {axis: plan.cuts[name][axis]} for name, axis in tokens.slots if axis in plan.cuts.get(name, {})}
-    shapes = {name: tuple(len(cuts.get(name, {}).get(axis, range(size))) for axis, size in enumerate(plan.shapes[name])) for name in words}
-    paths = {*tokens.paths}
-    rest = replace(plan, cuts=cuts, edits=tuple(edit for edit in plan.edits if edit[:-1] not in paths), tokens=None, outline=None)
-    own = Plan(words, shapes, tuple(edit for edit in plan.edits if edit[:-1] in paths), tokens=tokens, outline=plan.outline)
-    return rest, own
 
 
 def holders(model: nn.Module) -> Iterator[tuple[str, str, Any]]:

@@ -8,7 +8,6 @@ from torch import nn
 
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
-from ..cutting.vocabulary import parted
 from ..planning.planner import Planner
 from ..planning.request import Request
 from ..tracing.trace import Graph
@@ -32,7 +31,7 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
     notes: list[str] = []
     tied: set[frozenset[Slot]] = set()
     for _ in range(ROUNDS):
-        small = apply(model, parted(plan)[0])
+        small = apply(model, plan.stages[0])
         solution = search(builder(small), small, tree_of(small), used=read_as_sizes(graph))
         wrong = frozenset(solution.gap.axes)
         reason = "" if solution.gap.loads else "no number of the configuration says this width alone"

@@ -10,7 +10,6 @@ from torch import nn
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..cutting.verify import check
-from ..cutting.vocabulary import parted
 from ..errors import BadRatio, BadScore, NotEqual
 from ..scores import SCORES, Score
 from ..scores.attempts import attempts, remembered
@@ -78,15 +77,13 @@ def proved(graph: Graph, model: nn.Module, request: Request, planner: Planner) -
     Raises :class:`~graphprune.errors.NotEqual` where nothing that is left whole makes them equal.
     """
     plan = planner(graph, model, request)
-    rest = parted(plan)[0]
-    small = apply(model, rest)
+    small = apply(model, plan.stages[0])
     try:
-        check(graph, model, small, rest)
+        check(graph, model, small, plan.stages[0])
     except NotEqual:
         if not any(each.spec.coarse for each in request.wanted):
             raise
         plan = planner(graph, model, replace(request, proof="values"))
-        rest = parted(plan)[0]
-        small = apply(model, rest)
-        check(graph, model, small, rest)
+        small = apply(model, plan.stages[0])
+        check(graph, model, small, plan.stages[0])
     return plan, small
