@@ -22,9 +22,9 @@ from .repair import closed, repair
 from .repair.calibration import parts
 from .repair.predictions import information, scores, vocabulary
 from .scores import SCORES, Score
+from .tracing.graph import Graph
 from .tracing.probe import batch_inputs
 from .tracing.surroundings import unchanged
-from .tracing.trace import Graph
 from .tracing.trees import tensors
 
 AUTO = "auto"

@@ -24,8 +24,9 @@ from .coupling.lengths import Lengths
 from .errors import BadTarget
 from .operations.labels import Array
 from .operations.notation import Value
+from .tracing.graph import Graph
 from .tracing.node import Node
-from .tracing.trace import Graph, trace
+from .tracing.trace import trace
 from .tracing.trees import tensors
 
 FACTORS = 4

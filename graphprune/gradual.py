@@ -24,7 +24,8 @@ from .options import Repair
 from .planning.planner import Planner
 from .planning.request import Request
 from .repair import repair
-from .tracing.trace import Graph, trace
+from .tracing.graph import Graph
+from .tracing.trace import trace
 
 
 def in_rounds(planner: Planner, asked: Repair | None) -> Planner:

@@ -22,8 +22,9 @@ from .planning.request import Request, ask, flag
 from .ranks import across_ranks, agreed
 from .repair import after_cut, before_cut, refill
 from .spelling import taking
+from .tracing.graph import Graph
 from .tracing.surroundings import looked_for_once
-from .tracing.trace import Graph, trace
+from .tracing.trace import trace
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -59,8 +59,9 @@ ORDER = {
         __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
-    "tracing": """sizes trees picks choices needs symbols bodies paths fused copies node origin record recurrent outputs surroundings
-        unused updates ways features states statistics summary trace rehearsal probe paced""",
+    "tracing": """sizes trees picks choices needs symbols bodies paths fused copies dice foreign holders reachable surroundings node origin record
+        recurrent outputs unused updates ways features states statistics summary graph functions shadow examples refused run trace rehearsal probe
+        paced""",
     "coupling": "groups links sums lengths vocabulary",
     "scores": """order normalise data task registry fold norm similar others seen stages gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",

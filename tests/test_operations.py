@@ -33,7 +33,7 @@ WORDS = frozenset(
 )
 # Names that stand for something else; each with what that is.
 ARGUED = {
-    "tracing/trace.py": ({"scaled_dot_product_attention"}, "calls of the Python code, not operations"),
+    "tracing/functions.py": ({"scaled_dot_product_attention"}, "calls of the Python code, not operations"),
     "tracing/features.py": ({"linear"}, "calls of the Python code, not operations"),
     "granularity/spec.py": ({"embedding"}, "what other tools call the axis of the residual stream"),
     "spelling.py": ({"minimum"}, "what other tools call an option"),

@@ -126,7 +126,7 @@ def test_every_run_of_a_request_leaves_things_as_they_were_before_it(between, ne
 
 def test_things_are_looked_for_once_and_again_when_they_changed(monkeypatch):
     looks = []
-    monkeypatch.setattr("graphprune.tracing.surroundings.methods", lambda kind, real=graphprune.tracing.surroundings.methods: looks.append(kind) or real(kind))
+    monkeypatch.setattr("graphprune.tracing.reachable.methods", lambda kind, real=graphprune.tracing.reachable.methods: looks.append(kind) or real(kind))
     model = net()
 
     def runs(change=lambda _: None):

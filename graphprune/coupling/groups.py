@@ -19,7 +19,7 @@ from ..operations.labels import Array, Joint, Partition, Reason
 from ..operations.labels import rows as rows_of
 from ..operations.notation import Value
 from ..tables import Table
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from ..wording import brief, counted, folded
 
 ROWS = 40  # what fits a screen

@@ -22,8 +22,9 @@ import torch
 from ..operations.labels import Array
 from ..operations.notation import Axes, Value, parse
 from ..tracing.features import axis_names, real_axes
+from ..tracing.graph import Graph
 from ..tracing.node import Node
-from ..tracing.trace import Graph, trace
+from ..tracing.trace import trace
 from ..tracing.trees import tensors
 from .groups import Groups, couple
 

@@ -23,8 +23,9 @@ import torch
 
 from ..operations.labels import Array
 from ..operations.notation import Value
+from ..tracing.graph import Graph
 from ..tracing.node import Node
-from ..tracing.trace import OUTPUT, Graph
+from ..tracing.outputs import OUTPUT
 from ..tracing.trees import tensors
 from .groups import Groups, couple
 

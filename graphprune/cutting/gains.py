@@ -24,8 +24,8 @@ import torch
 from ..operations import operation
 from ..operations.labels import Array
 from ..operations.notation import Value
+from ..tracing.graph import Graph
 from ..tracing.node import Node
-from ..tracing.trace import Graph
 
 Cuts = Mapping[str, Mapping[int, Sequence[int]]]
 MOST = 64  # calls that make one weight

@@ -17,7 +17,7 @@ from ..cost import products
 from ..coupling.groups import Groups
 from ..operations.labels import Array
 from ..operations.notation import Value
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from ..wording import brief, folded
 
 

@@ -24,11 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..operations import Operation, resolve
 from ..tracing.bodies import Bodies
 from ..tracing.copies import duplicate
+from ..tracing.dice import same_dice
+from ..tracing.functions import DIRECT, FUSED
 from ..tracing.fused import gathered, recurrent
+from ..tracing.graph import Graph
 from ..tracing.node import Node
-from ..tracing.trace import DIRECT, FUSED, RECURRENT, Graph, evaluating
+from ..tracing.recurrent import RECURRENT
+from ..tracing.shadow import evaluating
 from ..tracing.trees import is_parameter, leaf_tensors, replace, tensors
-from ..tracing.unused import same_dice
 from .plan import Plan
 from .zeroed import Masks, among_all, entries, positions, survivors, without
 

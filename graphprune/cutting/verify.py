@@ -12,13 +12,14 @@ from torch import nn
 
 from ..errors import BadModel, NotEqual, UnknownName, no_module, warn
 from ..tracing.copies import duplicate
+from ..tracing.dice import RUNNING, same_dice
 from ..tracing.fused import gathered
+from ..tracing.graph import Graph
 from ..tracing.node import line
 from ..tracing.outputs import Item, items, selected
+from ..tracing.refused import fails, raised_at
 from ..tracing.surroundings import undisturbed_surroundings
-from ..tracing.trace import RUNNING, Graph, fails, raised_at
 from ..tracing.trees import check_scope, inner_modules, leaf_tensors, modules_of, replace, tensors
-from ..tracing.unused import same_dice
 from .apply import apply
 from .plan import Plan
 from .sampled import MOST, Parted, Sampled, smaller

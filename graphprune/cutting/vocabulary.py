@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from ..errors import NotEqual
+from ..tracing.dice import same_dice
 from ..tracing.outputs import items
+from ..tracing.shadow import shadow
 from ..tracing.surroundings import undisturbed_surroundings
-from ..tracing.trace import shadow
 from ..tracing.trees import leaf_tensors, modules_of
 from ..tracing.trees import replace as exchange
-from ..tracing.unused import same_dice
 from .tokens import Tokens
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # largest relative difference; of shorter numbers 5e-2

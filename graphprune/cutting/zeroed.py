@@ -19,11 +19,14 @@ from torch import nn
 from ..errors import BadInput, BadPlan
 from ..operations.notation import Expr, Value, parse
 from ..tracing.copies import duplicate
+from ..tracing.dice import RUNNING, same_dice
+from ..tracing.examples import Examples
 from ..tracing.fused import gathered
+from ..tracing.graph import Graph
 from ..tracing.outputs import Item, items, selected
-from ..tracing.trace import RUNNING, Examples, Graph, run, trace
+from ..tracing.run import run
+from ..tracing.trace import trace
 from ..tracing.trees import leaf_tensors, replace, tensors
-from ..tracing.unused import same_dice
 from .masks import parameter_name
 from .passthrough import passed
 from .plan import Plan

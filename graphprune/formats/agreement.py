@@ -14,7 +14,7 @@ from torch import nn
 
 from ..cutting.tokens import Tokens
 from ..tracing.copies import duplicate
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from ..tracing.trees import tensors
 from .config import Solution, Tree
 from .rebuilt import builder, loaded, tree_of

@@ -10,7 +10,7 @@ from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..planning.planner import Planner
 from ..planning.request import Request
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from .agreement import difference, is_another, numbers_of, promised_numbers, without_values
 from .config import Slot, Solution, changed, search
 from .huggingface import read_as_sizes

@@ -20,8 +20,8 @@ from ..cutting.masks import masked
 from ..cutting.plan import plan_of
 from ..cutting.tokens import Tokens
 from ..errors import BadConfig, BadPlan
+from ..tracing.graph import Graph
 from ..tracing.sizes import leaves as leaves_of
-from ..tracing.trace import Graph
 from .agreement import CURES, difference
 from .closing import Lists, closed
 from .config import Gap, Path, Solution, Tree, compare, search

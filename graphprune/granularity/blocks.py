@@ -22,10 +22,10 @@ from torch import nn
 
 from ..cutting.parts import Part
 from ..operations.notation import Value
+from ..tracing.dice import same_dice
+from ..tracing.graph import Graph
 from ..tracing.surroundings import unchanged
-from ..tracing.trace import Graph
 from ..tracing.trees import replace, tensors
-from ..tracing.unused import same_dice
 from .liveness import Liveness
 
 

@@ -22,8 +22,8 @@ from ..cutting.passthrough import passed
 from ..errors import BadScore, NeedsBatches
 from ..scores.data import Data, undisturbed
 from ..scores.registry import accepts, without_data
+from ..tracing.graph import Graph
 from ..tracing.probe import batch_inputs, watch
-from ..tracing.trace import Graph
 from ..tracing.trees import tensors
 from .blocks import Removable
 

@@ -21,7 +21,7 @@ from ..operations.notation import Value
 from ..scores.data import Data, undisturbed
 from ..scores.data import gradients as data_gradients
 from ..scores.registry import without_data
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from ..tracing.trees import leaf_tensors, tensors
 from .entries import unit_scores
 from .weights import Weight

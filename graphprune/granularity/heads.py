@@ -13,7 +13,7 @@ from ..coupling.groups import Groups
 from ..errors import NothingToPrune
 from ..operations.contraction import Product
 from ..operations.labels import Array
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 
 
 def heads(groups: Groups) -> set[int]:

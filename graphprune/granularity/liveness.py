@@ -19,7 +19,7 @@ from collections import defaultdict
 import torch
 
 from ..operations.notation import Value
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from ..tracing.trees import tensors
 
 __all__ = ["Liveness", "torch"]

@@ -21,7 +21,7 @@ from torch import nn
 from ..cutting.kernels import apply_kernel, plain, steps
 from ..cutting.parts import Part, pack
 from ..timing.measure import clock_for, interleave
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from .ranking import share
 from .weights import Weight
 

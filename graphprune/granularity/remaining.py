@@ -9,7 +9,7 @@ from torch import nn
 
 from ..cost import macs_by_call
 from ..operations.notation import Value
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from ..tracing.trees import leaf_tensors
 from .blocks import Modules, Removable, paths
 from .liveness import Liveness

@@ -25,9 +25,9 @@ from ..cutting.kernels import Thin
 from ..cutting.masks import mask_of, masked, parameter_name, parametrizations
 from ..operations.contraction import Operand
 from ..operations.notation import Value
+from ..tracing.graph import Graph
 from ..tracing.node import Node
 from ..tracing.origin import axis_of
-from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, tensors
 
 RECURRENT = "belongs to a recurrent layer, which reads its weights all at once"

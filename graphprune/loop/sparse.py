@@ -32,7 +32,8 @@ from ..errors import BadModel, BadRatio, NothingToPrune, UnknownName
 from ..names import named
 from ..scores import score
 from ..select import check_ratio, select
-from ..tracing.trace import Graph, trace
+from ..tracing.graph import Graph
+from ..tracing.trace import trace
 from ..tracing.trees import leaf_tensors
 
 Place = tuple[str, int, torch.Tensor]

@@ -17,7 +17,7 @@ from ..granularity.depth import DEPTH, batches_of, greedy, scores_of, size_of, t
 from ..granularity.remaining import Remaining
 from ..names import by_tensor
 from ..select import width
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from .limits import holds, reached, unmet
 from .request import Request
 

@@ -20,7 +20,7 @@ from ..granularity.ranking import below, ranked
 from ..granularity.spec import Spec
 from ..granularity.weights import Weight, weights
 from ..names import by_tensor
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from .limits import reached, smallest
 from .request import Request
 

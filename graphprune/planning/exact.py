@@ -17,7 +17,8 @@ from torch import nn
 from ..coupling.groups import Groups, couple
 from ..cutting.plan import Plan
 from ..errors import BadRatio, GraphpruneError, NothingToPrune
-from ..tracing.trace import Graph, trace
+from ..tracing.graph import Graph
+from ..tracing.trace import trace
 from .request import DEPTH, Request, Wanted
 from .wanted import lengths, nearest_widths, of_kind
 

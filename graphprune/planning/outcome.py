@@ -17,7 +17,7 @@ from ..cutting.rewrite import removed
 from ..errors import LessThanAsked, warn
 from ..names import Makers, named
 from ..options import whole
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from ..tracing.trees import leaf_tensors
 from .request import DEPTH, Request
 

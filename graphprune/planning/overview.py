@@ -20,7 +20,8 @@ from ..granularity.remaining import Remaining
 from ..granularity.spec import parse
 from ..names import Makers
 from ..quantities import count
-from ..tracing.trace import Graph, trace
+from ..tracing.graph import Graph
+from ..tracing.trace import trace
 from .units import kind, roles
 
 SHOWN = 6  # rows of what stays whole

@@ -14,7 +14,8 @@ from ..errors import BadRatio, BadScore, NotEqual
 from ..scores import SCORES, Score
 from ..scores.attempts import attempts, remembered
 from ..timing.latency import predicted, reach, steps
-from ..tracing.trace import Graph, trace
+from ..tracing.graph import Graph
+from ..tracing.trace import trace
 from .depth import plan_depth
 from .entries import plan_entries
 from .request import DEPTH, Request

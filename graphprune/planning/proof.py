@@ -25,10 +25,11 @@ from ..cutting.zeroed import Masks, recorded, replayed
 from ..errors import GraphpruneError
 from ..operations.labels import Array
 from ..select import Kept
+from ..tracing.graph import Graph
 from ..tracing.rehearsal import Difference, rehearse
+from ..tracing.shadow import evaluating, shadow
 from ..tracing.sizes import leaves
 from ..tracing.symbols import Wrong, solve
-from ..tracing.trace import Graph, evaluating, shadow
 from ..tracing.trees import leaf_tensors, tensors
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative, of one result; 5e-2 for shorter numbers

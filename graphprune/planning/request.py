@@ -18,7 +18,7 @@ from ..options import FREED, Runtime, Vocabulary, Widths, token_ids, whole
 from ..quantities import Seconds, amount
 from ..scores import OnData
 from ..select import check_ratio
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from .proof import Fault
 
 DEPTH = ("block", "layer")  # whole modules

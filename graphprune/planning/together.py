@@ -25,7 +25,8 @@ from ..errors import BadTarget, UnknownName
 from ..granularity.weights import weights
 from ..names import named
 from ..tracing.copies import duplicate
-from ..tracing.trace import Graph, trace
+from ..tracing.graph import Graph
+from ..tracing.trace import trace
 from ..tracing.trees import leaf_tensors
 from .limits import holds, unmet
 from .request import Request

@@ -12,7 +12,8 @@ from ..cutting.rewrite import removed, spelled
 from ..cutting.verify import check
 from ..errors import BadTarget, GraphpruneError, NothingToPrune
 from ..scores.attempts import Attempts
-from ..tracing.trace import Graph, trace
+from ..tracing.graph import Graph
+from ..tracing.trace import trace
 from .request import Request
 from .widths import plan_widths
 

@@ -25,10 +25,10 @@ from ..cutting.plan import Survivors
 from ..operations.labels import Array
 from ..operations.notation import Value
 from ..select import Kept
+from ..tracing.foreign import foreign
+from ..tracing.graph import Graph
 from ..tracing.needs import sized
 from ..tracing.sizes import leaves
-from ..tracing.surroundings import foreign
-from ..tracing.trace import Graph
 from ..wording import folded
 
 PARTS = frozenset(("split", "chunk", "split_with_sizes", "tensor_split", "narrow", "__getitem__"))  # calls of the Python code that take parts of an axis

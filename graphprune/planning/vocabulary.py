@@ -20,9 +20,9 @@ from ..cutting.tokens import Tokens
 from ..cutting.vocabulary import holders
 from ..errors import BadRatio, BadTarget, NeedsBatches, NothingToPrune
 from ..scores import Score, score
+from ..tracing.graph import Graph
 from ..tracing.probe import batch_inputs
 from ..tracing.symbols import solve
-from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors, modules_of
 from .request import Request
 from .unread import unread_sizes

@@ -25,9 +25,9 @@ from ..scores import Scores
 from ..scores.attempts import Attempts
 from ..select import Kept, select
 from ..tracing.choices import least
+from ..tracing.graph import Graph
 from ..tracing.sizes import leaves
 from ..tracing.symbols import Wrong, solve
-from ..tracing.trace import Graph
 from .proof import Fault, Proof
 from .request import Request
 from .shares import shares

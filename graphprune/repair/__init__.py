@@ -31,8 +31,9 @@ from ..cutting.plan import Plan, plan_of
 from ..errors import BadCalibration, BadOption, UnknownName
 from ..options import Repair, check_repair
 from ..tracing.fused import gathered
+from ..tracing.graph import Graph
 from ..tracing.surroundings import unchanged
-from ..tracing.trace import Graph, trace
+from ..tracing.trace import trace
 from ..tracing.trees import leaf_tensors
 from .calibration import example, listed, parts, running, waiting
 from .closed import STEPS as CLOSED

@@ -23,8 +23,9 @@ import torch
 
 from ..operations.contraction import Product
 from ..operations.notation import Value
+from ..tracing.graph import Graph
 from ..tracing.node import Node, Norm
-from ..tracing.trace import Graph, trace
+from ..tracing.trace import trace
 from ..tracing.trees import replace as exchange
 from ..tracing.trees import tensors
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..cutting.plan import Plan
+from ..tracing.graph import Graph
 from ..tracing.probe import batch_inputs
-from ..tracing.trace import Graph, trace
+from ..tracing.trace import trace
 from ..tracing.trees import leaf_tensors, tensors
 from .calibration import example
 from .fitting import Repaired, Setting

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..cutting.plan import Plan
+from ..tracing.graph import Graph
 from ..tracing.probe import batch_inputs, watch
-from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors
 from .belief import Belief, beliefs, carried
 from .fitting import Repaired, idle

@@ -16,9 +16,9 @@ from torch import nn
 
 from ..cutting.plan import Plan
 from ..operations.notation import Value
+from ..tracing.graph import Graph
 from ..tracing.node import Node
 from ..tracing.probe import batch_inputs, watch
-from ..tracing.trace import Graph
 from .sites import Site
 
 Tensor = torch.Tensor

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 
 Tensor = torch.Tensor
 

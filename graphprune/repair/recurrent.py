@@ -25,7 +25,8 @@ from torch import nn
 
 from ..cutting.plan import Plan
 from ..operations.notation import Value
-from ..tracing.trace import RECURRENT, Graph
+from ..tracing.graph import Graph
+from ..tracing.recurrent import RECURRENT
 from .fitting import Repaired
 from .moments import Moments, moments
 from .solve import least_squares, residual

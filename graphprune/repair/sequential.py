@@ -22,8 +22,8 @@ from ..cutting.plan import Plan
 from ..errors import BadCalibration
 from ..operations.notation import Value
 from ..scores.data import bar, samples
+from ..tracing.graph import Graph
 from ..tracing.paced import runs, side_by_side
-from ..tracing.trace import Graph
 from .censored import Rows, intervals
 from .fitting import Repaired, Seen, Setting, Weights, fit, fit_scale, idle
 from .moments import moments

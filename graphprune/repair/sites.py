@@ -15,9 +15,9 @@ import torch
 
 from ..operations.contraction import Product
 from ..operations.notation import Value
+from ..tracing.graph import Graph
 from ..tracing.node import Node
 from ..tracing.origin import axis_of
-from ..tracing.trace import Graph
 from ..tracing.trees import tensors
 
 # Calls of the Python code that torch may take apart into several operations.

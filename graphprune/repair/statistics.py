@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import BadCalibration
+from ..tracing.graph import Graph
 from ..tracing.paced import runs, side_by_side
-from ..tracing.trace import Graph
 from ..tracing.trees import leaf_tensors
 from .sites import norms
 

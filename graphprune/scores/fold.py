@@ -14,9 +14,9 @@ import torch
 from ..coupling.groups import Group
 from ..errors import BadScore
 from ..operations.notation import Value
+from ..tracing.graph import Graph
 from ..tracing.node import Norm
 from ..tracing.origin import axis_of, source
-from ..tracing.trace import Graph
 from .registry import scorer
 from .task import Scores, Task
 

@@ -14,8 +14,8 @@ import torch
 
 from ..errors import GraphpruneError, NeedsBatches
 from ..operations.notation import Value
+from ..tracing.graph import Graph
 from ..tracing.paced import Paced, side_by_side
-from ..tracing.trace import Graph
 from .data import samples
 from .seen import Place, finite, observe
 from .task import Task

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from ..cost import products
 from ..coupling.groups import Groups
 from ..coupling.lengths import Lengths
-from ..tracing.trace import Node
+from ..tracing.node import Node
 from ..tracing.trees import tensors
 from .operators import PROFILERS
 from .table import Table

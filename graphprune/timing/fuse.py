@@ -18,9 +18,11 @@ from ..errors import NotEqual
 from ..operations.contraction import Product
 from ..operations.notation import Value
 from ..tracing.copies import duplicate
+from ..tracing.graph import Graph
 from ..tracing.node import Node, Norm
 from ..tracing.origin import axis_of, source
-from ..tracing.trace import Graph, evaluating, trace
+from ..tracing.shadow import evaluating
+from ..tracing.trace import trace
 from ..tracing.trees import leaf_tensors, tensors
 
 

@@ -30,7 +30,7 @@ from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..errors import BadMeasure, BadTarget, GraphpruneError
 from ..operations.labels import Array
-from ..tracing.trace import Graph
+from ..tracing.graph import Graph
 from .align import alignments
 from .learnt import TOLERANCE, Learnt, Point, guess
 from .measure import clock_for, interleave, middle_of, using_threads

@@ -27,8 +27,8 @@ import torch
 from ..coupling.lengths import Lengths
 from ..operations.labels import Array
 from ..operations.notation import Value, solved
+from ..tracing.graph import Graph
 from ..tracing.node import Node
-from ..tracing.trace import Graph
 from ..tracing.trees import replace, tensors
 from .measure import clock_for
 from .operators import PROFILERS, Item, item, lone, together

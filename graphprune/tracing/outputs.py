@@ -35,6 +35,7 @@ SILENT = (str, bytes, type(None), type(...), torch.dtype, torch.device, torch.la
 SILENT += (type, ModuleType, nn.Module, weakref.ref)
 BOUND = (BuiltinFunctionType, MethodType, MethodWrapperType)
 MANY = 100_000  # entries of one result
+OUTPUT = "an output of the model keeps its size"  # why entries of outputs stay
 
 
 def items(result: Any) -> list[Item]:

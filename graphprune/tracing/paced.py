@@ -21,8 +21,8 @@ from torch import nn
 
 from ..errors import BadCalibration
 from ..operations.notation import Value
+from .graph import Graph
 from .probe import batch_inputs, watch
-from .trace import Graph
 
 Tensor = torch.Tensor
 Take = Callable[[Tensor], Any]

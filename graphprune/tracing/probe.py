@@ -25,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 from ..errors import BadInput
 from ..operations.notation import Value
 from .bodies import Bodies
-from .trace import UNSTEPPED, Graph, Step, floating, trace
+from .functions import UNSTEPPED, floating
+from .graph import Graph, Step
+from .trace import trace
 from .trees import replace, tensors
 
 __all__ = ["batch_inputs", "trace", "unwatched", "watch"]

@@ -19,13 +19,14 @@ from torch import nn
 
 from ..operations.labels import Array, Labels
 from ..operations.notation import Value
+from .dice import RUNNING, same_dice
+from .functions import DATA, Functions
+from .graph import Graph
 from .node import Node
 from .outputs import items, selected
 from .record import META, Known, Recorder
 from .surroundings import undisturbed_surroundings
-from .trace import DATA, RUNNING, Functions, Graph
 from .trees import PLAIN, leaf_tensors, replace, tensors
-from .unused import same_dice
 
 # Numbers that say the shape of a result, by their names in the schemas of operations: the shape itself is compared.
 SHAPED = frozenset("size sizes self_size input_size input_sizes split_size split_sizes normalized_shape N C HxW output_size".split())

@@ -7,9 +7,7 @@ heads) are reached by a second run in training mode; :func:`hold` leaves whole w
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -18,10 +16,11 @@ import torch
 from ..errors import UnknownName
 from ..operations.labels import Reason
 from ..operations.notation import Value
+from .dice import same_dice
+from .foreign import foreign, methods, named
 from .node import Node
 from .outputs import items, selected
 from .record import Recorder
-from .surroundings import foreign, methods, named
 
 
 def forget(recorder: Recorder, outputs: list[Value]) -> None:
@@ -50,17 +49,6 @@ def hold(recorder: Recorder, names: list[str]) -> None:
         for name in names:
             for field in recorder.leaves[name].fields:
                 recorder.labels.lock(field, reason)
-
-
-@contextmanager
-def same_dice() -> Iterator[None]:
-    """Random numbers drawn inside are not missed outside."""
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(state)
 
 
 def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any, state: frozenset[str] = frozenset()) -> list[Value]:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .dice import same_dice
+from .foreign import foreign, methods, named
 from .outputs import items
 from .paths import instead
 from .sizes import leaves
-from .surroundings import foreign, methods, named, undisturbed_surroundings
+from .surroundings import undisturbed_surroundings
 from .trees import modules_of, replace
-from .unused import same_dice
 
 MOST = 4  # ways that are tried
 Swap = Callable[[torch.Tensor], torch.Tensor]

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 
 from ...coupling.groups import Groups
 from ...operations.notation import Value
-from ...tracing.trace import Graph
+from ...tracing.graph import Graph
 from ...tracing.trees import tensors
 from .kind import of_groups
 

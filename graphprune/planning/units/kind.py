@@ -9,7 +9,7 @@ from ...catalogue import enter, entry, names, open_to_others
 from ...coupling.groups import Groups
 from ...errors import BadOption
 from ...operations.labels import Array
-from ...tracing.trace import Graph
+from ...tracing.graph import Graph
 
 CHANNELS = "channels"  # what is none of the kinds that are found
 

@@ -1,0 +1,23 @@
+"""Random numbers that a run draws: they are put back, as if it had not happened."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+RUNNING = threading.RLock()  # random numbers that a run draws are put back, for all threads: one at a time
+
+
+@contextmanager
+def same_dice() -> Iterator[None]:
+    """Random numbers drawn inside are not missed outside."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)

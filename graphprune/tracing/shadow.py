@@ -1,0 +1,44 @@
+"""The throw-away copy of a model that is run in its place: :func:`shadow`.
+
+>>> twin, named = shadow(nn.Linear(2, 3), real=False)
+>>> twin.weight.is_meta, [name for _, name in named]
+(True, ['weight', 'bias'])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .copies import duplicate
+from .record import META
+from .trees import is_parameter, leaf_tensors, modules_of
+
+
+def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, list[tuple[torch.Tensor, str]]]:
+    """A throw-away copy that drops the weights (or copies them), and every tensor in it with its name."""
+    memo: dict[int, Any] = {}
+    named: list[tuple[torch.Tensor, str]] = []
+    for name, _, _, tensor in leaf_tensors(model):
+        if id(tensor) in memo:
+            continue
+        data = tensor.detach()
+        if is_parameter(tensor):
+            twin = nn.Parameter(data.clone() if real else data.to(META), False)
+        else:
+            twin = data.clone() if real or not data.is_floating_point() else data.to(META)
+        memo[id(tensor)] = twin
+        named.append((twin, name))
+    return evaluating(duplicate(model, memo)), named
+
+
+def evaluating(model: nn.Module) -> nn.Module:
+    """``model.eval()``, without a call for each module unless one has its own."""
+    modules = [module for _, module in modules_of(model)]
+    if any(type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval for module in modules):
+        return model.eval()
+    for module in modules:
+        module.__dict__["training"] = False
+    return model
