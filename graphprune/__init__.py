@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from .tables import Table
     from .timing.fuse import fuse
     from .timing.measure import Measurement, measure
-    from .tracing.trace import Graph, trace
+    from .tracing.graph import Graph
+    from .tracing.trace import trace
 
 __all__ = [
     "Cost",
@@ -146,7 +147,8 @@ PLACES = {
     ".tables": "Table",
     ".timing.fuse": "fuse",
     ".timing.measure": "Measurement measure",
-    ".tracing.trace": "Graph trace",
+    ".tracing.graph": "Graph",
+    ".tracing.trace": "trace",
 }
 _HOMES = {name: place for place, names in PLACES.items() for name in names.split()}
 

@@ -17,8 +17,8 @@ from torch import nn
 from ..errors import BadInput, BadModel, BadRule, UnknownName, no_module
 from .dice import RUNNING, same_dice
 from .examples import Examples
-from .graph import Graph, Step
-from .node import Node, line
+from .graph import Graph
+from .node import line
 from .record import META
 from .refused import fails, raised_at
 from .run import run
@@ -26,7 +26,7 @@ from .shadow import shadow
 from .trees import normal_inputs
 from .ways import ways
 
-__all__ = ["Graph", "Node", "Step", "trace"]
+__all__ = ["trace"]
 
 NESTED = "it makes nested tensors, whose entries have no common shape and so no axes; run it on padded ones, or on one sequence at a time"
 
