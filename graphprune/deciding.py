@@ -20,7 +20,7 @@ from .planning.exact import exactly
 from .planning.planner import Planner, decide, proved
 from .planning.request import Request
 from .ranks import agreed
-from .tracing.trace import Graph
+from .tracing.graph import Graph
 
 PLANNER: Planner = partial(exactly, planner=partial(expressed, decide=decide))
 

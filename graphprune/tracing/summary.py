@@ -15,7 +15,7 @@ from ..tables import aligned
 from ..wording import counted, folded, pattern, several
 
 if TYPE_CHECKING:
-    from .trace import Graph
+    from .graph import Graph
 
 ROWS = 40  # what fits a screen
 
