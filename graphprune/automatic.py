@@ -2,19 +2,24 @@
 
 No score is the best everywhere: the one that is made for repair wins on most convolutional networks and language models, plain norms under allocated
 widths on some, so they are compared by what counts, the distance of the outputs after the repair. The list is short, goes from the one that wins most
-often to the others, and ends when the error is small.
+often to the others, and ends when the error is small. ``Repair(effort=...)`` says how far it goes: ``"fast"`` takes the first that can be planned,
+``"best"`` tries all, and the one that loses least once more in rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .cutting.apply import apply
-from .errors import BadTarget, GraphpruneError, NothingToPrune, warn
+from .cutting.plan import Plan
+from .errors import BadOption, BadTarget, GraphpruneError, NothingToPrune, warn
 from .options import Repair
 from .planning.planner import Planner
 from .planning.request import Request
@@ -45,58 +50,108 @@ class Choice:
 
 BUDGETS = (Choice("effect", "global"), Choice("l2", "allocated"), Choice("wanda_sp", "global"))
 RATIOS = (Choice("effect", None), Choice("wanda_sp", None), Choice("l2", None))
+FURTHER = (Choice("effect", "isomorphic"), Choice("l2", "global"))  # which win now and then
+ROUNDS = 4
+Planners = Callable[[Repair | None], Planner]  # the planner of a repair, which may go in rounds
 
 
-def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair | None, planner: Planner) -> Request:
+class Settled(NamedTuple):
+    """A request whose score is settled, the repair that goes with it, and the plan, where that was made on the way."""
+
+    request: Request
+    repair: Repair | None
+    plan: Plan | None = None
+
+
+class _Trial(NamedTuple):
+    """What a choice lost on inputs kept out (nan: nobody looked), and its plan."""
+
+    lost: float
+    choice: Choice
+    rounds: int
+    plan: Plan
+
+    def __str__(self) -> str:
+        return str(self.choice) if self.rounds == 1 else f"{self.choice}, in {self.rounds} rounds"
+
+
+def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair | None, planners: Planners) -> Settled:
     """The request with a score: where "auto" is asked for, that of the choice whose repaired model is nearest to the original.
 
-    Scores that read inputs and were given none read those of the repair. Raises what the ``planner`` raises, and
+    Scores that read inputs and were given none read those of the repair. Raises what the planner raises, and
     :class:`~graphprune.errors.BadTarget` when no choice meets what is asked.
     """
     batches = None if asked is None else asked.batches
     if request.score != AUTO:
-        return _with_data(request, batches)
+        _check_effort(asked, "a score is named; leave either out")
+        return Settled(_with_data(request, batches), asked)
     if asked is None or batches is None or request.aims.timed or not all(each.spec.coarse for each in request.wanted):  # nothing to judge by
-        return replace(request, score="l2")
-    fits, checks = parts(list(batches), asked.spare)
+        _check_effort(asked, "here none is looked for: that takes batches, and a ratio or a budget (no time) of channels or other whole units")
+        return Settled(replace(request, score="l2"), asked)
+    first, *others = _tried(graph, model, request, asked, planners)
+    what = "the outputs' variance" if vocabulary(graph) is None else "what the predictions say"
+    if first.lost > BAD:
+        lost = f"{first.lost:.0%} of {what} is lost on inputs kept out, after the repair"
+        warn(f"at this target little of the function is left: {lost}; train, or ask for less")
+    note = f"note: chose {first}, and tried nothing else (effort='fast')"
+    if not math.isnan(first.lost):
+        rest = "".join(f"; {trial}: {trial.lost:.1%}" for trial in others)
+        note = f"note: chose {first}: {first.lost:.1%} of {what} lost on inputs kept out, after the repair{rest}"
+    settled = replace(_by(first.choice, request, batches), notes=(*request.notes, note))
+    if asked.rounds > first.rounds:  # tried as if it were one
+        return Settled(settled, asked)
+    return Settled(settled, replace(asked, rounds=first.rounds), replace(first.plan, notes=(*first.plan.notes, note)))
+
+
+def _check_effort(asked: Repair | None, instead: str) -> None:
+    if asked is not None and asked.effort != "standard":
+        raise BadOption(f"effort={asked.effort!r} says how much is tried where a score is looked for, and {instead}")
+
+
+def _tried(graph: Graph, model: nn.Module, request: Request, asked: Repair, planners: Planners) -> list[_Trial]:
+    """The choices that were tried, the best one first; at least one."""
+    batches, entries = list(asked.batches or ()), vocabulary(graph)
+    fits, checks = parts(batches, asked.spare)
     facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": False}
-    trials: list[tuple[float, Choice]] = []
+
+    def trial(choice: Choice, rounds: int) -> _Trial:
+        plan = planners(replace(asked, rounds=rounds))(graph, model, _by(choice, request, asked.batches))
+        if asked.effort == "fast":
+            return _Trial(math.nan, choice, rounds, plan)
+        first = plan.stages[0]
+        small = repair(apply(model, first), model, first, fits, closed_steps(asked), graph=graph, **facts)
+        return _Trial(_distance(model, small, checks or fits, entries), choice, rounds, plan)
+
+    trials: list[_Trial] = []
     failed: GraphpruneError = BadTarget("no score could be computed")
-    for choice in _choices(request):
+    for choice in _choices(request, asked.effort):
         try:
-            plan = planner(graph, model, _by(choice, request, batches)).stages[0]
+            trials.append(trial(choice, 1))
         except NothingToPrune:
             raise
         except GraphpruneError as error:
             failed = error
             continue
-        small = repair(apply(model, plan), model, plan, fits, closed_steps(asked), graph=graph, **facts)
-        trials.append((_distance(model, small, checks or fits, vocabulary(graph)), choice))
-        if trials[-1][0] < CLEAR:
+        if asked.effort == "fast" or (asked.effort == "standard" and trials[-1].lost < CLEAR):
             break
     if not trials:
         raise failed
-    trials.sort(key=lambda trial: trial[0])
-    error, choice = trials[0]
-    what = "the outputs' variance" if vocabulary(graph) is None else "what the predictions say"
-    if error > BAD:
-        lost = f"{error:.0%} of {what} is lost on inputs kept out, after the repair"
-        warn(f"at this target little of the function is left: {lost}; train, or ask for less")
-    others = "".join(f"; {other}: {loss:.1%}" for loss, other in trials[1:])
-    note = f"note: chose {choice}: {error:.1%} of {what} lost on inputs kept out, after the repair{others}"
-    return replace(_by(choice, request, batches), notes=(*request.notes, note))
+    trials.sort(key=lambda each: each.lost)
+    if asked.effort == "best" and asked.rounds == 1:
+        with suppress(GraphpruneError):  # what is asked may not be reached in rounds: then there is what there is
+            trials.append(trial(trials[0].choice, ROUNDS))
+    return sorted(trials, key=lambda each: each.lost)
 
 
 def _by(choice: Choice, request: Request, batches: object) -> Request:
     return _with_data(replace(request, score=choice.score, scope=choice.scope or request.scope), batches)
 
 
-def _choices(request: Request) -> Iterator[Choice]:
+def _choices(request: Request, effort: str) -> Sequence[Choice]:
     """What is tried: under a budget the scope is free unless it was asked for; a ratio is that of every group."""
     if request.aims.any and not request.scope_given:
-        yield from BUDGETS
-    else:
-        yield from RATIOS
+        return (*BUDGETS, *FURTHER) if effort == "best" else BUDGETS
+    return RATIOS
 
 
 def _with_data(request: Request, batches: object) -> Request:

@@ -39,12 +39,12 @@ def decided(graph: Graph, model: nn.Module, request: Request, repairs: Repair | 
     :class:`~graphprune.errors.NotEqual`.
     """
     request = replace(request, calibration=None if repairs is None else repairs.batches, proof="" if verify else "calls")
-    request = with_score(graph, model, request, repairs, PLANNER)
+    request, repairs, plan = with_score(graph, model, request, repairs, partial(in_rounds, PLANNER))
     planner = in_rounds(PLANNER, repairs)
     if verify:
-        plan, small = proved(graph, model, request, planner)
+        plan, small = proved(graph, model, request, planner, plan)
     else:
-        plan = planner(graph, model, request)
+        plan = plan or planner(graph, model, request)
         small = apply(model, plan.stages[0])
     common = agreed(plan)
     return (plan, small) if common is plan else (common, apply(model, common.stages[0]))

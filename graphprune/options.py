@@ -25,6 +25,7 @@ from .wording import nearest
 FREED = {"positions": "position", "statistics": "statistic", "ranks": "rank"}  # what goes at the user's word alone, and the kind of the reasons why it stays
 OBJECTIVES = {"score": 0.0, "time": 1.0}
 TARGETS = ("block", "layer")  # of a repair
+EFFORTS = ("fast", "standard", "best")  # how much is tried where a score is chosen
 
 
 def unknown_runtime(name: Any) -> str:
@@ -197,7 +198,8 @@ class Repair(_Brief):
 
     ``batches`` may be left out for steps that need no data: ``Repair(steps="data-free")``. ``target``, ``spare`` and ``rows`` are those of
     :func:`graphprune.repair`. ``rounds``: a budget is reached in so many rounds, each planned on the repaired model of the one before: less is lost, for as
-    many times the seconds. Raises :class:`~graphprune.errors.BadCalibration`.
+    many times the seconds. ``effort`` says how much is tried where the score is left open (:mod:`graphprune.automatic`): ``"fast"`` the first choice alone,
+    ``"standard"`` a few until one is clear, ``"best"`` all of them, and the best again in rounds. Raises :class:`~graphprune.errors.BadCalibration`.
     """
 
     batches: Iterable | None = None
@@ -207,8 +209,11 @@ class Repair(_Brief):
     rows: int = 16384
     progress: bool = True
     rounds: int = 1
+    effort: str = "standard"
 
     def __post_init__(self) -> None:
+        if self.effort not in EFFORTS:
+            raise BadCalibration(f"effort is {self.effort!r}; it is {', '.join(map(repr, EFFORTS[:-1]))} or {EFFORTS[-1]!r}")
         if not whole(self.rounds) or self.rounds < 1:
             raise BadCalibration(f"rounds is {self.rounds!r}; it is in how many rounds a budget is reached, a whole number from 1 on")
         if self.batches is None and self.steps == "auto":

@@ -89,3 +89,44 @@ def test_without_inputs_nothing_changes():
     assert one.cuts == two.cuts and not any("chose" in line for line in two.notes)
     with pytest.warns(LessThanAsked):
         graphprune.shrink(net, batches[0][:1], macs=2e9)
+
+
+def test_effort_says_how_much_is_tried():
+    """The more is tried, the less is lost; every one is the same again, and says what it tried. The control: another score loses more."""
+    net, batches = trained()
+    notes, losses, plans = {}, {}, {}
+    for effort in ("fast", "standard", "best"):
+        for _ in range(2):
+            repair = graphprune.Repair(batches, effort=effort, progress=False)
+            small, plan = graphprune.shrink(net, batches[0][:1], macs=0.25, repair=repair, return_plan=True)
+            assert plans.setdefault(effort, plan).cuts == plan.cuts
+        notes[effort] = [line for line in plan.notes if "chose" in line]
+        losses[effort] = lost(net, small, batches[-2:])
+        with torch.no_grad():
+            assert torch.allclose(graphprune.apply(net, plan)(batches[0]), graphprune.zeroed(net, plan)(batches[0])[0], atol=1e-10)
+    assert all(len(lines) == 1 for lines in notes.values())
+    assert "tried nothing else" in notes["fast"][0] and notes["fast"][0].startswith("note: chose effect, global")
+    assert "in 4 rounds" in notes["best"][0] and notes["best"][0].count("%") >= len(automatic.BUDGETS) + len(automatic.FURTHER)
+    assert losses["best"] <= 1.05 * losses["standard"] <= 1.2 * losses["fast"]
+    assert max(losses.values()) < lost(net, graphprune.shrink(net, batches[0][:1], macs=0.25, score="random"), batches[-2:])
+
+
+def test_effort_that_has_no_effect_is_an_error():
+    net, batches = trained()
+    with pytest.raises(graphprune.errors.BadCalibration, match="effort is 'much'; it is 'fast', 'standard' or 'best'"):
+        graphprune.Repair(batches, effort="much")
+    with pytest.raises(graphprune.errors.BadOption, match="a score is named"):
+        graphprune.shrink(net, batches[0][:1], macs=0.5, score="l2", repair=graphprune.Repair(batches, effort="best"))
+    with pytest.raises(graphprune.errors.BadOption, match="none is looked for"):
+        graphprune.shrink(net, batches[0][:1], latency=0.5, score="auto", repair=graphprune.Repair(batches, effort="best"))
+
+
+def test_what_is_planned_on_the_way_is_not_planned_again(monkeypatch):
+    from graphprune import deciding
+
+    net, batches = trained()
+    calls = []
+    monkeypatch.setattr(deciding, "PLANNER", lambda *asked, planner=deciding.PLANNER: calls.append(asked[2].score) or planner(*asked))
+    plan = graphprune.shrink(net, batches[0][:1], macs=0.25, repair=batches, return_plan=True)[1]
+    assert calls == [each.score for each in automatic.BUDGETS][: len(calls)] and 1 <= len(calls) <= 3
+    assert sum("chose" in line for line in plan.notes) == 1

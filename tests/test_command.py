@@ -261,7 +261,7 @@ def test_every_command_has_its_mistakes():
 # How options of Python are spelled on the command line where the name is another one, and what only Python can say.
 SPELLED = {
     "example_input": ["input"], "example_kwargs": ["input"], "widths": ["multiple_of", "at_least", "ratio_of", "width", "uniform", "rewrite", "also"],
-    "on": ["runtime", "threads", "objective"], "outputs": ["output"], "repair": ["calibration", "steps", "target", "spare", "rows", "rounds"],
+    "on": ["runtime", "threads", "objective"], "outputs": ["output"], "repair": ["calibration", "steps", "target", "spare", "rows", "rounds", "effort"],
     "original": ["model"], "small": ["model"], "plan": ["plan"], "file": ["out"], "asked": ["ratio", "params", "macs", "size", "memory", "latency", "speedup"],
     "measure": ["time"], "reference": ["against"], "ratios": ["ratios"],
 }  # fmt: skip

@@ -51,7 +51,7 @@ class Heads(nn.Module):
 
 
 CASES = {
-    "chain": (lambda: nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)), (3, 4)),
+    "chain": (lambda: nn.Sequential(nn.Linear(4, 7), nn.GELU(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2)), (3, 4)),
     "residual": (Residual, (2, 3, 4, 4)),
     "heads": (Heads, (2, 5, 8)),
 }

@@ -37,6 +37,7 @@ Memory = Annotated[str | None, typer.Option(help="Peak bytes of the activations:
 Latency = Annotated[str | None, typer.Option(help="Measured time of a call: '8 ms', 50%.")]
 Speedup = Annotated[str | None, typer.Option(help="How many times faster, measured: 2x.")]
 Score = Annotated[str, typer.Option(help="What matters: a name of `graphprune list score`.")]
+Chosen = Annotated[str | None, typer.Option(help="The same; left out, calibration and a budget choose it, else it is l2.")]
 Scope = Annotated[str | None, typer.Option(help="layer, global, isomorphic or allocated.")]
 What = Annotated[str | None, typer.Option(help="What goes: a name of `graphprune list granularity`.")]
 Keep = Annotated[list[str] | None, typer.Option(help="A module or pattern that stays whole. May be repeated.")]
@@ -53,6 +54,7 @@ Verify = Annotated[bool, typer.Option(help="Whether the cut model is compared wi
 Goal = Annotated[str | None, typer.Option(help="What a repair fits: the output of each block, or of each layer.")]
 Spare = Annotated[float | None, typer.Option(help="Share of the calibration that is kept out of a repair's fits.")]
 Rows = Annotated[int | None, typer.Option(help="Positions that each fit of a repair sees.")]
+Effort = Annotated[str | None, typer.Option(help="How much is tried where no score is named: fast, standard, best.")]
 Rounds = Annotated[int | None, typer.Option(help="Rounds in which a budget is reached, each planned on the repaired model of the one before.")]
 Seconds = Annotated[float, typer.Option(help="A timing takes at most so long.")]
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="Where a time counts: a name of `graphprune list runtime`.")]
@@ -93,7 +95,7 @@ def inspect(model: Model, input: Input, weights: Weights = None, seed: Seed = 0,
 @app.command(epilog="Example: graphprune plan net.py:net -i 1x3x224x224 --macs 50% -o plan.json")
 def plan(
     model: Model, input: Input, ratio: Ratio = None, params: Params = None, macs: Macs = None, size: Size = None, memory: Memory = None,
-    latency: Latency = None, speedup: Speedup = None, score: Score = "l2", scope: Scope = None, what: What = None, keep: Keep = None,
+    latency: Latency = None, speedup: Speedup = None, score: Chosen = None, scope: Scope = None, what: What = None, keep: Keep = None,
     multiple_of: Multiple = None, at_least: Least = None, runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
     ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True, also: Also = None,
@@ -107,12 +109,12 @@ def plan(
 @app.command(epilog="Example: graphprune shrink net.py:net -i 1x3x224x224 --macs 50% -c photos/ -o small/")
 def shrink(
     model: Model, out: Folder, input: Inputs = None, ratio: Ratio = None, params: Params = None, macs: Macs = None, size: Size = None, memory: Memory = None,
-    latency: Latency = None, speedup: Speedup = None, score: Score = "l2", scope: Scope = None, what: What = None, keep: Keep = None,
+    latency: Latency = None, speedup: Speedup = None, score: Chosen = None, scope: Scope = None, what: What = None, keep: Keep = None,
     multiple_of: Multiple = None, at_least: Least = None, runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
     ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True, also: Also = None,
     objective: Objective = None, output: Outputs = None,
-    steps: Steps = None, target: Goal = None, spare: Spare = None, rows: Rows = None, rounds: Rounds = None, verify: Verify = True,
+    steps: Steps = None, target: Goal = None, spare: Spare = None, rows: Rows = None, rounds: Rounds = None, effort: Effort = None, verify: Verify = True,
     time: Time = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Cut a model, repair it if there is calibration, check it, and save it with the recipe that makes it again.

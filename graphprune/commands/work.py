@@ -26,6 +26,7 @@ from .. import shrink as shrunk
 from .. import tradeoff as found_tradeoff
 from ..adapters.inputs import calibration_of, example_of
 from ..adapters.models import model_of
+from ..automatic import AUTO
 from ..catalogue import KINDS, PLURALS, table
 from ..checkpoint.scoring import STREAMED
 from ..cutting.plan import Plan, plan_of
@@ -67,7 +68,10 @@ def request(arguments: dict[str, Any], setting: Setting) -> dict[str, Any]:
         options["on"] = _clock(arguments)
     if arguments.get("output"):
         options["outputs"] = arguments["output"]
-    options["score"] = _score(arguments.get("score") or "l2", setting)
+    if arguments.get("score") == AUTO:
+        options["score"] = AUTO
+    elif arguments.get("score"):  # else it is that of the function in Python
+        options["score"] = _score(arguments["score"], setting)
     return options | _widths(arguments)
 
 
@@ -102,7 +106,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _repair(arguments: dict[str, Any], batches: Any) -> Repair | None:
     """How a cut model is repaired; not at all where there is no calibration and no step that needs none."""
-    options = {name: arguments[name] for name in ("target", "spare", "rows", "rounds") if arguments.get(name) is not None}
+    options = {name: arguments[name] for name in ("target", "spare", "rows", "rounds", "effort") if arguments.get(name) is not None}
     if batches is None and not arguments.get("steps"):
         if options:
             raise BadOption(f"--{next(iter(options))} says how to repair, which needs inputs: --calibration")

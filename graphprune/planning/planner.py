@@ -71,13 +71,13 @@ def _by_name(request: Request) -> Request:
     return replace(request, score=score.name)
 
 
-def proved(graph: Graph, model: nn.Module, request: Request, planner: Planner) -> tuple[Plan, nn.Module]:
+def proved(graph: Graph, model: nn.Module, request: Request, planner: Planner, plan: Plan | None = None) -> tuple[Plan, nn.Module]:
     """A plan and the cut model, once it computes what the zeroed original computes; what it differs by is looked for, left whole, and planned again.
 
-    Both times it is ``planner`` that plans. The cut model has its whole vocabulary: fewer tokens are its last cut.
+    Both times it is ``planner`` that plans, unless there is a ``plan`` by now. The cut model has its whole vocabulary: fewer tokens are its last cut.
     Raises :class:`~graphprune.errors.NotEqual` where nothing that is left whole makes them equal.
     """
-    plan = planner(graph, model, request)
+    plan = plan or planner(graph, model, request)
     small = apply(model, plan.stages[0])
     try:
         check(graph, model, small, plan.stages[0])
