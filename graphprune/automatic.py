@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .coupling.vocabulary import predicted
 from .cutting.apply import apply
 from .cutting.plan import Plan
 from .errors import BadOption, BadTarget, GraphpruneError, NothingToPrune, warn
@@ -25,7 +26,7 @@ from .planning.planner import Planner
 from .planning.request import Request
 from .repair import closed, repair
 from .repair.calibration import parts
-from .repair.predictions import information, scores, vocabulary
+from .repair.predictions import information, scores
 from .scores import SCORES, Score
 from .tracing.graph import Graph
 from .tracing.probe import batch_inputs
@@ -89,7 +90,7 @@ def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair |
         _check_effort(asked, "here none is looked for: that takes batches, and a ratio or a budget (no time) of channels or other whole units")
         return Settled(replace(request, score="l2"), asked)
     first, *others = _tried(graph, model, request, asked, planners)
-    what = "the outputs' variance" if vocabulary(graph) is None else "what the predictions say"
+    what = "the outputs' variance" if predicted(graph) is None else "what the predictions say"
     if first.lost > BAD:
         lost = f"{first.lost:.0%} of {what} is lost on inputs kept out, after the repair"
         warn(f"at this target little of the function is left: {lost}; train, or ask for less")
@@ -110,7 +111,7 @@ def _check_effort(asked: Repair | None, instead: str) -> None:
 
 def _tried(graph: Graph, model: nn.Module, request: Request, asked: Repair, planners: Planners) -> list[_Trial]:
     """The choices that were tried, the best one first; at least one."""
-    batches, entries = list(asked.batches or ()), vocabulary(graph)
+    batches, entries = list(asked.batches or ()), predicted(graph)
     fits, checks = parts(batches, asked.spare)
     facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": False}
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graphprune
-from graphprune.repair.predictions import drawn, information, vocabulary
+from graphprune.coupling.vocabulary import predicted
+from graphprune.repair.predictions import drawn, information
 
 WORDS = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
 
@@ -42,11 +43,11 @@ def apart(entries=11):
     ],
 )
 def test_a_vocabulary_is_the_table_in_which_inputs_are_looked_up(model, entries):
-    assert vocabulary(graphprune.trace(model, WORDS)) == entries
+    assert predicted(graphprune.trace(model, WORDS)) == entries
 
 
 def test_without_a_table_there_is_no_vocabulary():
-    assert vocabulary(graphprune.trace(nn.Linear(11, 11), torch.randn(2, 11))) is None
+    assert predicted(graphprune.trace(nn.Linear(11, 11), torch.randn(2, 11))) is None
 
 
 @given(st.integers(2, 6), st.integers(0, 2**16))

@@ -53,6 +53,19 @@ def vocabulary(graph: Graph) -> Vocabulary:
     return graph.derived["vocabulary"]
 
 
+def predicted(graph: Graph) -> int | None:
+    """How many entries the vocabulary has whose scores the model returns, along the last axis of an output; None for any other model.
+
+    >>> from torch import nn
+    >>> from ..tracing.trace import trace
+    >>> words = torch.zeros(1, 4, dtype=torch.long)
+    >>> predicted(trace(nn.Sequential(nn.Embedding(11, 3), nn.Linear(3, 11)), words)), predicted(trace(nn.Embedding(11, 3), words))
+    (11, None)
+    """
+    words = vocabulary(graph)
+    return words.size if any(axis == len(value.shape) - 1 > 0 for value, axis in words.heads) else None
+
+
 def coupled(graph: Graph) -> Groups:
     """The groups of a graph of which the tokens alone may go: one group, or none where something holds them."""
     words = vocabulary(graph)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ..coupling.links import Link
+from ..coupling.vocabulary import predicted
 from ..errors import BadScore, warn
 from ..scores.activations import by_reader
 from ..scores.data import samples
@@ -37,7 +38,7 @@ from ..scores.waiting import Waiting, inner, sampled
 from ..tracing.probe import watch
 from ..tracing.trees import tensors
 from .moments import Moments, moments
-from .predictions import drawn, scores, vocabulary
+from .predictions import drawn, scores
 from .rows import chosen, outputs, read
 from .sites import Site, sites
 from .unseen import Halves, unseen
@@ -193,7 +194,7 @@ def _bytes(site: Site, weight: Tensor) -> int:
 
 def _observe(task: Task, every: dict[str, Site], wanted: set[str], projection: int) -> dict[str, _Seen]:
     """One forward pass for every batch, and one backward pass through the activations alone; ``projection`` seeds the random projections of outputs."""
-    observer, entries = _Observer(task, every, wanted), vocabulary(task.groups.graph)
+    observer, entries = _Observer(task, every, wanted), predicted(task.groups.graph)
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
     for weight in observer.weights.values():

@@ -1,4 +1,5 @@
-"""Outputs that are scores of the entries of a table in which the model looks its inputs up: the next token, say (:func:`vocabulary`).
+"""Outputs that are scores of the entries of a table in which the model looks its inputs up: the next token, say
+(:func:`graphprune.coupling.vocabulary.predicted`).
 
 What counts of such outputs are the probabilities that a softmax makes of them, and not how large the scores of thousands of unlikely entries are:
 :func:`drawn` gives the gradient whose second moment is the Fisher information, :func:`information` the share of what the predictions say that is lost.
@@ -10,26 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..tracing.graph import Graph
-
 Tensor = torch.Tensor
-
-
-def vocabulary(graph: Graph) -> int | None:
-    """How many entries the table has; None for any other model.
-
-    >>> from torch import nn
-    >>> from ..tracing.trace import trace
-    >>> words = torch.zeros(1, 4, dtype=torch.long)
-    >>> vocabulary(trace(nn.Sequential(nn.Embedding(11, 3), nn.Linear(3, 11)), words)), vocabulary(trace(nn.Embedding(11, 3), words))
-    (11, None)
-    """
-    rows = set()
-    for node in graph.nodes:
-        for tensor, axis, at in node.op.addresses(*node.args, **node.kwargs) if node.op.addresses is not None else ():
-            if tensor.leaf in graph.parameters and at.leaf not in graph.parameters:
-                rows.add(tensor.shape[axis])
-    return next((value.shape[-1] for value in graph.outputs if len(value.shape) > 1 and value.shape[-1] in rows), None)
 
 
 def scores(outs: Iterable[Tensor], entries: int) -> Tensor | None:
