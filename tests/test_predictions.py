@@ -28,6 +28,18 @@ class Named(Tied):
         return {"states": states, "logits": nn.functional.linear(states, self.table.weight)}
 
 
+class Typed(nn.Module):
+    """Beside its words it looks up a type and the position of each, as encoders of text do."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.words, self.types, self.places, self.head = nn.Embedding(11, 6), nn.Embedding(3, 6), nn.Embedding(5, 6), nn.Linear(6, classes)
+
+    def forward(self, words):
+        types = torch.zeros_like(words)
+        return self.head(torch.tanh(self.words(words) + self.types(types) + self.places(torch.arange(words.shape[1]))))
+
+
 def apart(entries=11):
     return nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, entries))
 
@@ -40,6 +52,9 @@ def apart(entries=11):
         (apart(), 11),
         (apart(7), None),  # classes of its own
         (nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 8)), None),
+        (Typed(classes=3), None),  # as many classes as there are types: rows of another table
+        (Typed(classes=5), None),  # … or positions
+        (Typed(classes=11), 11),
     ],
 )
 def test_a_vocabulary_is_the_table_in_which_inputs_are_looked_up(model, entries):

@@ -12,7 +12,6 @@ parametrisation and leaves the zeros; :func:`semi_structured` hands 2:4 masks to
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import BadModel, BadOption, BadPlan
+from ..tracing.copies import duplicate
 from ..tracing.fused import gathered
 from .parts import Part, narrowed, unpack
 from .plan import Plan, note_plan, plan_of
@@ -158,7 +158,7 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
     names = list(masked(model))
     if not names:
         raise BadModel("no weight of this model is masked; there is nothing to bake")
-    baked = model if inplace else copy.deepcopy(model)
+    baked = model if inplace else duplicate(model, {})
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = baked.get_submodule(path)

@@ -10,7 +10,6 @@ box become a matrix product with fewer columns, but only where a measurement on 
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ from torch import nn
 from ..cutting.kernels import apply_kernel, plain, steps
 from ..cutting.parts import Part, pack
 from ..timing.measure import clock_for, interleave
+from ..tracing.copies import duplicate
 from ..tracing.graph import Graph
 from .ranking import share
 from .weights import Weight
@@ -88,7 +88,7 @@ def realise(weight: Weight, keep: torch.Tensor, graph: Graph, model: nn.Module, 
 
 def times(conv: nn.Module, part: Part, shape: tuple[int, ...], seconds: float = 0.5) -> tuple[float, float]:
     """Median seconds of the convolution and of its product with fewer columns, measured in turn on an input of ``shape``."""
-    stock, product = copy.deepcopy(conv), nn.Sequential(copy.deepcopy(conv))
+    stock, product = duplicate(conv, {}), nn.Sequential(duplicate(conv, {}))
     weight = conv.get_parameter("weight")
     apply_kernel(product, Part(part.kind, "0.weight", part.data), tuple(weight.shape), {})
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)

@@ -16,7 +16,6 @@ Each step keeps its result only where it is no worse on calibration kept out of 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +29,7 @@ from ..catalogue import names as listed_names
 from ..cutting.plan import Plan, plan_of
 from ..errors import BadCalibration, BadOption, UnknownName
 from ..options import Repair, check_repair
+from ..tracing.copies import duplicate
 from ..tracing.fused import gathered
 from ..tracing.graph import Graph
 from ..tracing.surroundings import unchanged
@@ -104,7 +104,7 @@ def repair(
     if plan is None:
         raise BadCalibration("the cut model carries no plan; pass the one that shrink(..., return_plan=True) returned")
     names = _possible(names, steps, plan)
-    result = gathered(copy.deepcopy(small))
+    result = gathered(duplicate(small, {}))
     if not names:
         return result
     fits, checks = ([], []) if calibration is None and set(names) <= set(FREE) else parts(listed(calibration, original), spare)

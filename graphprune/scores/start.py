@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import BadScore
+from ..tracing.copies import duplicate
 from ..tracing.fused import gathered
 from ..tracing.trees import leaf_tensors, replace, tensors
 from .data import gradient, gradients, samples
@@ -96,7 +96,7 @@ def positive_twin(model: nn.Module) -> nn.Module:
     for _, _, _, tensor in leaf_tensors(model):
         data = tensor.detach().to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
         memo.setdefault(id(tensor), nn.Parameter(data.abs_(), requires_grad=False) if isinstance(tensor, nn.Parameter) else data)
-    return gathered(copy.deepcopy(model, memo)).eval()
+    return gathered(duplicate(model, memo)).eval()
 
 
 def synaptic_flow(task: Task, twin: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ process, which other programs disturb least; on several threads it is wall time;
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import BadMeasure, BadModel, no_module
+from ..tracing.copies import duplicate
 from ..tracing.trees import normal_inputs, replace, tensors
 from .runtimes import Call, evaluating, prepare
 
@@ -98,7 +98,7 @@ def measure(
             raise BadModel(no_module(each, what))
     args, kwargs = normal_inputs(example_input, example_kwargs)
     if memory_format is not None:
-        models = [copy.deepcopy(each).to(memory_format=memory_format) for each in models]  # pyright: ignore[reportCallIssue]
+        models = [duplicate(each, {}).to(memory_format=memory_format) for each in models]  # pyright: ignore[reportCallIssue]
         swap = lambda t: t.to(memory_format=memory_format) if t.ndim == 4 else t  # noqa: E731
         args, kwargs = replace(args, swap), replace(kwargs, swap)
     device = next((t.device for t in tensors((args, kwargs), torch.Tensor)), torch.device("cpu"))
