@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..errors import BadModel
 
@@ -34,6 +35,8 @@ _ORDINARY: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # a rewritten mo
 def ordinary(kind: type) -> bool:
     """Whether modules of this class copy by their ``__dict__`` alone."""
     kind = kind.__dict__.get(ORIGIN, kind)
+    if getattr(kind.__dict__.get("__deepcopy__"), "__module__", "") == parametrize.__name__:
+        kind = kind.__bases__[0]  # torch's class for a module with a parametrisation, which copies like the one it was made of
     if kind not in _ORDINARY:
         base = nn.Module
         same = getattr(kind, "__getstate__", None) is getattr(base, "__getstate__", None) and kind.__reduce_ex__ is base.__reduce_ex__
