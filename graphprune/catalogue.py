@@ -25,7 +25,7 @@ class Entry:
     kind: str
     name: str
     line: str
-    function: Callable | None = None
+    function: Callable[..., Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -43,23 +43,23 @@ def _loaded() -> None:
         import_module(f"{__package__}.shrink")
 
 
-def enter(kind: str, name: str, line: str, function: Callable | None = None, **facts: Any) -> Entry:
+def enter(kind: str, name: str, line: str, function: Callable[..., Any] | None = None, **facts: Any) -> Entry:
     """Enter ``name`` under one of :data:`KINDS`; a name entered again replaces what was there."""
     _ENTRIES[kind][name] = Entry(kind, name, line, function, facts)
     return _ENTRIES[kind][name]
 
 
-def open_to_others(kind: str) -> Callable[[Callable], Callable]:
+def open_to_others(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator for the function that makes an entry of this kind from what :func:`register` is given: ``(name, line, function, **facts)``."""
 
-    def keep(maker: Callable) -> Callable:
+    def keep(maker: Callable[..., Any]) -> Callable[..., Any]:
         _MAKERS[kind] = maker
         return maker
 
     return keep
 
 
-def register(kind: str, name: str, line: str, function: Callable | None = None, **facts: Any) -> Any:
+def register(kind: str, name: str, line: str, function: Callable[..., Any] | None = None, **facts: Any) -> Any:
     """Offer something of your own under a name: ``kind`` is "score", "granularity", "repair" or "runtime", ``line`` says what it does.
 
     Used as a decorator, or with the ``function`` itself. What the function is given, and which ``facts`` a kind takes, is in the page of each:

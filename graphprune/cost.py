@@ -206,7 +206,7 @@ def cost(groups: Groups, kept: Sequence[torch.Tensor] | None = None) -> Cost:
     return found.of(kept)
 
 
-def profile(model: nn.Module, example_input: Any, example_kwargs: dict | None = None) -> Cost:
+def profile(model: nn.Module, example_input: Any, example_kwargs: dict[str, Any] | None = None) -> Cost:
     """Parameters, MACs, bytes and peak activation memory of a model on an example; raises what :func:`trace` raises.
 
     >>> print(profile(nn.Linear(1000, 500), torch.zeros(1, 1000)))

@@ -70,7 +70,7 @@ def _fitting(text: str, names: list[str]) -> list[str]:
     return hits
 
 
-def _check_predicate(function: Callable) -> None:
+def _check_predicate(function: Callable[..., Any]) -> None:
     try:
         inspect.signature(function).bind("name", nn.Identity())
     except TypeError as error:
@@ -133,7 +133,9 @@ class Makers:
         return int(units)
 
 
-def overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Callable | None, to: Mapping[Any, int] | None = None) -> dict[int, float]:
+def overrides(
+    groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Callable[..., Any] | None, to: Mapping[Any, int] | None = None
+) -> dict[int, float]:
     """The ratio of every group that has one of its own, or a width; ``ratios`` may also be a function of the groups that returns just this."""
     own = _computed(groups, ratios) if callable(ratios) else {}
     makers = Makers(groups, model)
@@ -145,7 +147,7 @@ def overrides(groups: Groups, model: nn.Module, ratios: Mapping[Any, float] | Ca
     return own
 
 
-def _computed(groups: Groups, ratios: Callable) -> dict[int, float]:
+def _computed(groups: Groups, ratios: Callable[..., Any]) -> dict[int, float]:
     """What a function says of the groups; raises :class:`~graphprune.errors.BadRatio` or :class:`~graphprune.errors.UnknownName` for anything else."""
     try:
         inspect.signature(ratios).bind(groups)
@@ -159,7 +161,7 @@ def _computed(groups: Groups, ratios: Callable) -> dict[int, float]:
     return own
 
 
-def by_tensor(model: nn.Module, ratios: Mapping[Any, float] | Callable | None) -> dict[str, float]:
+def by_tensor(model: nn.Module, ratios: Mapping[Any, float] | Callable[..., Any] | None) -> dict[str, float]:
     """The ratios of single tensors."""
     keys = ratios if isinstance(ratios, Mapping) else {}
     return {name: check_ratio(ratio, f"the ratio of {key!r}") for key, ratio in keys.items() for name in named(model, [key])}

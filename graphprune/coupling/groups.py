@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -139,7 +140,7 @@ class Groups:
         return self.table()._repr_html_()
 
     @cached_property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Any, ...]:
         """What is equal for groups of one graph with the same units, however often it is coupled (sizes and places may be equal where units are not)."""
         return self.root.tobytes(), *(group.units.tobytes() for group in self)
 
@@ -276,7 +277,7 @@ def _set(array: Array) -> Array:
 
 def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
     """The joints as sets of labels, each once (a field is recorded anew by every operation that it passes)."""
-    distinct: dict[tuple, Joint] = {}
+    distinct: dict[tuple[Any, ...], Joint] = {}
     roots = parts.find(np.concatenate([a.ravel() for j in joints for a in (j.array, j.slices) if a is not None]))
     at = 0
     for joint in joints:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Lengths:
     slopes: list[dict[int, float]] = field(default_factory=lambda: [{}])
     uneven: dict[int, list[tuple[int, Array]]] = field(default_factory=dict)
     joint: dict[int, Array] = field(default_factory=dict)
-    _known: dict = field(default_factory=dict)
+    _known: dict[Any, Any] = field(default_factory=dict)
     _linear: Linear | None = None
 
     def __post_init__(self) -> None:

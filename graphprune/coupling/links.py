@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,9 @@ class _Finder:
             for value, axes in sources:
                 yield from self.links_of(index, node, value, axes, into, out, flowing, rights)
 
-    def links_of(self, index: int, node: Node, weight: Value, axes: Axes, into: set, out: set, flowing: list, rights: tuple) -> Iterator[Link]:
+    def links_of(
+        self, index: int, node: Node, weight: Value, axes: Axes, into: set[Any], out: set[Any], flowing: list[Any], rights: tuple[Any, ...]
+    ) -> Iterator[Link]:
         leaf, direct = self.origin[id(weight)]
         for field in weight.fields:
             dim = next((d for d, size in enumerate(field.shape) if size > 1), None)
@@ -117,7 +120,7 @@ class _Finder:
                 return axis, array.ravel()
         return None
 
-    def activation(self, group: int, node: Node, role: str, names: set, flowing: list, rights: tuple) -> tuple[Value | None, int, Array]:
+    def activation(self, group: int, node: Node, role: str, names: set[Any], flowing: list[Any], rights: tuple[Any, ...]) -> tuple[Value | None, int, Array]:
         """What the Python code holds there, and the axis along which the units stand."""
         step = self.graph.steps[node.step] if node.step >= 0 else None
         values = [] if step is None else [v for v in (step.args if role == "consumes" else step.results) if v is not None and id(v) not in self.origin]

@@ -86,7 +86,7 @@ def _holder(name: str, own: str) -> str:
 def _smaller(leaves: list[Leaf], plan: Plan) -> dict[int, torch.Tensor]:
     """What takes the place of the tensors that a plan changes, by the id of the old one."""
     smaller: dict[int, torch.Tensor] = {}
-    indices: dict[tuple, tuple] = {}
+    indices: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for name, _, _, tensor in leaves:
         if name in plan.numbers and id(tensor) not in smaller:
             smaller[id(tensor)] = _renumbered(name, tensor, plan, indices)
@@ -104,7 +104,7 @@ def _smaller(leaves: list[Leaf], plan: Plan) -> dict[int, torch.Tensor]:
     return smaller
 
 
-def _renumbered(name: str, tensor: torch.Tensor, plan: Plan, indices: dict[tuple, tuple]) -> torch.Tensor:
+def _renumbered(name: str, tensor: torch.Tensor, plan: Plan, indices: dict[tuple[Any, ...], tuple[Any, ...]]) -> torch.Tensor:
     """A buffer of positions, with the positions as they are counted after the cut."""
     numbers = torch.tensor(plan.numbers[name], device=tensor.device, dtype=tensor.dtype)
     kept = cut_tensor(tensor, plan.cuts.get(name, {}), indices).long()
@@ -146,7 +146,7 @@ def _copies(leaves: list[Leaf], smaller: dict[int, torch.Tensor]) -> dict[int, t
     }
 
 
-def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[tuple, tuple] | None = None) -> torch.Tensor:
+def cut_tensor(tensor: torch.Tensor, axes: dict[int, list[int]], indices: dict[tuple[Any, ...], tuple[Any, ...]] | None = None) -> torch.Tensor:
     """The given positions of the given axes, in the same kind of tensor and the same memory format.
 
     ``indices`` remembers what positions that several tensors share have become.
@@ -301,7 +301,7 @@ def _follow(module: nn.Module) -> None:
         module.num_parameters = shape[0]
 
 
-def _edit(model: nn.Module, path: tuple, new: int) -> None:
+def _edit(model: nn.Module, path: tuple[Any, ...], new: int) -> None:
     try:
         module = model.get_submodule(path[0])
         _set(module.__dict__, path[1], path[2:], new)
@@ -316,7 +316,7 @@ def _edit(model: nn.Module, path: tuple, new: int) -> None:
             module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * new
 
 
-def _set(holder: Any, key: Any, rest: tuple, new: int) -> None:
+def _set(holder: Any, key: Any, rest: tuple[Any, ...], new: int) -> None:
     """Set ``holder[key]…``, a whole number, through lists and tuples (made anew), dictionaries and objects (changed)."""
     inner = holder[key]
     if not rest:

@@ -11,6 +11,7 @@ Composition is associative, and the empty plan changes nothing, so any number of
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -129,7 +130,7 @@ def _lines(first: Plan, second: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*first.remarks, *second.remarks)))
 
 
-def _outline(first: Plan, second: Plan, cuts: dict) -> Outline | None:
+def _outline(first: Plan, second: Plan, cuts: dict[Any, Any]) -> Outline | None:
     if first.outline is None or second.outline is None:
         return first.outline or second.outline
     return first.outline.then(second.outline, cuts)

@@ -74,7 +74,7 @@ def _cut(line: str, most: int = 240) -> str:
 
 
 def _width_lines(widths: Sequence[Width], most: int) -> list[str]:
-    folds: dict[tuple, list[Width]] = {}
+    folds: dict[tuple[Any, ...], list[Width]] = {}
     for width in widths:
         folds.setdefault((pattern(width.where), width.before, width.after), []).append(width)
     ranked = sorted(folds.items(), key=lambda item: -sum(w.params for w in item[1]))[:most]

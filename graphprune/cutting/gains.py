@@ -41,7 +41,7 @@ class Gain:
 
     name: str
     power: float
-    calls: tuple[tuple[str, tuple], ...]
+    calls: tuple[tuple[str, tuple[Any, ...]], ...]
     result: int
     axes: tuple[tuple[int, tuple[str, int]], ...]
 

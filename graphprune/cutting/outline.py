@@ -133,7 +133,7 @@ def _typed(item: Any, kind: type, what: str) -> Any:
     return item
 
 
-def _row(items: Any, kinds: Sequence[type], what: str) -> tuple:
+def _row(items: Any, kinds: Sequence[type], what: str) -> tuple[Any, ...]:
     if type(items) is not list or len(items) != len(kinds):
         raise ValueError(f"{what}: {len(kinds)} entries are expected, not {brief(items)}")
     return tuple(_typed(item, kind, what) for item, kind in zip(items, kinds, strict=True))
@@ -156,7 +156,7 @@ class _Lengths:
 
     def __init__(self, groups: Groups, length: Callable[[Value, int], int]) -> None:
         self.groups, self.length = groups, length
-        self.numbers: dict[tuple, tuple[int, tuple]] = {}
+        self.numbers: dict[tuple[Any, ...], tuple[int, tuple[Any, ...]]] = {}
         self.before, self.after, self.shares = [1], [1], [{}]
 
     def form(self, value: Value, dim: int) -> tuple[int, int]:

@@ -28,12 +28,12 @@ class Part:
     name: str
     data: Any
 
-    def to_json(self) -> list:
+    def to_json(self) -> list[Any]:
         packed = isinstance(self.data, bytes)
         return [self.kind, self.name, {"bits": base64.b64encode(self.data).decode()} if packed else self.data]
 
     @classmethod
-    def from_json(cls, items: list) -> Part:
+    def from_json(cls, items: list[Any]) -> Part:
         kind, name, data = items
         packed = isinstance(data, dict)
         return cls(str(kind), str(name), base64.b64decode(data["bits"], validate=True) if packed else _tuples(data))

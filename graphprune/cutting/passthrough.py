@@ -25,7 +25,7 @@ class Passthrough(nn.Module):
     held is None.
     """
 
-    def __init__(self, was: nn.Module, source: int | str, form: tuple = (), zero: bool = False) -> None:
+    def __init__(self, was: nn.Module, source: int | str, form: tuple[Any, ...] = (), zero: bool = False) -> None:
         super().__init__()
         kept = {k: v for k, v in was.__dict__.items() if not k.startswith("_") and isinstance(v, int | float | str | None)}
         self.__dict__.update(kept)
@@ -69,7 +69,7 @@ def apply_skips(model: nn.Module, parts: Sequence[Part]) -> None:
                 module._modules[key] = gone[id(child)]
 
 
-def passed(part: Part, args: tuple, kwargs: dict, out: Any) -> Any:
+def passed(part: Part, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """What the oracle's hook returns in place of a module's output: its own input, or zeros.
 
     >>> passed(Part("skip", "block", (0, (), False)), (1,), {}, None)

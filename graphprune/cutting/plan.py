@@ -46,7 +46,7 @@ class Plan:
 
     cuts: dict[str, dict[int, list[int]]]
     shapes: dict[str, tuple[int, ...]]
-    edits: tuple[tuple, ...] = ()
+    edits: tuple[tuple[Any, ...], ...] = ()
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False)
     rewrites: tuple[str, ...] = ()
@@ -237,7 +237,7 @@ class Survivors:
         return tuple(self.count(value, dim) for dim in range(len(value.shape)))
 
 
-def make_plan(groups: Groups, kept: Kept, edits: dict[tuple, int], notes: tuple[str, ...]) -> Plan:
+def make_plan(groups: Groups, kept: Kept, edits: dict[tuple[Any, ...], int], notes: tuple[str, ...]) -> Plan:
     """Turn kept units into cuts of tensors."""
     leaves = groups.graph.leaves
     cuts = _cuts(_masks(groups, kept), list(leaves))

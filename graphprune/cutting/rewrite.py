@@ -221,7 +221,7 @@ def _compiled(text: str, function: FunctionType, owner: type, file: str) -> Func
     return made
 
 
-def removed(shapes: dict, cuts: dict) -> int:
+def removed(shapes: dict[Any, Any], cuts: dict[Any, Any]) -> int:
     """How many entries a plan's cuts take away."""
     total = 0
     for name, axes in cuts.items():

@@ -106,7 +106,7 @@ def _cut(name: str, axes: Any, shapes: dict[str, tuple[int, ...]]) -> dict[int, 
     return cut
 
 
-def _edit(edit: Any) -> tuple:
+def _edit(edit: Any) -> tuple[Any, ...]:
     if not 3 <= len(_list(edit, "an edit")) <= DEEP + 3 or type(edit[0]) is not str or type(edit[1]) is not str:
         raise ValueError(f"the edit {_short(edit)} is not [module, attribute, …, new number]")
     if not all(type(key) is str and key[:1] != "_" or type(key) is int and 0 <= key < LONG for key in edit[1:-1]):
@@ -128,7 +128,7 @@ def _gain(items: Any) -> Gain:
     name, power, calls, result, axes = items
     if type(name) is not str or type(power) is not float or not 0.05 < abs(power) < 20 or type(result) is not int or not 0 <= result < AXES:
         raise ValueError(f"the gain of {_short(name)} is no factor")
-    made: list[tuple[str, tuple]] = []
+    made: list[tuple[str, tuple[Any, ...]]] = []
     for operation, arguments in map(lambda call: _pair(call, "a call"), _list(calls, "calls")[: MOST + 1]):
         if (
             not known(f"aten::{_text(operation, 'an operation').partition('.')[0]}").planned
@@ -148,7 +148,7 @@ def _gain(items: Any) -> Gain:
     return Gain(name, power, tuple(made), result, tuple(places))
 
 
-def _pair(items: Any, what: str) -> list:
+def _pair(items: Any, what: str) -> list[Any]:
     if len(_list(items, what)) != 2:
         raise ValueError(f"{what}: two entries are expected, not {_short(items)}")
     return items
@@ -213,7 +213,7 @@ def _skip(part: Part, shape: tuple[int, ...]) -> None:
         raise ValueError(f"the part that removes {part.name} says the form {_short(data[1])}")
 
 
-def _form(form: tuple) -> bool:
+def _form(form: tuple[Any, ...]) -> bool:
     """Is it ("tuple" or "list", length, place)?"""
     if len(form) != 3 or form[0] not in ("tuple", "list") or not type(form[1]) is type(form[2]) is int:
         return False
@@ -229,7 +229,7 @@ def _integers(items: Any, what: str, least: int = -LONG) -> list[int]:
     return items
 
 
-def _list(items: Any, what: str) -> list:
+def _list(items: Any, what: str) -> list[Any]:
     if type(items) is not list:
         raise ValueError(f"{what}: a list is expected, not {_short(items)}")
     return items

@@ -39,7 +39,7 @@ class Tokens:
     size: int
     inputs: tuple[int | str, ...] = ()
     slots: tuple[tuple[str, int], ...] = ()
-    paths: tuple[tuple, ...] = ()
+    paths: tuple[tuple[Any, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -92,11 +92,11 @@ class Tokens:
             raise BadInput(f"{count}, the first is {int(ids[lost][0])}; gone=ID puts another token of the cut model there")
         return np.where(lost, gone if gone is not None else IGNORED, result)
 
-    def example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
+    def example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call with ids of the cut model; ids that went are replaced by others that stay, which is good enough for a trial run."""
         return self._swapped(args, kwargs, lambda ids: self.to_new(self._within(ids)))
 
-    def nearest(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
+    def nearest(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments for the original: with the tokens that :meth:`example` put in place of those that went."""
         return self._swapped(args, kwargs, self._within)
 
@@ -105,7 +105,7 @@ class Tokens:
         inside = ids.cpu().clamp(min=0)
         return torch.where((ids.cpu() < 0) | (new[inside] >= 0), ids.cpu(), kept[inside % len(self)]).to(ids)
 
-    def _swapped(self, args: Sequence[Any], kwargs: Mapping[str, Any], swap: Any) -> tuple[tuple, dict]:
+    def _swapped(self, args: Sequence[Any], kwargs: Mapping[str, Any], swap: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         known = {*self.inputs}
         return (
             tuple(replace(each, swap) if at in known else each for at, each in enumerate(args)),

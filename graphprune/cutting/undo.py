@@ -25,7 +25,7 @@ OWN = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
-def undone(model: nn.Module, edits: tuple[tuple, ...] = ()) -> Iterator[None]:
+def undone(model: nn.Module, edits: tuple[tuple[Any, ...], ...] = ()) -> Iterator[None]:
     """Whatever fails inside leaves modules, their tensors (by reference, not by value) and the holders of ``edits`` as they were."""
     kinds = [(module, type(module)) for _, module in modules_of(model)]
     kept = [(holder, dict(holder)) for holder in _holders(model, edits)]
@@ -45,7 +45,7 @@ def undone(model: nn.Module, edits: tuple[tuple, ...] = ()) -> Iterator[None]:
         raise
 
 
-def _holders(model: nn.Module, edits: tuple[tuple, ...]) -> Iterator[dict]:
+def _holders(model: nn.Module, edits: tuple[tuple[Any, ...], ...]) -> Iterator[dict[Any, Any]]:
     for _, module in modules_of(model):
         yield from (module.__dict__[name] for name in OWN)
         yield module.__dict__

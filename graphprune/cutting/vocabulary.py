@@ -44,7 +44,7 @@ def set_apart(model: nn.Module) -> None:
                 module.__dict__[key] = copy.deepcopy(value, memo)
 
 
-def check_tokens(whole: nn.Module, small: nn.Module, tokens: Tokens, example: tuple[tuple, dict]) -> None:
+def check_tokens(whole: nn.Module, small: nn.Module, tokens: Tokens, example: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
     """Raises :class:`~graphprune.errors.NotEqual` unless the model with fewer tokens gives those that stay what the whole one gives them."""
     if any(tensor.is_meta for *_, tensor in leaf_tensors(small)):
         return
@@ -68,7 +68,7 @@ def check_tokens(whole: nn.Module, small: nn.Module, tokens: Tokens, example: tu
             )
 
 
-def _results(model: nn.Module, call: tuple[tuple, dict]) -> list[tuple[str, torch.Tensor]]:
+def _results(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[tuple[str, torch.Tensor]]:
     with torch.no_grad(), same_dice(), undisturbed_surroundings(model):
         args, kwargs = (exchange(part, lambda tensor: tensor.detach().clone()) for part in call)
         try:

@@ -49,7 +49,7 @@ def closed(model: nn.Module) -> tuple[nn.Module, Lists]:
     return twin, lists
 
 
-def _numbers(kept: tuple[int, ...], blocks: list[Any], gone: Mapping[int, nn.Module]) -> Iterator[tuple[int, int, list[tuple[dict, str]]]]:
+def _numbers(kept: tuple[int, ...], blocks: list[Any], gone: Mapping[int, nn.Module]) -> Iterator[tuple[int, int, list[tuple[dict[Any, Any], str]]]]:
     """The attributes that say, in every block, which one it is: the old number, the new, and who holds them."""
     every = [{(path, key): module.__dict__ for path, module in block.named_modules() for key in _plain(module)} for block in blocks]
     counts = set.intersection(*(set(names) for names in every)) if every else set()

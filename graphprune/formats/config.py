@@ -108,7 +108,7 @@ def compare(build: Callable[[Tree], nn.Module], target: nn.Module, tree: Tree) -
     return _measured(build, tree, shapes(target), {})[0]
 
 
-def _measured(build: Callable, tree: Tree, wanted: dict[str, tuple[int, ...]], counts: dict[Path, int]) -> tuple[Gap, dict[Slot, int]]:
+def _measured(build: Callable[..., Any], tree: Tree, wanted: dict[str, tuple[int, ...]], counts: dict[Path, int]) -> tuple[Gap, dict[Slot, int]]:
     try:
         built = build(tree)
     except Exception:  # a class may refuse numbers that do not go together in any way it likes
@@ -239,7 +239,7 @@ def _items(tree: Tree) -> Iterable[tuple[Any, Any]]:
     return tree.items() if isinstance(tree, dict) else enumerate(tree)
 
 
-def _tables(tree: Tree, path: Path = ()) -> Iterator[tuple[dict, Path]]:
+def _tables(tree: Tree, path: Path = ()) -> Iterator[tuple[dict[Any, Any], Path]]:
     """A configuration and those inside it."""
     yield tree, path
     for key, item in tree.items():

@@ -116,9 +116,9 @@ def restore(folder: str | Path, base: nn.Module, cast: bool = False) -> nn.Modul
     raise BadFile(f"{folder} is being written all the time")
 
 
-def _seen(folder: Path) -> list[tuple | None]:
+def _seen(folder: Path) -> list[tuple[Any, ...] | None]:
     """What tells whether the files are still those that were there, and where: a writer moves a file without changing it."""
-    seen: list[tuple | None] = []
+    seen: list[tuple[Any, ...] | None] = []
     for name in (WEIGHTS, PLAN):
         path = current(folder, name)
         try:

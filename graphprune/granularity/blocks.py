@@ -44,7 +44,7 @@ class Shape:
     """How a module was called: which argument its output can be replaced by, and the form of the output."""
 
     source: int | str
-    form: tuple
+    form: tuple[Any, ...]
 
 
 class Modules:
@@ -259,7 +259,7 @@ def _fixed(graph: Graph) -> set[int]:
 
 def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
     """The modules that were called once and took a tensor of the shape and kind that they returned."""
-    calls: dict[str, list] = defaultdict(list)
+    calls: dict[str, list[Any]] = defaultdict(list)
     args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in graph.example)  # a model may write into its inputs
     modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad(), same_dice(), unchanged(model):
@@ -278,9 +278,9 @@ def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
     return {name: shapes[0] for name, shapes in calls.items() if name and len(shapes) == 1 and shapes[0]}
 
 
-def _form(args: tuple, kwargs: dict, out: Any) -> Shape | None:
+def _form(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Shape | None:
     """Which argument can stand for the output: the first tensor of its shape and dtype."""
-    form: tuple = ()
+    form: tuple[Any, ...] = ()
     if type(out) in (tuple, list):
         places = [i for i, item in enumerate(out) if item is not None]
         if len(places) != 1:

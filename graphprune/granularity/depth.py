@@ -133,7 +133,7 @@ def without(model: nn.Module, parts: Iterable[Part]) -> Any:
             handle.remove()
 
 
-def greedy(model: nn.Module, pool: list[Removable], batches: Iterable) -> Iterator[Removable]:
+def greedy(model: nn.Module, pool: list[Removable], batches: Iterable[Any]) -> Iterator[Removable]:
     """One module at a time, the one whose absence changes the output least; each takes one pass over the batches, in any order."""
     data = Data(model, batches, name="reconstruction")
     data.twice()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def views(weight: Weight, spec: Spec) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def unit_scores(
-    weight: Weight, view: tuple, data: torch.Tensor, criterion: str | EntryScorer, grad: torch.Tensor | None, gamma: torch.Tensor | None
+    weight: Weight, view: tuple[Any, ...], data: torch.Tensor, criterion: str | EntryScorer, grad: torch.Tensor | None, gamma: torch.Tensor | None
 ) -> torch.Tensor:
     """The score of every unit, with length 1 along the axes inside a unit; float64 in, float64 out.
 
@@ -84,7 +85,7 @@ def _lamp(norms: torch.Tensor) -> torch.Tensor:
     return scores.reshape(norms.shape)
 
 
-def _custom(weight: Weight, shape: tuple, inside: tuple, scores: torch.Tensor) -> torch.Tensor:
+def _custom(weight: Weight, shape: tuple[Any, ...], inside: tuple[Any, ...], scores: torch.Tensor) -> torch.Tensor:
     lengths = [1 if a in inside else n for a, n in enumerate(shape)]
     flat = [n for a, n in enumerate(shape) if a not in inside]
     if not isinstance(scores, torch.Tensor) or tuple(scores.shape) not in (weight.shape, tuple(lengths), tuple(flat)):

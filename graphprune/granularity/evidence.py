@@ -28,7 +28,7 @@ from .weights import Weight
 
 
 def scored(
-    graph: Graph, model: nn.Module, usable: Mapping[Weight, tuple], criterion: Any, batches: Iterable | None, loss: Callable | None
+    graph: Graph, model: nn.Module, usable: Mapping[Weight, tuple[Any, ...]], criterion: Any, batches: Iterable[Any] | None, loss: Callable[..., Any] | None
 ) -> dict[Weight, torch.Tensor]:
     """The scores of the units of every weight; ``usable`` says how each is seen as units (:func:`~graphprune.entries.views`)."""
     grads = gradients(model, list(usable), batches, loss) if criterion == "taylor" else {}
@@ -41,7 +41,7 @@ def scored(
     return scores
 
 
-def gradients(model: nn.Module, wanted: Sequence[Weight], batches: Iterable | None, loss: Callable | None) -> dict[Weight, torch.Tensor]:
+def gradients(model: nn.Module, wanted: Sequence[Weight], batches: Iterable[Any] | None, loss: Callable[..., Any] | None) -> dict[Weight, torch.Tensor]:
     """The mean gradient of the loss over all samples of the batches; the model and its ``.grad`` are left as they were."""
     if batches is None:
         raise NeedsBatches(without_data("taylor", "loss"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def box_of(columns: torch.Tensor) -> Box | None:
     return box if full and all(steps(along) for along in box) else None
 
 
-def realise(weight: Weight, keep: torch.Tensor, graph: Graph, model: nn.Module, clock: Callable | None = None) -> tuple[Part, str]:
+def realise(weight: Weight, keep: torch.Tensor, graph: Graph, model: nn.Module, clock: Callable[..., Any] | None = None) -> tuple[Part, str]:
     """The best way to have only the pairs of ``keep`` (the weight's shape), and a line that says which and why."""
     conv = model.get_submodule(weight.name.rpartition(".")[0])
     columns = keep[0]

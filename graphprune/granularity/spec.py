@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..catalogue import enter, entry, names
 from ..errors import BadRatio, UnknownName
@@ -69,12 +70,12 @@ class Spec:
         return self.apart or self.locks is not None or self.coupled is not None
 
     @property
-    def locks(self) -> Callable | None:
+    def locks(self) -> Callable[..., Any] | None:
         """What of a run stays whole so that its units may go."""
         return entry("granularity", self.name).facts.get("locks")
 
     @property
-    def coupled(self) -> Callable | None:
+    def coupled(self) -> Callable[..., Any] | None:
         """How a run is coupled so that its units may go, where that is another way than that of all others."""
         return entry("granularity", self.name).facts.get("coupled")
 

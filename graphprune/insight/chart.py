@@ -97,7 +97,7 @@ def _marks(groups: Groups) -> dict[int, dict[str, str]]:
 
 def _folds(modules: Sequence[str], marks: Mapping[int, Mapping[str, str]], groups: Groups) -> list[tuple[str, ...]]:
     """Rows as sets of modules: all of them if that is few enough, else what looks the same in every way, else layers of repeated blocks, of any size."""
-    shapes: dict[str, list[tuple]] = {path: [] for path in modules}
+    shapes: dict[str, list[tuple[Any, ...]]] = {path: [] for path in modules}
     for name, leaf in groups.graph.leaves.items():
         if name in groups.graph.parameters and module_of(name) in shapes:
             shapes[module_of(name)].append((name.rpartition(".")[2], tuple(leaf.shape)))
@@ -116,9 +116,9 @@ def _folds(modules: Sequence[str], marks: Mapping[int, Mapping[str, str]], group
     return _together(modules, {path: _block(path, 99) for path in modules})
 
 
-def _crossings(modules: Sequence[str], marks: Mapping[int, Mapping[str, str]], groups: Groups) -> dict[str, tuple]:
+def _crossings(modules: Sequence[str], marks: Mapping[int, Mapping[str, str]], groups: Groups) -> dict[str, tuple[Any, ...]]:
     """The groups that meet each module, in which role and of what size; a group inside a block is named by the block's kind."""
-    lanes: dict[str, list[tuple]] = {path: [] for path in modules}
+    lanes: dict[str, list[tuple[Any, ...]]] = {path: [] for path in modules}
     for index, roles in marks.items():
         group = groups.groups[index]
         inside = len({_prefix(path) for path in roles}) == 1  # every block has such a group of its own

@@ -16,7 +16,7 @@ from .chart import Chart, chart, spread
 from .svg import PALETTE, chart_svg
 
 
-def picture(model: nn.Module, example_input: Any, plan: Plan | None = None, target: Any = None, *, example_kwargs: dict | None = None) -> Any:
+def picture(model: nn.Module, example_input: Any, plan: Plan | None = None, target: Any = None, *, example_kwargs: dict[str, Any] | None = None) -> Any:
     """Modules, their widths, and the groups that are cut together, as one picture.
 
     ``target`` is a file (``.svg`` needs no library, ``.png`` and ``.pdf`` need matplotlib), matplotlib axes, or nothing. Returns the path or the axes.

@@ -56,7 +56,7 @@ def report(
     sensitivity: Sensitivity | None = None,
     tradeoff: Tradeoff | None = None,
     score: Any = "l2",
-    example_kwargs: dict | None = None,
+    example_kwargs: dict[str, Any] | None = None,
 ) -> Path:
     """Write what was cut, what it saves, what stays whole and why, and how everything is coupled, into one HTML file; returns its path.
 

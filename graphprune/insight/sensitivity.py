@@ -119,7 +119,7 @@ def sensitivity(
     mode: str = "exact",
     score: Any = "l2",
     keep: Any = (),
-    example_kwargs: dict | None = None,
+    example_kwargs: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Sensitivity:
     """Cut one group at a time, at every ratio, and evaluate; the model is traced once, scored once, and left as it is.

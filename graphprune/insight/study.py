@@ -31,7 +31,7 @@ class Study:
     ``rules`` are those of :func:`graphprune.shrink` that hold for every cut: ``scope``, ``keep``, ``widths``.
     """
 
-    def __init__(self, model: nn.Module, example_input: Any, score: Any = "l2", example_kwargs: dict | None = None, **rules: Any) -> None:
+    def __init__(self, model: nn.Module, example_input: Any, score: Any = "l2", example_kwargs: dict[str, Any] | None = None, **rules: Any) -> None:
         check_model(model)
         self.model, self.score, self.rules = model, score, rules
         first = ask(model, 0.5, score=score, **rules).stages[0]

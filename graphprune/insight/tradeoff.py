@@ -120,7 +120,7 @@ def tradeoff(
     scope: str | None = None,
     keep: Any = (),
     widths: Any = None,
-    example_kwargs: dict | None = None,
+    example_kwargs: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> Tradeoff:
     """Cut to several budgets, evaluate and time each; the model is traced once, scored once, and left as it is.

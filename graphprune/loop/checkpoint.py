@@ -39,7 +39,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = Path(folder) if folder is not None else None
 
-    def read(self) -> dict | None:
+    def read(self) -> dict[Any, Any] | None:
         """The state after the last finished phase, or None."""
         if self.folder is None or not (self.folder / STATE).exists():
             return None
@@ -87,7 +87,7 @@ class Checkpoint:
         _load_optimizer(optimizer, self.folder / name)
 
 
-def _layout(model: nn.Module) -> dict:
+def _layout(model: nn.Module) -> dict[Any, Any]:
     """What a state dict does not tell: modes, gradients wanted, dtypes, and the order in memory, on which the last bits of sums depend."""
     leaves = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
     return {
@@ -97,7 +97,7 @@ def _layout(model: nn.Module) -> dict:
     }
 
 
-def _restore(model: nn.Module, layout: dict) -> None:
+def _restore(model: nn.Module, layout: dict[Any, Any]) -> None:
     training, grads = set(layout["training"]), set(layout["grads"])
     for name, module in model.named_modules():
         module.training = name in training

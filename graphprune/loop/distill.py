@@ -56,7 +56,7 @@ class Distillation:
         logits: float = 1.0,
         features: float = 0.0,
         axis: int = -1,
-        example_kwargs: dict | None = None,
+        example_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.teacher, self.student = teacher, student
         self.temperature, self.logits, self.features, self.axis = temperature, logits, features, axis

@@ -88,7 +88,7 @@ class History:
         axes.legend()
         return drawn(axes, target)
 
-    def to_dict(self) -> list[dict]:
+    def to_dict(self) -> list[dict[Any, Any]]:
         return [asdict(row) for row in self.rows]
 
     @classmethod

@@ -74,7 +74,7 @@ def iterate(
     train_first: bool = False,
     evaluate_cuts: bool = True,
     progress: bool = True,
-    example_kwargs: dict | None = None,
+    example_kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> Result:
     """Prune and retrain in ``steps`` rounds; ``model`` itself is left as it is.
@@ -123,14 +123,14 @@ class _Job:
     """What the caller asked for."""
 
     original: nn.Module
-    example: tuple[tuple, dict]
+    example: tuple[tuple[Any, ...], dict[str, Any]]
     train: Callable[..., Any]
     evaluate: Callable[[nn.Module], float]
     floor: float | None
     way: Way
     folder: Checkpoint
     factory: Callable[..., torch.optim.Optimizer] | None
-    settings: dict
+    settings: dict[str, Any]
 
     def keep(self, work: _Work, name: str) -> _Work:
         self.folder.keep(name, work.model, work.plan, work.optimizer)
@@ -289,7 +289,7 @@ def _row(job: _Job, work: _Work, number: int) -> _Work:
     return replace(work, history=work.history.with_row(row))
 
 
-def macs(model: nn.Module, example: tuple[tuple, dict]) -> int:
+def macs(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
     """Multiply-accumulates of one run on the example."""
     training = [(module, module.training) for module in model.modules()]
     try:
@@ -332,7 +332,7 @@ def _check(options: dict[str, Any], floor: Any, train: Any, evaluate: Any, flags
         raise BadLoop(f"floor is {floor!r}; it is the smallest number that evaluate may return")
 
 
-def _settings(target: dict, steps: int, schedule: str, phases: list, optimizer: Any, options: dict) -> dict:
+def _settings(target: dict[Any, Any], steps: int, schedule: str, phases: list[Any], optimizer: Any, options: dict[str, Any]) -> dict[Any, Any]:
     """What has to be the same for a run to go on, as JSON holds it."""
 
     def plain(value: Any) -> Any:

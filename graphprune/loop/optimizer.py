@@ -80,7 +80,7 @@ def _names(new: Mapping[str, nn.Parameter], original: nn.Module | None) -> dict[
     return names
 
 
-def _named(group: dict, at: int, new: Mapping[str, nn.Parameter]) -> str | None:
+def _named(group: dict[Any, Any], at: int, new: Mapping[str, nn.Parameter]) -> str | None:
     """The name that an optimizer built from ``named_parameters()`` keeps, without the prefixes of wrappers."""
     name = group["param_names"][at] if "param_names" in group else ""
     while name and name not in new:

@@ -46,7 +46,7 @@ class Way:
     """
 
     original: nn.Module
-    example: tuple[tuple, dict]
+    example: tuple[tuple[Any, ...], dict[str, Any]]
     kind: str
     final: float
     full: float
@@ -134,7 +134,9 @@ def pick_target(target: Any, options: dict[str, Any]) -> dict[str, Any]:
     return targets or {"ratio": 0.5}
 
 
-def plan_way(model: nn.Module, example: tuple[tuple, dict], target: Mapping[str, Any], steps: int, schedule: str, options: Mapping[str, Any]) -> Way:
+def plan_way(
+    model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], target: Mapping[str, Any], steps: int, schedule: str, options: Mapping[str, Any]
+) -> Way:
     """Check the target against the original. Raises :class:`~graphprune.errors.BadRatio` (:class:`~graphprune.errors.BadTarget`)."""
     ((kind, value),) = target.items()
     share(0.5, 1, steps, schedule)
@@ -150,7 +152,7 @@ def plan_way(model: nn.Module, example: tuple[tuple, dict], target: Mapping[str,
     return Way(model, example, kind, max(0.0, 1 - limits(costs, {kind: value})[kind] / full), full, steps, schedule, options)
 
 
-def _reach(model: nn.Module, example: tuple[tuple, dict], target: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _reach(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], target: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Raise now, not after hours of training, when the rules leave too much; which units would go does not matter for that."""
     rules = {name: value for name, value in options.items() if name not in ("score", "repair", "verify")}
     with warnings.catch_warnings():
@@ -163,7 +165,7 @@ def _aims(options: Mapping[str, Any], target: Mapping[str, Any]) -> Aims:
     return Aims(**target, runtime=on.name, threads=on.threads, measure=on.measure, objective=on.objective)
 
 
-def _watch(model: nn.Module, example: tuple[tuple, dict], options: Mapping[str, Any]) -> Stopwatch:
+def _watch(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], options: Mapping[str, Any]) -> Stopwatch:
     return Stopwatch(model, trace(model, *example), _aims(options, {"latency": 1.0}))
 
 

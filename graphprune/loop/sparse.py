@@ -79,7 +79,7 @@ class SparseTraining:
         strength: float = 1e-4,
         *,
         keep: Sequence[Any] | str = (),
-        example_kwargs: dict | None = None,
+        example_kwargs: dict[str, Any] | None = None,
         ratio: float = 0.5,
         criterion: Any = "l2",
         every: int = 10,
@@ -172,7 +172,7 @@ class SparseTraining:
         """How many entries a unit has."""
         return self._summed(index, weights, lambda weight: torch.ones((), dtype=weight.dtype, device=weight.device).expand(weight.shape))
 
-    def _summed(self, index: int, weights: dict[str, torch.Tensor], entry: Callable) -> torch.Tensor:
+    def _summed(self, index: int, weights: dict[str, torch.Tensor], entry: Callable[..., Any]) -> torch.Tensor:
         """A function of single entries, summed over all entries of each unit."""
         first = weights[self.places[index][0][0]] if self.places[index] else next(iter(weights.values()))
         total = torch.zeros(self.sizes[index], dtype=first.dtype, device=first.device)

@@ -5,6 +5,8 @@ They read and make labels, so they are neither pure movement nor a line of text.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..errors import BadRule
@@ -84,7 +86,7 @@ def without_copied(labels: Labels, fields: Fields, reason: int) -> Fields:
 
 
 @assemble("expand", copies=True, makes=True)
-def expand(labels: Labels, reason: int, outs: list, x: Value, sizes, **kwargs) -> list[Fields]:
+def expand(labels: Labels, reason: int, outs: list[Any], x: Value, sizes, **kwargs) -> list[Fields]:
     new = len(outs[0]) - len(x.shape)
     grown = [a for a in range(len(outs[0])) if a < new or x.shape[a - new] != outs[0][a]]
     fields = tuple(f.reshape((1,) * new + f.shape) for f in x.fields)
@@ -92,7 +94,7 @@ def expand(labels: Labels, reason: int, outs: list, x: Value, sizes, **kwargs) -
 
 
 @assemble("repeat", makes=True)
-def repeat(labels: Labels, reason: int, outs: list, x: Value, times) -> list[Fields]:
+def repeat(labels: Labels, reason: int, outs: list[Any], x: Value, times) -> list[Fields]:
     new = len(times) - len(x.shape)
     fields = []
     for field in x.fields:
@@ -120,7 +122,7 @@ def _without(x: Value, axis: int, labels: Labels, reason: int, only: int | None 
 
 
 @assemble("select", part=True, any_size=lambda x, dim, index: index in (0, -1))
-def select(labels: Labels, reason: int, outs: list, x: Value, dim: int, index: int) -> list[Fields]:
+def select(labels: Labels, reason: int, outs: list[Any], x: Value, dim: int, index: int) -> list[Fields]:
     dim %= len(x.shape)
     # The first stays the first and the last the last whatever goes between; of copies one of which is looked at, all stay.
     ends = index in (0, -1) and not any(field.shape[dim] > 1 and labels.is_repeated(field) for field in x.fields)
@@ -129,21 +131,21 @@ def select(labels: Labels, reason: int, outs: list, x: Value, dim: int, index: i
 
 
 @assemble("unbind", part=True)
-def unbind(labels: Labels, reason: int, outs: list, x: Value, dim: int = 0) -> list[Fields]:
+def unbind(labels: Labels, reason: int, outs: list[Any], x: Value, dim: int = 0) -> list[Fields]:
     dim %= len(x.shape)
     fields = _without(x, dim, labels, reason)
     return [tuple(compact(f.take(i if f.shape[dim] > 1 else 0, axis=dim)) for f in fields) for i in range(len(outs))]
 
 
 @assemble("stack")
-def stack(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) -> list[Fields]:
+def stack(labels: Labels, reason: int, outs: list[Any], tensors: list[Any], dim: int = 0) -> list[Fields]:
     rank = len(tensors[0].shape)
     (fields,), _ = meet(labels, pointwise(tensors, [rank]), [tensors[0].shape], reason)
     return [tuple(np.expand_dims(f, dim % (rank + 1)) for f in fields)]
 
 
 @assemble("cat", "concatenate")
-def cat(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) -> list[Fields]:
+def cat(labels: Labels, reason: int, outs: list[Any], tensors: list[Any], dim: int = 0) -> list[Fields]:
     rank = len(outs[0])
     dim %= rank
     tensors = [t for t in tensors if t.shape != (0,) and t.shape[dim]]  # nothing comes from what is empty
@@ -165,7 +167,7 @@ def cat(labels: Labels, reason: int, outs: list, tensors: list, dim: int = 0) ->
 
 
 @assemble("masked_scatter")
-def masked_scatter(labels: Labels, reason: int, outs: list, x: Value, mask: Value, source: Value) -> list[Fields]:
+def masked_scatter(labels: Labels, reason: int, outs: list[Any], x: Value, mask: Value, source: Value) -> list[Fields]:
     """Entries of a source, one after the other, where the mask is set: whole rows of them where the mask is the same all along the last axes."""
     rank, rows = len(x.shape), 0
     for back in range(1, min(rank, len(source.shape)) + 1):
@@ -200,7 +202,7 @@ def _filler(labels: Labels, tensor: Value, dim: int, reason: int) -> Array:
 
 
 @assemble("constant_pad_nd")
-def pad(labels: Labels, reason: int, outs: list, x: Value, padding: list, value: float = 0) -> list[Fields]:
+def pad(labels: Labels, reason: int, outs: list[Any], x: Value, padding: list[Any], value: float = 0) -> list[Fields]:
     fields: list[Array | None] = list(x.fields)
     for index in range(len(padding) // 2):
         axis = len(x.shape) - 1 - index
@@ -218,7 +220,7 @@ def pad(labels: Labels, reason: int, outs: list, x: Value, padding: list, value:
 
 
 @assemble("as_strided_")
-def as_strided(labels: Labels, reason: int, outs: list, x: Value, *args, **kwargs) -> list[Fields]:
+def as_strided(labels: Labels, reason: int, outs: list[Any], x: Value, *args, **kwargs) -> list[Fields]:
     """The same tensor again, where it has one axis or is none in another layout."""
     if outs[0] != x.shape or sum(n > 1 for n in outs[0]) > 1:
         raise BadRule("the same memory in another layout")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .notation import Axes, Expr, Value, factors, parse
 
@@ -149,7 +149,7 @@ def product(rule: Expr, result: Value | None, weight: int = -1) -> Product | Non
 
 
 @lru_cache(maxsize=4096)
-def _roles(text: str, weight: int, present: tuple[int, ...]) -> tuple[frozenset[str], tuple[tuple, ...]]:
+def _roles(text: str, weight: int, present: tuple[int, ...]) -> tuple[frozenset[str], tuple[tuple[Any, ...], ...]]:
     """The axes that all operands and the result have, and what :class:`Operand` says of each, by its number; the weight first."""
     lefts, rights = parse(text)
     form = contraction(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .assembly import free
 from .labels import Fields, Labels
 from .record import assemble, describe
@@ -10,7 +12,7 @@ from .record import assemble, describe
 @assemble("zeros", "ones", "full", "empty", "rand", "randn", factory=True)
 @assemble("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", makes=True)
 @assemble("empty_permuted", "empty_strided")
-def factory(labels: Labels, reason: int, outs: list, *args, **kwargs) -> list[Fields]:
+def factory(labels: Labels, reason: int, outs: list[Any], *args, **kwargs) -> list[Fields]:
     return [free(labels, outs[0], range(len(outs[0])))]
 
 

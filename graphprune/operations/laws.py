@@ -9,7 +9,7 @@ A *kept* axis commutes with cutting, ``op(cut x) == cut op(x)``; a *summed* axis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from ..errors import BadRule
 from .notation import Axes, Expr, Value, at, checked, parse, result_place
 
 
-def check_rule(function: Callable, text: str, *operands: torch.Tensor, seed: int = 0, cut: Callable | None = None, **sizes: int) -> None:
+def check_rule(function: Callable[..., Any], text: str, *operands: torch.Tensor, seed: int = 0, cut: Callable[..., Any] | None = None, **sizes: int) -> None:
     """Check every axis of a rule on the given tensors (float64 is best); raises BadRule with the place that does not fit, or the axis that breaks its law.
 
     ``sizes`` are factors that shapes do not tell (``g=2``); ``cut(axis, count)`` returns the function to call when the
@@ -50,7 +50,7 @@ class _Axis(NamedTuple):
     lengths: dict[str, int]
 
 
-def _check_axis(axis: _Axis, function: Callable, cut_function: Callable, operands: tuple[torch.Tensor, ...], whole: torch.Tensor) -> None:
+def _check_axis(axis: _Axis, function: Callable[..., Any], cut_function: Callable[..., Any], operands: tuple[torch.Tensor, ...], whole: torch.Tensor) -> None:
     """The law of one axis: a kept one commutes with cutting, a summed one does not care about zeros; of a mixed one only the shapes are asked."""
     text, name = axis.text, axis.name
     lefts, rights = parse(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from .notation import Expr, Value, expr
 from .record import LETTERS, computes, describe
@@ -24,7 +25,7 @@ def _batch_norm(rank: int, training: bool) -> str:
     return f"{axes}, b, b, b, b -> {axes}"
 
 
-def _shape_of(x, shape, *rest) -> dict:
+def _shape_of(x, shape, *rest) -> dict[Any, Any]:
     return {1: list(x.shape[len(x.shape) - len(shape) :])}
 
 
@@ -41,7 +42,7 @@ def rms_norm(x, shape, weight, eps):
     return layer_norm(x, shape, weight, None, eps)
 
 
-def _sizes_of(x, *rest) -> dict:
+def _sizes_of(x, *rest) -> dict[Any, Any]:
     return {3: x.shape[0], 4: x.shape[1], 5: x.shape[2:].numel()}
 
 

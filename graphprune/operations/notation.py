@@ -56,7 +56,7 @@ class Expr(NamedTuple):
     """A rule's answer for one call: the text, the tensors it speaks of, and sizes that shapes do not tell."""
 
     text: str
-    operands: tuple
+    operands: tuple[Any, ...]
     sizes: Mapping[str, int] = MappingProxyType({})
 
 
@@ -235,11 +235,11 @@ def meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reaso
     return outcome.replay(labels, rule, reason) if outcome else _meet(labels, rule, results, reason)
 
 
-_OUTCOMES: dict[tuple, Any] = {}  # by form, what a rule does; None where that depends on the labels
+_OUTCOMES: dict[tuple[Any, ...], Any] = {}  # by form, what a rule does; None where that depends on the labels
 _UNKNOWN, MOST_OUTCOMES = object(), 8192
 
 
-def _form(rule: Expr, results: Sequence[tuple[int, ...]]) -> tuple | None:
+def _form(rule: Expr, results: Sequence[tuple[int, ...]]) -> tuple[Any, ...] | None:
     """All that the outcome of a rule depends on, or None where it depends on the labels themselves."""
     form: list[Any] = [rule.text, len(results)]
     sizes = rule.sizes.values()
@@ -357,7 +357,7 @@ def _meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reas
     return [_carry(labels, shared, *out) for out in outs], reduces
 
 
-def _operand(labels: Coupling, axes: Axes, value: Value, sizes: Mapping[str, int], order: dict, reason: int) -> _Operand:
+def _operand(labels: Coupling, axes: Axes, value: Value, sizes: Mapping[str, int], order: dict[Any, Any], reason: int) -> _Operand:
     if len(axes) != len(value.shape):
         raise BadRule(f"{len(axes)} axes named, the tensor has shape {tuple(value.shape)}")
     names, lengths = factors(axes, value.shape, sizes)
@@ -450,7 +450,7 @@ def _over(labels: Coupling, array: Array, names: tuple[str, ...], onto: Sequence
     return labels.marginal(array, tuple(i for i, name in enumerate(names) if name in onto), carried)
 
 
-def _lock_uncovered(labels: Coupling, operand: _Operand, shared: dict, reason: int) -> None:
+def _lock_uncovered(labels: Coupling, operand: _Operand, shared: dict[Any, Any], reason: int) -> None:
     for names, array in list(shared.items()):
         named = [name for name in names if name in operand.sizes]
         covered = {name for axes in operand.fields for name in axes}
@@ -461,7 +461,7 @@ def _lock_uncovered(labels: Coupling, operand: _Operand, shared: dict, reason: i
             del shared[names]
 
 
-def _make_whole(labels: Coupling, rights: tuple[Axes, ...], sizes: Mapping[str, int], shared: dict) -> None:
+def _make_whole(labels: Coupling, rights: tuple[Axes, ...], sizes: Mapping[str, int], shared: dict[Any, Any]) -> None:
     """An axis of a result whose factors come from different operands gets labels of its own: a position of it is all of its factors at once."""
     for group in [group for axes in rights for group in axes if len(group) > 1]:
         names = tuple(name for name in _names(group, 0) if name in sizes)
@@ -471,7 +471,7 @@ def _make_whole(labels: Coupling, rights: tuple[Axes, ...], sizes: Mapping[str, 
             labels.joint(shared[names])
 
 
-def _join_overlaps(labels: Coupling, shared: dict) -> None:
+def _join_overlaps(labels: Coupling, shared: dict[Any, Any]) -> None:
     entries = list(shared.items())
     for index, (names, array) in enumerate(entries):
         for others, other in entries[:index]:
@@ -480,12 +480,12 @@ def _join_overlaps(labels: Coupling, shared: dict) -> None:
                 labels.join(_over(labels, array, names, both), _over(labels, other, others, both))
 
 
-def _result(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], order: dict) -> tuple:
+def _result(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], order: dict[Any, Any]) -> tuple[Any, ...]:
     names = [[n for n in _names(group, dim)] for dim, group in enumerate(axes)]
     return [n for group in names for n in group if n[0] not in "_1"], names, shape
 
 
-def _carry(labels: Coupling, shared: dict, kept: list[str], dims: list[list[str]], shape: tuple[int, ...]) -> Fields:
+def _carry(labels: Coupling, shared: dict[Any, Any], kept: list[str], dims: list[list[str]], shape: tuple[int, ...]) -> Fields:
     best: dict[tuple[str, ...], Array] = {}
     for names, array in shared.items():
         onto = tuple(name for name in names if name in kept)

@@ -216,9 +216,9 @@ def describe(*names: str, **facts: Any) -> None:
         OPERATIONS[name] = replace(known, **facts)
 
 
-def _decorator(kind: str) -> Callable:
-    def described(*names: str, **facts: Any) -> Callable:
-        def register(function: Callable) -> Callable:
+def _decorator(kind: str) -> Callable[..., Any]:
+    def described(*names: str, **facts: Any) -> Callable[..., Any]:
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
             describe(*names, **{kind: function}, **facts)
             return function
 
@@ -230,10 +230,10 @@ def _decorator(kind: str) -> Callable:
 computes, move, assemble = (_decorator(kind) for kind in ("rule", "move", "assemble"))
 
 
-def shape(*overloads: str) -> Callable:
+def shape(*overloads: str) -> Callable[..., Any]:
     """Describe the shape of the results of overloads such as "mm.default": a function of the call's own arguments (None: ask torch)."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for overload in overloads:
             name, _, which = overload.partition(".")
             describe(name, shapes={which: function})

@@ -69,7 +69,7 @@ def repair(
     small: nn.Module,
     original: nn.Module,
     plan: Plan | None = None,
-    calibration: Iterable | None = None,
+    calibration: Iterable[Any] | None = None,
     steps: str | Sequence[str] | None = "auto",
     *,
     graph: Graph | None = None,
@@ -174,7 +174,7 @@ def refill(model: nn.Module, repaired: nn.Module) -> nn.Module:
     return model
 
 
-def _tried(model: nn.Module, names: Sequence[str], sample: tuple[tuple, dict]) -> None:
+def _tried(model: nn.Module, names: Sequence[str], sample: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
     """One sample through the model: whether it fits, and whether gradient steps could learn from what comes out."""
     with torch.no_grad(), running(sample):
         model(*sample[0], **sample[1])
@@ -198,7 +198,7 @@ def _named(steps: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 @open_to_others("repair")
-def _enter(name: str, line: str, function: Callable[[nn.Module, nn.Module, list], Any]) -> None:
+def _enter(name: str, line: str, function: Callable[[nn.Module, nn.Module, list[Any]], Any]) -> None:
     """From outside: ``function(small, original, batches)`` changes the weights of ``small``; what it did stays where it helps on batches kept out."""
     if name in (*STEPS, *SETS, "none"):
         raise BadOption(f"there is a repair {name!r} already; give yours another name")
@@ -209,7 +209,7 @@ def _is_own(name: str) -> bool:
     return name in listed_names("repair") and entry("repair", name).facts.get("own", False)
 
 
-def _own(name: str, original: nn.Module, small: nn.Module, fits: list, checks: list) -> Repaired:
+def _own(name: str, original: nn.Module, small: nn.Module, fits: list[Any], checks: list[Any]) -> Repaired:
     """A step of somebody else's, kept where the outputs come no further from the original's."""
     function = entry("repair", name).function
     assert function is not None

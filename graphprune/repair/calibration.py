@@ -21,7 +21,7 @@ from ..tracing.trees import replace as exchange
 LIMIT = 3 * 2**30  # bytes of activations that may wait in the middle of a network; a quarter of the memory where that is more
 
 
-def listed(calibration: Iterable | None, model: nn.Module) -> list:
+def listed(calibration: Iterable[Any] | None, model: nn.Module) -> list[Any]:
     """The batches, on the device of the model; raises :class:`~graphprune.errors.BadCalibration` where there are none, or values are not finite."""
     if isinstance(calibration, torch.Tensor | str | dict) or not isinstance(calibration, Iterable):
         kind = type(calibration).__name__
@@ -38,7 +38,7 @@ def listed(calibration: Iterable | None, model: nn.Module) -> list:
     return batches
 
 
-def parts(batches: list, spare: float) -> tuple[list, list]:
+def parts(batches: list[Any], spare: float) -> tuple[list[Any], list[Any]]:
     """The batches for the fits and those kept out; one batch alone is parted by samples."""
     if spare <= 0:
         return batches, []
@@ -55,7 +55,7 @@ def parts(batches: list, spare: float) -> tuple[list, list]:
     return [_batch(pieces[0])], [_batch(pieces[1])]
 
 
-def _batch(piece: tuple[tuple, dict]) -> Any:
+def _batch(piece: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
     args, kwargs = piece
     return (args, None) if args else kwargs
 
@@ -72,19 +72,19 @@ def running(batch: Any = ()) -> Iterator[None]:
         raise BadCalibration(f"{text}{given(tensors(batch, torch.Tensor))}") from error
 
 
-def example(batch: Any) -> tuple[tuple, dict]:
+def example(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """One sample of a batch, or the whole batch where its tensors do not share a first length."""
     args, kwargs = batch_inputs(batch)
     return exchange((args, kwargs), lambda t: t[:1] if t.ndim else t) if samples((args, kwargs)) else (args, kwargs)
 
 
-def samples(inputs: tuple[tuple, dict]) -> int | None:
+def samples(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
     """The first length that all tensors share; None where they share none."""
     sizes = {len(t) for t in tensors(inputs, torch.Tensor) if t.ndim}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def waiting(model: nn.Module, batches: list) -> float:
+def waiting(model: nn.Module, batches: list[Any]) -> float:
     """The share of all activations in the middle of a network that fits into memory, 1 where all do."""
     return min(1.0, _memory(model) / _held(model, batches))
 
@@ -103,7 +103,7 @@ def _memory(model: nn.Module) -> int:
     return min(sizes, default=4 * LIMIT) // 4
 
 
-def _held(model: nn.Module, batches: list) -> int:
+def _held(model: nn.Module, batches: list[Any]) -> int:
     """A bound, from the modules of one sample, on the bytes that wait when all batches stand in the middle of the network."""
     largest = [0]
 

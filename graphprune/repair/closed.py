@@ -34,8 +34,8 @@ class Closed:
     graph: Graph
     plan: Plan
     names: tuple[str, ...]
-    fits: list
-    checks: list
+    fits: list[Any]
+    checks: list[Any]
     target: str
     rows: int
     room: float

@@ -364,7 +364,7 @@ def _form(task: Task, site: Site, seen: _Seen, units: Tensor, size: int, damping
     return inverse, Halves(seen.data.xx[0].cpu() / seen.data.count, check, writes, blocks), beyond
 
 
-def _cost(task: Task, every: dict[str, Site], consumers: list) -> float:
+def _cost(task: Task, every: dict[str, Site], consumers: list[Any]) -> float:
     """Multiplications that one unit takes part in."""
     total = 0.0
     for link in consumers:

@@ -77,7 +77,7 @@ def imitate(original: nn.Module, small: nn.Module, step: str, fits: Sequence[Any
     return [Repaired(step, "outputs of the model", before, after, better)]
 
 
-def teachable(original: nn.Module, step: str, sample: tuple[tuple, dict]) -> None:
+def teachable(original: nn.Module, step: str, sample: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
     """Raises :class:`~graphprune.errors.BadCalibration` where the model's outputs are nothing that the step could compare."""
     answers = _answers(original, sample)
     if not answers:
@@ -135,7 +135,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _answers(model: nn.Module, piece: tuple[tuple, dict]) -> list[Tensor]:
+def _answers(model: nn.Module, piece: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
     return [tensor for tensor in tensors(model(*piece[0], **piece[1]), torch.Tensor) if tensor.is_floating_point()]
 
 
@@ -194,7 +194,7 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor  # which no gradient may pass
 
 
-def _pieces(inputs: tuple[tuple, dict]) -> list[tuple[tuple, dict]]:
+def _pieces(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """A batch in equal parts of at most :data:`SAMPLES`, where its tensors share a first length; otherwise as it is."""
     count = samples(inputs) or 1
     size = math.ceil(count / math.ceil(count / SAMPLES))
@@ -205,7 +205,7 @@ def _part(at: int, size: int, tensor: Tensor) -> Tensor:
     return tensor[at : at + size] if tensor.ndim else tensor
 
 
-def _parted(original: nn.Module, inputs: tuple[tuple, dict]) -> bool:
+def _parted(original: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
     """Whether a model says the same of the parts of a batch as of the whole: the first axis may be another than that of the samples."""
     pieces = _pieces(inputs)
     if len(pieces) == 1:

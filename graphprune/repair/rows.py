@@ -8,6 +8,7 @@ every tensor of a site, in both models.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def sources(site: Site, shape: tuple[int, ...], kernel: tuple[int, ...], at: Ten
     return torch.where(there, index, unit)
 
 
-def geometry(site: Site) -> tuple[list, list, list]:
+def geometry(site: Site) -> tuple[list[Any], list[Any], list[Any]]:
     """Stride, padding and dilation of a site that is a convolution."""
     assert site.shape is not None
     return site.shape

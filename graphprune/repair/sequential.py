@@ -88,7 +88,7 @@ class _Work:
 
     def takes(self, cut: bool) -> dict[int, tuple[Value, Any]]:
         """What to keep of every watched value: the rows that each site needs of it."""
-        wanted: dict[int, tuple[Value, list]] = {}
+        wanted: dict[int, tuple[Value, list[Any]]] = {}
         for place in self.recurrences:
             for value in (place.x, *place.states):
                 wanted.setdefault(id(value), (value, []))[1].append((place, "sequence"))
@@ -104,7 +104,7 @@ class _Work:
             for role, value in values:
                 wanted.setdefault(id(value), (value, []))[1].append((site, role))
 
-        def take(users: list) -> Any:
+        def take(users: list[Any]) -> Any:
             return lambda tensor: {(site.step, role): self.rows(site, role, tensor) for site, role in users}
 
         return {key: (value, take(users)) for key, (value, users) in wanted.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ class Site:
     x: Value
     y: Value
     turned: bool
-    shape: tuple[list, list, list] | None
+    shape: tuple[list[Any], list[Any], list[Any]] | None
     norm: Norm | None
     other: Value | None
     flat: Flat | None = None
@@ -167,7 +168,7 @@ class _Reader:
         name = bias.leaf if bias is not None else None
         return Site(at, weight.leaf, name, x, result, turned, steps, norm, added, flat, margin if product.spreads else None), weight, ""
 
-    def stepping(self, node: Node, product: Product, x: Value | None) -> tuple[tuple[list, list, list] | None, list[int] | None]:
+    def stepping(self, node: Node, product: Product, x: Value | None) -> tuple[tuple[list[Any], list[Any], list[Any]] | None, list[int] | None]:
         """How a kernel goes over its input, and what a transposed one adds at the end of its output; nothing where there is no kernel."""
         if x is None or not product.weight.taps:
             return None, None
@@ -175,7 +176,7 @@ class _Reader:
         return self.geometry(node, rank), self.numbers(node, "output_padding", rank)
 
     @staticmethod
-    def unstepped(product: Product, steps: tuple | None, margin: list[int] | None) -> str:
+    def unstepped(product: Product, steps: tuple[Any, ...] | None, margin: list[int] | None) -> str:
         """Why it is not known which inputs a kernel meets."""
         unknown = product.weight.taps and (steps is None or (product.spreads and margin is None))
         return "a kernel whose steps are not known" if unknown else ""
@@ -233,7 +234,7 @@ class _Reader:
             value = node.held[0]
         return value
 
-    def geometry(self, node: Node, rank: int) -> tuple[list, list, list] | None:
+    def geometry(self, node: Node, rank: int) -> tuple[list[Any], list[Any], list[Any]] | None:
         """Stride, padding and dilation of a convolution along each axis of space."""
         stride, padding, dilation = (self.numbers(node, name, rank) for name in ("stride", "padding", "dilation"))
         return (stride, padding, dilation) if stride and padding and dilation else None

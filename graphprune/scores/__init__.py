@@ -58,7 +58,12 @@ def valueless(model: torch.nn.Module, groups: Groups) -> bool:
 
 
 def score(
-    groups: Groups, model: torch.nn.Module, criterion: Criterion = "l2", batches: Iterable | None = None, loss: Callable | None = None, **options: Any
+    groups: Groups,
+    model: torch.nn.Module,
+    criterion: Criterion = "l2",
+    batches: Iterable[Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Scores:
     """A float64 tensor of shape (units,) for each group; larger means more important.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -12,7 +13,9 @@ from . import Criterion, Score, Scores, named, score
 Attempts = Callable[[Groups], Iterator[tuple[bool, Scores]]]
 
 
-def attempts(model: torch.nn.Module, criterion: Criterion, batches: Iterable | None = None, loss: Callable | None = None, draft: bool = False) -> Attempts:
+def attempts(
+    model: torch.nn.Module, criterion: Criterion, batches: Iterable[Any] | None = None, loss: Callable[..., Any] | None = None, draft: bool = False
+) -> Attempts:
     """A function of groups that yields the scores to try in turn: equal ones first, as a draft, then the real ones.
 
     With them goes whether what they lead to need not be proved, for the ones after them cost less than a proof.
@@ -36,7 +39,7 @@ def attempts(model: torch.nn.Module, criterion: Criterion, batches: Iterable | N
 
 def remembered(scored: Attempts) -> Attempts:
     """Scores of equal groups are computed once, however many widths are tried."""
-    known: dict[tuple, tuple[list[tuple[bool, Scores]], Iterator[tuple[bool, Scores]]]] = {}
+    known: dict[tuple[Any, ...], tuple[list[tuple[bool, Scores]], Iterator[tuple[bool, Scores]]]] = {}
 
     def tried(groups: Groups) -> Iterator[tuple[bool, Scores]]:
         done, rest = known.setdefault(groups.key, ([], scored(groups)))

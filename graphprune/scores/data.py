@@ -39,8 +39,8 @@ class Data:
     """
 
     model: nn.Module
-    batches: Iterable
-    loss: Callable | None = None
+    batches: Iterable[Any]
+    loss: Callable[..., Any] | None = None
     reduction: str = "mean"
     progress: bool = True
     name: str = "score"
@@ -127,7 +127,7 @@ class Data:
         return output.reshape(())
 
 
-def bar(items: Iterable, name: str, progress: bool = True) -> Iterable:
+def bar(items: Iterable[Any], name: str, progress: bool = True) -> Iterable[Any]:
     """The items, with a progress bar when they take more than a few seconds and a person may be looking (never in files).
 
     >>> list(bar([1, 2], "score"))

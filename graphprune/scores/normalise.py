@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ NORMALISERS: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
 }
 
 
-def kind(groups: Groups, group: Group) -> tuple:
+def kind(groups: Groups, group: Group) -> tuple[Any, ...]:
     """The isomorphic class (Fang et al. 2024): the ordered kinds of places, as tensor rank, axis, and last part of the name."""
     leaves = groups.graph.leaves
     return tuple((len(leaves[name].shape), axis, name.rpartition(".")[2]) for name, axis in group.places)

@@ -63,7 +63,7 @@ class Score:
                 raise UnknownName(f"the score {self.name!r} has no option {name!r}; the nearest are {near}")
         return replace(self, options={**self.options, **options})
 
-    def on(self, batches: Iterable, loss: Callable | None = None) -> OnData:
+    def on(self, batches: Iterable[Any], loss: Callable[..., Any] | None = None) -> OnData:
         """The same score with the data that it reads, for :func:`graphprune.shrink`."""
         return on(self, batches, loss)
 
@@ -71,8 +71,8 @@ class Score:
         self,
         groups: Groups,
         model: nn.Module,
-        batches: Iterable | None = None,
-        loss: Callable | None = None,
+        batches: Iterable[Any] | None = None,
+        loss: Callable[..., Any] | None = None,
         *,
         stored: Stored | None = None,
         **options: Any,
@@ -103,11 +103,11 @@ class OnData:
     """A score (a name, a :class:`Score`, a function) with the ``batches`` and the ``loss`` that it reads; :func:`on` makes it."""
 
     score: Any
-    batches: Iterable
-    loss: Callable | None = None
+    batches: Iterable[Any]
+    loss: Callable[..., Any] | None = None
 
 
-def on(score: Any, batches: Iterable, loss: Callable | None = None) -> OnData:
+def on(score: Any, batches: Iterable[Any], loss: Callable[..., Any] | None = None) -> OnData:
     """A score with its data: ``shrink(..., score=graphprune.scores.on("influence", loader))``.
 
     ``batches`` is any iterable (a list, a data loader), ``loss`` a function ``(output, labels)`` or ``(model, batch)``. Raises
@@ -144,7 +144,7 @@ def without_data(name: str, needs: str) -> str:
     return f"the score {name!r} needs {what}; write score=graphprune.scores.{name}.on(batches{loss}), or give batches={more} to graphprune.score"
 
 
-def _options(function: Callable) -> list[str]:
+def _options(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)[1:]
 
 
@@ -214,7 +214,7 @@ def named(name: str) -> Score:
     return SCORES[name]
 
 
-def accepts(function: Callable, wanted: str, *args: Any, **options: Any) -> None:
+def accepts(function: Callable[..., Any], wanted: str, *args: Any, **options: Any) -> None:
     """Raise BadScore when a function of the user's own cannot be called so; what goes wrong inside it is left to itself.
 
     >>> accepts(lambda weight: weight, "(weight)", torch.ones(1))

@@ -156,8 +156,8 @@ class Samples:
         self.task, self.values = task, values
         self.count = 1
         self.alone: dict[int, Tensor] = {}
-        self.known: set[tuple] = set()
-        self.layout: dict[tuple[int, tuple, int], tuple[int, bool]] = {}
+        self.known: set[tuple[Any, ...]] = set()
+        self.layout: dict[tuple[int, tuple[Any, ...], int], tuple[int, bool]] = {}
 
     def learn(self, batch: Any) -> None:
         """Run the first sample of a batch by itself, once for batches of the same shapes."""

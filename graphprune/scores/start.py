@@ -76,7 +76,7 @@ _NORMS |= {torch.batch_norm: (1, 2, 1), torch.instance_norm: (1, 2, 1), torch.gr
 class _Linear(TorchFunctionMode):
     """Norms without statistics: what is left of them is their scale and shift."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func not in _NORMS:
             return func(*args, **kwargs)

@@ -45,7 +45,7 @@ class Task:
         assert self.source is not None
         return self.source
 
-    def steps(self, items: Iterable) -> Iterable:
+    def steps(self, items: Iterable[Any]) -> Iterable[Any]:
         """The steps of long work, with a progress bar when they take more than a few seconds."""
         return bar(items, self.name, self.progress)
 
@@ -77,7 +77,7 @@ class Task:
     def links(self) -> list[list[Link]]:
         return links(self.groups)
 
-    def slices(self, values: Mapping[str, Tensor], over: str = "all", how: str = "sum", by: Callable | None = None) -> list[list[Tensor]]:
+    def slices(self, values: Mapping[str, Tensor], over: str = "all", how: str = "sum", by: Callable[..., Any] | None = None) -> list[list[Tensor]]:
         """For every group, a float64 tensor (units,) for each coupled slice: the sum ("amax": largest) of ``by(values)`` over it.
 
         ``values`` maps names to tensors of the parameters' shapes; ``by`` works entry by entry (it may drop trailing axes
@@ -91,7 +91,7 @@ class Task:
         reduced = {name: _reduce(values[name], mine, how, by) for name, mine in axes.items() if name in values}
         return [[_scatter(reduced[n][a], units, g.size, how) for n, a, units in mine if n in reduced] for g, mine in zip(self.groups, places, strict=True)]
 
-    def total(self, values: Mapping[str, Tensor], over: str = "all", by: Callable | None = None) -> Scores:
+    def total(self, values: Mapping[str, Tensor], over: str = "all", by: Callable[..., Any] | None = None) -> Scores:
         """The sum of ``by(values)`` over all coupled slices of every unit."""
         parts = self.slices(values, over, by=by)
         return [sum(mine, torch.zeros(g.size, dtype=torch.float64)) for g, mine in zip(self.groups, parts, strict=True)]
@@ -112,7 +112,7 @@ class Task:
         return found(self.groups, self.model, self.source and self.source.batches, self.source and self.source.loss, stored=self.stored)
 
 
-def _reduce(tensor: Tensor, axes: set[int], how: str, by: Callable | None) -> dict[int, Tensor]:
+def _reduce(tensor: Tensor, axes: set[int], how: str, by: Callable[..., Any] | None) -> dict[int, Tensor]:
     """The sum (or maximum) of all entries at each position of the axes; the two leading axes share one pass."""
     tensor = tensor.detach()
     tensor = tensor if tensor.dtype == torch.float64 else tensor.float()

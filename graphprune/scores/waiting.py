@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ class Waiting:
     Matrices are added up in ``kind``; what else there is, in float64.
     """
 
-    def __init__(self, add_up: Callable[[Tensor], tuple], kind: torch.dtype = torch.float64) -> None:
+    def __init__(self, add_up: Callable[[Tensor], tuple[Any, ...]], kind: torch.dtype = torch.float64) -> None:
         self.add_up, self.found, self.kind = add_up, (), kind
         self.rows, self.count = torch.empty(0), 0
 
@@ -92,7 +93,7 @@ class Waiting:
         else:
             self.found = tuple(f.add_(p) if isinstance(f, Tensor) else f + p for f, p in zip(self.found, part, strict=True))
 
-    def total(self) -> tuple:
+    def total(self) -> tuple[Any, ...]:
         """The sums over all rows so far."""
         self.settle()
         self.rows = torch.empty(0)

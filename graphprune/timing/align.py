@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..cost import products
 from ..coupling.groups import Groups
@@ -44,7 +45,7 @@ def alignments(groups: Groups, table: Table) -> Mapping[int, int]:
     """For every group the number of units its width should be a multiple of; at least four widths are left to choose."""
     lengths = Lengths(groups)
     multiples = {group.index: 1 for group in groups}
-    largest: dict[tuple, tuple[float, Node]] = {}
+    largest: dict[tuple[Any, ...], tuple[float, Node]] = {}
     nodes = [(node, _kind(node), list(products(node, lengths))) for node in groups.graph.nodes]
     for node, kind, terms in nodes:
         if not terms:
@@ -66,7 +67,7 @@ def alignments(groups: Groups, table: Table) -> Mapping[int, int]:
     return multiples
 
 
-def _kind(node: Node) -> tuple:
+def _kind(node: Node) -> tuple[Any, ...]:
     """Products with a kernel of one entry run as plain ones; where each channel has its own, as something else again."""
     weight = node.product.weight if node.product is not None else None
     if weight is None or not weight.taps:
@@ -90,7 +91,7 @@ def _learn(node: Node, lengths: Lengths, table: Table) -> int:
             continue
         full = {other: _full(lengths, other) for other in forms} | {0: 1}
 
-        def shapes(width: int, form: int = form, full: dict = full) -> list[tuple[int, ...]]:
+        def shapes(width: int, form: int = form, full: dict[Any, Any] = full) -> list[tuple[int, ...]]:
             now = full | {form: width}
             return [tuple(factor * now[f] for factor, f in axis) for axis in axes]
 

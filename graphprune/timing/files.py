@@ -28,7 +28,7 @@ CLOSE = 1e-3  # the largest difference of outputs in single precision, as a shar
 class Flat(nn.Module):
     """A model as a function from its input tensors to its output tensors, whatever nests hold them."""
 
-    def __init__(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.model, self.args, self.kwargs = model, args, kwargs
 
@@ -48,7 +48,7 @@ class Draft:
     translation: Any = None
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def refilled(self, model: nn.Module, args: tuple, kwargs: dict) -> Iterator[bytes]:
+    def refilled(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[bytes]:
         """The file with the weights of a model cut from the one that it was made of, for each way to read the sizes in it; none where weights are missing."""
         state = _state(Flat(model, args, kwargs))
         if self.program is None or not all(name in state for name in self.weights):
@@ -125,7 +125,7 @@ def _sizes(value: Any) -> list[int] | None:
     return [size for part in parts for size in part.attributes["value_ints"].as_ints()]
 
 
-def drafted(model: nn.Module, args: tuple, kwargs: dict) -> Draft:
+def drafted(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Draft:
     """The model as an ONNX file; inputs are named x0, x1 … in the order of the given tensors.
 
     Written by torch's exporter over ``torch.export``, which needs onnxscript; by the older one, with a warning, where it is not installed or fails.
@@ -172,7 +172,7 @@ def _between(translation: Any) -> Iterator[Any]:
             yield from node.outputs
 
 
-def agrees(outputs: Any, model: nn.Module, args: tuple, kwargs: dict) -> bool:
+def agrees(outputs: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a runtime's outputs are those of the model in PyTorch."""
     with torch.no_grad():
         wanted = [tensor.cpu().numpy() for tensor in tensors(model(*args, **kwargs), torch.Tensor)]

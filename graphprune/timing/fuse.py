@@ -43,7 +43,7 @@ class Pair:
     eps: float
 
 
-def fuse(model: nn.Module, example_input: Any, example_kwargs: dict | None = None) -> nn.Module:
+def fuse(model: nn.Module, example_input: Any, example_kwargs: dict[str, Any] | None = None) -> nn.Module:
     """A copy in eval mode that computes the same with its batch norms folded where that is exact; others stay.
 
     ``example_input`` is a tensor, a tuple (positional) or a dict (keyword). Raises what :func:`graphprune.trace` raises, and
@@ -73,7 +73,7 @@ def pairs(graph: Graph, model: nn.Module) -> list[Pair]:
     return matches
 
 
-def _pair(graph: Graph, call: Node, reads: Counter, model: nn.Module) -> Pair | None:
+def _pair(graph: Graph, call: Node, reads: Counter[Any], model: nn.Module) -> Pair | None:
     norm = call.norm
     before = graph.nodes[norm.x.node] if norm is not None and norm.x.node >= 0 else None
     product = before.product if before is not None else None
@@ -101,7 +101,7 @@ def _folding(path: str, weight: Value, axis: int, product: Product, norm: Norm, 
     return Pair(weight.leaf, bias, axis, groups, module, scale, shift, norm.mean.leaf, norm.var.leaf, norm.eps)
 
 
-def _once(graph: Graph, reads: Counter, weight: Value, operand: Value, others: list[Value | None]) -> bool:
+def _once(graph: Graph, reads: Counter[Any], weight: Value, operand: Value, others: list[Value | None]) -> bool:
     """Whether all tensors of a pair are the model's own and used nowhere else; a weight is read by each movement up to its product too."""
     moves, value = 0, operand
     while value is not weight:

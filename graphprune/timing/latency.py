@@ -103,7 +103,7 @@ class Stopwatch:
             self.call = self.call or prepare(self.model, self.args, self.kwargs, self.aims.runtime, self.threads)
             return float(np.median(interleave([self.call], clock_for(self.device, self.threads)[1], self.seconds / 4, 0.01)))
 
-    def _runtime(self, small: nn.Module, enough: Callable) -> Any:
+    def _runtime(self, small: nn.Module, enough: Callable[..., Any]) -> Any:
         self.call = self.call or prepare(self.model, self.args, self.kwargs, self.aims.runtime, self.threads)
         call = prepare(small, self.args, self.kwargs, self.aims.runtime, self.threads, self.call)
         clock = clock_for(self.device, self.threads)[1]
@@ -114,7 +114,7 @@ class Stopwatch:
         # A busy machine: the same once more, for longer.
         return both(interleave([self.call, call, self.call], clock, 3 * self.seconds, lambda more: enough(both(more)), chained=True))
 
-    def _own(self, small: nn.Module, enough: Callable) -> Any:
+    def _own(self, small: nn.Module, enough: Callable[..., Any]) -> Any:
         models = {1: self.model, 2: small}
         assert self.aims.measure is not None
         measure = self.aims.measure
@@ -218,7 +218,7 @@ def _too_fast(aims: Aims, timing: Timing, known: Costs, least: Array, device: to
     )
 
 
-def _predicted(groups: Groups, kept: Any, make: Callable) -> float:
+def _predicted(groups: Groups, kept: Any, make: Callable[..., Any]) -> float:
     known = priced(groups, {"time": make})
     chosen = [torch.arange(group.size) for group in groups] if kept is None else kept
     return float(known.parts["time"](known.lengths.of(chosen)[None])[0])
@@ -251,7 +251,7 @@ def steps(multiple_of: Any, graph: Graph, aims: Aims) -> int | Callable[[Groups]
         return multiple_of
     table = shared(graph, aims.runtime, aims.threads)
 
-    known: dict[tuple, Mapping[int, int]] = {}
+    known: dict[tuple[Any, ...], Mapping[int, int]] = {}
 
     def learnt(groups: Groups) -> Mapping[int, int]:
         if groups.key not in known:

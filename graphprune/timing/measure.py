@@ -72,7 +72,7 @@ def measure(
     example_input: Any,
     reference: nn.Module | None = None,
     *,
-    example_kwargs: dict | None = None,
+    example_kwargs: dict[str, Any] | None = None,
     runtime: str = "eager",
     threads: int | None = None,
     memory_format: torch.memory_format | None = None,

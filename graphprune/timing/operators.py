@@ -39,14 +39,14 @@ class Item(NamedTuple):
         return sum(tensor.numel() * 4 for tensor in (*self.given, *self.weights))
 
 
-def lone(node: Node, args: tuple, kwargs: dict, runtime: str) -> Callable[[], Any] | None:
+def lone(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: str) -> Callable[[], Any] | None:
     """A function that makes the call once; None where the runtime fuses it away."""
     if entry("runtime", runtime).facts["fuses"] and node.op.fused:
         return None
     return lambda: node.func(*args, **kwargs)
 
 
-def item(node: Node, args: tuple) -> Item | None:
+def item(node: Node, args: tuple[Any, ...]) -> Item | None:
     """The call as a node of an ONNX file, if it is a product."""
     call = node.op.onnx(*args) if node.op.onnx is not None else None
     return Item(*call) if call is not None else None

@@ -47,7 +47,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def prepare(model: nn.Module, args: tuple, kwargs: dict, runtime: str = "eager", threads: int | None = None, first: Call | None = None) -> Call:
+def prepare(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], runtime: str = "eager", threads: int | None = None, first: Call | None = None
+) -> Call:
     """A function that runs the model once on the given inputs, in eval mode and without gradients.
 
     ``first``: what this returned for the model that the given one was cut from; runtimes that read files have less to do then.
@@ -78,7 +80,7 @@ def _enter(name: str, line: str, function: Callable[..., Call], *, fuses: bool =
     enter("runtime", name, line, function, fuses=fuses, install=install, plain=False, follows=False)
 
 
-def _eager(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
+def _eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], threads: int | None) -> Call:
     return torch.inference_mode()(lambda: model(*args, **kwargs))
 
 
@@ -87,7 +89,7 @@ def missing(runtime: str) -> BadMeasure:
     return BadMeasure(f"runtime {runtime!r} is not installed: pip install {entry('runtime', runtime).facts['install'] or runtime}")
 
 
-def _compiled(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) -> Call:
+def _compiled(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], threads: int | None) -> Call:
     import torch._dynamo.config as config
 
     compiled = torch.compile(model, dynamic=False)
@@ -99,12 +101,12 @@ def _compiled(model: nn.Module, args: tuple, kwargs: dict, threads: int | None) 
     return call
 
 
-def to_onnx(model: nn.Module, args: tuple, kwargs: dict) -> bytes:
+def to_onnx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     """The model as an ONNX file; inputs are named x0, x1 … in the order of the given tensors (:func:`graphprune.timing.files.drafted`)."""
     return drafted(model, args, kwargs).file
 
 
-def _filed(read: Callable[[bytes], Call], model: nn.Module, args: tuple, kwargs: dict, first: Call | None) -> Filed:
+def _filed(read: Callable[[bytes], Call], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: Call | None) -> Filed:
     """A call of the model's ONNX file: that of ``first`` with the model's weights where it computes what the model does, otherwise a new one."""
     if isinstance(first, Filed):
         for file in first.draft.refilled(model, args, kwargs):
@@ -118,7 +120,7 @@ def _filed(read: Callable[[bytes], Call], model: nn.Module, args: tuple, kwargs:
     return Filed(read(draft.file), draft)
 
 
-def _onnxruntime(model: nn.Module, args: tuple, kwargs: dict, threads: int | None, first: Call | None = None) -> Call:
+def _onnxruntime(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], threads: int | None, first: Call | None = None) -> Call:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -145,7 +147,7 @@ def openvino_request(model: Any, threads: int | None, **settings: Any) -> Any:
     return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
 
-def _openvino(model: nn.Module, args: tuple, kwargs: dict, threads: int | None, first: Call | None = None) -> Call:
+def _openvino(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], threads: int | None, first: Call | None = None) -> Call:
     import openvino
 
     inputs = tuple(tensors((args, kwargs), torch.Tensor))

@@ -131,7 +131,7 @@ class Table:
             for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
                 self._run({key: batch[key] for key in half})
 
-    def _arguments(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple, dict]:
+    def _arguments(self, node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         values = tensors((node.args, node.kwargs))
         operands = iter([_tensor(shape, value, self.device) for shape, value in zip(shapes, values, strict=True)])
         args, kwargs = (replace(tree, lambda _: next(operands)) for tree in (node.args, node.kwargs))
@@ -191,7 +191,7 @@ def _tensor(shape: tuple[int, ...], value: Value, device: torch.device) -> torch
     return make([shape[axis] for axis in value.order], dtype=value.dtype, device=device).permute(back)
 
 
-def fitted(node: Node, args: tuple) -> tuple:
+def fitted(node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with the sizes that have to follow the shapes of the tensors."""
     rule = node.rule
     sizes = {}
@@ -214,7 +214,9 @@ def _sweep(made: list[torch.Tensor]) -> None:
         tensor.sum()
 
 
-def fastest(call: Callable[[], Any], clock: Callable[[Callable, int], float], between: Callable[[], None] | None = None, budget: float = 0.03) -> float:
+def fastest(
+    call: Callable[[], Any], clock: Callable[[Callable[..., Any], int], float], between: Callable[[], None] | None = None, budget: float = 0.03
+) -> float:
     """The smallest of several timings: what disturbs only adds. ``between`` runs before each of them, which is then of one call."""
     with torch.inference_mode():
         call()
@@ -296,7 +298,7 @@ def times(graph: Graph, table: Table, align: int = 16) -> Callable[[Lengths], Ti
     return make
 
 
-def _sampled(node: Node, axes: list, forms: list[int], lengths: Lengths, align: int) -> tuple[list[int], list[list[float]], list]:
+def _sampled(node: Node, axes: list[Any], forms: list[int], lengths: Lengths, align: int) -> tuple[list[int], list[list[float]], list[Any]]:
     """The two lengths that a call depends on most, the grid of each, and the shapes of its tensors at every point of both."""
     product = bool(node.products)
     # What only moves or meets entries takes as long as its result is large (a concatenation: the sum of its parts).

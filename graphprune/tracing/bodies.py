@@ -32,11 +32,11 @@ class Bodies(dict[Any, Callable | None]):
         super().__init__()
         self.spaces: dict[int, dict[str, Any]] = {}  # the globals of the copies, by the id of those that they stand for
 
-    def __missing__(self, function: Any) -> Callable | None:
+    def __missing__(self, function: Any) -> Callable[..., Any] | None:
         self[function] = copy = self._copy(function) if type(function) is FunctionType else None
         return copy
 
-    def _copy(self, function: FunctionType) -> Callable | None:
+    def _copy(self, function: FunctionType) -> Callable[..., Any] | None:
         space = next((vars(space) for space in SPACES if vars(space) is function.__globals__), None)
         if space is None or not any(name.startswith("has_torch_function") for name in function.__code__.co_names):
             return None

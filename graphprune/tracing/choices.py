@@ -51,7 +51,7 @@ class Choice:
     singled: list[tuple[Array, int]] = field(default_factory=list)
 
 
-def chosen(labels: Labels, op: Operation, args: tuple, kwargs: dict, place: Reason) -> list[Choice]:
+def chosen(labels: Labels, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], place: Reason) -> list[Choice]:
     """What a call chooses from, if it does and the axis may be cut: one for each field along it."""
     assert op.chooses_from is not None
     x, dim, count = op.chooses_from(*args, **kwargs)
@@ -67,7 +67,9 @@ def chosen(labels: Labels, op: Operation, args: tuple, kwargs: dict, place: Reas
     return made
 
 
-def carried(recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool] | None:
+def carried(
+    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
+) -> tuple[list[Fields], bool] | None:
     """The fields of a call's results where it is given positions that were chosen, or counts of them; None where it is given neither.
 
     What the results number, or count, is left in ``recorder.numbering``, a pair for each.
@@ -86,7 +88,7 @@ def carried(recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Va
 
 
 def _numbered(
-    recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int, numbered: list[Value]
+    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int, numbered: list[Value]
 ) -> tuple[list[Fields], bool]:
     """The fields of the results of a call that is given chosen positions."""
     op: Operation = known.op
@@ -111,7 +113,9 @@ def _one(other: Any) -> bool:
     return isinstance(other, int) or isinstance(other, Value) and other.entry >= 0
 
 
-def _counts(recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int, first: Value) -> tuple[list[Fields], bool]:
+def _counts(
+    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int, first: Value
+) -> tuple[list[Fields], bool]:
     """Counts stay counts when they are moved, or added up along the axis: nothing is counted for what is gone."""
     op: Operation = known.op
     if op.accumulates or op.move is not None or op.pointwise:
@@ -121,7 +125,7 @@ def _counts(recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Va
     return known.carry(op, args, kwargs, given, shapes, reason)
 
 
-def _beside(op: Operation, args: tuple, kwargs: dict, tally: Value) -> list[Array]:
+def _beside(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], tally: Value) -> list[Array]:
     """The labels of learnt weights along the axis of counts that a product is told (the rows that every expert has)."""
     rule = op.describes(args, kwargs)
     axes = dict(zip(map(id, rule.operands), parse(rule.text)[0], strict=True))
@@ -133,7 +137,7 @@ def _beside(op: Operation, args: tuple, kwargs: dict, tally: Value) -> list[Arra
     return found
 
 
-def _found(recorder: Any, first: Value, shapes: list) -> tuple[list[Fields], bool] | None:
+def _found(recorder: Any, first: Value, shapes: list[Any]) -> tuple[list[Fields], bool] | None:
     """The positions at which something was counted."""
     for choice in recorder.choices:
         if any(entries.size == choice.labels.size and np.array_equal(entries.ravel(), choice.labels) for entries in first.fields):
@@ -143,7 +147,7 @@ def _found(recorder: Any, first: Value, shapes: list) -> tuple[list[Fields], boo
 
 
 def _moved(
-    recorder: Any, known: Any, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int, first: Value
+    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int, first: Value
 ) -> tuple[list[Fields], bool] | None:
     """Positions stay positions when they are moved, picked or put in order; counted, they have an axis of what they number."""
     op: Operation = known.op
@@ -158,7 +162,9 @@ def _moved(
     return known.carry(op, args, kwargs, given, shapes, reason)
 
 
-def _addressed(recorder: Any, known: Any, args: tuple, kwargs: dict, shapes: list, reason: int, slots: Sequence[tuple]) -> tuple[list[Fields], bool]:
+def _addressed(
+    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[Any], reason: int, slots: Sequence[tuple[Any, ...]]
+) -> tuple[list[Fields], bool]:
     """An axis is addressed by what was chosen: its entries are those of the axis that was chosen from."""
     labels, op = recorder.labels, known.op
     target, again = slots[0][0], []

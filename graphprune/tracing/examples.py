@@ -17,7 +17,7 @@ from .ways import Way
 class Examples:
     """What is run: an example (positional and keyword arguments), which outputs matter, and further examples."""
 
-    example: tuple[tuple, dict]
+    example: tuple[tuple[Any, ...], dict[str, Any]]
     outputs: Any = None
     others: tuple[Any, ...] = ()
     apart: bool = False

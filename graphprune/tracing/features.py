@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def _names(tensors: tuple[Axes, ...]) -> frozenset[str]:
     return frozenset(name for axes in tensors for dim in axes for name in axis_names(dim))
 
 
-def marks(nodes: Iterable[Node], steps: Sequence, leaves: Mapping[str, Value], parameters: frozenset[str]) -> Marks:
+def marks(nodes: Iterable[Node], steps: Sequence[Any], leaves: Mapping[str, Value], parameters: frozenset[str]) -> Marks:
     """What the calls of a run make, spread and read; ``parameters`` names the leaves that are learnt."""
     reader = _Reader(steps)
     for name, leaf in leaves.items():
@@ -102,7 +103,7 @@ class _Operand:
 
 
 class _Reader:
-    def __init__(self, steps: Sequence) -> None:
+    def __init__(self, steps: Sequence[Any]) -> None:
         self.steps, self.marks = steps, Marks()
         self.kinds: dict[int, str] = {}  # by the id of a value; an activation has none
         self.broadcast: set[int] = set()  # the first label of every field that was spread

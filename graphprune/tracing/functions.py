@@ -82,7 +82,7 @@ class Functions(TorchFunctionMode):
         self.bodies = Bodies()
         self.steps: list[Step] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         kind, name, step = kind_of(func)
         body = self.bodies[func]
@@ -95,7 +95,7 @@ class Functions(TorchFunctionMode):
         result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
         return self.returned(kind, func, name, args, kwargs, result, since)
 
-    def returned(self, kind: int, func: Any, name: str, args: tuple, kwargs: dict, result: Any, since: int) -> Any:
+    def returned(self, kind: int, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, since: int) -> Any:
         """The result of a call for the code that made it, once the sizes that it was given are noted."""
         if kind == PASS or kind == TENSOR:
             sizes = sizes_in(args, kwargs)
@@ -107,7 +107,7 @@ class Functions(TorchFunctionMode):
             return result
         return result if kind == GET else self.answered(kind, func, name, args, kwargs, result)
 
-    def answered(self, kind: int, func: Any, name: str, args: tuple, kwargs: dict, result: Any) -> Any:
+    def answered(self, kind: int, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """What the code is told that asks for a size, a device or values."""
         if kind == DEVICE:
             return ANSWERS[func.__self__] if self.home and args[0].is_meta else result  # code that asks takes the path that it takes with values
@@ -142,7 +142,7 @@ class Functions(TorchFunctionMode):
         for array in value.fields:
             self.recorder.labels.lock(array, reason)
 
-    def stepped(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+    def stepped(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = self.recorder.values
         operands = tensors((args, kwargs) if kwargs else args, torch.Tensor)
         values = tuple([known.get(id(tensor)) for tensor in operands])
@@ -160,7 +160,7 @@ class Functions(TorchFunctionMode):
         self.steps.append(Step(name, values, tuple([known.get(id(tensor)) for tensor in results]), floats or floating(results)))
         return result
 
-    def plainly(self, func: Callable[..., Any], name: str, args: tuple, kwargs: dict, operands: list[torch.Tensor]) -> Any:
+    def plainly(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[torch.Tensor]) -> Any:
         """The call, without kernels that do many operations in one."""
         if name in FUSED and not any(tensor.is_meta for tensor in operands):
             if name not in RECURRENT:

@@ -47,8 +47,8 @@ class Graph:
     equals: list[tuple[Expr, Expr]]
     outcomes: list[Branch]
     doubts: list[Doubt]
-    symbols: dict[tuple, int]
-    example: tuple[tuple, dict]
+    symbols: dict[tuple[Any, ...], int]
+    example: tuple[tuple[Any, ...], dict[str, Any]]
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # by the name of the leaf
     filled: dict[int, torch.Tensor] = field(default_factory=dict)  # whole numbers that no call shows being written, by the id of their value
     real: bool = False  # whether the run had values: control flow depends on them

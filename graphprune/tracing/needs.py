@@ -47,7 +47,9 @@ class Asked:
 
     __slots__ = ("args", "calls", "first", "kwargs", "module", "name", "out", "recorder", "result", "since", "understood")
 
-    def __init__(self, calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: dict, result: Any, module: str, since: int) -> None:
+    def __init__(
+        self, calls: list[Call], recorder: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, module: str, since: int
+    ) -> None:
         self.calls, self.recorder, self.name, self.args, self.kwargs, self.result, self.module = calls, recorder, name, args, kwargs, result, module
         self.first, self.out, self.since = self.argument(0, "input"), self.known(result), since
         self.understood: set[int] = set()  # the ids of sizes of which it is known what they stand for
@@ -117,7 +119,7 @@ class Asked:
 READERS: dict[str, Callable[[Asked], None]] = {}  # by the name of the function; "conv" of every convolution
 
 
-def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: dict, result: Any, module: str, since: int) -> None:
+def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, module: str, since: int) -> None:
     """Write down the sizes of one call of the Python code, for which :func:`sized` holds. Those at other places in it are factors."""
     uses = recorder.uses
     marks = len(uses.outcomes), len(uses.doubts)
@@ -127,7 +129,7 @@ def calls_of(calls: list[Call], recorder: Any, name: str, args: tuple, kwargs: d
     uses.floats.extend([size.expr for size in sizes_in(args, kwargs) if id(size) not in asked.understood])
 
 
-def sizes_in(args: tuple, kwargs: dict) -> list[Size]:
+def sizes_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Size]:
     """The sizes among the arguments of a call, also in lists and slices."""
     sizes: list[Size] = []
     _gather(args, sizes)
@@ -162,7 +164,7 @@ def reader(*names: str) -> Callable[[Callable[[Asked], None]], Callable[[Asked],
     return note
 
 
-def _ints(items: Any) -> list:
+def _ints(items: Any) -> list[Any]:
     flat = []
     for item in items:
         flat += list(item) if isinstance(item, list | tuple) else [item]
@@ -172,7 +174,7 @@ def _ints(items: Any) -> list:
 # -- shapes of results -----------------------------------------------------------------------------------------------------------
 
 
-def _shape(asked: Asked, sizes: list) -> None:
+def _shape(asked: Asked, sizes: list[Any]) -> None:
     if asked.out:
         for dim, size in enumerate(sizes[: len(asked.out.shape)]):
             asked.needs(size, asked.out, "size", dim)

@@ -46,8 +46,8 @@ class Node:
     """One ATen call: what it is, its arguments (tensors as Value), its results, and where it was made."""
 
     op: Operation
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     outs: list[Value]
     module: str
     where: tuple[str, int] | None
@@ -144,7 +144,7 @@ class Node:
         """An argument by the name that the operation's own signature gives it."""
         return self.op.argument(name, self.args, self.kwargs, default)
 
-    def refitted(self, args: Sequence[Any], sizes: Mapping[str, int]) -> tuple:
+    def refitted(self, args: Sequence[Any], sizes: Mapping[str, int]) -> tuple[Any, ...]:
         """The arguments with the numbers that have to follow: factors of the rule (``sizes``), and shapes that are repeated."""
         args = list(args)
         for at, name in self.op.size_arguments(self.args, self.kwargs).items():

@@ -119,7 +119,7 @@ def _arguments(forward: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def handed_back(model: nn.Module, result: Any, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
+def handed_back(model: nn.Module, result: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
     """The parts of a result that are state for the next call: objects under the name of an argument of ``forward`` that this call did without.
 
     Their width is the model's own business, as long as it takes them back itself.
@@ -131,7 +131,7 @@ def handed_back(model: nn.Module, result: Any, args: tuple, kwargs: Mapping[str,
     return frozenset(str(key) for key, part in parts.items() if key in names and not isinstance(part, holders))
 
 
-def without(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> frozenset[str]:
+def without(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
     """The names of arguments of ``forward`` that a call did without."""
     own = _arguments(model.forward)
     names = [name for name, kind in own.items() if kind not in PASSED_ON]
@@ -160,7 +160,7 @@ def selected(every: list[Item], selection: Selection) -> list[Item]:
     return [item for index, item in enumerate(every) if index in chosen]
 
 
-def _meant(one: str | int | Callable, path: str, item: Any, tops: list[str]) -> bool:
+def _meant(one: str | int | Callable[..., Any], path: str, item: Any, tops: list[str]) -> bool:
     if isinstance(one, str):
         return path == one or path.startswith(f"{one}.")
     if isinstance(one, int):

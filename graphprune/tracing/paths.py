@@ -46,7 +46,7 @@ def following(modules: list[tuple[str, nn.Module]], stack: list[str]) -> Iterato
             hook.remove()
 
 
-def _noted(stack: list[str], path: str, forward: Callable) -> Callable:
+def _noted(stack: list[str], path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     def noted(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stack.append(path)
         try:
@@ -60,7 +60,7 @@ def _noted(stack: list[str], path: str, forward: Callable) -> Callable:
 
 
 @contextmanager
-def instead(module: nn.Module, forward: Callable) -> Iterator[None]:
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module run another forward for a while, followed as its own is."""
     own = module.__dict__
     before = own.get("forward")

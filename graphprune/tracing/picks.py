@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -15,7 +17,7 @@ from ..operations.notation import Value
 INTEGERS = frozenset((torch.int64, torch.int32))
 
 
-def picked(args: tuple, numbers: dict[str, torch.Tensor]) -> tuple[Value, int, Value] | None:
+def picked(args: tuple[Any, ...], numbers: dict[str, torch.Tensor]) -> tuple[Value, int, Value] | None:
     """The tensor, the axis and the buffer of a call that picks by a whole buffer, or None."""
     if len(args) == 3:  # an axis and one tensor
         x, dim, index = args
@@ -52,7 +54,7 @@ def pick(labels: Labels, x: Value, dim: int, index: Value, numbers: torch.Tensor
     return [tuple(fields)]
 
 
-def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: list, leaves: dict[str, Value]) -> dict[str, tuple[Value, int]]:
+def settle(labels: Labels, picks: dict[str, list[tuple[Value, int]]], nodes: list[Any], leaves: dict[str, Value]) -> dict[str, tuple[Value, int]]:
     """What each buffer counts, (tensor, axis). Where it is used otherwise, or counts axes of several lengths, these axes stay whole."""
     if not picks:
         return {}

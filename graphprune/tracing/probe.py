@@ -47,7 +47,7 @@ class _Watch(TorchFunctionMode):
         self.at = -1  # the next call of the model; -1 outside its forward
         self.bodies = Bodies()
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.at < 0 or name in UNSTEPPED:
@@ -126,7 +126,7 @@ def unwatched() -> Any:
     return torch._C.DisableTorchFunction()
 
 
-def batch_inputs(batch: Any) -> tuple[tuple, dict]:
+def batch_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's positional and keyword arguments in a batch of a data loader.
 
     A tensor is the only input; of a pair ``(inputs, labels)`` the first is meant (a tuple there is positional, a dict is keyword); a dict is keyword

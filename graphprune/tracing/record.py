@@ -68,7 +68,7 @@ class Recorder(TorchDispatchMode):
         self.spans: list[tuple[int, int]] = []  # the locks that each call made
         self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
         self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
-        self.symbols: dict[tuple, int] = {}  # the attributes that remember what they are
+        self.symbols: dict[tuple[Any, ...], int] = {}  # the attributes that remember what they are
         self.choices: list[Choice] = []  # axes that something was chosen from
         self.numbering: list[tuple[Choice | None, Choice | None]] = []  # what the results of the call at hand number, and count
         self.turned = 0  # by how many entries what is chosen is moved on, so that others are chosen
@@ -183,7 +183,7 @@ class Recorder(TorchDispatchMode):
     def here(self) -> tuple[str, int] | None:
         return self.place()
 
-    def run(self, func: Any, known: Known, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
+    def run(self, func: Any, known: Known, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """Execute: on the meta device as soon as one operand lies there."""
         if self.real:
             result = func(*args, **kwargs)
@@ -206,7 +206,7 @@ class Recorder(TorchDispatchMode):
             kwargs = {**kwargs, "device": given[0].device if given else CPU}
         return func(*args, **kwargs)
 
-    def turn(self, op: Operation, args: tuple, kwargs: dict, result: Any) -> Any:
+    def turn(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """What would be chosen if the next entries of the axis were the largest."""
         assert op.chooses_from is not None
         x, dim, _ = op.chooses_from(*args, **kwargs)
@@ -216,12 +216,12 @@ class Recorder(TorchDispatchMode):
         return result
 
     @staticmethod
-    def emptied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with tensors on the meta device."""
         swap = lambda t: t if t.is_meta else t.to("meta")  # noqa: E731
         return replace(args, swap), replace(kwargs, swap)
 
-    def see(self, items: Any, given: list[Tensor], held: list[Value]) -> list:
+    def see(self, items: Any, given: list[Tensor], held: list[Value]) -> list[Any]:
         """The arguments of a call with values for tensors; both are also noted in order."""
         seen = []
         for item in items:
@@ -243,7 +243,7 @@ class Recorder(TorchDispatchMode):
                 held += tensors(seen[-1])
         return seen
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         known = self.known.get(id(func))
         if known is None:
@@ -262,7 +262,9 @@ class Recorder(TorchDispatchMode):
         self.note(known, args, seen, named, given, held, results)
         return result
 
-    def note(self, known: Known, args: tuple, seen: tuple, named: dict, given: list[Tensor], held: list[Value], results: list[Tensor]) -> None:
+    def note(
+        self, known: Known, args: tuple[Any, ...], seen: tuple[Any, ...], named: dict[Any, Any], given: list[Tensor], held: list[Value], results: list[Tensor]
+    ) -> None:
         """Write a call down: what it was given (``args``; ``seen`` and ``named`` have values for tensors, ``given`` and ``held`` list both) and its results."""
         if not results:
             self.read.update(id(value) for value in held)
@@ -298,7 +300,9 @@ class Recorder(TorchDispatchMode):
             if op.factory and op.unmade and not tensor.is_floating_point() and not tensor.is_meta:
                 self.filled[id(value)] = tensor
 
-    def fields(self, known: Known, args: tuple, kwargs: dict, held: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
+    def fields(
+        self, known: Known, args: tuple[Any, ...], kwargs: dict[str, Any], held: list[Value], shapes: list[Any], module: str, where: Any
+    ) -> tuple[list[Fields], bool]:
         """What :meth:`carry` says; where the operation's own rule does not fit, its axes are locked, or it is an error if the rule is strict."""
         try:
             outs, reduces = self.carry(known, args, kwargs, held, shapes, module, where)
@@ -313,7 +317,9 @@ class Recorder(TorchDispatchMode):
         whole = [Value(s, f) for s, f in zip(shapes, outs, strict=True)]
         return self.refuse(known.name, held + whole, len(shapes), module, where, "its rule does not fit")
 
-    def carry(self, known: Known, args: tuple, kwargs: dict, given: list[Value], shapes: list, module: str, where: Any) -> tuple[list[Fields], bool]:
+    def carry(
+        self, known: Known, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], module: str, where: Any
+    ) -> tuple[list[Fields], bool]:
         """The fields of the results of a call, and whether an axis is reduced."""
         if not known.op.makes and not (known.op.factory and not given):
             for value in given:
@@ -335,11 +341,15 @@ class Recorder(TorchDispatchMode):
                 self.numbering = [(None, None), (found[0], None)]
         return known.carry(known.op, args, kwargs, given, shapes, reason)
 
-    def made(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+    def made(
+        self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
+    ) -> tuple[list[Fields], bool]:
         assert op.assemble is not None
         return op.assemble(self.labels, reason, shapes, *args, **kwargs), False
 
-    def picked(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+    def picked(
+        self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
+    ) -> tuple[list[Fields], bool]:
         positions = picked(args, self.numbers)
         if not positions:
             return self.ruled(op, args, kwargs, given, shapes, reason)
@@ -349,14 +359,18 @@ class Recorder(TorchDispatchMode):
         self.box(outs)
         return outs, False
 
-    def assembled(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+    def assembled(
+        self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
+    ) -> tuple[list[Fields], bool]:
         assert op.assemble is not None
         outs = op.assemble(self.labels, reason, shapes, *args, **kwargs)
         if op.copies:
             self.copied |= {id(field): field for field in outs[0][len(args[0].fields) :]}
         return outs, False
 
-    def moved(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+    def moved(
+        self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
+    ) -> tuple[list[Fields], bool]:
         source, rest = args[0], args[1:]
         assert op.move is not None
         moved = [op.move(f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
@@ -370,7 +384,9 @@ class Recorder(TorchDispatchMode):
             self.singled(source, outs, shapes, reason)
         return outs, False
 
-    def ruled(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+    def ruled(
+        self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
+    ) -> tuple[list[Fields], bool]:
         if op.aligned:
             aligned(args[:2], self.uses)
         described = op.describes(args, kwargs)
@@ -381,13 +397,17 @@ class Recorder(TorchDispatchMode):
         linear = weight is not None and (weight.zero or described.operands[0].zero) and "[" not in described.text
         return outs + [()] * (len(shapes) - len(outs)), reduces and not linear
 
-    def met(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+    def met(
+        self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
+    ) -> tuple[list[Fields], bool]:
         ranked = [v for v in given if v.shape] or given
         if len(ranked) == 1 and len(ranked[0].shape) == len(shapes[0]):
             return [ranked[0].fields for _ in shapes], False
         return meet(self.labels, pointwise(ranked, [len(s) for s in shapes]), shapes, reason)
 
-    def unknown(self, op: Operation, args: tuple, kwargs: dict, given: list[Value], shapes: list, reason: int) -> tuple[list[Fields], bool]:
+    def unknown(
+        self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
+    ) -> tuple[list[Fields], bool]:
         before = self.labels.reasons[reason]
         text, cure = (op.why, "") if op.why else ("no rule for this operation", f"describe it:\n{template(op)}")
         return self.refuse(op.short, given, len(shapes), before.module, before.where, text, cure)
@@ -400,7 +420,7 @@ class Recorder(TorchDispatchMode):
                 self.labels.lock(array, unknown)
         return [()] * count, False
 
-    def copies(self, before: Fields, moved: list[list], reason: int) -> list[list]:
+    def copies(self, before: Fields, moved: list[list[Any]], reason: int) -> list[list[Any]]:
         """A count of copies that comes to lie on one axis with what is copied (grouped-query heads): the count stays, so that the rest may go."""
         if self.labels.apart or not any(id(field) in self.copied for field in before):
             return moved
@@ -415,7 +435,7 @@ class Recorder(TorchDispatchMode):
             kept.append(column)
         return kept
 
-    def singled(self, source: Value, outs: list[Fields], shapes: list, reason: int) -> None:
+    def singled(self, source: Value, outs: list[Fields], shapes: list[Any], reason: int) -> None:
         """A part of length 1 names one position of an axis: that position stays."""
         if any(len(shape) != len(source.shape) for shape in shapes):
             return
@@ -441,7 +461,7 @@ class Recorder(TorchDispatchMode):
                     self.labels.joint(array.reshape([n for n in array.shape if n > 1]))
 
 
-def check_results(op: Operation, text: str, shapes: list) -> None:
+def check_results(op: Operation, text: str, shapes: list[Any]) -> None:
     """A rule from outside has to describe every result with all its axes."""
     results = parse(text)[1]
     if len(results) != len(shapes):
@@ -453,7 +473,7 @@ def check_results(op: Operation, text: str, shapes: list) -> None:
             raise BadRule(at(text, result_place(text, number), f"the rule of {op.name} names {len(axes)} axes of a result of shape {tuple(size)}"))
 
 
-def aligned(operands: tuple, uses: Uses) -> None:
+def aligned(operands: tuple[Any, ...], uses: Uses) -> None:
     """The kernel wants rows of a multiple of 16 bytes: a branch on the size, taken."""
     for value in operands:
         step = 16 // value.dtype.itemsize
@@ -467,7 +487,7 @@ def _cross(one: Array, two: Array) -> bool:
     return not set(varying(one)) & set(varying(two))
 
 
-def _fits(shapes: list, outs: list[Fields]) -> bool:
+def _fits(shapes: list[Any], outs: list[Fields]) -> bool:
     """Whether every field has length 1 or the tensor's own along each axis."""
     for size, fields in zip(shapes, outs, strict=True):
         for field in fields:

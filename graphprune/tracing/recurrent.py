@@ -6,6 +6,8 @@ zeros that no weight has made.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..operations.labels import Reason
@@ -18,7 +20,7 @@ RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})  # calls of many 
 STATEFUL = RECURRENT | {"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 
 
-def hand_on(recorder: Recorder, args: tuple, results: list[torch.Tensor]) -> None:
+def hand_on(recorder: Recorder, args: tuple[Any, ...], results: list[torch.Tensor]) -> None:
     """Join the axes of every state that a recurrent call was given with those of the state that it returns."""
     before = next(states for arg in args[1:] if (states := [t for t in tensors((arg,), torch.Tensor) if t.is_floating_point()]))
     place = Reason("the state of a recurrent layer keeps its size", module=recorder.stack[-1] if recorder.stack else "", where=recorder.place())

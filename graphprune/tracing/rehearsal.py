@@ -58,7 +58,7 @@ class _Parted(BaseException):
 class _Calls(Functions):
     """Makes the calls as the recorded run made them, and gives out plain sizes."""
 
-    def returned(self, kind: int, func: Any, name: str, args: tuple, kwargs: dict, result: Any, since: int) -> Any:
+    def returned(self, kind: int, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, since: int) -> Any:
         if kind == DATA:
             self.recorder.values[id(args[0])] = self.recorder.value(args[1])
         return result
@@ -99,7 +99,16 @@ class Rehearsal(Recorder):
         node = self.graph.nodes[self.at]
         return Difference(self.at, text, self.watch is not None, ", ".join(part for part in (node.op.short, node.module, node.line) if part))
 
-    def note(self, known: Known, args: tuple, seen: tuple, named: dict, given: list[torch.Tensor], held: list[Value], results: list[torch.Tensor]) -> None:
+    def note(
+        self,
+        known: Known,
+        args: tuple[Any, ...],
+        seen: tuple[Any, ...],
+        named: dict[Any, Any],
+        given: list[torch.Tensor],
+        held: list[Value],
+        results: list[torch.Tensor],
+    ) -> None:
         """Compare a call with the recorded one; its results are known as the recorded results."""
         func = known.op.func
         if not results:
@@ -128,7 +137,7 @@ class Rehearsal(Recorder):
         if wrong:
             self.part(wrong)
 
-    def expected(self, func: Any, name: str, args: tuple) -> Node:
+    def expected(self, func: Any, name: str, args: tuple[Any, ...]) -> Node:
         """The recorded call that this one has to be; what is not needed for a shorter axis is passed over."""
         nodes = self.graph.nodes
         while self.at < len(nodes) and self.needless(nodes[self.at], func, args):
@@ -144,7 +153,7 @@ class Rehearsal(Recorder):
             self.part(f"{node.func} has become {func}")
         return node
 
-    def needless(self, node: Node, func: Any, args: tuple) -> bool:
+    def needless(self, node: Node, func: Any, args: tuple[Any, ...]) -> bool:
         """A copy, which hangs on lengths of 1 where a tensor is seen in another shape, or a slice that by now would take all there is."""
         if node.func is CLONE:
             return func is not CLONE
@@ -175,7 +184,7 @@ class Rehearsal(Recorder):
             known = self.masks[key] = stays, int(stays.sum())
         return known
 
-    def compare(self, node: Node, args: tuple, kwargs: dict) -> None:
+    def compare(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The arguments have to be the recorded ones, but for what the cut changes."""
         taken = node.op.entries
         if taken is not None and isinstance(node.args[0], Value) and args[0] is node.args[0] and not kwargs and not node.kwargs:
@@ -192,7 +201,7 @@ class Rehearsal(Recorder):
         for name, argument in kwargs.items():
             self.same(node, name, argument, node.kwargs[name])
 
-    def entries(self, taken: Callable, node: Node, args: tuple) -> None:
+    def entries(self, taken: Callable[..., Any], node: Node, args: tuple[Any, ...]) -> None:
         """A call that takes entries by their positions has to take the same ones as before."""
         value, out = node.args[0], node.outs[0]
         for dim, length in enumerate(value.shape):

@@ -112,9 +112,9 @@ class _Runs:
     outputs: list[Value]
     state: frozenset[str]  # the paths of results that are the model's own state, handed back
     states: frozenset[str]  # parts of the result whose width follows what is cut
-    steps: list  # the functions that the first run called
-    all_steps: list  # those of the others too
-    calls: list
+    steps: list[Any]  # the functions that the first run called
+    all_steps: list[Any]  # those of the others too
+    calls: list[Any]
     others: list[Value]  # what further examples, and the run in training mode, returned
     trained: bool  # whether there was a run in training mode
     training: list[Node]
@@ -134,7 +134,7 @@ def _recorded(
     swap = lambda t: t.detach().clone() if recorder.real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
     first, *more = asked.called(twin, swap)
     inputs, call = entered(recorder, first[0]), first[1]
-    calls: list = []
+    calls: list[Any] = []
     with ExitStack() as scopes:
         scopes.callback(recorder.release)
         scopes.callback(recorder.uses.forgotten)

@@ -28,7 +28,7 @@ import torch
 
 Expr = Any
 CACHE = type(functools.cache(lambda: None))
-OPERATORS: dict[str, Callable] = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
@@ -67,7 +67,7 @@ class Uses:
     equals: list[tuple[Expr, Expr]] = field(default_factory=list)
     outcomes: list[Branch] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
-    nodes: list = field(default_factory=list)
+    nodes: list[Any] = field(default_factory=list)
     caches: dict[int, Any] = field(default_factory=dict)
 
     def forgotten(self) -> None:
@@ -108,11 +108,11 @@ def _caches(frame: FrameType) -> list[Any]:
     return caches
 
 
-COMPARISONS: dict[str, Callable] = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+COMPARISONS: dict[str, Callable[..., Any]] = {"==": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 number = int.__int__  # the plain number of a size, of which no note is taken
 
 
-def _compared(symbol: str) -> Callable:
+def _compared(symbol: str) -> Callable[..., Any]:
     """A comparison that writes down its outcome: the code may have branched on it."""
     compute = COMPARISONS[symbol]
 
@@ -207,14 +207,14 @@ class Size(int):
     __floor__ = __ceil__ = conjugate = __pos__
     numerator = real = property(__pos__)  # type: ignore[assignment]
 
-    def __deepcopy__(self, memo: dict) -> Size:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Size:
         return self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return int, (number(self),)
 
 
-def _binary(symbol: str, reverse: bool) -> Callable:
+def _binary(symbol: str, reverse: bool) -> Callable[..., Any]:
     compute = OPERATORS[symbol]
 
     def method(self: Size, other: Any) -> Any:
@@ -232,7 +232,7 @@ def _binary(symbol: str, reverse: bool) -> Callable:
     return method
 
 
-def _plain(name: str) -> Callable:
+def _plain(name: str) -> Callable[..., Any]:
     """An operation of integers whose result no expression says: a plain number, and a doubt."""
     compute = getattr(int, name)
 
@@ -248,7 +248,7 @@ def _plain(name: str) -> Callable:
     return method
 
 
-def _divided(name: str) -> Callable:
+def _divided(name: str) -> Callable[..., Any]:
     plain = _plain(name)
 
     def method(self: Size, other: Any) -> Any:

@@ -27,7 +27,7 @@ LOGITS = "logits"
 
 
 def states_of(
-    model: nn.Module, result: Any, chosen: Sequence[Item], values: Sequence[Value], nodes: Sequence[Node], example: tuple[tuple, Mapping[str, Any]]
+    model: nn.Module, result: Any, chosen: Sequence[Item], values: Sequence[Value], nodes: Sequence[Node], example: tuple[tuple[Any, ...], Mapping[str, Any]]
 ) -> frozenset[str]:
     """The parts of a result, by name, that are states: see above. ``values`` are those of the tensors among ``chosen``."""
     if isinstance(result, type) or not is_dataclass(result):
@@ -42,7 +42,7 @@ def states_of(
     return frozenset(name for name, states in by_name.items() if name in returned or all(id(value) in behind for value in states))
 
 
-def stated(model: nn.Module, symbols: Mapping[tuple, int]) -> frozenset[int]:
+def stated(model: nn.Module, symbols: Mapping[tuple[Any, ...], int]) -> frozenset[int]:
     """The whole numbers of the model's configuration, among which are the widths of its states."""
     return frozenset(size for path, size in symbols.items() if path[0] == "" and len(path) > 2 and configures(getattr(model, path[1], None)))
 

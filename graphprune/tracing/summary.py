@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..operations.notation import Value
 from ..quantities import count
@@ -66,7 +66,7 @@ def _parts(graph: Graph, volumes: dict[str, int], depth: int) -> list[_Part]:
 
 
 def _rows(parts: Sequence[_Part]) -> list[tuple[str, ...]]:
-    folds: dict[tuple, list[_Part]] = {}
+    folds: dict[tuple[Any, ...], list[_Part]] = {}
     for part in parts:
         folds.setdefault((pattern(part.path), *part[1:]), []).append(part)
     return [

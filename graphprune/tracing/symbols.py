@@ -32,13 +32,13 @@ REPEATS |= {"embedding_dim": 1, "num_embeddings": 0, "num_parameters": 0}
 COUNTS = ("groups", "num_groups", "normalized_shape")
 
 
-def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], original: nn.Module, uses: Uses) -> dict[tuple, int]:
+def plant(modules: list[tuple[str, nn.Module]], values: Mapping[int, Value], original: nn.Module, uses: Uses) -> dict[tuple[Any, ...], int]:
     """Replace integer attributes (also inside lists, tuples, dictionaries and configuration objects) by sizes; return what they were.
 
     ``values`` finds the value of a tensor by its id: attributes that repeat the shape of a weight speak of that weight.
     ``modules`` are those of a copy of ``original``; objects that both share are left alone. ``uses`` is where the sizes note what is done with them.
     """
-    symbols: dict[tuple, int] = {}
+    symbols: dict[tuple[Any, ...], int] = {}
     seen: set[int] = set()
     entered = False
     for name, module in modules:
@@ -74,7 +74,7 @@ def _own(model: nn.Module) -> Iterator[int]:
                 yield from map(id, item.__dict__.values())
 
 
-def _planted(path: tuple, value: Any, symbols: dict[tuple, int], uses: Uses) -> Any:
+def _planted(path: tuple[Any, ...], value: Any, symbols: dict[tuple[Any, ...], int], uses: Uses) -> Any:
     """The value with sizes for its integers."""
     kind: type = type(value)
     if kind is int and value > 1:
@@ -87,7 +87,7 @@ def _planted(path: tuple, value: Any, symbols: dict[tuple, int], uses: Uses) -> 
     return value
 
 
-def _enter(holder: Any, path: tuple, depth: int, seen: set[int], symbols: dict[tuple, int], uses: Uses) -> None:
+def _enter(holder: Any, path: tuple[Any, ...], depth: int, seen: set[int], symbols: dict[tuple[Any, ...], int], uses: Uses) -> None:
     """Plant sizes in a configuration object, and in those that it holds."""
     seen.add(id(holder))
     for key, item in list(holder.__dict__.items()):
@@ -135,7 +135,7 @@ def _bare(module: nn.Module) -> bool:
     return not any(tensor is not None and tensor.ndim for table in (module._parameters, module._buffers) for tensor in table.values())
 
 
-def channels_of_bare_norms(nodes: list, symbols: Mapping[tuple, int]) -> Iterator[Call]:
+def channels_of_bare_norms(nodes: list[Any], symbols: Mapping[tuple[Any, ...], int]) -> Iterator[Call]:
     """What the number of channels of a norm without tensors has to be: that of what it is given."""
     waiting = {path[0]: path for path in symbols if path[1:] in (("num_features",), ("num_channels",))}
     for node in nodes:
@@ -165,13 +165,13 @@ class Wrong(NamedTuple):
         return self.call is None and self.at < 0
 
 
-def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict, list[Wrong]]:
+def solve(graph: Any, length: Callable[[Need], int]) -> tuple[dict[Any, Any], list[Wrong]]:
     """New values of attributes, and what they cannot satisfy.
 
     Sizes given to calls must be the cut lengths; factors must keep their value, comparisons their outcome.
     """
-    symbols: dict[tuple, int] = graph.symbols
-    new: dict[tuple, int] = {}
+    symbols: dict[tuple[Any, ...], int] = graph.symbols
+    new: dict[tuple[Any, ...], int] = {}
 
     def dims(leaf: Expr) -> int:
         if leaf[0] == "dim":
@@ -219,9 +219,9 @@ def _unmet(graph: Any, wanted: list[tuple[Expr, int, Call]], dims: Callable[[Exp
     return wrong
 
 
-def _attrs(expr: Expr) -> list:
+def _attrs(expr: Expr) -> list[Any]:
     return [leaf for leaf in leaves(expr) if leaf[0] == "attr"]
 
 
-def _old(symbols: dict) -> Callable:
+def _old(symbols: dict[Any, Any]) -> Callable[..., Any]:
     return lambda leaf: leaf[1].shape[leaf[2]] if leaf[0] == "dim" else symbols[leaf[1]]

@@ -32,7 +32,13 @@ NESTED = "it makes nested tensors, whose entries have no common shape and so no 
 
 
 def trace(
-    model: nn.Module, example_input: Any, example_kwargs: dict | None = None, *, outputs: Any = None, examples: Sequence[Any] = (), apart: bool = False
+    model: nn.Module,
+    example_input: Any,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    outputs: Any = None,
+    examples: Sequence[Any] = (),
+    apart: bool = False,
 ) -> Graph:
     """Run ``model`` once and return what it computes, with the labels of every tensor.
 

@@ -144,7 +144,7 @@ def check_scope() -> None:
         raise BadOption('tensors are made on the meta device here (torch.device("meta") around this call): leave that block first')
 
 
-def normal_inputs(example_input: Any, example_kwargs: dict | None) -> tuple[tuple, dict]:
+def normal_inputs(example_input: Any, example_kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments: a tensor, a tuple (positional) or a dict (keyword)."""
     if example_kwargs is not None and not isinstance(example_kwargs, Mapping):
         raise BadInput(f"example_kwargs is a {type(example_kwargs).__name__}; it is a dict of the keywords of the call")

@@ -35,8 +35,8 @@ class Way:
 
     name: str
     flag: bool
-    args: tuple
-    kwargs: dict
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
     def __call__(self, model: nn.Module) -> Any:
         copied = lambda tensor: tensor.detach().clone()  # noqa: E731
@@ -45,7 +45,7 @@ class Way:
     def __repr__(self) -> str:
         return f"<Way: {self.name} {'turned' if self.flag else 'as forward'}>"
 
-    def run(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model, called on other inputs."""
         with ExitStack() as scopes:
             for _, module in modules_of(model):
@@ -146,7 +146,7 @@ def _with_helpers(method: str, helpers: Mapping[str, frozenset[str]]) -> set[str
     return words
 
 
-def _shapes(model: nn.Module, twin: Callable[[], nn.Module], call: Callable[[nn.Module], Any]) -> list[tuple] | None:
+def _shapes(model: nn.Module, twin: Callable[[], nn.Module], call: Callable[[nn.Module], Any]) -> list[tuple[Any, ...]] | None:
     """Paths and shapes of what a call returns; None where it fails, as a way that is not meant for this may."""
     try:
         with torch.no_grad(), same_dice(), undisturbed_surroundings(model):
