@@ -102,7 +102,7 @@ def main() -> None:
     declare_operators()
     known = Rows(options.json)
     rows = {row["name"]: row for row in known.rows}
-    queue = [name for name in _spread(names()) if any(part in name for part in options.only.split(",")) and not good(rows.get(name, {}))]
+    queue = [name for name in spread(names()) if any(part in name for part in options.only.split(",")) and not good(rows.get(name, {}))]
     end = time.monotonic() + options.seconds
 
     def report(row: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def main() -> None:
         options.out.write_text(page(shown, known))
 
 
-def _spread(wanted: list[str]) -> list[str]:
+def spread(wanted: list[str]) -> list[str]:
     """A few of every kind first, so that a run that is stopped has seen all of them."""
     places: Counter[str] = Counter()
     order = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import io
 import json
@@ -49,6 +50,14 @@ NET = """
     def net():
         return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(),
                              nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x, scale):
+            return self.a(x) * scale
 
     ready = nn.Linear(3, 5)
     holder = Holder
@@ -221,6 +230,8 @@ WRONG = [
     (["tradeoff", "mynet.py:net", *INPUT, "--shares", "0.1%"], 3, "0.1%"),
     (["export", "mynet.py:net", *INPUT, "-o", "mynet.py/x.pt2"], 1, "cannot be written"),
     (["export", "mynet.py:net", *INPUT], 2, "--out"),
+    (["export", "mynet.py:net", *INPUT, "--dynamic", "-o", "x.ts"], 1, "--dynamic goes with onnx, program"),
+    (["export", "mynet.py:net", *INPUT, "--to", "coreml", "-o", "x.mlmodel"], 1, "one of onnx"),
     (["report", "mynet.py:net", *INPUT, "--plan", "none.json"], 1, "cannot be read"),
     (["report", "mynet.py:net", *INPUT, "-r", "50%", "-o", "mynet.py/r.html"], 1, "cannot be written"),
     (["compare", "mynet.py"], 2, "Missing argument"),
@@ -362,6 +373,113 @@ def test_models_and_inputs_from_texts(net, tmp_path):
     for wrong in ("timm:no_such_model", "transformers:nowhere", "torchvision:nothing"):
         with pytest.raises(UnknownName):
             model_of(wrong)
+
+
+TIMM = """
+from torch import nn
+
+def list_models():
+    return ["tiny", "small"]
+
+def create_model(name, pretrained):
+    return {"tiny": nn.Linear, "small": nn.Linear}[name](3, 4)
+"""
+
+
+@pytest.fixture
+def library(net, monkeypatch):
+    """Puts a library of that code where timm would be, and no torchvision beside it."""
+
+    def put(code):
+        Path("timm.py").write_text(code)
+        monkeypatch.delitem(sys.modules, "timm", raising=False)
+        monkeypatch.syspath_prepend(os.getcwd())
+        importlib.invalidate_caches()
+        monkeypatch.setattr("graphprune.adapters.models.NAMED", {"timm": lambda timm: timm.list_models()})
+
+    yield put
+    sys.modules.pop("timm", None)
+
+
+def test_a_name_that_a_library_has(library):
+    library(TIMM)
+    assert model_of("timm:tiny").out_features == model_of("tiny").out_features == 4
+    with pytest.raises(UnknownName, match="the nearest are tiny"):
+        model_of("timm:tinyy")
+    with pytest.raises(UnknownName, match="'tinyy' is no model; give"):
+        model_of("tinyy")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_package_1", "timm cannot be imported (No module named 'no_such_package_1'); pip install no_such_package_1"),
+        ("raise RuntimeError('operator torchvision::nms does not exist')", "RuntimeError: operator torchvision::nms does not exist"),
+        ("from torch import no_such_name_1", "timm is installed but cannot be imported (ImportError"),
+        ("raise OSError('libcudart.so.11: cannot open shared object file')", "do its version and torch's belong together?"),
+    ],
+)
+def test_a_library_that_cannot_be_used_says_why(library, capsys, code, said):
+    library(code)
+    for name in ("timm:tiny", "tiny"):
+        with pytest.raises(UnknownName, match=re.escape(said)):
+            model_of(name)
+    assert said in json.loads(out(capsys, "doctor", "--json"))["libraries"]["timm"]
+
+
+def test_a_file_with_the_number_of_samples_open(net, capsys):
+    """The example shows one sample, which an exporter takes for a constant; inputs with names, and one whose first axis is another."""
+    out(capsys, "export", net, *INPUT, "--dynamic", "-o", "open.pt2")
+    out(capsys, "export", net, *INPUT, "-o", "fixed.pt2")
+    x = torch.randn(5, 3, 8, 8)
+    assert torch.allclose(model_of("open.pt2")(x), model_of(net)(x), atol=1e-6)
+    with pytest.raises(Exception, match="(?i)expected|guard|constraint|shape"):
+        model_of("fixed.pt2")(x)  # control
+    out(capsys, "export", "mynet.py:Calls", "-i", "ids=1x6:int64:20", "-i", "mask=1x6", "--dynamic", "-o", "calls.pt2")
+    named = {"ids": torch.randint(20, (3, 6)), "mask": torch.rand(3, 6)}
+    assert torch.allclose(model_of("calls.pt2")(**named), model_of("mynet.py:Calls")(**named), atol=1e-6)
+    out(capsys, "export", "mynet.py:Scaled", "-i", "3x4", "-i", "4", "--dynamic", "-o", "scaled.pt2")
+    pair = torch.randn(7, 4), torch.randn(4)
+    assert torch.allclose(model_of("scaled.pt2")(*pair), model_of("mynet.py:Scaled")(*pair), atol=1e-6)
+
+
+def test_a_file_for_onnx_runtime_with_the_number_of_samples_open(net, capsys):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    out(capsys, "export", net, *INPUT, "--dynamic", "-o", "open.onnx")
+    session, x = runtime.InferenceSession("open.onnx", providers=["CPUExecutionProvider"]), torch.randn(5, 3, 8, 8)
+    outputs = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    assert np.allclose(outputs, model_of(net)(x).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter's own libraries
+def test_a_file_for_executorch(net, capsys):
+    runtime = pytest.importorskip("executorch.runtime")
+    pytest.importorskip("executorch.exir")
+    out(capsys, "export", net, *INPUT, "-o", "net.pte")
+    program, x = runtime.Runtime.get().load_program("net.pte"), torch.randn(1, 3, 8, 8)
+    assert torch.allclose(program.load_method("forward").execute([x])[0], model_of(net)(x), atol=1e-5)
+
+
+def test_what_is_advised_is_spelled_as_it_is_typed(net, capsys):
+    for command in (["plan", net, *INPUT, "-r", "50%"], ["shrink", net, *INPUT, "-r", "50%", "-o", "small"], ["inspect", net, *INPUT]):
+        text = out(capsys, *command)
+        assert "plan.explain(" not in text and "graph.nodes" not in text and "repair=" not in text
+    assert "--calibration" in out(capsys, "plan", net, *INPUT, "-r", "50%")
+    assert "plan.explain(" in str(graphprune.plan(model_of(net), torch.zeros(1, 3, 8, 8)))  # control: in Python
+
+
+@pytest.mark.parametrize("factory", ["ready", "net", "Calls"])
+def test_no_line_outside_of_the_model_is_named(net, capsys, factory):
+    """Of a model of torch's own layers no line is the user's: neither this test's nor the command line's."""
+    options = {"ready": ["-i", "1x3"], "net": INPUT, "Calls": ["-i", "ids=1x6:int64:20", "-i", "mask=1x6"]}[factory]
+    data = json.loads(out(capsys, "inspect", f"mynet.py:{factory}", *options, "--json"))
+    lines = {line for each in data["whole"] for line in re.findall(r"\w+\.py:\d+", each["reason"])}
+    assert {line.partition(":")[0] for line in lines} <= ({"mynet.py"} if factory == "Calls" else set())
+
+
+def test_the_version(capsys):
+    assert out(capsys, "--version").strip() == graphprune.__version__
 
 
 def test_images_as_calibration(net):

@@ -27,7 +27,7 @@ from torch import nn
 from ..errors import BadModel, GraphpruneError, UnknownName
 from ..formats.folder import load
 from ..formats.recipe import RECIPE, read_recipe
-from ..wording import several
+from ..wording import nearest, several
 
 
 def model_of(text: str, weights: str | None = None, seed: int = 0) -> nn.Module:
@@ -183,34 +183,41 @@ EXAMPLES = "timm:resnet18, torchvision:resnet18, transformers:folder, model.pt2,
 
 
 def _library(source: str, name: str) -> Any:
+    if reason := unusable(source):
+        raise UnknownName(f"{source}:{name}: {reason}")
     try:
         return LIBRARIES[source](name)
-    except ImportError as error:
-        raise UnknownName(f"{source}:{name}: {source} cannot be imported ({error}); pip install {source}") from error
     except GraphpruneError:
         raise
     except Exception as error:
-        raise UnknownName(f"{source}:{name}: {type(error).__name__}: {str(error)[:300]}") from error
+        names = NAMED[source](importlib.import_module(source)) if source in NAMED else ()
+        close = nearest(name, names) if name not in names else ()
+        hint = f"; the nearest are {', '.join(close)}" if close else ""
+        raise UnknownName(f"{source}:{name}: {type(error).__name__}: {str(error)[:300]}{hint}") from error
+
+
+def unusable(library: str) -> str:
+    """Why a library cannot be used here, or nothing: it is absent, or was built for other versions of what it needs (which it says in many ways)."""
+    try:
+        importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        return f"{library} cannot be imported ({error}); pip install {error.name or library}"
+    except Exception as error:
+        return f"{library} is installed but cannot be imported ({type(error).__name__}: {str(error)[:200]}); do its version and torch's belong together?"
+    return ""
 
 
 def _by_name(name: str) -> Any:
     """The library that has a model of this name."""
-    owners = [library for library, names in NAMED.items() if _knows(library, names, name)]
+    here = [library for library in NAMED if importlib.util.find_spec(library) is not None]
+    reasons = {library: unusable(library) for library in here}
+    owners = [library for library in here if not reasons[library] and name in NAMED[library](importlib.import_module(library))]
     if len(owners) == 1:
         return _library(owners[0], name)
     if owners:
         raise UnknownName(f"several libraries have a {name!r}: write {' or '.join(f'{owner}:{name}' for owner in owners)}")
-    raise UnknownName(f"{name!r} is no model; give file.py:factory, package.module:factory, {EXAMPLES}")
-
-
-def _knows(library: str, names: Callable[[Any], Any], name: str) -> bool:
-    """Whether a library that is installed has the name; one that cannot be imported has none."""
-    if importlib.util.find_spec(library) is None:
-        return False
-    try:
-        return name in names(importlib.import_module(library))
-    except (ImportError, RuntimeError):
-        return False
+    why = "".join(f"; {reason}" for reason in reasons.values() if reason)
+    raise UnknownName(f"{name!r} is no model; give file.py:factory, package.module:factory, {EXAMPLES}{why}")
 
 
 NAMED: dict[str, Callable[[Any], Any]] = {"timm": lambda timm: timm.list_models(), "torchvision": lambda torchvision: torchvision.models.list_models()}

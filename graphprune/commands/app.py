@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from ..adapters.models import SOURCES
+from ..version import VERSION
 
 app = typer.Typer(
     name="graphprune",
-    help="Structured pruning for PyTorch: any model in, an exactly equivalent smaller dense one out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,6 +66,17 @@ Out = Annotated[str | None, typer.Option("--out", "-o", help="The file to write.
 Results = Annotated[str | None, typer.Option("--out", "-o", help="Write the results as JSON to this file, and a recipe beside it.")]
 Folder = Annotated[str, typer.Option("--out", "-o", help="The folder to write; it holds the weights, the plan and a recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def shared(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")] = False) -> None:
+    """Structured pruning for PyTorch: any model in, an exactly equivalent smaller dense one out."""
 
 
 def _run(command: str, options: dict[str, Any]) -> None:
@@ -174,8 +185,10 @@ def tradeoff(
 
 @app.command(epilog="Example: graphprune export small/ -i 1x3x224x224 -o small.onnx")
 def export(
-    model: Model, input: Input, out: Annotated[str, typer.Option("--out", "-o", help="The file: .onnx, .pt2 or .ts")],
-    to: Annotated[str | None, typer.Option(help="onnx, program (torch.export) or torchscript.")] = None, weights: Weights = None, seed: Seed = 0,
+    model: Model, input: Input, out: Annotated[str, typer.Option("--out", "-o", help="The file: .onnx, .pt2, .ts or .pte")],
+    to: Annotated[str | None, typer.Option(help="onnx, program (torch.export), torchscript or executorch.")] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Leave the number of samples (the first axis of every input) open.")] = False,
+    weights: Weights = None, seed: Seed = 0,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Write a model for another runtime."""

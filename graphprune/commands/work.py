@@ -24,19 +24,26 @@ from .. import report as reported
 from .. import sensitivity as found_sensitivity
 from .. import shrink as shrunk
 from .. import tradeoff as found_tradeoff
+from ..adapters.exports import ENDINGS, EXPORTS, FIXED, Call
 from ..adapters.inputs import calibration_of, example_of
-from ..adapters.models import model_of
+from ..adapters.models import LIBRARIES, model_of, unusable
 from ..automatic import AUTO
 from ..catalogue import KINDS, PLURALS, table
 from ..checkpoint.scoring import STREAMED
+from ..cutting.describe import Hints, brief_text
 from ..cutting.plan import Plan, plan_of
 from ..errors import BadFile, BadOption, BadPlan, GraphpruneError
 from ..formats.recipe import RECIPE, read_recipe, recipe_text
 from ..insight.axes import filed
 from ..options import Repair, Runtime, Widths
 from ..quantities import amount
+from ..tracing.summary import summary
 from ..tracing.trees import normal_inputs, tensors
 
+MORE = {
+    "plan": "--explain (a line for every group), --json, -o plan.json, graphprune report",
+    "shrink": "graphprune compare, graphprune measure --against, graphprune report --plan",
+}
 TARGETS = ("ratio", "params", "macs", "size", "memory", "latency", "speedup")
 
 
@@ -132,7 +139,7 @@ def inspect(**arguments: Any) -> Outcome:
     groups = couple(graph)
     cost = profile(setting.model, setting.example)
     data = {"cost": asdict(cost), "groups": list(groups.table()), "whole": _wholes(groups.locked)}
-    return _kept(Outcome(f"{cost}\n\n{graph}\n\n{groups}", data), "inspect", arguments)
+    return _kept(Outcome(f"{cost}\n\n{summary(graph, more='')}\n\n{groups}", data), "inspect", arguments)
 
 
 def _wholes(locked: dict) -> list[dict[str, Any]]:
@@ -144,7 +151,12 @@ def plan(**arguments: Any) -> Outcome:
     chosen = planned(setting.model, setting.example, **request(arguments, setting))
     if arguments.get("out"):
         _write(arguments["out"], chosen.to_json(), "plan", arguments)
-    return Outcome(chosen.explain() if arguments.get("explain") else str(chosen), _facts(chosen))
+    return Outcome(chosen.explain() if arguments.get("explain") else _told(chosen, "plan"), _facts(chosen))
+
+
+def _told(chosen: Plan, command: str) -> str:
+    """A plan in words, with the advice as the command line spells it."""
+    return brief_text(chosen, Hints("--calibration", "--steps data-free", MORE[command]))
 
 
 def _facts(chosen: Plan) -> dict[str, Any]:
@@ -165,7 +177,7 @@ def shrink(**arguments: Any) -> Outcome:
         options["verify"] = False
     small, chosen = shrunk(setting.model, setting.example, return_plan=True, **options)
     folder = _saved(small, "shrink", arguments)
-    lines, data = [str(chosen), "", f"saved in {folder}"], _facts(chosen) | {"folder": str(folder)}
+    lines, data = [_told(chosen, "shrink"), "", f"saved in {folder}"], _facts(chosen) | {"folder": str(folder)}
     if arguments.get("time"):
         timing = measured(small, setting.example, setting.model, threads=arguments.get("threads") or 1, runtime=arguments.get("runtime") or "eager")
         lines, data = [*lines, f"measured: {timing}"], data | {"measured": asdict(timing)}
@@ -187,7 +199,7 @@ def _checkpoint(arguments: dict[str, Any]) -> Outcome:
     out = Path(_place(arguments))
     chosen = checkpoint.shrink(arguments["model"], out, inputs, score=arguments.get("score") or "l2", **_widths(arguments), **options)
     _with_recipe(out, "shrink", arguments)
-    return Outcome("\n".join([str(chosen), "", f"saved in {out}"]), _facts(chosen) | {"folder": str(out)})
+    return Outcome("\n".join([_told(chosen, "shrink"), "", f"saved in {out}"]), _facts(chosen) | {"folder": str(out)})
 
 
 def _saved(small: nn.Module, command: str, arguments: dict[str, Any]) -> Path:
@@ -247,7 +259,9 @@ def repair(**arguments: Any) -> Outcome:
     kept = {**whole, **{name: arguments.get(name) for name in ("steps", "target", "spare", "rows", "out")}, "model": first["model"], "of": str(folder)}
     target = save(better, _place(arguments))
     _recipe(target / RECIPE, "repair", kept)
-    return Outcome(f"{plan_of(better)}\n\nsaved in {target}", {"folder": str(target)})
+    chosen = plan_of(better)
+    assert chosen is not None  # what was loaded has one
+    return Outcome(f"{_told(chosen, 'shrink')}\n\nsaved in {target}", {"folder": str(target)})
 
 
 def measure(**arguments: Any) -> Outcome:
@@ -331,13 +345,15 @@ def tradeoff(**arguments: Any) -> Outcome:
 def export(**arguments: Any) -> Outcome:
     setting = Setting(**arguments)
     out = Path(_place(arguments))
-    kind = arguments.get("to") or {".onnx": "onnx", ".pt2": "program", ".ts": "torchscript"}.get(out.suffix)
+    kind = arguments.get("to") or ENDINGS.get(out.suffix)
     if kind not in EXPORTS:
-        raise BadOption(f"--to is {kind!r}; it is one of {', '.join(EXPORTS)} (or --out ends in .onnx, .pt2 or .ts)")
+        raise BadOption(f"--to is {kind!r}; it is one of {', '.join(EXPORTS)} (or --out ends in {', '.join(ENDINGS)})")
     args, kwargs = normal_inputs(setting.example, None)
+    if arguments.get("dynamic") and kind in FIXED:
+        raise BadOption(f"--dynamic goes with {', '.join(name for name in EXPORTS if name not in FIXED)}; {kind} is written for the lengths of the example")
     try:
         with filed(out) as part:
-            EXPORTS[kind](setting.model.eval(), args, kwargs, part)
+            EXPORTS[kind](Call(setting.model.eval(), args, kwargs, bool(arguments.get("dynamic"))), part)
     except GraphpruneError:
         raise
     except ImportError as error:
@@ -346,29 +362,6 @@ def export(**arguments: Any) -> Outcome:
         raise BadOption(f"the model cannot be exported as {kind}: {type(error).__name__}: {str(error)[:500]}") from error
     size = _with_recipe(out, "export", arguments).stat().st_size
     return Outcome(f"{out}: {size:,} bytes", {"file": str(out), "bytes": size, "as": kind})
-
-
-def _onnx(model: nn.Module, args: tuple, kwargs: dict, file: Path) -> None:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
-    assert program is not None  # with dynamo it returns one
-    file.write_bytes(program.model_proto.SerializeToString())
-
-
-def _program(model: nn.Module, args: tuple, kwargs: dict, file: Path) -> None:
-    with file.open("wb") as stream:
-        torch.export.save(torch.export.export(model, args, kwargs), stream)  # type: ignore[arg-type]  # a stream will do
-
-
-def _torchscript(model: nn.Module, args: tuple, kwargs: dict, file: Path) -> None:
-    with torch.no_grad(), file.open("wb") as stream:  # the name of a file would be written into it
-        torch.jit.save(torch.jit.trace(model, args or None, example_kwarg_inputs=kwargs or None), stream)
-
-
-EXPORTS: dict[str, Callable[[nn.Module, tuple, dict, Path], None]] = {"onnx": _onnx, "program": _program, "torchscript": _torchscript}
 
 
 def plan_at(text: str) -> Plan:
@@ -423,7 +416,9 @@ def doctor(**_: Any) -> Outcome:
             installed[package] = None
         missing = f"missing: {purpose} (pip install 'graphprune[{extra}]')" if extra else f"missing: {purpose} (pip install {package})"
         rows.append(f"{package:12} {installed[package] or missing}")
-    return Outcome("\n".join(rows), {**facts, "packages": installed})
+    libraries = {name: unusable(name) for name in LIBRARIES if util.find_spec(name)}
+    rows += [f"{name:12} {reason or f'{metadata.version(name)} (models by name)'}" for name, reason in libraries.items()]
+    return Outcome("\n".join(rows), {**facts, "packages": installed, "libraries": libraries})
 
 
 PACKAGES = {
@@ -437,6 +432,7 @@ PACKAGES = {
     "onnxscript": ("onnxscript", "export to ONNX", "export"),
     "onnxruntime": ("onnxruntime", "times on ONNX Runtime", "export"),
     "openvino": ("openvino", "times on OpenVINO", "export"),
+    "executorch": ("executorch", "export to ExecuTorch", ""),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UnknownName
 from ..quantities import count, share
@@ -21,8 +21,19 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 ROWS, WHOLES, NOTES = 30, 8, 6  # what fits a screen
-UNREPAIRED = 'not repaired: repair=batches (inputs, no labels) refits what stays to what was removed, repair="data-free" does what it can without'
+UNREPAIRED = "not repaired: {with_inputs} (inputs, no labels) refits what stays to what was removed, {without} does what it can without"
 CHANGES = {"skip": "removed", "mask": "masked", "kernel": "smaller kernel", "columns": "thinner product"}
+
+
+class Hints(NamedTuple):
+    """How what a printed plan advises is spelled: where to give inputs for a repair, how to repair without, and where more is said."""
+
+    with_inputs: str
+    without: str
+    more: str
+
+
+PYTHON = Hints("repair=batches", 'repair="data-free"', "plan.explain(), plan.explain(verbose=True), plan.table(), plan.kept(module), plan.compare(other)")
 
 
 def headline(plan: Plan) -> str:
@@ -48,7 +59,7 @@ def headline_of(before: Totals, after: Totals) -> str:
     return ", ".join(f"{name} {count(old)} -> {count(new)}{f' ({share(new, old)})' if old else ''}" for name, old, new in pairs)
 
 
-def brief_text(plan: Plan) -> str:
+def brief_text(plan: Plan, hints: Hints = PYTHON) -> str:
     """What fits a screen: totals, the groups (repeated blocks folded), what stays whole and why, notes."""
     lines = [f"Plan: {headline(plan)}"]
     if plan.outline is not None and plan.outline.widths:
@@ -63,9 +74,9 @@ def brief_text(plan: Plan) -> str:
         lines += ["", *(_cut(line) for line in extra[-NOTES:])]
         lines += [f"… and {counted(len(extra) - NOTES, 'more line')}"] if len(extra) > NOTES else []
     if (plan.cuts or plan.parts) and not any(line.startswith("repair") for line in plan.lines):
-        lines += ["", UNREPAIRED]
+        lines += ["", UNREPAIRED.format(with_inputs=hints.with_inputs, without=hints.without)]
     if len(lines) > 1:
-        lines += ["", "more: plan.explain(), plan.explain(verbose=True), plan.table(), plan.kept(module), plan.compare(other)"]
+        lines += ["", f"more: {hints.more}"]
     return "\n".join(lines)
 
 

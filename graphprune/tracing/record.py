@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +81,7 @@ class Recorder(TorchDispatchMode):
         self.copied: dict[int, Array] = {}  # by id, held so that the id stays theirs: fields that number the copies of an expanded axis
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
         self.inside: dict[str, bool] = {}  # files that no line of the model's own code is in
+        self.caller: CodeType | None = None  # what calls the model: whoever asked for the run stands outside of it
         self.step = -1
 
     def leaf(self, tensor: Tensor, name: str, axes: int | None = None) -> Value:
@@ -160,9 +162,9 @@ class Recorder(TorchDispatchMode):
         return None
 
     def place(self) -> tuple[str, int] | None:
-        """File and line of the innermost frame that belongs neither to torch nor to this package (a sibling such as torchvision does not)."""
+        """File and line of the innermost frame of the model's own code: neither torch's nor this package's (a sibling such as torchvision's is)."""
         frame, inside = sys._getframe(2), self.inside
-        while frame:
+        while frame and frame.f_code is not self.caller:
             file = frame.f_code.co_filename
             if file not in inside:
                 inside[file] = file.startswith((HERE, TORCH)) or file[:1] in ("", "<") or file == contextlib.__file__

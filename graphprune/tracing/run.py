@@ -45,7 +45,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     parameters = frozenset([name for tensor, name in leaves if is_parameter(tensor)])
     labels = Labels(apart=asked.apart)
     recorder = Recorder(labels, {id(tensor): name for tensor, name in leaves}, [], real)
-    recorder.amend = amend
+    recorder.amend, recorder.caller = amend, _recorded.__code__
     modules = modules_of(twin)
     kernels = set(_kernels(modules))
     for tensor, name in leaves:

@@ -29,7 +29,10 @@ class _Part(NamedTuple):
     shape: str
 
 
-def summary(graph: Graph) -> str:
+MORE = "more: graph.nodes (calls), graph.leaves (tensors), graph.to_networkx()"
+
+
+def summary(graph: Graph, more: str = MORE) -> str:
     """Totals in a line, then a table of modules with their calls, parameters and the shape of what they return."""
     volumes = {name: math.prod(leaf.shape) for name, leaf in graph.leaves.items() if name in graph.parameters}
     modules = len({node.module for node in graph.nodes})
@@ -43,7 +46,7 @@ def summary(graph: Graph) -> str:
         best = rows
     shown = [*best[: ROWS - 1], ("…", f"{len(best) - ROWS + 1} more", "", "", "")] if len(best) > ROWS else best
     table = aligned(("module", "", "calls", "parameters", "returns"), shown, (False, True, True, True, False))
-    return f"{head}; {ends}\n\n{table}\n\nmore: graph.nodes (calls), graph.leaves (tensors), graph.to_networkx()"
+    return "\n\n".join([f"{head}; {ends}", table, *([more] if more else [])])
 
 
 def _shape(value: Value) -> str:
