@@ -235,6 +235,17 @@ def test_a_part_has_the_data_of_its_kind(part):
         graphprune.apply(net(), Plan.from_json(Plan({}, {"0.weight": (16, 8), "1.running_mean": (16,)}, parts=(part,)).to_json()))
 
 
+@pytest.mark.parametrize("number", [10**400, -(10**400), float("inf"), float("nan"), 2**1024])
+@pytest.mark.parametrize("place", [4, 5])
+def test_a_number_that_no_float_holds(saved, place, number):
+    plan = json.loads((saved["plain"][0] / "plan.json").read_text())
+    del plan["sha256"]
+    assert Plan.from_json(json.dumps(plan)).outline.widths  # control
+    plan["outline"]["widths"][0][place] = number
+    with pytest.raises(BadPlan):
+        Plan.from_json(json.dumps(plan))
+
+
 TEXTS = ["[" * 200000, '{"a":' * 100000, "\x00", "1", "[]", "null", '{"version": 1}', '{"version": 1e999}', b"\xff\xfe", b""]
 
 

@@ -7,6 +7,7 @@ It is made together with the plan, while the groups are known, and kept with it 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -122,13 +123,14 @@ class Outline:
         return width.after if kept is None or size % width.before else len(kept) * width.before // size
 
 
+LARGEST = sys.float_info.max  # whole numbers of JSON have no end
 WIDTH = (str, int, int, int, float, float, list, list)
 WHOLE = (str, int, int, str, str, str, str)
 
 
 def _typed(item: Any, kind: type, what: str) -> Any:
     """``item``, if it is of a kind; raises ValueError. A whole number will do for a float, and no number is infinite."""
-    if type(item) is not kind and not (kind is float and type(item) is int) or kind is float and not math.isfinite(item):
+    if type(item) is not kind and not (kind is float and type(item) is int) or kind is float and not abs(item) <= LARGEST:
         raise ValueError(f"{what}: {kind.__name__} is expected, not {brief(item)}")
     return item
 
