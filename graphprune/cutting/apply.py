@@ -24,14 +24,14 @@ from ..tracing.trees import Leaf, is_parameter, leaf_tensors, modules_of, replac
 from .gains import factors_of
 from .kernels import apply_kernel, check_kernel
 from .masks import apply_mask, check_mask, parametrizations
-from .passthrough import apply_skips, check_skip
+from .passthrough import apply_experts, apply_skips, check_expert, check_skip
 from .plan import Plan
 from .rewrite import spell
 from .undo import undone
 from .vocabulary import set_apart
 
 # What is checked before anything is touched, and what is done; modules that are skipped go last, all together.
-CHECKS = {"mask": check_mask, "kernel": check_kernel, "columns": check_kernel, "skip": check_skip}
+CHECKS = {"mask": check_mask, "kernel": check_kernel, "columns": check_kernel, "skip": check_skip, "expert": check_expert}
 CHANGES = {"mask": apply_mask, "kernel": apply_kernel, "columns": apply_kernel}
 
 # Entries of a piece, and how many pieces an array may have that is made in one go (allocators keep memory of that size at hand).
@@ -70,6 +70,7 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
         if part.kind in CHANGES:
             CHANGES[part.kind](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
     apply_skips(small, [part for part in plan.parts if part.kind == "skip"])
+    apply_experts(small, [part for part in plan.parts if part.kind == "expert"])
     return gathered(small)
 
 

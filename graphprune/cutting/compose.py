@@ -19,7 +19,7 @@ from ..errors import BadPlan
 from .gains import Gain
 from .masks import parameter_name
 from .outline import Outline
-from .parts import Part, narrowed, pack, unpack, widened
+from .parts import GONE, Part, narrowed, pack, unpack, widened
 from .plan import Plan, plan_of
 
 
@@ -85,10 +85,10 @@ def _parts(first: Plan, second: Plan) -> tuple[Part, ...]:
     """The parts of both, in positions of the original; what lies inside a module that goes later goes with it."""
     parts = {(part.kind, part.name): part for part in first.parts}
     for part in second.parts:
-        if part.kind != "skip":
+        if part.kind not in GONE:
             _check(first, second, part.name)
         parts[part.kind, part.name] = _earlier(part, parts.get((part.kind, part.name)), first, second)
-    gone = tuple(f"{part.name}." for part in second.parts if part.kind == "skip")
+    gone = tuple(f"{part.name}." for part in second.parts if part.kind in GONE)
     return tuple(part for part in parts.values() if not gone or not part.name.startswith(gone))
 
 

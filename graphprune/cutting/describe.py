@@ -15,14 +15,14 @@ from ..quantities import count, share
 from ..tables import Table, aligned
 from ..wording import counted, folded, nearest, pattern, several
 from .outline import Outline, Totals, Whole, Width, cut_shape, module_of
-from .parts import Part, survivors
+from .parts import GONE, Part, survivors
 
 if TYPE_CHECKING:
     from .plan import Plan
 
 ROWS, WHOLES, NOTES = 30, 8, 6  # what fits a screen
 UNREPAIRED = "not repaired: {with_inputs} (inputs, no labels) refits what stays to what was removed, {without} does what it can without"
-CHANGES = {"skip": "removed", "mask": "masked", "kernel": "smaller kernel", "columns": "thinner product"}
+CHANGES = {"skip": "removed", "expert": "removed", "mask": "masked", "kernel": "smaller kernel", "columns": "thinner product"}
 
 
 class Hints(NamedTuple):
@@ -46,7 +46,7 @@ def headline(plan: Plan) -> str:
         return headline_of(plan.outline.before, plan.outline.after)
     if plan.cuts:
         return f"{counted(len(plan.cuts), 'tensor')} cut"
-    weights = [(math.prod(plan.shapes[part.name]), _entries(plan, part)) for part in plan.parts if part.kind != "skip"]
+    weights = [(math.prod(plan.shapes[part.name]), _entries(plan, part)) for part in plan.parts if part.kind not in GONE]
     staying = [staying for _, staying in weights if staying is not None]
     if staying and len(staying) == len(weights):
         total = sum(whole for whole, _ in weights)
@@ -211,9 +211,9 @@ def tensors_table(plan: Plan) -> Table:
 def parts_table(plan: Plan) -> Table:
     rows = []
     for part in plan.parts:
-        if part.kind == "skip":
+        if part.kind in GONE:
             inside = [shape for name, shape in (plan.outline.shapes if plan.outline else {}).items() if name.startswith(f"{part.name}.")]
-            rows.append((part.name, CHANGES["skip"], sum(map(math.prod, inside)) if inside else None, 0, 0.0))
+            rows.append((part.name, CHANGES[part.kind], sum(map(math.prod, inside)) if inside else None, 0, 0.0))
             continue
         whole, after = math.prod(plan.shapes[part.name]), _entries(plan, part)
         rows.append((part.name, CHANGES[part.kind], whole, after, None if after is None else after / whole))
@@ -261,7 +261,7 @@ def _part_rows(one: Plan, other: Plan) -> Iterator[tuple[Any, ...]]:
 
 def _entries(plan: Plan, part: Part) -> int | None:
     """How many entries of a weight a part leaves; None where that is not said here (a mask that is stored with the weights)."""
-    if part.kind == "skip":
+    if part.kind in GONE:
         return 0
     mask = survivors(part, plan.shapes[part.name]) if part.data is not None else None
     return None if mask is None else int(mask.sum())

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import BadModel, BadPlan
 from ..tracing.trees import leaf_tensors
 from .masks import masks_of, parameter_name
-from .parts import narrowed, unpack
+from .parts import GONE, narrowed, unpack
 from .plan import Plan, plan_of
 
 
@@ -43,7 +43,7 @@ def expand(small: nn.Module, plan: Plan | None = None, *, partial: bool = False)
 
 
 def _check_modules(plan: Plan) -> None:
-    gone = [part.name for part in plan.parts if part.kind == "skip"]
+    gone = [part.name for part in plan.parts if part.kind in GONE]
     if gone:
         text = f"the plan removed {', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}, and no weights stand for a module that is gone"
         raise BadPlan(f"{text}; expand(..., partial=True) gives the tensors of all others")

@@ -1,7 +1,7 @@
 """Changes beyond cutting axes: a :class:`Part` is one of them, as data that JSON can hold.
 
 ``mask``: entries of a weight that are zero for good. ``kernel``: the taps that stay along each axis of a convolution's
-kernel. ``columns``: the (channel, tap) pairs that every filter keeps. ``skip``: a module that hands its input on.
+kernel. ``columns``: the (channel, tap) pairs that every filter keeps. ``skip``: a module that hands its input on. ``expert``: a module of a list that is gone.
 Positions are those of the original tensor, whatever the same plan cuts.
 
 >>> bits = pack(torch.tensor([True, False, True]))
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+GONE = frozenset(("skip", "expert"))  # kinds that remove a module
 
 
 @dataclass(frozen=True)

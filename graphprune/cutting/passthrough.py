@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,34 @@ class Passthrough(nn.Module):
         return f"was {self.was}" + (", gives zeros" if self.zero else "")
 
 
+class PassingOver(nn.ModuleList):
+    """A list that gives out the modules that are there, in their order, and counts these alone; names stay what they were.
+
+    >>> rest = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)])
+    >>> rest[0], rest.__class__ = Passthrough(rest[0], 0), PassingOver
+    >>> len(rest), rest[0].out_features, [name for name, _ in rest.named_parameters()]
+    (1, 3, ['1.weight', '1.bias'])
+    """
+
+    passes_over = True
+
+    def keys_there(self) -> list[str]:
+        """The names of the modules that are there."""
+        return [key for key, child in self._modules.items() if not isinstance(child, Passthrough)]
+
+    def _get_abs_string_index(self, idx: Any) -> str:
+        return self.keys_there()[int(super()._get_abs_string_index(idx))]
+
+    def __len__(self) -> int:
+        return len(self.keys_there())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([child for child in self._modules.values() if child is not None and not isinstance(child, Passthrough)])
+
+    def __getitem__(self, idx: Any) -> Any:
+        return nn.ModuleList(list(self)[idx]) if isinstance(idx, slice) else super().__getitem__(idx)
+
+
 def check_skip(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
     """Is there a module for a plan's ``skip`` part?"""
     path, _, name = part.name.rpartition(".")
@@ -67,6 +95,29 @@ def apply_skips(model: nn.Module, parts: Sequence[Part]) -> None:
         for key, child in module._modules.items():
             if id(child) in gone:
                 module._modules[key] = gone[id(child)]
+
+
+def check_expert(model: nn.Module, part: Part, shape: tuple[int, ...]) -> None:
+    """Is there a list with such a module?"""
+    path, _, key = part.name.rpartition(".")
+    try:
+        holder = model.get_submodule(path)
+        known = key in holder._modules
+    except AttributeError:
+        known = False
+    if not known or type(holder) not in (nn.ModuleList, PassingOver):
+        raise BadPlan(f"the plan removes the expert {part.name}, which is no module of a list of this model")
+
+
+def apply_experts(model: nn.Module, parts: Sequence[Part]) -> None:
+    """Do what a plan's ``expert`` parts say: the modules leave their lists, which pass over them."""
+    for part in parts:
+        path, _, key = part.name.rpartition(".")
+        holder = model.get_submodule(path)
+        was = holder._modules[key]
+        assert was is not None
+        holder._modules[key] = was if isinstance(was, Passthrough) else Passthrough(was, 0).train(was.training)
+        holder.__class__ = PassingOver
 
 
 def passed(part: Part, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:

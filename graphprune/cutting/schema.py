@@ -220,7 +220,12 @@ def _form(form: tuple[Any, ...]) -> bool:
     return 0 <= form[2] < form[1] <= 2**8
 
 
-PARTS = {"mask": _mask, "columns": _columns, "kernel": _kernel, "skip": _skip}
+def _expert(part: Part, shape: tuple[int, ...]) -> None:
+    if part.data is not None or not part.name.rpartition(".")[2].isdigit():
+        raise ValueError(f"the part that removes {part.name} names no module of a list")
+
+
+PARTS = {"mask": _mask, "columns": _columns, "kernel": _kernel, "skip": _skip, "expert": _expert}
 
 
 def _integers(items: Any, what: str, least: int = -LONG) -> list[int]:

@@ -28,6 +28,7 @@ from ..tracing.run import run
 from ..tracing.trace import trace
 from ..tracing.trees import leaf_tensors, replace, tensors
 from .masks import parameter_name
+from .parts import GONE
 from .passthrough import passed
 from .plan import Plan
 
@@ -156,7 +157,7 @@ def _masked(model: nn.Module, plan: Plan) -> nn.Module:
 
 def without(data: torch.Tensor, plan: Plan, name: str, known: dict[tuple, torch.Tensor] | None = None) -> torch.Tensor:
     """A copy of a tensor of the model with zeros where the plan removes entries; ``known`` remembers positions that tensors share."""
-    if any(part.name == name and part.kind != "skip" for part in plan.parts):
+    if any(part.name == name and part.kind not in GONE for part in plan.parts):
         return data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0)
     known = {} if known is None else known
     axes = {axis: positions(kept, data, known) for axis, kept in plan.cuts.get(name, {}).items()}

@@ -3,7 +3,7 @@
 A plan that removes blocks leaves a :class:`~graphprune.cutting.passthrough.Passthrough` in the place of each, so that every name stays as it was. Outside of
 graphprune a list of blocks is as long as a configuration says, and has no such places.
 
->>> from graphprune.cutting.passthrough import Passthrough
+>>> from graphprune.cutting.passthrough import PassingOver, Passthrough
 >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
 >>> net[1] = Passthrough(net[1], 0)
 >>> small, lists = closed(net)
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..cutting.passthrough import Passthrough
+from ..cutting.passthrough import PassingOver, Passthrough
 from ..tracing.copies import duplicate
 from ..tracing.trees import leaf_tensors
 
@@ -45,8 +45,23 @@ def closed(model: nn.Module) -> tuple[nn.Module, Lists]:
                     holds[key] = new if holds[key] == old else holds[key]
             holder._modules.clear()
             holder._modules.update({str(new): block for new, block in enumerate(blocks)})
+            holder.__class__ = nn.ModuleList if type(holder) is PassingOver else holder.__class__
             lists[path] = (len(gone), kept)
     return twin, lists
+
+
+def before_closing(name: str, lists: Lists) -> str:
+    """The name that a tensor of a model that was closed up has in the model as it is.
+
+    >>> before_closing("layers.1.experts.1.weight", {"layers": (3, (0, 2)), "layers.1.experts": (4, (1, 3))})
+    'layers.2.experts.3.weight'
+    """
+    for path in sorted(lists, key=len, reverse=True):
+        prefix = f"{path}." if path else ""
+        number, dot, rest = name[len(prefix) :].partition(".")
+        if name.startswith(prefix) and number.isdigit() and int(number) < len(lists[path][1]):
+            name = f"{prefix}{lists[path][1][int(number)]}{dot}{rest}"
+    return name
 
 
 def _numbers(kept: tuple[int, ...], blocks: list[Any], gone: Mapping[int, nn.Module]) -> Iterator[tuple[int, int, list[tuple[dict[Any, Any], str]]]]:

@@ -12,6 +12,7 @@ from ..planning.planner import Planner
 from ..planning.request import Request
 from ..tracing.graph import Graph
 from .agreement import difference, is_another, numbers_of, promised_numbers, without_values
+from .closing import before_closing, closed
 from .config import Slot, Solution, changed, search
 from .huggingface import read_as_sizes
 from .rebuilt import builder, configured, loaded, tree_of
@@ -32,16 +33,19 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
     tied: set[frozenset[Slot]] = set()
     for _ in range(ROUNDS):
         small = apply(model, plan.stages[0])
-        solution = search(builder(small), small, tree_of(small), used=read_as_sizes(graph))
+        whole, lists = closed(small)
+        solution = search(builder(whole), whole, tree_of(whole), lists, used=read_as_sizes(graph))
         wrong = frozenset(solution.gap.axes)
         reason = "" if solution.gap.loads else "no number of the configuration says this width alone"
         if not wrong and not reason:
-            wrong = _factors(small, solution, graph)
+            wrong = _factors(whole, small, solution, graph)
             reason = "what the configuration says of this width is also a factor" if wrong else ""
         if not wrong:
             return replace(plan, notes=(*plan.notes, *notes))
         reach = solution.reach().values() if not solution.gap.loads else ()
-        ties = {frozenset((*slots, *wrong)) for slots in reach if slots & wrong and slots - wrong} - tied
+        ties = {frozenset((*slots, *wrong)) for slots in reach if slots & wrong and slots - wrong}
+        ties = {frozenset((before_closing(name, lists), axis) for name, axis in tie) for tie in ties} - tied
+        wrong = frozenset((before_closing(name, lists), axis) for name, axis in wrong)
         if ties:
             tied |= ties
             request = replace(request, tied=(*request.tied, *ties))
@@ -56,14 +60,14 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
     return replace(plan, notes=(*plan.notes, *notes, "note: no configuration of this model says these widths"))
 
 
-def _factors(small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Slot]:
+def _factors(whole: nn.Module, small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Slot]:
     """The axes whose numbers in the configuration are also factors, if the model that is built computes something else."""
-    if not difference(small, small, solution, graph):
+    if not difference(whole, small, solution, graph):
         return frozenset()
     wanted, built = (
-        (promised_numbers(small), promised_numbers(small, solution.tree))
-        if without_values(small)
-        else (numbers_of(small), numbers_of(loaded(small, solution.tree)))
+        (promised_numbers(whole), promised_numbers(whole, solution.tree))
+        if without_values(whole)
+        else (numbers_of(whole), numbers_of(loaded(whole, solution.tree)))
     )
     off = {place for place, value in wanted.items() if is_another(built.get(place, value), value)}
     culprits: set[Slot] = set()
@@ -73,7 +77,7 @@ def _factors(small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Sl
         if solution.mends(rest):  # a number that the code reads is right without this change
             culprits |= reach[path]
         try:
-            values = numbers_of(builder(small, bare=True)(changed(tree_of(small), rest)))
+            values = numbers_of(builder(whole, bare=True)(changed(tree_of(whole), rest)))
         except Exception:  # numbers that do not go together: this one cannot be asked about alone
             continue
         if any(values.get(place) != built[place] for place in off):

@@ -26,7 +26,7 @@ from ..cutting.compose import so_far
 from ..cutting.gains import factors_of
 from ..cutting.kernels import columns_of
 from ..cutting.masks import parameter_name
-from ..cutting.parts import narrowed, unpack
+from ..cutting.parts import GONE, narrowed, unpack
 from ..cutting.plan import Plan, note_plan
 from ..errors import BadOptimizer, BadPlan
 from ..tracing.trees import leaf_tensors
@@ -45,7 +45,7 @@ def refresh_optimizer(optimizer: torch.optim.Optimizer, plan: Plan, small: nn.Mo
     names = _names(new, original)
     plan = replace(plan, cuts=_plainly(plan.cuts), shapes=_plainly(plan.shapes))
     changed = {*plan.cuts, *(part.name for part in plan.parts)}
-    removed = tuple(f"{part.name}." for part in plan.parts if part.kind == "skip")
+    removed = tuple(f"{part.name}." for part in plan.parts if part.kind in GONE)
     params: list[list[Any]] = []
     state: dict[Any, Any] = {}
     known = False

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..coupling.groups import Groups, couple
+from ..cutting.parts import GONE
 from ..cutting.plan import Plan
 from ..errors import BadRatio, GraphpruneError, NothingToPrune
 from ..tracing.graph import Graph
@@ -73,9 +74,12 @@ def _amiss(graph: Graph, model: nn.Module, plan: Plan, asked: Wanted) -> str:
     """What a plan leaves of a kind where it is not what was asked for, in words."""
     groups, name, indices = _counted(graph, model, asked)
     full = lengths(groups, name, indices)
+    gone = tuple(f"{part.name}." for part in plan.parts if part.kind in GONE)
     for index in sorted(indices):
         group = groups.groups[index]
         (leaf, axis), units = next(iter(group.places.items()))
+        if gone and leaf.startswith(gone):
+            continue
         kept = plan.cuts.get(leaf, {}).get(axis)
         left = group.size if kept is None else len(np.setdiff1d(np.unique(units[kept]), [-1]))
         if left * full[index] != asked.amount * group.size:

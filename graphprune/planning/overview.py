@@ -21,7 +21,9 @@ from ..granularity.spec import parse
 from ..names import Makers
 from ..quantities import count
 from ..tracing.graph import Graph
+from ..tracing.members import LISTED
 from ..tracing.trace import trace
+from .listed import coupled, mixtures_of, unit_costs
 from .units import kind, roles
 
 SHOWN = 6  # rows of what stays whole
@@ -91,7 +93,7 @@ def widths(model: nn.Module, example_input: Any, *, example_kwargs: dict | None 
     check_model(model)
     graph = trace(model, example_input, example_kwargs)
     groups = couple(graph)
-    return Overview((*_blocks(graph, model), *_groups(groups, model), *_by_themselves(graph, model), *_whole(groups)))
+    return Overview((*_blocks(graph, model), *_groups(groups, model), *_listed(graph, model), *_by_themselves(graph, model), *_whole(groups)))
 
 
 def alike(name: str) -> str:
@@ -115,6 +117,17 @@ def _by_themselves(graph: Graph, model: nn.Module) -> list[Row]:
         groups = spec.coupled(other) if spec.coupled else couple(other, locks=tuple(spec.locks(other)) if spec.locks else ())
         rows += _groups(groups, model, dict.fromkeys(found.groups(groups), name))
     return rows
+
+
+def _listed(graph: Graph, model: nn.Module) -> list[Row]:
+    """Experts that are modules of lists."""
+    if not graph.mixtures:
+        return []
+    groups = coupled(graph)
+    same: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    for index, mixtures in mixtures_of(groups).items():
+        same[alike(mixtures[0].lists[0]), mixtures[0].choices[0].labels.size, len(mixtures[0].lists)].append(index)
+    return [Row("experts", where, len(members), size, 1.0, *unit_costs(groups, model, members[0])) for (where, size, _), members in same.items()]
 
 
 def _groups(groups: Groups, model: nn.Module, kinds: Mapping[int, str] | None = None) -> list[Row]:
@@ -172,7 +185,7 @@ def _whole(groups: Groups) -> list[Row]:
     same: dict[tuple[str, int, str], list[int]] = defaultdict(list)
     for (name, axis), reason in groups.locked.items():
         leaf = groups.graph.leaves[name]
-        if len(leaf.shape) > 1 and not name.startswith("<"):
+        if len(leaf.shape) > 1 and not name.startswith("<") and reason.text != LISTED:
             same[f"{alike(name)} axis {axis}", leaf.shape[axis], str(reason)].append(int(np.prod(leaf.shape)))
     rows = sorted(same.items(), key=lambda item: -sum(item[1]))
     return [Row("", where, len(sizes), size, 1.0, 0.0, 0.0, reason) for (where, size, reason), sizes in rows]

@@ -18,6 +18,7 @@ from ..tracing.graph import Graph
 from ..tracing.trace import trace
 from .depth import plan_depth
 from .entries import plan_entries
+from .listed import plan_listed
 from .request import DEPTH, Request
 from .together import together
 from .trial import best
@@ -30,9 +31,18 @@ Planner = Callable[[Graph, nn.Module, Request], Plan]
 
 def decide(graph: Graph, model: nn.Module, request: Request) -> Plan:
     """The plan for what is asked of the model."""
-    stages = request.stages
+    stages = [part for stage in request.stages for part in _listed_first(graph, stage)]
     plan = one_stage(graph, model, stages[0]) if len(stages) == 1 else together(graph, model, stages, one_stage)
     return replace(plan, notes=(*plan.notes, *request.notes)) if request.notes else plan
+
+
+def _listed_first(graph: Graph, stage: Request) -> list[Request]:
+    """A stage in which experts go, as one for those that are modules of lists and one for all others."""
+    experts = tuple(each for each in stage.wanted if each.spec.name == "experts")
+    if not graph.mixtures or not experts:
+        return [stage]
+    others = stage.wanted if graph.choices else tuple(each for each in stage.wanted if each not in experts)
+    return [replace(stage, wanted=experts, listed=True, alone=stage.alone and not others), *([replace(stage, wanted=others)] if others else [])]
 
 
 def one_stage(graph: Graph, model: nn.Module, request: Request) -> Plan:
@@ -41,6 +51,8 @@ def one_stage(graph: Graph, model: nn.Module, request: Request) -> Plan:
         return plan_depth(graph, model, _by_name(request))
     if not request.spec.coarse:
         return plan_entries(graph, model, _by_name(request))
+    if request.listed:
+        return plan_listed(graph, model, with_steps(graph, model, request))
     if request.spec.coupled:
         return plan_vocabulary(graph, model, with_steps(graph, model, request))
     if request.spec.apart:

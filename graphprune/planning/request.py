@@ -71,6 +71,7 @@ class Request:
     tied: Sequence[frozenset[tuple[str, int]]] = ()
     proof: str = ""  # "calls": every plan is rehearsed without values; "values": compared with the zeroed original, result by result
     faults: list[tuple[Graph, Fault]] = field(default_factory=list)  # what proved wrong so far
+    listed: bool = False  # the experts that are modules of lists are meant, which go by a plan of their own
     notes: tuple[str, ...] = ()  # how this request came about, for the plan
 
     @property

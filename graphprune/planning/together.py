@@ -20,6 +20,7 @@ from ..cost import NAMES, cost
 from ..coupling.groups import couple
 from ..cutting.apply import apply
 from ..cutting.compose import compose
+from ..cutting.parts import GONE
 from ..cutting.plan import Plan
 from ..errors import BadTarget, UnknownName
 from ..granularity.weights import weights
@@ -165,7 +166,7 @@ def _there(model: nn.Module, keys: Any) -> Any:
 
 def _cut(model: nn.Module, plan: Plan) -> nn.Module:
     """The model as a plan leaves it; one that only removes modules shares its weights with the original."""
-    if plan.cuts or any(part.kind != "skip" for part in plan.parts):
+    if plan.cuts or any(part.kind not in GONE for part in plan.parts):
         return apply(model, plan)
     shared = {id(tensor): tensor for *_, tensor in leaf_tensors(model)}
     return apply(duplicate(model, shared), plan, inplace=True)

@@ -29,11 +29,18 @@ def others(groups: Groups, request: Request) -> list[tuple[Array, str]]:
     for each in request.wanted:
         found = of_kind(groups, each.spec.name)
         if not found:
+            reason = _held(groups) if each.spec.name == "experts" else ""
             raise NothingToPrune(
-                f"nothing of this model that can be cut is of the kind {each.name!r}; graphprune.widths(model, example_input) lists what there is"
+                f"nothing of this model that can be cut is of the kind {each.name!r}{reason}; graphprune.widths(model, example_input) lists what there is"
             )
         mine |= found
     return [(groups.labels_of(index for index in range(len(groups)) if index not in mine), f"only {request.text} are cut")]
+
+
+def _held(groups: Groups) -> str:
+    """Why nothing goes of what the code chooses from, if it chooses from anything."""
+    places = {(node.op.short, node.where) for node in groups.graph.nodes if node.op.chooses_from is not None}
+    return next((f" ({reason})" for reason in groups.locked.values() if (reason.op, reason.where) in places), "")
 
 
 def of_kind(groups: Groups, name: str) -> set[int]:

@@ -48,6 +48,7 @@ class Choice:
     stacks: list[Array] = field(default_factory=list)
     failed: str = ""
     compared: bool = False
+    addressed: bool = False  # single positions address tables that are no weights
     singled: list[tuple[Array, int]] = field(default_factory=list)
 
 
@@ -173,6 +174,7 @@ def _addressed(
         choice: Choice | None = index.numbers
         if choice is None:
             continue
+        choice.addressed = choice.addressed or (index.entry >= 0 and not target.zero)
         dim %= len(target.shape)
         along = [entries for entries in fields if entries.shape[dim] > 1]
         if target.shape[dim] != choice.labels.size or len(along) != 1 or len(varying(along[0])) > 1:
@@ -191,24 +193,41 @@ def _addressed(
     return outs, reduces
 
 
-def settled(labels: Labels, choices: list[Choice]) -> tuple[list[Choice], Any]:
-    """The choices of which entries may go, and a function that says of labels whether all of them are of what is chosen from; all others stay whole."""
+def singled(choices: list[Choice], locks: list[tuple[Array, int]]) -> list[tuple[Array, int]]:
+    """The locks that a call made, but for those of positions of an axis that was chosen from: they are left to its choice."""
+    others = []
+    for array, reason in locks:
+        choice = next((each for each in choices if array.size <= each.labels.size and np.isin(array, each.labels).all()), None)
+        if choice is None:
+            others.append((array, reason))
+        else:
+            choice.singled.append((array, reason))
+    return others
+
+
+def settled(labels: Labels, choices: list[Choice], listed: Mapping[int, str]) -> tuple[list[Choice], Any]:
+    """The choices of which entries may go, and a function that says of labels whether all of them are of what is chosen from; all others stay whole.
+
+    ``listed`` says of a choice (by its id) what stays whole until its modules are asked for.
+    """
     if not choices:
         return [], lambda array: False
     root = labels.partition().parent
     stacks = [stack for choice in choices for stack in choice.stacks if not choice.failed]
+    stacks += [choice.labels for choice in choices if id(choice) in listed]
     mixed = np.zeros(len(root), dtype=bool)
     if stacks:
         mixed[root[np.concatenate(stacks)]] = True
     good = []
     for choice in choices:
-        if not choice.failed and bool(mixed[root[choice.labels]].all() or mixed[root[choice.entries.ravel()]].all()):
+        fits = not choice.failed and not choice.compared and bool(mixed[root[choice.labels]].all() or mixed[root[choice.entries.ravel()]].all())
+        if fits and id(choice) not in listed:
             good.append(choice)
-            continue
-        text = choice.failed or "the largest along it are chosen, which addresses no learnt weights"
-        for array, reason in choice.singled:
+        else:
+            text = listed.get(id(choice)) or choice.failed or "the largest along it are chosen, which addresses no learnt weights"
+            labels.lock(choice.labels, labels.reason(choice.place._replace(text=text)))
+        for array, reason in choice.singled if id(choice) not in listed else ():
             labels.lock(array, reason)
-        labels.lock(choice.labels, labels.reason(choice.place._replace(text=text)))
     return good, lambda array: bool(mixed[root[array]].all())
 
 

@@ -11,6 +11,7 @@ from ..operations.labels import Labels
 from ..operations.notation import Value
 from .choices import Choice
 from .features import Marks
+from .members import Mixture
 from .needs import Call
 from .node import Node
 from .sizes import Branch, Doubt, Expr
@@ -56,6 +57,7 @@ class Graph:
     unread: list[str] = field(default_factory=list)  # the leaves that no run reads
     picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
     choices: list[Choice] = field(default_factory=list)  # axes that the code chooses from, of which entries may go (experts)
+    mixtures: list[Mixture] = field(default_factory=list)  # choices that lead to modules of lists, which go by a plan of their own
     marks: Marks = field(default_factory=Marks)  # which labels learnt weights make and read
     paths: list[str] = field(default_factory=list)  # of the outputs, in the result
     numbers: bool = False  # whether plain numbers stand beside them there

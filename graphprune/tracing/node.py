@@ -21,7 +21,10 @@ from ..operations.notation import Expr, Value
 from ..operations.record import pointwise
 from ..wording import brief
 
-__all__ = ["Node", "Norm", "line", "torch"]
+__all__ = ["SHAPED", "Node", "Norm", "line", "torch"]
+
+# Numbers that say the shape of a result, by their names in the schemas of operations: the shape itself is compared.
+SHAPED = frozenset("size sizes self_size input_size input_sizes split_size split_sizes normalized_shape N C HxW output_size".split())
 
 
 def line(where: tuple[str, int] | None) -> str:

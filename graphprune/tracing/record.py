@@ -23,7 +23,7 @@ from ..operations.assembly import free, merged
 from ..operations.labels import Array, Fields, Labels, Reason, varying
 from ..operations.notation import Value, at, meet, parse, result_place
 from ..operations.record import pointwise, template
-from .choices import Choice, carried, chosen
+from .choices import Choice, carried, chosen, singled
 from .node import Node, line
 from .picks import INTEGERS, pick, picked
 from .sizes import Branch, Uses
@@ -65,7 +65,8 @@ class Recorder(TorchDispatchMode):
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
         self.uses = Uses(nodes=self.nodes)  # of the sizes that this run gives out
-        self.extra: list[Node] = []  # of a second run, in training mode
+        self.extra: list[Node] = []  # of further runs, such as one in training mode
+        self.further: list[list[Node]] = []  # the same, run by run
         self.spans: list[tuple[int, int]] = []  # the locks that each call made
         self.numbers: dict[str, Tensor] = {}  # integer buffers, by name
         self.picks: dict[str, list[tuple[Value, int]]] = {}  # what they number
@@ -336,6 +337,11 @@ class Recorder(TorchDispatchMode):
             found = carried(self, known, args, kwargs, given, shapes, reason)
             if found is not None:
                 return found
+            if known.op.part:
+                locked = len(self.labels.locks)
+                outs = known.carry(known.op, args, kwargs, given, shapes, reason)
+                self.labels.locks[locked:] = singled(self.choices, self.labels.locks[locked:])
+                return outs
         if known.op.chooses_from is not None:
             found = chosen(self.labels, known.op, args, kwargs, place)
             if found:
@@ -449,12 +455,8 @@ class Recorder(TorchDispatchMode):
                 if lost and not self.labels.is_repeated(before):  # over several axes: this position of one, the others may go as they like
                     dense = [a for a, n in enumerate(after.shape) if n > 1 or a in lost]
                     over = tuple(dense.index(a) for a in lost)
-                    position = self.labels.marginal(after.reshape([after.shape[a] for a in dense]), over).ravel()
-                    choice = next((each for each in self.choices if self.labels.same(each.labels, before)), None)
-                    if choice is None:
-                        self.labels.lock(position, reason)
-                    else:
-                        choice.singled.append((position, reason))
+                    rest = after.reshape([after.shape[a] for a in dense])
+                    self.labels.lock(rest.ravel() if rest.size == 1 else self.labels.marginal(rest, over).ravel(), reason)
 
     def box(self, outs: list[Fields]) -> None:
         for fields in outs:

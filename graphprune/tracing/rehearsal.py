@@ -22,14 +22,12 @@ from ..operations.notation import Value
 from .dice import RUNNING, same_dice
 from .functions import DATA, Functions
 from .graph import Graph
-from .node import Node
+from .node import SHAPED, Node
 from .outputs import items, selected
 from .record import META, Known, Recorder
 from .surroundings import undisturbed_surroundings
 from .trees import PLAIN, leaf_tensors, replace, tensors
 
-# Numbers that say the shape of a result, by their names in the schemas of operations: the shape itself is compared.
-SHAPED = frozenset("size sizes self_size input_size input_sizes split_size split_sizes normalized_shape N C HxW output_size".split())
 CLONE, SLICE = torch.ops.aten.clone.default, torch.ops.aten.slice.Tensor
 VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default))
 BLOCKS = frozenset(("group", "groups"))  # numbers of equal blocks that an axis is taken apart into

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
+from ..wording import pattern
 from .choices import settled
 from .examples import Examples
 from .features import marks
 from .functions import Functions
 from .graph import Graph
 from .node import Node
+from .members import LISTED, members
 from .outputs import OUTPUT, Item, handed_back, items, selected
 from .paths import following
 from .picks import settle
@@ -57,7 +59,9 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
     idle = unread(recorder, recorder.nodes + recorder.extra)
     hold(recorder, idle)
-    choices, of_choice = settled(labels, recorder.choices)
+    every = [recorder.nodes, *recorder.further]
+    mixtures = members(recorder.choices, every, [*runs.outputs, *runs.others], recorder.constants, labels.partition().parent, model) if recorder.choices else []
+    choices, of_choice = settled(labels, recorder.choices, {id(choice): LISTED for each in mixtures for choice in each.choices})
     hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
     hold_ranks(labels, recorder.nodes + recorder.extra, [value for name, value in recorder.leaves.items() if name in parameters])
     reason = labels.reason(Reason(OUTPUT))
@@ -90,6 +94,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         unread=idle,
         picks=numbered,
         choices=choices,
+        mixtures=mixtures,
         marks=marks(recorder.nodes + recorder.extra, runs.all_steps, recorder.leaves, learnt).with_made(labels.copied),
         paths=paths,
         numbers=len(runs.chosen) > len(paths),
@@ -101,6 +106,9 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         training=runs.training,
         random_in_training=any(torch.Tag.nondeterministic_seeded in node.func.tags for node in (*recorder.nodes, *recorder.extra)),
     )
+
+
+TURNS = 16  # so many further runs show how experts are called that single numbers are compared with
 
 
 @dataclass
@@ -152,6 +160,13 @@ def _recorded(
         for tensors_of, other in more:
             entered(recorder, tensors_of)
             others += more_run(recorder, other, asked.outputs, state | states)
+        while recorder.real and _more_turns(recorder):
+            recorder.turned += 1
+            with _disable_current_modes():
+                again, call = next(asked.called(twin, swap))
+            entered(recorder, again)
+            others += more_run(recorder, call, asked.outputs, state | states)
+        recorder.turned = 0
         trained = reads_mode(modules) or bool(parameters.intersection(unread(recorder, recorder.nodes + recorder.extra)))
         if trained:
             twin.train()
@@ -162,6 +177,18 @@ def _recorded(
             others += train_run(recorder, call, asked.outputs, state | states)
             training = [] if recorder.stopped else recorder.extra[before:]
     return _Runs(inputs, chosen, outputs, state, states, steps, functions.steps, calls, others, trained, training)
+
+
+def _more_turns(recorder: Recorder) -> bool:
+    """Whether further runs may show more of what is chosen: experts that were not called yet, or not for every place of what was chosen."""
+    sizes = [each.labels.size for each in recorder.choices]
+    if not sizes or recorder.turned >= max(sizes) - 1:
+        return False
+    if recorder.turned < TURNS and any(each.compared or each.addressed for each in recorder.choices):
+        return True
+    missed = set(unread(recorder, recorder.nodes + recorder.extra))
+    known = {pattern(name) for name in recorder.leaves if name not in missed}
+    return any(pattern(name) in known for name in missed)
 
 
 def _results(recorder: Recorder, model: nn.Module, result: Any, asked: Examples) -> tuple[frozenset[str], frozenset[str], list[Item]]:

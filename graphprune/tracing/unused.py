@@ -66,6 +66,7 @@ def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any, state: f
         for node in recorder.nodes:
             for value in node.outs:
                 value.node = -1
+        recorder.further.append(recorder.nodes)
         recorder.extra, recorder.nodes, recorder.spans, recorder.step = recorder.extra + recorder.nodes, kept, spans, -1
 
 
