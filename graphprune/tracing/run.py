@@ -22,8 +22,8 @@ from .examples import Examples
 from .features import marks
 from .functions import Functions
 from .graph import Graph
-from .node import Node
 from .members import LISTED, members
+from .node import Node
 from .outputs import OUTPUT, Item, handed_back, items, selected
 from .paths import following
 from .picks import settle
