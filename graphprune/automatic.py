@@ -2,8 +2,8 @@
 
 No score is the best everywhere: the one that is made for repair wins on most convolutional networks and language models, plain norms under allocated
 widths on some, so they are compared by what counts, the distance of the outputs after the repair. The list is short, goes from the one that wins most
-often to the others, and ends when the error is small. ``Repair(effort=...)`` says how far it goes: ``"fast"`` takes the first that can be planned,
-``"best"`` tries all, and the one that loses least once more in rounds.
+often to the others, and ends when the error is small; the repair of a trial is a short one. ``Repair(effort=...)`` says how far it goes: ``"fast"`` takes
+the first that can be planned, ``"best"`` tries all with the whole repair, and the one that loses least once more in rounds.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from .errors import BadOption, BadTarget, GraphpruneError, NothingToPrune, warn
 from .options import Repair
 from .planning.planner import Planner
 from .planning.request import Request
-from .repair import closed, repair
+from .repair import SETS, closed, repair
 from .repair.calibration import parts
 from .repair.predictions import information, scores
 from .scores import SCORES, Score
+from .scores.data import bar
 from .tracing.graph import Graph
 from .tracing.probe import batch_inputs
 from .tracing.surroundings import unchanged
@@ -51,6 +52,7 @@ class Choice:
 
 BUDGETS = (Choice("effect", "global"), Choice("l2", "allocated"), Choice("wanda_sp", "global"))
 RATIOS = (Choice("effect", None), Choice("wanda_sp", None), Choice("l2", None))
+SHORT = 4096  # positions that a fit of a trial sees: fewer than those of the repair that follows tell as well which units are missed
 FURTHER = (Choice("effect", "isomorphic"), Choice("l2", "global"))  # which win now and then
 ROUNDS = 4
 Planners = Callable[[Repair | None], Planner]  # the planner of a repair, which may go in rounds
@@ -92,12 +94,13 @@ def with_score(graph: Graph, model: nn.Module, request: Request, asked: Repair |
     first, *others = _tried(graph, model, request, asked, planners)
     what = "the outputs' variance" if predicted(graph) is None else "what the predictions say"
     if first.lost > BAD:
-        lost = f"{first.lost:.0%} of {what} is lost on inputs kept out, after the repair"
+        lost = f"{first.lost:.0%} of {what} is lost on inputs kept out, even after a repair"
         warn(f"at this target little of the function is left: {lost}; train, or ask for less")
     note = f"note: chose {first}, and tried nothing else (effort='fast')"
     if not math.isnan(first.lost):
+        a_repair = "a short repair" if asked.effort == "standard" else "the repair"
         rest = "".join(f"; {trial}: {trial.lost:.1%}" for trial in others)
-        note = f"note: chose {first}: {first.lost:.1%} of {what} lost on inputs kept out, after the repair{rest}"
+        note = f"note: chose {first}: {first.lost:.1%} of {what} lost on inputs kept out, after {a_repair}{rest}"
     settled = replace(_by(first.choice, request, batches), notes=(*request.notes, note))
     if asked.rounds > first.rounds:  # tried as if it were one
         return Settled(settled, asked)
@@ -113,19 +116,21 @@ def _tried(graph: Graph, model: nn.Module, request: Request, asked: Repair, plan
     """The choices that were tried, the best one first; at least one."""
     batches, entries = list(asked.batches or ()), predicted(graph)
     fits, checks = parts(batches, asked.spare)
-    facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": False}
+    short = asked.effort == "standard"
+    steps, rows = (_short(closed_steps(asked)), min(asked.rows, SHORT)) if short else (closed_steps(asked), asked.rows)
+    facts = {"target": asked.target, "spare": asked.spare, "rows": rows, "progress": asked.progress}
 
     def trial(choice: Choice, rounds: int) -> _Trial:
         plan = planners(replace(asked, rounds=rounds))(graph, model, _by(choice, request, asked.batches))
         if asked.effort == "fast":
             return _Trial(math.nan, choice, rounds, plan)
         first = plan.stages[0]
-        small = repair(apply(model, first), model, first, fits, closed_steps(asked), graph=graph, **facts)
+        small = repair(apply(model, first), model, first, fits, steps, graph=graph, **facts)
         return _Trial(_distance(model, small, checks or fits, entries), choice, rounds, plan)
 
     trials: list[_Trial] = []
     failed: GraphpruneError = BadTarget("no score could be computed")
-    for choice in _choices(request, asked.effort):
+    for choice in bar(_choices(request, asked.effort), "choosing a score", asked.progress):
         try:
             trials.append(trial(choice, 1))
         except NothingToPrune:
@@ -161,6 +166,12 @@ def _with_data(request: Request, batches: object) -> Request:
     if batches is None or request.batches is not None or not isinstance(score, Score) or score.needs_now() != "inputs":
         return request
     return replace(request, batches=batches)
+
+
+def _short(steps: tuple[str, ...] | str) -> tuple[str, ...]:
+    """The steps of a trial: without the fit that goes over the data again and again."""
+    named = (steps,) if isinstance(steps, str) else steps
+    return tuple(step for name in named for step in (SETS["auto"] if name == "auto" else (name,)) if step != "censored")
 
 
 def closed_steps(asked: Repair) -> tuple[str, ...] | str:
