@@ -59,7 +59,7 @@ ORDER = {
         __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
-    "tracing": """sizes trees picks choices needs symbols bodies paths fused copies dice foreign holders reachable surroundings node origin record
+    "tracing": """sizes trees picks choices needs symbols bodies paths fused copies dice foreign holders reachable surroundings node members origin record
         recurrent outputs unused updates ways features states statistics summary graph functions shadow examples refused run trace rehearsal probe
         paced""",
     "coupling": "groups links sums lengths vocabulary",
@@ -73,10 +73,10 @@ ORDER = {
         imitation __init__""",
     "granularity": "spec weights heads entries ranking evidence positions liveness blocks remaining depth",
     "planning": "shares proof request limits uniform unread units wanted exact "
-    "widths vocabulary selected trial depth entries together planner outcome overview",
+    "widths vocabulary selected trial depth entries listed together planner outcome overview",
     "units": "kind hidden experts expert_mlp heads query_heads head_dim mlp layers vocabulary",
     "insight": "study axes sensitivity tradeoff chart svg picture report",
-    "adapters": "inputs models pretrained",
+    "adapters": "inputs exports models pretrained",
     "checkpoint": "shards stored resident scoring writing layout partial",
     "commands": "work app",
     "loop": "sparse optimizer schedule rounds history checkpoint iterate distill",
