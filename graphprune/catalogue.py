@@ -26,7 +26,7 @@ class Entry:
     name: str
     line: str
     function: Callable[..., Any] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 _ENTRIES: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
@@ -79,7 +79,11 @@ def register(kind: str, name: str, line: str, function: Callable[..., Any] | Non
     if not isinstance(name, str) or not name or ":" in name or not isinstance(line, str) or not line or "\n" in line:
         raise BadOption(f"{kind} {name!r}: give a name without a colon, and one line that says what it does")
     if function is None:
-        return lambda function: register(kind, name, line, function, **facts)
+
+        def decorated(function: Callable[..., Any]) -> Any:
+            return register(kind, name, line, function, **facts)
+
+        return decorated
     if not callable(function):
         raise BadOption(f"{kind} {name!r}: {function!r} cannot be called")
     try:
@@ -133,7 +137,7 @@ def table(names: dict[str, dict[str, str]]) -> str:
     repairs
       bn  batch-norm statistics
     """
-    blocks = []
+    blocks: list[str] = []
     for kind, lines in names.items():
         wide = max(map(len, lines), default=0)
         blocks.append("\n".join([PLURALS[kind], *(f"  {name:{wide}}  {line}" for name, line in lines.items())]))

@@ -253,7 +253,7 @@ Term = tuple[float, tuple[int, ...]]
 
 
 def _volume(lengths: Lengths, shape: Sequence[int], value: Value, dims: Sequence[int] | None = None) -> Term:
-    factor, forms = 1, []
+    factor, forms = 1, list[int]()
     for dim in range(len(shape)) if dims is None else dims:
         scale, form = lengths.form(value, dim)
         factor *= scale
@@ -281,7 +281,7 @@ def products(node: Node, lengths: Lengths) -> Iterator[Term]:
     """The multiply-accumulates of one call, as products of lengths."""
     for product in node.products:
         factor, axes = product.volume()
-        forms = []
+        forms: list[int] = []
         for value, dim in axes:
             scale, form = lengths.form(value, dim)
             factor *= scale

@@ -28,7 +28,7 @@ class Table:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
-    formats: Mapping[str, Callable[[Any], str]] = field(default_factory=dict, compare=False)
+    formats: Mapping[str, Callable[[Any], str]] = field(default_factory=dict[str, Callable[[Any], str]], compare=False)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -67,8 +67,9 @@ def _unmasked(plan: Plan, masked: set[str]) -> Plan:
         return plan
     names = {name: parameter_name(name) for name in plan.shapes}
     lie = {name for name in plan.shapes if any(name == f"{path}parametrizations.{key}.0.mask" for path, key in map(_split, masked))}
-    known = lambda table: {names[n] if names[n] in masked else n: value for n, value in table.items() if n not in lie}  # noqa: E731
-    return replace(plan, cuts=known(plan.cuts), shapes=known(plan.shapes))
+    spoken = {name: names[name] if names[name] in masked else name for name in plan.shapes if name not in lie}
+    cuts = {spoken[name]: axes for name, axes in plan.cuts.items() if name in spoken}
+    return replace(plan, cuts=cuts, shapes={name: plan.shapes[old] for old, name in spoken.items()})
 
 
 def _split(name: str) -> tuple[str, str]:

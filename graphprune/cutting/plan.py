@@ -50,7 +50,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = field(default=(), compare=False)
     rewrites: tuple[str, ...] = ()
-    numbers: dict[str, list[int]] = field(default_factory=dict)
+    numbers: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     parts: tuple[Part, ...] = ()
     gains: tuple[Gain, ...] = ()
     outline: Outline | None = field(default=None, compare=False)
@@ -242,9 +242,10 @@ def make_plan(groups: Groups, kept: Kept, edits: dict[tuple[Any, ...], int], not
     leaves = groups.graph.leaves
     cuts = _cuts(_masks(groups, kept), list(leaves))
     shapes = {name: leaves[name].shape for name in cuts}
-    lines, stays = [], Survivors(groups, kept)
-    numbers, picks = {}, groups.graph.picks
-    for name, (value, dim) in picks.items():
+    lines: list[str] = []
+    numbers: dict[str, list[int]] = {}
+    stays = Survivors(groups, kept)
+    for name, (value, dim) in groups.graph.picks.items():
         mask = stays.axis(value, dim)
         if not mask.all():
             numbers[name] = renumber(mask)

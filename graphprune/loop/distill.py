@@ -120,7 +120,8 @@ class Distillation:
 
 def _points(graph: Any, plan: Plan) -> dict[int, tuple[Value, dict[int, torch.Tensor]]]:
     """For every group that is cut, the last activation that is read, and which of its positions survive."""
-    masks, points = Masks(graph, plan), {}
+    masks = Masks(graph, plan)
+    points: dict[int, tuple[Value, dict[int, torch.Tensor]]] = {}
     for members in links(couple(graph)):
         read = [link for link in members if link.role == "consumes" and link.value is not None]
         if read:

@@ -303,7 +303,8 @@ def macs(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> i
 
 def _check_amounts(options: Mapping[str, Any]) -> None:
     """Refuse what every round would do again, on what the round before left."""
-    what, widths = options.get("what", "channel"), options.get("widths")
+    what: Any = options.get("what", "channel")
+    widths: Any = options.get("widths")
     shares = [name for name, amount in what.items() if amount is not None and not whole(amount)] if isinstance(what, Mapping) else []
     if shares:
         raise BadLoop(f"what={{{shares[0]!r}: {what[shares[0]]!r}}} would be taken in every round, of what the round before left; give the target alone")

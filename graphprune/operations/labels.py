@@ -19,11 +19,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from os.path import basename
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-Array = np.ndarray
+Array = np.ndarray[Any, np.dtype[Any]]
 Fields = tuple[Array, ...]
 
 

@@ -50,23 +50,23 @@ class Graph:
     doubts: list[Doubt]
     symbols: dict[tuple[Any, ...], int]
     example: tuple[tuple[Any, ...], dict[str, Any]]
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)  # by the name of the leaf
-    filled: dict[int, torch.Tensor] = field(default_factory=dict)  # whole numbers that no call shows being written, by the id of their value
+    constants: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])  # by the name of the leaf
+    filled: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])  # whole numbers that no call shows being written, by the id of their value
     real: bool = False  # whether the run had values: control flow depends on them
     parameters: frozenset[str] = frozenset()  # the leaves that are parameters
-    unread: list[str] = field(default_factory=list)  # the leaves that no run reads
-    picks: dict[str, tuple[Value, int]] = field(default_factory=dict)  # the axis whose positions an integer buffer numbers
-    choices: list[Choice] = field(default_factory=list)  # axes that the code chooses from, of which entries may go (experts)
-    mixtures: list[Mixture] = field(default_factory=list)  # choices that lead to modules of lists, which go by a plan of their own
+    unread: list[str] = field(default_factory=list[str])  # the leaves that no run reads
+    picks: dict[str, tuple[Value, int]] = field(default_factory=dict[str, tuple[Value, int]])  # the axis whose positions an integer buffer numbers
+    choices: list[Choice] = field(default_factory=list[Choice])  # axes that the code chooses from, of which entries may go (experts)
+    mixtures: list[Mixture] = field(default_factory=list[Mixture])  # choices that lead to modules of lists, which go by a plan of their own
     marks: Marks = field(default_factory=Marks)  # which labels learnt weights make and read
-    paths: list[str] = field(default_factory=list)  # of the outputs, in the result
+    paths: list[str] = field(default_factory=list[str])  # of the outputs, in the result
     numbers: bool = False  # whether plain numbers stand beside them there
     asked: Any = None  # what was run: example, outputs that matter, further examples
     state: frozenset[str] = frozenset()  # parts of the result that the model takes back itself in its next call
     states: frozenset[str] = frozenset()  # parts of the result whose width follows what is cut (:mod:`graphprune.tracing.states`)
-    looked: list[tuple[str, str]] = field(default_factory=list)  # (module, line) that looked at a value
+    looked: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])  # (module, line) that looked at a value
     trained: bool = False  # whether what training mode does is part of the labels
-    training: list[Node] = field(default_factory=list)  # the calls of a run in training mode, where that may be another one
+    training: list[Node] = field(default_factory=list[Node])  # the calls of a run in training mode, where that may be another one
     random_in_training: bool = False  # whether any run drew random numbers
 
     def __str__(self) -> str:
@@ -75,13 +75,14 @@ class Graph:
     def __repr__(self) -> str:
         return f"<Graph: {len(self.nodes)} calls, {len(self.leaves)} tensors, {self.labels.count} labels>"
 
-    derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # costs and tables that were made for it; they go with it
+    # Costs and tables that were made for it; they go with it.
+    derived: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)
 
     def to_networkx(self) -> Any:
         """The dependency graph: one node per call (with its operation, module and line), one edge per tensor."""
         import networkx
 
-        graph = networkx.DiGraph()
+        graph: Any = networkx.DiGraph()
         for index, node in enumerate(self.nodes):
             graph.add_node(index, op=str(node.func), module=node.module, line=node.line)
             for value in tensors((node.args, node.kwargs)):
