@@ -45,7 +45,8 @@ def closed(model: nn.Module) -> tuple[nn.Module, Lists]:
                     holds[key] = new if holds[key] == old else holds[key]
             holder._modules.clear()
             holder._modules.update({str(new): block for new, block in enumerate(blocks)})
-            holder.__class__ = nn.ModuleList if type(holder) is PassingOver else holder.__class__
+            if type(holder) is PassingOver:
+                holder.__class__ = nn.ModuleList  # pyright: ignore[reportAttributeAccessIssue]
             lists[path] = (len(gone), kept)
     return twin, lists
 

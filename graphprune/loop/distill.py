@@ -127,7 +127,7 @@ def _points(graph: Any, plan: Plan) -> dict[int, tuple[Value, dict[int, torch.Te
         if read:
             value = read[-1].value
             kept = masks.kept(value) if value is not None else {}
-            if kept:
+            if kept and value is not None:
                 points[id(value)] = (value, kept)
     if not points:
         raise BadPlan("the plan cuts nothing whose activation the model's own code holds; use features=0")

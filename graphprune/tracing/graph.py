@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -80,9 +81,8 @@ class Graph:
 
     def to_networkx(self) -> Any:
         """The dependency graph: one node per call (with its operation, module and line), one edge per tensor."""
-        import networkx
-
-        graph: Any = networkx.DiGraph()
+        networkx: Any = import_module("networkx")
+        graph = networkx.DiGraph()
         for index, node in enumerate(self.nodes):
             graph.add_node(index, op=str(node.func), module=node.module, line=node.line)
             for value in tensors((node.args, node.kwargs)):

@@ -350,8 +350,9 @@ def _lists(regions: _Regions, absorbing: set[int], constants: Mapping[str, torch
                     readers[value.leaf].add(entry)
     owned: dict[int, list[str]] = defaultdict(list)
     for name, entries in readers.items():
-        if len(entries) == 1 and None not in entries:
-            owned[next(iter(entries))].append(name)
+        entry = next(iter(entries))
+        if len(entries) == 1 and entry is not None:
+            owned[entry].append(name)
     lists = [_holders(owned[entry], entry, size, model) for entry in range(size)]
     if any(not each for each in lists):
         raise _Left(f"nothing is read for expert {next(entry for entry, each in enumerate(lists) if not each)} alone")

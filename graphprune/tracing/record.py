@@ -212,7 +212,8 @@ class Recorder(TorchDispatchMode):
     def turn(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """What would be chosen if the next entries of the axis were the largest."""
         assert op.chooses_from is not None
-        x, dim, _ = op.chooses_from(*args, **kwargs)
+        operands: tuple[Any, ...] = op.chooses_from(*args, **kwargs)
+        x, dim, _ = operands
         values, at = result
         at.copy_((at + self.turned) % x.shape[dim])
         values.copy_(x.gather(dim, at))
