@@ -36,7 +36,8 @@ import graphprune
 from graphprune.tracing.trees import tensors
 
 WAYS = ("folder", "state dict")
-TOGETHER = 12  # architectures that one reader reads
+TOGETHER = 24  # architectures that one reader reads
+LIBRARIES = ("timm", "transformers.modeling_utils", "diffusers.models.unets.unet_2d_condition", "segmentation_models_pytorch", "ultralytics.nn.tasks")
 
 
 def outputs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     declare_operators()
-    for library in ("timm", "transformers", "diffusers.models"):  # once, for all processes
+    for library in LIBRARIES:  # once, for all processes that write
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     if options.read:
