@@ -99,3 +99,36 @@ def test_values_keep_a_width_of_their_own() -> None:
     model, x = Separate().double().eval(), torch.randn(2, 6, 5, dtype=torch.float64)
     small = graphprune.shrink(model, x, what="head_dim", ratio=0, widths=graphprune.Widths(ratios={"v": 0.5}))
     assert small.v.out_features == HEADS * SIZE // 2 and small.q.out_features == HEADS * SIZE
+
+
+class Routed(nn.Module):
+    """A softmax over what learnt weights make of the stream, which gates it: no queries, no keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.router, self.up, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(x + self.gated(x, self.router(x).softmax(-1)))
+
+    def gated(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return (self.up(x).unflatten(-1, (4, WIDTH)) * gates.unsqueeze(-1)).sum(-2)
+
+
+class Chosen(Routed):
+    def gated(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        share, at = gates.topk(2)
+        return x * share.sum(-1, keepdim=True)
+
+
+class Largest(Routed):
+    def gated(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return x * gates.amax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("layout", [Routed, Chosen, Largest])
+def test_a_router_has_no_heads(layout) -> None:
+    overview = graphprune.widths(layout().eval(), torch.randn(2, 6, 5))
+    assert not overview["head_dim"] and not overview["heads"] and [row.where for row in overview["hidden"]] == ["stem"]
+    assert graphprune.widths(Separate().eval(), torch.randn(2, 6, 5))["head_dim"]  # the control

@@ -9,16 +9,54 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from ..coupling.groups import Groups
 from ..errors import NothingToPrune
 from ..operations.contraction import Product
-from ..operations.labels import Array
+from ..operations.labels import Array, varying
+from ..operations.notation import Value
 from ..tracing.graph import Graph
 
 
 def heads(groups: Groups) -> set[int]:
     """The indices of the groups whose units are attention heads (or, with shared keys, the groups of heads that share them)."""
-    return set().union(*(_along(groups, product, product.shared) for product in _weighing(groups.graph)))
+    found: set[int] = set()
+    for product in _weighing(groups.graph):
+        for operand in product.operands:
+            for dim in product.along(operand, product.shared):
+                for field in operand.value.fields:
+                    found |= _whole_rows(groups, field, dim) if field.shape[dim] > 1 else set()
+    return found
+
+
+def _whole_rows(groups: Groups, field: Array, dim: int) -> set[int]:
+    """The groups along an axis of which every position belongs to one unit, whatever lies along the other axes of the field."""
+    units = groups.root[np.moveaxis(field, dim, 0)].reshape(field.shape[dim], -1)
+    owners = groups.owner[units]
+    inside = {int(index) for index in owners[(units != units[:, :1]).any(axis=1)].ravel()}
+    return {int(index) for index in np.unique(owners)} - inside - {-1}
+
+
+def whole_insides(graph: Graph) -> list[tuple[Array, str]]:
+    """Locks for what lies inside of heads, so that heads themselves may go."""
+    locks = []
+    for product in _comparing(graph):
+        locks += [lock for operand in product.operands for dim in operand.summed for lock in _inside_of(graph, operand.value, dim)]
+    for product in _weighing(graph):
+        locks += [lock for operand in product.operands for dim in operand.made for lock in _inside_of(graph, operand.value, dim)]
+    return locks
+
+
+def _inside_of(graph: Graph, value: Value, dim: int) -> list[tuple[Array, str]]:
+    """Locks for the positions of an axis in fields that run over others as well."""
+    locks = []
+    for field in value.fields:
+        over = varying(field)
+        if field.shape[dim] > 1 and len(over) > 1:
+            dense = field.reshape([field.shape[axis] for axis in over])
+            locks.append((graph.labels.marginal(dense, (over.index(dim),)).ravel(), "what is inside of heads stays: heads go"))
+    return locks
 
 
 def attended(groups: Groups) -> set[int]:
@@ -36,8 +74,8 @@ def _weighing(graph: Graph) -> Iterator[Product]:
         elif node.product is not None:
             if any(id(operand.value) in weighted for operand in node.product.operands):
                 yield node.product
-        elif any(id(value) in weighted for value in node.held) and (node.is_move or node.is_pointwise):
-            weighted.add(id(node.outs[0]))
+        elif any(id(value) in weighted and (node.is_move or value.shape == node.outs[0].shape) for value in node.held) and (node.is_move or node.is_pointwise):
+            weighted.add(id(node.outs[0]))  # what is spread over the features of something else is a gate of it, and no longer a weight
 
 
 def inside(groups: Groups) -> set[int]:
@@ -75,14 +113,15 @@ def whole_heads(graph: Graph) -> list[tuple[Array, str]]:
 
 
 def _comparing(graph: Graph) -> Iterator[Product]:
-    """The products of queries with keys: those whose results a softmax is taken of."""
+    """The products of queries with keys: those whose results a softmax is taken of (with learnt weights, it is a router or a classifier)."""
     wanted: set[int] = set()
     for node in reversed(graph.nodes):
         if node.op.softmax:
             wanted.update(map(id, node.held))
         elif any(id(value) in wanted for value in node.outs):
             if node.product is not None:
-                yield node.product
+                if not any(operand.value.zero for operand in node.product.operands):
+                    yield node.product
             elif node.is_move or node.is_pointwise:
                 wanted.update(map(id, node.held))
 

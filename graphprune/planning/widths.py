@@ -19,6 +19,7 @@ from ..cost import priced
 from ..coupling.groups import Groups, couple
 from ..cutting.plan import Plan, Survivors, make_plan
 from ..errors import BadTarget, NothingToPrune
+from ..granularity.heads import whole_insides
 from ..names import overrides
 from ..operations.labels import Array, varying
 from ..scores import Scores
@@ -33,7 +34,7 @@ from .request import Request
 from .shares import shares
 from .uniform import alike
 from .unread import narrower, unread_sizes
-from .wanted import amounts, others
+from .wanted import amounts, of_kind, others
 
 ROUNDS = 40  # how often groups are coupled anew because something proved wrong
 TRIES = 16  # how many widths are tried before an axis is left whole
@@ -88,6 +89,9 @@ class _Coupling:
         keep = [item if isinstance(item, tuple) else (item, None) for item in request.keep]
         self.whole = tuple((name, axis) for name, axis in keep if name in graph.leaves)
         groups = self.coupled()
+        if {each.spec.name for each in request.wanted} & {"head", "heads"} and not of_kind(groups, "heads"):
+            self.locks += whole_insides(graph)
+            groups = self.coupled()
         unwanted = others(groups, request)
         if unwanted:
             self.locks += unwanted
