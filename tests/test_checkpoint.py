@@ -433,3 +433,22 @@ def test_it_is_done_only_once(tmp_path):
     with pytest.raises(BadFile, match="there already"):
         cut(tmp_path / "in", tmp_path / "out")
     assert bytes_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("what", [{"vocabulary": 40}, {"vocabulary": [5, 7, 50, 60, 90], "mlp": 0.5}, {"vocabulary": None, "hidden": 0.5}])
+def test_a_smaller_vocabulary_is_that_of_the_model_in_memory(what, tmp_path):
+    pytest.importorskip("transformers")
+    from families import build
+
+    model, inputs = build("llama")
+    model.save_pretrained(tmp_path / "whole")
+    if what["vocabulary"] is None:
+        what = what | {"vocabulary": graphprune.Vocabulary(0.5, batches=[inputs])}
+    plan = checkpoint.shrink(tmp_path / "whole", tmp_path / "small", what=what)
+    small = graphprune.shrink(model, inputs, what=what, widths=graphprune.Widths(uniform=True))
+    back = type(model).from_pretrained(tmp_path / "small").eval()
+    assert graphprune.tokens(tmp_path / "small").kept == plan.tokens.kept == graphprune.tokens(small).kept
+    assert back.config.vocab_size == len(plan.tokens.kept) and back.config.eos_token_id == plan.tokens.to_new(2)
+    assert back.generation_config.eos_token_id == back.config.eos_token_id
+    state = small.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in back.state_dict().items())

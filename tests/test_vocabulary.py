@@ -98,6 +98,38 @@ def test_texts_of_a_score_or_a_repair_do_as_well():
         assert graphprune.tokens(small).kept == tuple(range(9)) and small.up.out_features == 12
 
 
+class Tied(nn.Module):
+    """One table for both ends."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up, self.down = nn.Embedding(SIZE, 16), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.head = nn.Linear(16, SIZE, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, words):
+        x = self.table(words)
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+@pytest.mark.parametrize("make, what", [(Language, {"mlp": 0.5}), (Tied, {"mlp": 0.5}), (Tied, {"mlp": 0.5, "hidden": 0.25})])
+def test_a_repair_afterwards_takes_ids_of_the_original(make, what):
+    """It is the repair of the cut itself, which is made before tokens go; texts hold tokens that went as well."""
+    texts = [ids(8, 6, seed=seed) for seed in range(4)]
+    what = what | {"vocabulary": graphprune.Vocabulary(9, texts)}
+    model = make().eval()
+    at_once = graphprune.shrink(model, texts[0], what=what, repair=graphprune.Repair(texts, progress=False))
+    small, plan = graphprune.shrink(model, texts[0], what=what, return_plan=True)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    better = graphprune.repair(small, model, plan, texts, progress=False)
+    assert {*graphprune.tokens(better).kept} == {*graphprune.tokens(at_once).kept}
+    for (name, one), other in zip(better.named_parameters(), at_once.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in better.state_dict().items())  # the control: it did something
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+
+
 @pytest.mark.parametrize("end, pad", [(19, 3), (2, 0), (22, 1)])
 def test_ids_that_the_configuration_names_stay_and_follow(end, pad):
     model = Pooled(end, pad)

@@ -21,12 +21,14 @@ from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..cutting.schema import CHECKSUM, checksum
 from ..cutting.schema import read as read_plan
+from ..cutting.tokens import Tokens
 from ..cutting.verify import check_model
 from ..errors import BadOption
 from ..formats.closing import Lists
 from ..formats.expressed import expressed
 from ..formats.huggingface import as_written, follow, noted, remembered
 from ..formats.rebuilt import configured
+from ..formats.tokens import write_tokens
 from ..options import Widths
 from ..planning.outcome import disappointments
 from ..planning.planner import decide
@@ -42,7 +44,7 @@ from .shards import ENDING, INDEX, Shards
 from .stored import FromFiles
 from .writing import length, write
 
-PLAN = "plan.json"
+PLAN, GENERATION = "plan.json", "generation_config.json"
 TARGETS = ("params", "macs", "size", "memory")
 ASKED = ("scope", "what", "keep")
 TRACED = ("example_kwargs", "examples", "outputs")
@@ -113,7 +115,7 @@ def shrink(
         small, lists = _cut(whole, plan, rest.get("configuration"))
         layout = Layout(plan, whole, small, lists, names, shards)
         _write(layout, partial)
-        _complete(small, folder, partial)
+        _complete(small, folder, partial, plan.tokens)
         partial.text(PLAN, text)
         if model is None:  # what is written, read as anyone would read it
             Names(hollow(partial.files, trust_remote_code), Shards.of(partial.files).shapes, partial.files)
@@ -173,7 +175,7 @@ def _write(layout: Layout, partial: Partial) -> None:
         partial.text(index[0], json.dumps(index[1], indent=2))
 
 
-def _complete(small: nn.Module, folder: Path, partial: Partial) -> None:
+def _complete(small: nn.Module, folder: Path, partial: Partial, kept: Tokens | None) -> None:
     """The configuration of what is left, and the files that are not about weights."""
     config: Any = getattr(small, "config", None)
     if configured(small):
@@ -182,6 +184,11 @@ def _complete(small: nn.Module, folder: Path, partial: Partial) -> None:
         else:
             config.architectures = [type(small).__name__]
             config.save_pretrained(partial.files)
+    if kept is not None:
+        write_tokens(partial.files, kept)
+        generation: Any = getattr(small, "generation_config", None)
+        if generation is not None and (folder / GENERATION).is_file():  # it names tokens
+            generation.save_pretrained(partial.files)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not name.endswith(WEIGHTS) and name not in ("config.json", PLAN) and not name.startswith("."):

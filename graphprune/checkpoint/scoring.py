@@ -31,7 +31,7 @@ def scored(name: Any, stored: FromFiles, what: Any) -> Any:
     """
     kinds = [what] if isinstance(what, str) else list(what)
     names = name if isinstance(name, Mapping) else dict.fromkeys(kinds, name)
-    found = {kind: (depth if parse(kind).name in DEPTH else widths)(each, stored) for kind, each in names.items()}
+    found = {kind: (depth if parse(kind).name in DEPTH else tokens if parse(kind).coupled else widths)(each, stored) for kind, each in names.items()}
     return found if len(found) > 1 else next(iter(found.values()))
 
 
@@ -52,6 +52,11 @@ def widths(name: Any, stored: FromFiles) -> Any:
 
     from_files.__name__ = score.name
     return from_files if data is None else OnData(from_files, data.batches)
+
+
+def tokens(name: Any, stored: FromFiles) -> Any:
+    """The same for a vocabulary, of which texts say what is used, and no weights."""
+    return OnData("l2", name.batches) if isinstance(name, OnData) else "l2"
 
 
 def depth(name: Any, stored: FromFiles) -> Any:

@@ -16,7 +16,7 @@ Each step keeps its result only where it is no worse on calibration kept out of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from torch import nn
 
 from ..catalogue import enter, entry, open_to_others
 from ..catalogue import names as listed_names
+from ..cutting.apply import apply
 from ..cutting.plan import Plan, plan_of
 from ..errors import BadCalibration, BadOption, UnknownName
 from ..options import Repair, check_repair
@@ -89,6 +90,7 @@ def repair(
     a few hundred images), and where they do not help on what is kept out, the result is that of the closed forms alone.
     ``target="block"`` fits what is added to a residual stream to what the stream lacks, ``"layer"`` to the layer's own output. ``rows`` is
     how many positions each fit sees. The plan of the result (``.graphprune_plan``) records what was done.
+    Where the vocabulary was cut as well, ``calibration`` is what the tokenizer writes, in ids of the original, also of tokens that went.
     Raises :class:`~graphprune.errors.BadCalibration` and :class:`~graphprune.errors.UnknownName`.
 
     >>> import graphprune
@@ -103,6 +105,9 @@ def repair(
     plan = plan or plan_of(small)
     if plan is None:
         raise BadCalibration("the cut model carries no plan; pass the one that shrink(..., return_plan=True) returned")
+    if plan.tokens is not None:
+        options: dict[str, Any] = {"graph": graph, "target": target, "spare": spare, "rows": rows, "progress": progress}
+        return _between(small, original, plan, lambda whole, first: repair(whole, original, first, calibration, steps, **options))
     names = _possible(names, steps, plan)
     result = gathered(duplicate(small, {}))
     if not names:
@@ -124,6 +129,37 @@ def repair(
     recorded = replace(plan, remarks=(*plan.remarks, *map(str, done)))
     result.__dict__.update(graphprune_plan=recorded, graphprune_repairs=tuple(done))
     return result
+
+
+def _between(small: nn.Module, original: nn.Module, plan: Plan, repaired: Callable[[nn.Module, Plan], nn.Module]) -> nn.Module:
+    """A repair of a model with fewer tokens: of the one that still has all of them (rows that went are those of the original), and then cut again."""
+    first, last = plan.stages
+    whole = apply(original, first)
+    with torch.no_grad():
+        every = {name: tensor for name, _, _, tensor in leaf_tensors(whole)}
+        cuts = {id(every[name]): axes for name, axes in last.cuts.items() if name in every}  # tied tensors are cut under one name
+        kept = {name: _places(tensor, cuts.get(id(tensor), {})) for name, tensor in every.items()}
+        for name, _, _, tensor in leaf_tensors(small):
+            if name in every:
+                every[name][kept[name]] = tensor.detach()
+        better = repaired(whole, first)
+        result = gathered(duplicate(small, {}))
+        every = {name: tensor for name, _, _, tensor in leaf_tensors(better)}
+        for name, _, _, tensor in leaf_tensors(result):
+            if name in every and name not in last.numbers:
+                tensor.copy_(every[name][kept[name]])
+    known = plan_of(better)
+    assert known is not None
+    recorded = replace(plan, remarks=(*plan.remarks, *known.remarks[len(first.remarks) :]))
+    result.__dict__.update(graphprune_plan=recorded, graphprune_repairs=better.__dict__.get("graphprune_repairs", ()))
+    return result
+
+
+def _places(tensor: torch.Tensor, axes: Mapping[int, Sequence[int]]) -> Any:
+    """An index of the given positions of some axes of a tensor, and all of the others."""
+    if not axes:
+        return ...
+    return torch.meshgrid(*(torch.as_tensor(axes.get(axis, range(size)), device=tensor.device) for axis, size in enumerate(tensor.shape)), indexing="ij")
 
 
 def _carried_out(closed: Closed, small: nn.Module) -> list[Repaired]:
