@@ -178,6 +178,7 @@ def _checked(groups: Groups, model: nn.Module, kept: Kept) -> Plan:
         raise NothingToPrune(f"the experts stay whole: {why(certain[0])}")
     more, notes = unread_sizes(graph, model, groups, kept)
     counted = _counted(groups, kept)
+    notes = _but(notes, {".".join(filter(None, path)) for path in counted})
     trials = [{**edits, **more, **counted}, *([{**edits, **more}] if counted else [])]
     if any(tensor.is_meta for *_, tensor in leaf_tensors(model)):
         return _plan(groups, model, kept, trials[0], notes)
@@ -190,6 +191,11 @@ def _checked(groups: Groups, model: nn.Module, kept: Kept) -> Plan:
         except NotEqual as error:
             failed = failed or error
     raise NothingToPrune(f"the experts stay whole: the code does something else with fewer modules in the list: {failed}")
+
+
+def _but(notes: Sequence[str], names: set[str]) -> list[str]:
+    """The notes, but for what they say of attributes that follow after all."""
+    return [note for note in notes if not any(f" {name} = " in note for name in names)]
 
 
 def _counted(groups: Groups, kept: Kept) -> dict[Path, int]:
