@@ -69,21 +69,7 @@ def test_multiples(size, step, data):
     assert kept[0].out_features == below  # the control: what works is kept to the unit
 
 
-@pytest.mark.parametrize(
-    "name, what, nearest",
-    [
-        ("bert", {"heads": 9}, (7, 8)),
-        ("gpt2", {"heads": 10}, (7, 8)),
-        ("opt", {"heads": 12}, (7, 8)),
-        ("vit", {"heads": 9}, (7, 8)),
-        ("llama", {"heads": 8}, (3, 4)),
-        ("qwen3", {"query_heads": 3}, (1, 2)),
-        ("mixtral", {"expert_mlp": 70}, (63, 64)),
-        ("gpt_oss", {"experts": 1}, (2, 3)),
-        ("qwen3_moe", {"experts": 1}, (2, 3)),
-        ("olmoe", {"experts": 5}, (3, 4)),
-    ],
-)
+@pytest.mark.parametrize("name, what, nearest", [("bert", {"heads": 9}, (7, 8)), ("llama", {"heads": 8}, (3, 4)), ("qwen3_moe", {"experts": 1}, (2, 3))])
 def test_families(name, what, nearest):
     model, inputs = build(name)
     assert refused(model, inputs, what) == nearest
