@@ -29,6 +29,7 @@ from ..tracing.functions import DIRECT, FUSED
 from ..tracing.fused import gathered, recurrent
 from ..tracing.graph import Graph
 from ..tracing.node import Node
+from ..tracing.record import RESTRIDED, leaves_as_is
 from ..tracing.recurrent import RECURRENT
 from ..tracing.shadow import evaluating
 from ..tracing.trees import is_parameter, leaf_tensors, replace, tensors
@@ -214,6 +215,8 @@ class _Followed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is RESTRIDED and leaves_as_is(*args, **kwargs):
+            return func(*args, **kwargs)
         node = self.expected(func, args)
         operation = node.op if node is not None and node.op.func is func else resolve(func)
         if operation.whole and not operation.strict:

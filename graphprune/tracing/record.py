@@ -31,6 +31,7 @@ from .trees import PLAIN, replace, tensors
 
 HERE, TORCH = (str(folder) + os.sep for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 META, CPU = torch.device("meta"), torch.device("cpu")
+RESTRIDED = torch.ops.aten.as_strided_.default
 Tensor = torch.Tensor
 
 
@@ -43,6 +44,17 @@ class Known(NamedTuple):
     shape: Callable[..., Any] | None
     zero: bool
     whole: bool
+
+
+def leaves_as_is(tensor: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> bool:
+    """Whether ``as_strided_`` leaves every entry where it is: only steps along axes of one entry change, which torch does to say a memory format.
+
+    >>> leaves_as_is(torch.empty(2, 3, 1, 1), (2, 3, 1, 1), (3, 1, 3, 3)), leaves_as_is(torch.empty(2, 3).t(), (3, 2), (2, 1))
+    (True, False)
+    """
+    if tuple(size) != tuple(tensor.shape) or storage_offset not in (None, tensor.storage_offset()):
+        return False
+    return all(length < 2 or old == new for length, old, new in zip(size, tensor.stride(), stride, strict=True))
 
 
 class Recorder(TorchDispatchMode):
@@ -257,6 +269,8 @@ class Recorder(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+        if func is RESTRIDED and leaves_as_is(*args, **kwargs):
+            return func(*args, **kwargs)
         given: list[Tensor] = []
         held: list[Value] = []
         seen = tuple(self.see(args, given, held))
