@@ -59,7 +59,8 @@ def test_everything_fits_a_screen(net):
 @given(networks(), st.sampled_from([0.25, 0.5, 0.75]))
 def test_totals_and_kept_positions_are_those_of_the_small_model(drawn, ratio):
     net, x = drawn, torch.randn(2, 2, 4, 4, dtype=torch.float64)
-    small, plan = graphprune.shrink(net, x, ratio, return_plan=True)
+    widths = graphprune.Widths(at_least=2)  # torch multiplies where there is one entry to contract over, and counts no product for that
+    small, plan = graphprune.shrink(net, x, ratio, widths=widths, return_plan=True)
     before, after = graphprune.profile(net, x), graphprune.profile(small, x)
     outline = plan.outline
     assert (outline.before.params, outline.before.macs) == (before.params, before.macs)

@@ -320,3 +320,39 @@ def test_a_plan_that_proves_wrong_is_taken_apart():
     assert any("turned" in note and "computes something else" in note for note in plan.notes)
     with torch.no_grad():
         assert torch.allclose(small(X), masked(net, plan)(X), atol=1e-9)
+
+
+class HeadsOfAWholeWidth(nn.Module):
+    """Attention whose heads are as wide as the width that comes in (which is the model's input, and stays) divided by their number."""
+
+    def __init__(self, how, width=12, heads=3):
+        super().__init__()
+        self.how, self.heads, self.qkv = how, heads, nn.Linear(width, 3 * width)
+        self.out, self.up, self.down, self.head = nn.Linear(width, width), nn.Linear(width, 20), nn.Linear(20, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        if self.how == "divided":
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        elif self.how == "cut":
+            q, k, v = (part.view(b, n, -1, c // self.heads).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        else:
+            q, k, v = (torch.stack(part.split(int(c / self.heads), -1), 1) for part in self.qkv(x).split(c, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+        y = x + self.out(y)
+        return self.head(y + self.down(self.up(y).relu()))
+
+
+@pytest.mark.parametrize("how", ["divided", "cut", "split"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_number_of_heads_stays_where_the_width_it_divides_does(how, verify):
+    """Only what is around goes then; the control: between layers whose width may go, heads go too."""
+    torch.manual_seed(0)
+    net, x = HeadsOfAWholeWidth(how).double().eval(), torch.randn(2, 5, 12, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x, return_plan=True, verify=verify)
+    with torch.no_grad():
+        assert torch.allclose(small(x), graphprune.zeroed(net, plan)(x)[0], atol=1e-10)
+    assert small.up.out_features == 10
+    if how != "split":  # whose number of parts is as fixed as the width
+        free, y = nn.Sequential(nn.Linear(7, 12), HeadsOfAWholeWidth(how)).double().eval(), torch.randn(2, 5, 7, dtype=torch.float64)
+        assert graphprune.shrink(free, y, verify=verify)[1].qkv.out_features < 36

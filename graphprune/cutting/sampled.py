@@ -166,6 +166,10 @@ def _run(twin: nn.Module, sample: tuple, mode: _Followed, bodies: Bodies) -> Any
     return result
 
 
+def _short(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype is not torch.float64
+
+
 def _looks(operation: Operation) -> bool:
     """Whether a call only shows entries in another shape, or copies them as they are."""
     return operation.views or operation.func in COPIES
@@ -234,7 +238,7 @@ class _Followed(TorchDispatchMode):
             return result
         if node is None or len(results) != len(node.outs):
             raise Parted(f"{func} instead of {self.nodes[self.at].func if self.at < len(self.nodes) else 'the end'}")
-        if self.long and any(tensor.is_floating_point() and tensor.dtype is not torch.float64 for tensor in results):
+        if self.long and any(map(_short, results)):
             raise Parted(f"{func} gives shorter numbers")
         self.compare(node, results)
         self.at += 1

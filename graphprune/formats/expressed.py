@@ -12,7 +12,7 @@ from ..planning.planner import Planner
 from ..planning.request import Request
 from ..tracing.graph import Graph
 from .agreement import difference, is_another, numbers_of, promised_numbers, without_values
-from .closing import before_closing, closed
+from .closing import Lists, before_closing, closed
 from .config import Slot, Solution, changed, search
 from .huggingface import read_as_sizes
 from .rebuilt import builder, configured, loaded, tree_of
@@ -42,22 +42,31 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
             reason = "what the configuration says of this width is also a factor" if wrong else ""
         if not wrong:
             return replace(plan, notes=(*plan.notes, *notes))
-        reach = solution.reach().values() if not solution.gap.loads else ()
-        ties = {frozenset((*slots, *wrong)) for slots in reach if slots & wrong and slots - wrong}
-        ties = {frozenset((before_closing(name, lists), axis) for name, axis in tie) for tie in ties} - tied
-        wrong = frozenset((before_closing(name, lists), axis) for name, axis in wrong)
+        ties = _ties(solution, wrong, lists) - tied
         if ties:
             tied |= ties
             request = replace(request, tied=(*request.tied, *ties))
         else:
-            shut = {(name, axis) for name, axis in wrong if axis in plan.cuts.get(name, {})}
-            shut = shut or {(name, axis) for name, _ in wrong for axis in plan.cuts.get(name, {})}
+            shut = _shut(plan, frozenset((before_closing(name, lists), axis) for name, axis in wrong))
             if not shut:
                 break
             notes.append(f"note: {sorted(shut)[0][0]} axis {sorted(shut)[0][1]} and {len(shut) - 1} more stay whole: {reason}")
             request = replace(request, keep=(*request.keep, *sorted(shut)), tied=())
         plan = decide(graph, model, request)
     return replace(plan, notes=(*plan.notes, *notes, "note: no configuration of this model says these widths"))
+
+
+def _ties(solution: Solution, wrong: frozenset[Slot], lists: Lists) -> set[frozenset[Slot]]:
+    """The axes that have to keep the same share because one number of the configuration says them, with what it does not say by itself."""
+    reach = solution.reach().values() if not solution.gap.loads else ()
+    ties = {frozenset((*slots, *wrong)) for slots in reach if slots & wrong and slots - wrong}
+    return {frozenset((before_closing(name, lists), axis) for name, axis in tie) for tie in ties}
+
+
+def _shut(plan: Plan, wrong: frozenset[Slot]) -> set[Slot]:
+    """The axes of a plan to leave whole: those that are wrong, or else all others of their tensors."""
+    shut = {(name, axis) for name, axis in wrong if axis in plan.cuts.get(name, {})}
+    return shut or {(name, axis) for name, _ in wrong for axis in plan.cuts.get(name, {})}
 
 
 def _factors(whole: nn.Module, small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Slot]:

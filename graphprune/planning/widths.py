@@ -86,6 +86,7 @@ class _Coupling:
         self.locks += request.spec.locks(graph) if request.spec.locks else []
         self.joins: list[tuple[Array, Array]] = []
         self.tied: set[tuple] = set()  # uses of a size whose axes were joined already
+        self.locked: set[tuple] = set()  # … and those whose axes are whole
         keep = [item if isinstance(item, tuple) else (item, None) for item in request.keep]
         self.whole = tuple((name, axis) for name, axis in keep if name in graph.leaves)
         groups = self.coupled()
@@ -140,7 +141,8 @@ class _Coupling:
             self.tied.add(_key(each))
             self.joins += pairs
             if not pairs:
-                self.locks += _locks(self.graph, each)
+                self.locks += _locks(self.graph, each, _key(each) in self.locked)
+                self.locked.add(_key(each))
                 self.notes.append(f"note: {why(each)}")
         for fault in faults:
             self.locks.append((fault.labels, fault.text))
@@ -158,12 +160,15 @@ def _merged(ties: list[frozenset[int]]) -> list[frozenset[int]]:
     return merged
 
 
-def _locks(graph: Graph, wrong: Wrong) -> list[tuple[Array, str]]:
-    """What has to stay because of a size that is wrong, with the reason."""
+def _locks(graph: Graph, wrong: Wrong, parted: bool = False) -> list[tuple[Array, str]]:
+    """What has to stay because of a size that is wrong, with the reason.
+
+    ``parted``: its own axes are whole, and what they are parted by (a number of heads) has to stay as well.
+    """
     need, text, locks = wrong.need, why(wrong), []
     if need and _literal_part(need, wrong.expr):  # what lies beyond it may go
         return [(np.moveaxis(field, need.dim, 0)[_part(need)], text) for field in need.value.fields if field.shape[need.dim] > 1]
-    for value, dim in _places(graph, need, wrong.expr):
+    for value, dim in [*_places(graph, need, wrong.expr), *(_behind(graph, wrong.expr) if parted else ())]:
         for field in value.fields:
             over = varying(field)
             if dim in over and len(over) > 1:  # so many slices have to be there, whatever is left of each

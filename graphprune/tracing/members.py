@@ -168,32 +168,26 @@ class _Regions:
         short = node.op.short.rstrip("_")
         if short == "eq" and isinstance(node.args[0], Value) and self.chosen(node.args[0]):
             other = node.args[1]
-            entry = other.entry if isinstance(other, Value) else int(other)
-            self._head(node, ZERO, entry)
-            return entry
+            return self._head(node, ZERO, other.entry if isinstance(other, Value) else int(other))
         if _made_zero(node) or _zero(node, {id(value) for value in node.held if id(value) in self.zeros}):
             self.zeros |= {id(value) for value in node.outs}
-        source = node.args[0] if node.args and isinstance(node.args[0], Value) else None
-        if source is None:
-            return None
-        entry = _position(node, source, self)
+        return self._taken_from(node, node.args[0]) if node.args and isinstance(node.args[0], Value) else None
+
+    def _taken_from(self, node: Node, source: Value) -> int | None:
+        kind, entry = ZERO if id(source) in self.sparse else OTHER, _position(node, source, self)
         if entry is not None:
-            kind = ZERO if id(source) in self.sparse else OTHER
-            self._head(node, kind, entry)
-            return entry
-        if short == "unbind" and self.along(source, node.argument("dim", 0)) and len(node.outs) == self.size:
+            return self._head(node, kind, entry)
+        if node.op.short == "unbind" and self.along(source, node.argument("dim", 0)) and len(node.outs) == self.size:
             self.heads.add(id(node))
-            for position, value in enumerate(node.outs):
-                self.marks[id(value)] = ZERO if id(source) in self.sparse else OTHER, position
-            return None
-        if self._keeps_table(node, source):
+            self.marks.update((id(value), (kind, position)) for position, value in enumerate(node.outs))
+        elif self._keeps_table(node, source):
             self.sparse |= {id(value) for value in node.outs}
         return None
 
-    def _head(self, node: Node, kind: str, entry: int) -> None:
+    def _head(self, node: Node, kind: str, entry: int) -> int:
         self.heads.add(id(node))
-        for value in node.outs:
-            self.marks[id(value)] = kind, entry
+        self.marks.update((id(value), (kind, entry)) for value in node.outs)
+        return entry
 
     def _keeps_table(self, node: Node, source: Value) -> bool:
         """Whether the result is zero at entries that are not chosen."""
@@ -207,32 +201,43 @@ class _Regions:
 
     def _kind(self, node: Node, marked: list[Value]) -> str | None:
         """What the result is where the entry is not chosen; None where it is what it would be without that."""
-        op, short = node.op, node.op.short.rstrip("_")
         kinds = {id(value): self.marks[id(value)][0] for value in marked}
         target = node.args[0] if node.args and isinstance(node.args[0], Value) else None
-        free = target is not None and id(target) not in kinds
-        if op.writes_at and op.addresses is not None:
-            index = op.addresses(*node.args, **node.kwargs)[0][2]
-            return None if free and kinds.get(id(index)) == EMPTY else OTHER
-        if short in ("index_put", "_index_put_impl") and free:
-            return None if any(kinds.get(id(index)) in (EMPTY, ZERO) for index in node.args[1]) else OTHER
-        if short in FILLED and free:
-            return None if kinds.get(id(node.args[1])) == ZERO else OTHER
-        if short == "where" and len(node.args) == 3 and kinds.get(id(node.args[0])) == ZERO:
+        if target is not None and id(target) not in kinds:
+            reason = self._reason_to_write(node, kinds)
+            if reason is not None:
+                return None if reason in (EMPTY, ZERO) else OTHER
+        if node.op.short.rstrip("_") == "where" and len(node.args) == 3 and kinds.get(id(node.args[0])) == ZERO:
             return kinds.get(id(node.args[2]), ZERO if self._nothing(node.args[2]) else None)
-        if op.arithmetic in ("add", "sub"):
+        if node.op.arithmetic in ("add", "sub"):
             return self._sum(node, kinds)
-        if short == "index" and any(kinds.get(id(index)) in (EMPTY, ZERO) for index in node.args[1]):
+        return self._read(node, kinds, kinds.get(id(target)))
+
+    def _reason_to_write(self, node: Node, kinds: Mapping[int, str]) -> str | None:
+        """What the places are, where the entry is not chosen, at which a call writes into what is no entry's; None for a call that writes at no places."""
+        op, short = node.op, node.op.short.rstrip("_")
+        if op.writes_at and op.addresses is not None:
+            return EMPTY if kinds.get(id(op.addresses(*node.args, **node.kwargs)[0][2])) == EMPTY else OTHER
+        if short in ("index_put", "_index_put_impl"):
+            return EMPTY if any(kinds.get(id(index)) in (EMPTY, ZERO) for index in node.args[1]) else OTHER
+        if short in FILLED:
+            return ZERO if kinds.get(id(node.args[1])) == ZERO else OTHER
+        return None
+
+    def _read(self, node: Node, kinds: Mapping[int, str], first: str | None) -> str:
+        """What comes of what is read, where the entry is not chosen; ``first`` is what the first argument is there."""
+        op = node.op
+        if op.writes_at:
+            return OTHER
+        if op.short == "index" and any(kinds.get(id(index)) in (EMPTY, ZERO) for index in node.args[1]):
             return EMPTY
         if op.addresses is not None and any(kinds.get(id(index)) == EMPTY for _, _, index in op.addresses(*node.args, **node.kwargs)):
             return EMPTY
         if _zero(node, {key for key, kind in kinds.items() if kind == ZERO}):
             return ZERO
-        if op.finds and kinds.get(id(target)) == ZERO:
+        if op.finds and first == ZERO:
             return EMPTY
-        if EMPTY in kinds.values() and (op.pointwise or (op.moves or op.part) and kinds.get(id(target)) == EMPTY):
-            return EMPTY
-        return OTHER
+        return EMPTY if EMPTY in kinds.values() and (op.pointwise or (op.moves or op.part) and first == EMPTY) else OTHER
 
     def _nothing(self, item: Any) -> bool:
         """Whether something is the number zero, also as a tensor."""
@@ -302,16 +307,19 @@ def _zero(node: Node, zero: set[int]) -> bool:
     if short in ("gt", "ne"):
         return first and not isinstance(node.args[1], Value) and node.args[1] == 0
     if op.pointwise and not op.moves:
-        every = all(id(value) in zero for value in node.held)
-        return (
-            op.zero == "one"
-            or short in ANY_ZERO
-            or (op.zero == "all" and every and len(node.held) > 1)
-            or (first and (op.zero == "first" or short in FIRST_ZERO))
-        )
+        return _pointwise_zero(node, zero)
     if node.products:
         return node.bias is None
     return first and (op.moves and not op.fills or op.part or op.statistic in ("sum", "norm", "mean") or short in FIRST_ZERO)
+
+
+def _pointwise_zero(node: Node, zero: set[int]) -> bool:
+    op, short = node.op, node.op.short.rstrip("_")
+    if op.zero == "one" or short in ANY_ZERO:
+        return True
+    if op.zero == "all" and len(node.held) > 1 and all(id(value) in zero for value in node.held):
+        return True
+    return id(node.args[0]) in zero and (op.zero == "first" or short in FIRST_ZERO)
 
 
 def _position(node: Node, source: Value, regions: _Regions) -> int | None:
@@ -442,8 +450,8 @@ def _histories(
     def of(value: Value) -> int:
         if id(value) not in known:
             constant = constants.get(value.leaf)
-            told = None if constant is None or constant.numel() > CONSTANT or constant.is_meta else (str(constant.dtype), str(constant.tolist()))
-            known[id(value)] = hash(told or owners.get(value.leaf, value.leaf))
+            written = None if constant is None or constant.numel() > CONSTANT or constant.is_meta else (str(constant.dtype), str(constant.tolist()))
+            known[id(value)] = hash(written or owners.get(value.leaf, value.leaf))
         return known[id(value)]
 
     for node in nodes:
