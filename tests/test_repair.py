@@ -299,9 +299,10 @@ def test_bad_calibration_says_what_and_where(calibration, says):
 
 def test_what_is_not_finite_inside_is_found():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    nn.init.constant_(net[0].weight, 1.0)
     small, plan = graphprune.shrink(net, torch.randn(1, 4, dtype=F64), return_plan=True)
     with pytest.raises(BadCalibration, match="not finite at 0.weight"):
-        graphprune.repair(small, net, plan, [torch.full((8, 4), 1e308, dtype=F64) * torch.randn(8, 1, dtype=F64)])
+        graphprune.repair(small, net, plan, [torch.linspace(1.0, 1.7, 8, dtype=F64)[:, None].expand(8, 4) * 1e308])
 
 
 def test_few_rows_warn_and_unknown_steps_are_named():
@@ -612,13 +613,13 @@ def test_a_handful_of_samples_does_no_harm(count):
 def test_calibration_that_does_not_fit_is_said_before_anything_costs_time(monkeypatch, calibration, says):
     net, x = normed(), torch.zeros(1, 1, 8, 8)
     if len(calibration) < 2 or isinstance(calibration, torch.Tensor):
-        monkeypatch.setattr(importlib.import_module("graphprune.shrink"), "decide", lambda *_: pytest.fail("the widths were looked for first"))
+        monkeypatch.setattr(importlib.import_module("graphprune.shrink"), "decided", lambda *_: pytest.fail("the widths were looked for first"))
     with pytest.raises(BadCalibration, match=says):
         graphprune.shrink(net, x, calibration=calibration)
 
 
 def test_steps_are_looked_at_before_anything_costs_time(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("graphprune.shrink"), "decide", lambda *_: pytest.fail("the widths were looked for first"))
+    monkeypatch.setattr(importlib.import_module("graphprune.shrink"), "decided", lambda *_: pytest.fail("the widths were looked for first"))
     net, x = normed(), torch.randn(8, 1, 8, 8)
     for steps, says in (("bm", "no repair named 'bm'"), (True, "no name of a repair"), (("none", "bn"), "'none' stands alone")):
         with pytest.raises(UnknownName, match=says):
