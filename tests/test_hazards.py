@@ -18,9 +18,9 @@ HAZARDS = []
 X = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(3, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 # Where a position, not only a channel, means something, or a softmax runs over the channels: nothing may be removed.
-WHOLE = set("Softmax FancyIdx LRN Gram TopK Cumsum MaxIdx DictOut SetItem Kron AdaIN".split())
+WHOLE = set("Softmax FancyIdx LRN Gram TopK Cumsum MaxIdx DictOut SetItem AdaIN".split())
 # Sizes written as numbers, or branches on sizes, hold the stem but not what is beside it.
-PARTLY = set("ChunkShift Inplace PadC OptA SplitLit Shuffle CtrlShape CondConv".split())
+PARTLY = set("Kron ChunkShift Inplace PadC OptA SplitLit Shuffle CtrlShape CondConv".split())
 
 
 def hazard(cls):

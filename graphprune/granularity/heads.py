@@ -21,13 +21,31 @@ from ..tracing.graph import Graph
 
 def heads(groups: Groups) -> set[int]:
     """The indices of the groups whose units are attention heads (or, with shared keys, the groups of heads that share them)."""
-    found: set[int] = set()
+    indices: set[int] = set(of_one_key(groups))
     for product in _weighing(groups.graph):
         for operand in product.operands:
             for dim in product.along(operand, product.shared):
                 for field in operand.value.fields:
-                    found |= _whole_rows(groups, field, dim) if field.shape[dim] > 1 else set()
-    return found
+                    indices |= _whole_rows(groups, field, dim) if field.shape[dim] > 1 else set()
+    return indices
+
+
+def of_one_key(groups: Groups) -> set[int]:
+    """Heads that share one key without copies of it: one product for each sample, in which heads lie on the axis of positions, each at all of them."""
+    indices: set[int] = set()
+    for product in _weighing(groups.graph):
+        for operand in product.operands if product.shared else ():
+            for dim in operand.made:
+                for field in operand.value.fields:
+                    if field.shape[dim] > 1 and not _distinct(groups, field, dim):
+                        indices |= _whole_rows(groups, field, dim)
+    return indices
+
+
+def _distinct(groups: Groups, field: Array, dim: int) -> bool:
+    """Whether every position of an axis has a unit of its own."""
+    firsts = groups.root[np.moveaxis(field, dim, 0)].reshape(field.shape[dim], -1)[:, 0]
+    return len(np.unique(firsts)) == len(firsts)
 
 
 def _whole_rows(groups: Groups, field: Array, dim: int) -> set[int]:

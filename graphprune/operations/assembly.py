@@ -151,8 +151,9 @@ def cat(labels: Labels, reason: int, outs: list[Any], tensors: list[Any], dim: i
     tensors = [t for t in tensors if t.shape != (0,) and t.shape[dim]]  # nothing comes from what is empty
     if not tensors:
         return [()]
-    rest = [Value(_but(t.shape, dim), tuple(f for f in t.fields if f.shape[dim] == 1)) for t in tensors]
-    along = [[f for f in t.fields if f.shape[dim] > 1] for t in tensors]
+    every = _alike(labels, [t.fields for t in tensors], dim)
+    rest = [Value(_but(t.shape, dim), tuple(f for f in fields if f.shape[dim] == 1)) for t, fields in zip(tensors, every, strict=True)]
+    along = [[f for f in fields if f.shape[dim] > 1] for fields in every]
     (fields,), _ = meet(labels, pointwise(rest, [rank]), [rest[0].shape], reason)
     if not any(along):
         return [fields]
@@ -164,6 +165,23 @@ def cat(labels: Labels, reason: int, outs: list[Any], tensors: list[Any], dim: i
     top = [max(p.shape[a] for p in parts) for a in range(rank)]
     wide = [np.broadcast_to(p, [p.shape[a] if a == dim else top[a] for a in range(rank)]) for p in parts]
     return [fields + (np.concatenate(wide, axis=dim),)]
+
+
+def _alike(labels: Labels, parts: list[Fields], dim: int) -> list[Fields]:
+    """The fields of parts that are put side by side: where one varies along another axis as well (entries of each head), so do all that can.
+
+    A part that all heads share has a field of its entries and one of its copies: side by side with those of each head, it has entries for each head, too.
+    """
+    over = {axis for fields in parts for field in fields if field.shape[dim] > 1 for axis in varying(field)}
+    alike = []
+    for fields in parts:
+        positions = [field for field in fields if field.shape[dim] > 1]
+        others = [field for field in fields if field.shape[dim] == 1 and len(varying(field)) == 1 and varying(field)[0] in over]
+        if len(positions) == 1 and others and not over - {dim, *(axis for field in (*positions, *others) for axis in varying(field))}:
+            used = [*positions, *others]
+            fields = (*(field for field in fields if not any(field is each for each in used)), labels.outer(tuple(used)))
+        alike.append(fields)
+    return alike
 
 
 @assemble("masked_scatter")

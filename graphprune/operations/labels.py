@@ -17,6 +17,7 @@ label for each slice of a field that varies over several axes: "head h", when th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os.path import basename
 from typing import Any, NamedTuple, Protocol
@@ -134,6 +135,7 @@ class Labels:
     joints: list[Joint] = field(default_factory=list)
     repeated: list[tuple[int, int]] = field(default_factory=list)
     copied: list[Array] = field(default_factory=list)  # entries of copies that are apart from what was copied
+    crossings: list[tuple[Array, Fields]] = field(default_factory=list)  # entries of axes that were put together, and the fields along these
     apart: bool = False  # where copies share an axis with what was copied, the copies may go, and what was copied stays
     # (kind, left, right, reason): joined, or locked with a reason that is not -1, unless the kind is freed.
     conditions: list[tuple[str, Array, Array, int]] = field(default_factory=list)
@@ -212,6 +214,33 @@ class Labels:
         elif carried:
             self.joints.append(Joint(array, axes, self._cache[key][1], carried))
         return self._cache[key][1]
+
+    def crossed(self, before: Fields, after: Sequence[Array]) -> Fields:
+        """The fields of a tensor, ``before`` its axes are put together (as ``after`` shows), such that no two of them come to lie along one axis.
+
+        Where heads lie side by side, a position is an entry of a head: fields over an axis each become one over all of them, at the end. Counts of copies stay.
+        """
+        alone = [i for i, field in enumerate(before) if len(varying(field)) == len(varying(after[i])) == 1 and not self.is_repeated(field)]
+        joined: list[Array] = []
+        used: set[int] = set()
+        for axis in dict.fromkeys(varying(after[i]) for i in alone):
+            members = [i for i in alone if varying(after[i]) == axis]
+            if len(members) > 1 and len({varying(before[i]) for i in members}) == len(members):
+                joined.append(self.outer(tuple(before[i] for i in members)))
+                used.update(members)
+        return (*(field for i, field in enumerate(before) if i not in used), *joined) if joined else before
+
+    def outer(self, fields: Fields) -> Array:
+        """One field over the axes of several, which vary over axes of their own: an entry goes with that of each."""
+        whole = np.broadcast_shapes(*(field.shape for field in fields))
+        every = self.fresh(math.prod(whole)).reshape(whole)
+        over = varying(every)
+        dense = every.reshape([whole[axis] for axis in over])
+        for part in fields:
+            axes = varying(part)
+            self.join(self.marginal(dense, tuple(over.index(axis) for axis in axes)), part.reshape([part.shape[axis] for axis in axes]))
+        self.crossings.append((every, fields))
+        return every
 
     def _slices(self, array: Array, axes: tuple[int, ...]) -> Array:
         lead = np.moveaxis(array, axes, range(len(axes)))

@@ -16,6 +16,7 @@ from ..cost import costs
 from ..coupling.groups import Group, Groups, couple
 from ..cutting.verify import check_model
 from ..granularity.blocks import Modules
+from ..granularity.heads import of_one_key
 from ..granularity.remaining import Remaining
 from ..granularity.spec import parse
 from ..names import Makers
@@ -93,7 +94,7 @@ def widths(model: nn.Module, example_input: Any, *, example_kwargs: dict | None 
     check_model(model)
     graph = trace(model, example_input, example_kwargs)
     groups = couple(graph)
-    return Overview((*_blocks(graph, model), *_groups(groups, model), *_listed(graph, model), *_by_themselves(graph, model), *_whole(groups)))
+    return Overview((*_blocks(graph, model), *_groups(groups, model), *_listed(graph, model), *_by_themselves(groups, model), *_whole(groups)))
 
 
 def alike(name: str) -> str:
@@ -105,13 +106,14 @@ def alike(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def _by_themselves(graph: Graph, model: nn.Module) -> list[Row]:
+def _by_themselves(every: Groups, model: nn.Module) -> list[Row]:
     """The kinds that have a plan of their own: queries within their group, and what lies inside of heads."""
-    rows = []
+    graph, rows = every.graph, []
+    shared = bool(graph.labels.repeated or of_one_key(every))
     for name in names("granularity"):
         found = kind(name)
         spec = parse(name) if found is not None else None
-        if found is None or spec is None or not spec.alone or (spec.apart and not graph.labels.repeated):
+        if found is None or spec is None or not spec.alone or (spec.apart and not shared):
             continue
         other = trace(model, *graph.example, apart=True) if spec.apart else graph
         groups = spec.coupled(other) if spec.coupled else couple(other, locks=tuple(spec.locks(other)) if spec.locks else ())

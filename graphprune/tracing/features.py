@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ..operations.labels import Array
+from ..operations.labels import Array, Labels
 from ..operations.notation import Axes, Expr, Value, factors, parse
 from .node import Node
 
@@ -42,6 +42,21 @@ class Marks:
     def with_made(self, arrays: list[Array]) -> Marks:
         """These labels are made as well."""
         return Marks([*self.made, *arrays], self.spread, self.read) if arrays else self
+
+    def with_crossed(self, labels: Labels) -> Marks:
+        """Entries of axes that were put together are made where what lies along one of these is, or belongs to slices that are."""
+        if not labels.crossings:
+            return self
+        root = labels.partition().parent
+        feature = self.features(root)
+        slices = [joint.slices.ravel() for joint in labels.joints if joint.slices is not None and feature[root[joint.array.flat[0]]]]
+        named = np.isin(root, root[np.concatenate(slices)]) if slices else np.zeros(len(root), dtype=bool)
+        made: list[Array] = []
+        for both, parts in labels.crossings:
+            if any((feature | named)[root[part]].any() for part in parts):
+                made.append(both)
+                feature[root[both]] = True
+        return self.with_made(made)
 
     def features(self, root: Array) -> Array:
         """Whether each label, by the name of its set, is a feature: boolean, (labels,)."""

@@ -1,11 +1,13 @@
 """Entries picked by an integer buffer: the labels are picked with them, and the buffer is renumbered when they are cut.
 
 ``x.index_select(1, self.order)`` and ``x[:, self.order]`` read position ``order[p]`` for each ``p``. The picked label and the buffer's own at
-``p`` are joined, so the buffer loses the entries that are not wanted any more; those that stay count the survivors.
+``p`` are joined, so the buffer loses the entries that are not wanted any more; those that stay count the survivors. Positions that are written in the
+code (``x[:, [-2]]``) cannot follow: what they are counted over stays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,36 @@ def pick(labels: Labels, x: Value, dim: int, index: Value, numbers: torch.Tensor
                 dense = field.reshape([field.shape[axis] for axis in over])
                 labels.joint(dense)
                 labels.join(flat, labels.marginal(dense, (over.index(dim),)))
+        fields.append(field)
+    return [tuple(fields)]
+
+
+def written(args: tuple[Any, ...], nodes: Sequence[Any], constants: Mapping[str, torch.Tensor]) -> tuple[Value, int, list[int]] | None:
+    """The tensor, the axis and the positions of a call whose positions are written in the code (``x[:, [-2, -1]]``), or None."""
+    indexed = [(dim, item) for dim, item in enumerate(args[1]) if isinstance(item, Value)] if len(args) == 2 else [args[1:]]
+    if len(indexed) != 1 or not isinstance(indexed[0][1], Value):
+        return None
+    dim, index = indexed[0]
+    while not index.leaf and 0 <= index.node < len(nodes) and nodes[index.node].op.stays and len(nodes[index.node].held) == 1:
+        index = nodes[index.node].held[0]
+    tensor, x = constants.get(index.leaf), args[0]
+    if tensor is None or tensor.is_meta or tensor.ndim != 1 or tensor.dtype not in INTEGERS or not tensor.numel():
+        return None
+    dim %= max(len(x.shape), 1)
+    return (x, dim, tensor.tolist()) if any(field.shape[dim] > 1 for field in x.fields) else None
+
+
+def take(labels: Labels, x: Value, dim: int, positions: list[int], reason: int) -> list[Fields]:
+    """The fields of the result; what positions are counted over, from the first or from the last on, stays whole, and the rest of the axis may go."""
+    first, last = max((at for at in positions if at >= 0), default=-1), min((at for at in positions if at < 0), default=0)
+    counted = np.r_[: first + 1, x.shape[dim] + last : x.shape[dim]]
+    fields = []
+    for field in x.fields:
+        over = varying(field)
+        if dim in over:
+            names = field.ravel() if len(over) == 1 else labels.marginal(field.reshape([field.shape[axis] for axis in over]), (over.index(dim),)).ravel()
+            labels.lock(names[counted], reason)
+            field = compact(field.take(positions, axis=dim))
         fields.append(field)
     return [tuple(fields)]
 

@@ -25,7 +25,7 @@ from ..operations.notation import Value, at, meet, parse, result_place
 from ..operations.record import pointwise, template
 from .choices import Choice, carried, chosen, singled
 from .node import Node, line
-from .picks import INTEGERS, pick, picked
+from .picks import INTEGERS, pick, picked, take, written
 from .sizes import Branch, Uses
 from .trees import PLAIN, replace, tensors
 
@@ -375,7 +375,12 @@ class Recorder(TorchDispatchMode):
     ) -> tuple[list[Fields], bool]:
         positions = picked(args, self.numbers)
         if not positions:
-            return self.ruled(op, args, kwargs, given, shapes, reason)
+            literal = written(args, self.nodes, self.constants) if not kwargs else None
+            if literal is None:
+                return self.ruled(op, args, kwargs, given, shapes, reason)
+            outs = take(self.labels, *literal, reason)
+            self.box(outs)
+            return outs, False
         x, dim, index = positions
         self.picks.setdefault(index.leaf, []).append((x, dim))
         outs = pick(self.labels, x, dim, index, self.numbers[index.leaf], reason)
@@ -396,8 +401,11 @@ class Recorder(TorchDispatchMode):
     ) -> tuple[list[Fields], bool]:
         source, rest = args[0], args[1:]
         assert op.move is not None
-        moved = [op.move(f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
-        moved = self.copies(source.fields, moved, reason)
+        fields, moved = source.fields, [op.move(f, source.shape, shapes, *rest, **kwargs) for f in source.fields]
+        if len(fields) > 1 and len(shapes) == 1:
+            fields = self.labels.crossed(fields, [column[0] for column in moved])
+            moved = moved if fields is source.fields else [op.move(f, source.shape, shapes, *rest, **kwargs) for f in fields]
+        moved = self.copies(fields, moved, reason)
         outs = [tuple(column) for column in zip(*moved, strict=True)] or [()] * len(shapes)
         outs = [() if 0 in shape else held for held, shape in zip(outs, shapes, strict=True)]  # nothing is in it that could go
         if len(outs) == 1:

@@ -24,14 +24,14 @@ from __future__ import annotations
 import numpy as np
 
 from ...coupling.groups import Groups
-from ...granularity.heads import heads
+from ...granularity.heads import heads, of_one_key
 from .kind import of_groups
 
 
 @of_groups("query_heads", "queries within the group that shares a key: 32 for 8 keys become 24 for 8", apart=True)
 def query_heads(groups: Groups) -> set[int]:
-    copies = groups.graph.labels.repeated
-    if not (groups.graph.labels.apart and copies):
+    if not groups.graph.labels.apart:
         return set()
-    numbers = np.concatenate([np.arange(start, end) for start, end in copies])
-    return heads(groups) & {int(index) for index in np.unique(groups.owner[groups.root[numbers]]) if index >= 0}
+    copies = [np.arange(start, end) for start, end in groups.graph.labels.repeated]
+    repeated = np.unique(groups.owner[groups.root[np.concatenate(copies)]]) if copies else ()
+    return of_one_key(groups) | (heads(groups) & {int(index) for index in repeated if index >= 0})
