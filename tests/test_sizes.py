@@ -6,6 +6,7 @@ import fractions
 import functools
 import math
 import operator
+import statistics
 
 import numpy as np
 import pytest
@@ -217,6 +218,11 @@ UNSEEN = {
     "divisor": lambda net, h: h / math.gcd(read(h), 16),
     "loop": lambda net, h: [h := h * 1.1 for _ in range(read(h) // 4)][-1],
     "list": lambda net, h: h * len([0] * read(h)),
+    "a mean": lambda net, h: h * statistics.mean([read(h), 4]),
+    "a number of its kind": lambda net, h: h * type(read(h))(read(h)),
+    "a threshold that few entries meet": lambda net, h: F.threshold(h, 1e-3 / read(h), 0.0),
+    "a bound that few entries meet": lambda net, h: h.clamp(max=10.0 * read(h)),
+    "a slope that few entries meet": lambda net, h: F.leaky_relu(h + 1e-3, 1 / read(h)),
     "decimal": lambda net, h: h * float(decimal.Decimal(read(h))),
     "loop over an attribute": lambda net, h: [h := h + 1 for _ in range(net.up.out_features)][-1],
 }

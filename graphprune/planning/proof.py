@@ -26,13 +26,37 @@ from ..errors import GraphpruneError
 from ..operations.labels import Array
 from ..select import Kept
 from ..tracing.graph import Graph
+from ..tracing.node import Node
 from ..tracing.rehearsal import Difference, rehearse
 from ..tracing.shadow import evaluating, shadow
 from ..tracing.sizes import leaves
 from ..tracing.symbols import Wrong, solve
-from ..tracing.trees import leaf_tensors, tensors
+from ..tracing.trees import leaf_tensors, modules_of, tensors
 
 LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}  # relative, of one result; 5e-2 for shorter numbers
+
+
+COMMON = frozenset((0.0, 1.0, -1.0, 0.5, 2.0))
+
+
+def numbers_of_unknown_origin(graph: Graph, model: nn.Module) -> bool:
+    """Whether the code computes with a fraction that is no attribute of a module: it may be made of a size (``0.1 / width``), of which Python says nothing."""
+    fractions = [number for node in graph.nodes if any(value.fields for value in node.held) for number in _fractions(node)]
+    if not fractions:
+        return False
+    attributes = {number for _, module in modules_of(model) for item in module.__dict__.values() for number in _floats(item)}
+    return not attributes.union(COMMON).issuperset(fractions)
+
+
+def _floats(item: Any) -> Iterator[float]:
+    if type(item) is float:
+        yield item
+    elif type(item) in (list, tuple):
+        yield from (each for each in item if type(each) is float)
+
+
+def _fractions(node: Node) -> Iterator[float]:
+    return (item for item in (*node.args, *node.kwargs.values()) if type(item) is float)
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ class Proof:
         """Where the model cut like this parts from what was promised."""
         plan = make_plan(groups, kept, edits, ())
         difference = None if self.graph.real else rehearse(self.graph, apply(self.hollow, plan), Survivors(groups, kept).axis)
-        return difference or (self._beside(plan) if self.values else None)
+        return difference or (self._beside(plan) or self._elsewhere(plan) if self.values else None)
 
     def _beside(self, plan: Plan) -> Difference | None:
         small = evaluating(apply(self.model, plan))
@@ -89,12 +113,17 @@ class Proof:
 
         return rehearse(graph, small, masks.axis, real=True, watch=watch)
 
+    def _elsewhere(self, plan: Plan) -> Difference | None:
+        """What only the check sees: a further example, training mode, an example drawn anew."""
+        text = self._unequal(plan)
+        return Difference(self.graph.counted, text, values=True) if text else None
+
     def judge(self, groups: Groups, kept: Kept, edits: dict, wrong: list[Wrong], draft: bool = False) -> tuple[list[Wrong], list[Fault]]:
         """What of ``wrong`` is wrong indeed: what is certain, or what the first difference comes from; else other axes that are to blame for it.
 
         A ``draft`` of the widths is run only where a size is in doubt.
         """
-        certain = [each for each in wrong if each.certain]
+        certain = [each for each in wrong if each.certain or self._untried(each)]
         if certain or not self.possible:
             return certain or wrong, []
         if not wrong and (draft or not self.always):
@@ -104,15 +133,24 @@ class Proof:
             return [], []
         if difference.values:
             return [], self._searched(groups, kept, difference)
-        if all(each.need is None and each.call is None for each in wrong) and wrong and self._agrees(make_plan(groups, kept, edits, ())):
-            return [], []  # a branch on a size falls otherwise, and the code comes to the same end
-        if not wrong and self._agrees(make_plan(groups, kept, edits, ())):  # torch takes other calls for some lengths (1), to the same end
+        # A branch on a size falls otherwise, or torch takes other calls for some lengths (1), and the code comes to the same end.
+        if not difference.number and all(each.need is None and each.call is None for each in wrong) and self._agrees(make_plan(groups, kept, edits, ())):
             return [], []
         blamed = self._blamed(groups, wrong, difference)
         if blamed:
             return blamed, []
         faults = self._searched(groups, kept, difference)
         return (wrong, []) if not faults else ([], faults)
+
+    def _untried(self, wrong: Wrong) -> bool:
+        """Whether a size was given to a call of a run that is not made again (it stopped), and which no other run made."""
+        at = wrong.at if wrong.call is None else wrong.call.since
+        if at < len(self.graph.nodes) or any(rerun.covers(at) for rerun in self.graph.reruns):
+            return False
+        if wrong.call is None:
+            return all(wrong.where != doubt.where for doubt in (*self.graph.doubts, *self.graph.outcomes) if doubt.at < len(self.graph.nodes))
+        said = wrong.call.op, wrong.call.module, wrong.call.line
+        return all(said != (call.op, call.module, call.line) for call in self.graph.calls if call.since < len(self.graph.nodes))
 
     def _blamed(self, groups: Groups, wrong: list[Wrong], difference: Difference) -> list[Wrong]:
         """The sizes that are given to the call at which the two part, or else the last doubt before it about an axis of its tensors."""
@@ -126,15 +164,17 @@ class Proof:
 
     def _agrees(self, plan: Plan) -> bool:
         """Whether the cut model, run with values, computes what the zeroed original computes."""
-        if any(tensor.is_meta for *_, tensor in leaf_tensors(self.model)):
-            return False
+        return not any(tensor.is_meta for *_, tensor in leaf_tensors(self.model)) and not self._unequal(plan)
+
+    def _unequal(self, plan: Plan) -> str:
+        """How the cut model differs from the zeroed original, in words."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 check(self.graph, self.model, apply(self.model, plan), plan)
-        except GraphpruneError:
-            return False
-        return True
+        except GraphpruneError as error:
+            return str(error)
+        return ""
 
     def _along(self, groups: Groups, wrong: Wrong) -> Iterator[int]:
         for leaf in leaves(wrong.expr):
@@ -147,9 +187,10 @@ class Proof:
 
     def _touched(self, groups: Groups, difference: Difference) -> set[int]:
         """The groups along the tensors of the call at which the two part."""
-        if difference.index >= len(self.graph.nodes) or difference.values:
+        runs = [(0, self.graph.nodes), *((rerun.start, rerun.nodes) for rerun in self.graph.reruns)]
+        node = next((nodes[difference.index - start] for start, nodes in runs if 0 <= difference.index - start < len(nodes)), None)
+        if node is None or difference.values:
             return set()
-        node = self.graph.nodes[difference.index]
         return {index for value in (*node.held, *node.outs) for dim in range(len(value.shape)) for index in groups.along(value, dim)}
 
     def _searched(self, groups: Groups, kept: Kept, difference: Difference) -> list[Fault]:

@@ -29,7 +29,7 @@ from ..tracing.choices import least
 from ..tracing.graph import Graph
 from ..tracing.sizes import leaves
 from ..tracing.symbols import Wrong, solve
-from .proof import Fault, Proof
+from .proof import Fault, Proof, numbers_of_unknown_origin
 from .request import Request
 from .shares import shares
 from .uniform import alike
@@ -45,7 +45,7 @@ def plan_widths(graph: Graph, model: nn.Module, request: Request, scored: Attemp
 
     ``literals`` collects the modules whose code holds such a size as a literal.
     """
-    proof = Proof(graph, model, request.proof == "values", bool(request.proof))
+    proof = Proof(graph, model, request.proof == "values", bool(request.proof) or numbers_of_unknown_origin(graph, model))
     coupling = _Coupling(graph, request)
     for _ in range(ROUNDS):
         groups = coupling.groups

@@ -91,7 +91,7 @@ class Functions(TorchFunctionMode):
                 return body(*args, **kwargs)
         if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
-        since = len(self.recorder.nodes)
+        since = self.recorder.counted
         result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
         return self.returned(kind, func, name, args, kwargs, result, since)
 

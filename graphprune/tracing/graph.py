@@ -29,6 +29,23 @@ class Step(NamedTuple):
     floats: bool = True
 
 
+class Rerun(NamedTuple):
+    """A run after the first: its calls, how many had been recorded before them, what it was given and gave, and which of the further examples it was.
+
+    ``which`` is -1 in training mode, on the example itself.
+    """
+
+    nodes: list[Node]
+    start: int
+    inputs: list[Value]
+    outputs: list[Value]
+    which: int
+
+    def covers(self, at: int) -> bool:
+        """Whether a call, by its number over all runs, is one of these."""
+        return self.start <= at <= self.start + len(self.nodes)
+
+
 @dataclass(frozen=True)
 class Graph:
     """What a model computes on an example: the ATen calls in order, its leaves, and the labels of every tensor.
@@ -69,12 +86,18 @@ class Graph:
     trained: bool = False  # whether what training mode does is part of the labels
     training: list[Node] = field(default_factory=list[Node])  # the calls of a run in training mode, where that may be another one
     random_in_training: bool = False  # whether any run drew random numbers
+    reruns: list[Rerun] = field(default_factory=list[Rerun])  # the further runs that came to their end, in order
 
     def __str__(self) -> str:
         return summary(self)
 
     def __repr__(self) -> str:
         return f"<Graph: {len(self.nodes)} calls, {len(self.leaves)} tensors, {self.labels.count} labels>"
+
+    @property
+    def counted(self) -> int:
+        """How many calls were recorded, in all runs."""
+        return max([len(self.nodes), *(rerun.start + len(rerun.nodes) for rerun in self.reruns)])
 
     # Costs and tables that were made for it; they go with it.
     derived: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False, repr=False, compare=False)

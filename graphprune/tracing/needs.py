@@ -38,7 +38,7 @@ class Call:
     op: str
     module: str
     line: str
-    since: int = 0  # how many ATen calls had been recorded before it, and after
+    since: int = 0  # how many ATen calls had been recorded before it, and after, in all runs
     until: int = 0
 
 
@@ -70,7 +70,7 @@ class Asked:
             return
         moves = any(field.shape[dim] > 1 for field in value.fields)
         if moves or isinstance(size, Size):
-            need, until = Need(kind, value, dim % len(value.shape), at), len(self.recorder.nodes)
+            need, until = Need(kind, value, dim % len(value.shape), at), self.recorder.counted
             self.calls.append(Call(expression(size), need, self.name, self.module, self.recorder.line(), self.since, until))
 
     def whole(self, value: Value | None, dim: int, text: str) -> None:
@@ -441,12 +441,13 @@ def _attention(asked: Asked) -> None:
 def _copies_inside(asked: Asked) -> None:
     """A kernel that repeats keys itself is told no number of copies; one that the module compared on the way here, and that is the same, is that number."""
     recorder = asked.recorder
-    every = [(value, dim) for node in recorder.nodes[asked.since :] if node.op.copies for value in node.outs for dim in _repeated(recorder.labels, value)]
+    nodes = recorder.nodes[asked.since - recorder.earlier :]
+    every = [(value, dim) for node in nodes if node.op.copies for value in node.outs for dim in _repeated(recorder.labels, value)]
     compared = {leaf for branch in recorder.uses.outcomes for expr in branch[1:3] for leaf in leaves(expr) if leaf[0] == "attr" and leaf[1][0] == asked.module}
     for leaf in sorted(compared, key=str):
         for value, dim in every:
             if recorder.symbols.get(leaf[1]) == value.shape[dim]:
-                asked.calls.append(Call(leaf, Need("size", value, dim), asked.name, asked.module, recorder.line(), asked.since, len(recorder.nodes)))
+                asked.calls.append(Call(leaf, Need("size", value, dim), asked.name, asked.module, recorder.line(), asked.since, recorder.counted))
 
 
 def _repeated(labels: Any, value: Value) -> list[int]:

@@ -76,7 +76,8 @@ class Recorder(TorchDispatchMode):
         self.filled: dict[int, Tensor] = {}  # whole numbers that torch's own code writes where no call shows it (lengths of padded sequences)
         self.leaves: dict[str, Value] = {}
         self.nodes: list[Node] = []
-        self.uses = Uses(nodes=self.nodes)  # of the sizes that this run gives out
+        self.earlier = 0  # calls of the runs before this one
+        self.uses = Uses(counted=lambda: self.counted)  # of the sizes that this run gives out
         self.extra: list[Node] = []  # of further runs, such as one in training mode
         self.further: list[list[Node]] = []  # the same, run by run
         self.spans: list[tuple[int, int]] = []  # the locks that each call made
@@ -96,6 +97,11 @@ class Recorder(TorchDispatchMode):
         self.inside: dict[str, bool] = {}  # files that no line of the model's own code is in
         self.caller: CodeType | None = None  # what calls the model: whoever asked for the run stands outside of it
         self.step = -1
+
+    @property
+    def counted(self) -> int:
+        """How many calls were recorded so far, in all runs."""
+        return self.earlier + len(self.nodes)
 
     def leaf(self, tensor: Tensor, name: str, axes: int | None = None) -> Value:
         """The value of a tensor that the model holds; only its first ``axes`` axes may be cut (all of them, if none are told)."""

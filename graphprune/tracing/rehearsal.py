@@ -10,23 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..errors import UnknownName
 from ..operations.labels import Array, Labels
 from ..operations.notation import Value
 from .dice import RUNNING, same_dice
 from .functions import DATA, Functions
-from .graph import Graph
+from .graph import Graph, Rerun
 from .node import SHAPED, Node
-from .outputs import items, selected
+from .outputs import Item, items, selected
 from .record import META, Known, Recorder
 from .surroundings import undisturbed_surroundings
-from .trees import PLAIN, leaf_tensors, replace, tensors
+from .trees import PLAIN, leaf_tensors
+from .ways import Way
 
 CLONE, SLICE = torch.ops.aten.clone.default, torch.ops.aten.slice.Tensor
 VIEWS = frozenset((torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default))
@@ -44,6 +46,7 @@ class Difference:
     text: str
     values: bool = False  # the calls are right, what they give is not
     place: str = ""  # operation, module and line
+    number: bool = False  # a number is another with which every entry is computed: that an example comes out the same says nothing
 
     def before(self, other: Difference | None) -> bool:
         return other is None or (self.values, self.index) < (other.values, other.index)
@@ -68,12 +71,19 @@ class Rehearsal(Recorder):
     def __init__(self, graph: Graph, mask: Mask, real: bool, watch: Watch | None) -> None:
         super().__init__(Labels(), {}, [], real)
         self.graph, self.watch, self.at = graph, watch, 0
+        self.expects, self.end = list(graph.nodes), len(graph.nodes)  # the recorded calls, and where those of the run at hand end
         self.mask = mask
         self.made: dict[int, torch.Tensor] = {}  # constants that no call made, by the id of their value
         self.copies: dict[int, Value] = {}  # of what a recorded copy that was not needed is one
         self.used = {id(value) for node in graph.nodes for value in node.held}.union(map(id, graph.outputs))
         self.masks: dict[tuple[int, ...], tuple[Array, int]] = {}
         self.difference: Difference | None = None
+
+    def go_on(self, rerun: Rerun) -> None:
+        """The next run is expected to make the calls of ``rerun``."""
+        self.expects += [self.expects[-1]] * (rerun.start - len(self.expects)) + rerun.nodes  # what lies between is of runs that are not made again
+        self.at, self.end = rerun.start, rerun.start + len(rerun.nodes)
+        self.used |= {id(value) for node in rerun.nodes for value in node.held}.union(map(id, rerun.outputs))
 
     def value(self, tensor: torch.Tensor) -> Value:
         known = self.values.get(id(tensor))
@@ -92,9 +102,9 @@ class Rehearsal(Recorder):
         raise _Parted
 
     def differing(self, text: str) -> Difference:
-        if self.at >= len(self.graph.nodes):
+        if self.at >= self.end:
             return Difference(self.at, text, self.watch is not None)
-        node = self.graph.nodes[self.at]
+        node = self.expects[self.at]
         return Difference(self.at, text, self.watch is not None, ", ".join(part for part in (node.op.short, node.module, node.line) if part))
 
     def note(
@@ -111,7 +121,7 @@ class Rehearsal(Recorder):
         func = known.op.func
         if not results:
             return
-        if func in SAME and (self.at >= len(self.graph.nodes) or self.graph.nodes[self.at].func is not func):
+        if func in SAME and (self.at >= self.end or self.expects[self.at].func is not func):
             self.keep(results[0], held[0])
             return
         node = self.expected(func, known.name, seen)
@@ -137,14 +147,14 @@ class Rehearsal(Recorder):
 
     def expected(self, func: Any, name: str, args: tuple[Any, ...]) -> Node:
         """The recorded call that this one has to be; what is not needed for a shorter axis is passed over."""
-        nodes = self.graph.nodes
-        while self.at < len(nodes) and self.needless(nodes[self.at], func, args):
+        nodes = self.expects
+        while self.at < self.end and self.needless(nodes[self.at], func, args):
             node = nodes[self.at]
             self.copies[id(node.outs[0])] = node.args[0]
             if self.watch:
                 self.watch(node, [])
             self.at += 1
-        if self.at >= len(nodes):
+        if self.at >= self.end:
             self.part(f"a further call of {name}")
         node = nodes[self.at]
         if node.func is not func and not (node.func in VIEWS and func in VIEWS):
@@ -234,7 +244,9 @@ class Rehearsal(Recorder):
     def differs(self, node: Node, name: str, argument: Any, recorded: Any) -> None:
         """Another number may be given where it says a shape, or still means the same entries."""
         if name not in SHAPED and not self.follows(node, name, argument, recorded):
-            self.part(f"{name}={argument} instead of {recorded}")
+            computed = node.op.pointwise or type(argument) is float or type(recorded) is float
+            self.difference = replace(self.differing(f"{name}={argument} instead of {recorded}"), number=computed)
+            raise _Parted
 
     def equal(self, value: Value, other: Any) -> bool:
         """Whether a constant that the code made holds what it held in the recorded run."""
@@ -272,7 +284,8 @@ def _alike(one: Any, other: Any) -> bool:
 def rehearse(graph: Graph, small: nn.Module, mask: Mask, real: bool = False, watch: Watch | None = None) -> Difference | None:
     """Where the cut model ``small`` (without values unless ``real``) parts from the recorded calls, or None.
 
-    ``mask`` gives the surviving positions along an axis of a recorded tensor, ``watch`` looks at the results of every call.
+    ``mask`` gives the surviving positions along an axis of a recorded tensor, ``watch`` looks at the results of every call; with it, and with values, only
+    the first run is made again, else the further ones are as well.
     """
     rehearsal = Rehearsal(graph, mask, real, watch)
     away = False
@@ -280,22 +293,57 @@ def rehearse(graph: Graph, small: nn.Module, mask: Mask, real: bool = False, wat
         rehearsal.keep(tensor, graph.leaves.get(name) or Value(tuple(tensor.shape), leaf=name))
         away |= tensor.device.type not in ("cpu", "meta")
     swap = lambda t: t.detach().clone() if real or not t.is_floating_point() else t.detach().to(META)  # noqa: E731
-    args, kwargs = replace(graph.example[0], swap), replace(graph.example[1], swap)
-    for tensor, value in zip(tensors((args, kwargs), torch.Tensor), graph.inputs, strict=True):
+    functions = _Calls(rehearsal, [], away, not away and not real)
+    (inputs, call), *others = graph.asked.called(small, swap)
+    difference = _rehearsed(rehearsal, functions, small, (inputs, graph.inputs), call, graph.outputs)
+    for rerun in () if difference or real or watch else graph.reruns:
+        if rerun.which < 0:
+            small.train()
+            inputs, call = next(graph.asked.called(small, swap))
+        elif isinstance(graph.asked.others[rerun.which], Way):
+            continue
+        else:
+            inputs, call = others[rerun.which]
+        rehearsal.go_on(rerun)
+        difference = _rehearsed(rehearsal, functions, small, (inputs, rerun.inputs), call, rerun.outputs)
+        if difference:
+            break
+    return difference
+
+
+def _rehearsed(
+    rehearsal: Rehearsal,
+    functions: _Calls,
+    small: nn.Module,
+    inputs: tuple[list[torch.Tensor], list[Value]],
+    call: Callable[[], Any],
+    outputs: list[Value],
+) -> Difference | None:
+    """One run; ``inputs`` are its tensors, and what they are in the recorded one."""
+    graph = rehearsal.graph
+    for tensor, value in zip(*inputs, strict=True):
         rehearsal.keep(tensor, value)
     try:
         with RUNNING, same_dice(), ExitStack() as scopes:
-            for scope in (torch.no_grad(), undisturbed_surroundings(small), rehearsal, _Calls(rehearsal, [], away, not away and not real)):
+            for scope in (torch.no_grad(), undisturbed_surroundings(small), rehearsal, functions):
                 scopes.enter_context(scope)
-            returned = [item for item in items(small(*args, **kwargs)) if item[0].partition(".")[0] not in graph.state]
-            result = [item for _, item in selected(returned, graph.asked.outputs) if isinstance(item, torch.Tensor)]
+            returned = [item for item in items(call()) if item[0].partition(".")[0] not in graph.state]
+            result = [item for _, item in _chosen(returned, graph.asked.outputs) if isinstance(item, torch.Tensor)]
     except _Parted:
         return rehearsal.difference
     except Exception as error:
         return rehearsal.difference or rehearsal.differing(f"{type(error).__name__}: {error}".splitlines()[0])
     if rehearsal.difference:
         return rehearsal.difference
-    wanted = {id(value) for value in graph.outputs}
+    wanted = {id(value) for value in outputs}
     if any(id(rehearsal.values.get(id(tensor))) not in wanted for tensor in result):
         return rehearsal.differing("another output")
-    return rehearsal.differing("fewer calls") if rehearsal.at < len(graph.nodes) else None
+    return rehearsal.differing("fewer calls") if rehearsal.at < rehearsal.end else None
+
+
+def _chosen(returned: list[Item], outputs: Any) -> list[Item]:
+    """What matters of a result; all of it where it has nothing of what was named."""
+    try:
+        return selected(returned, outputs)
+    except UnknownName:
+        return returned

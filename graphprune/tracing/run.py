@@ -21,7 +21,7 @@ from .choices import settled
 from .examples import Examples
 from .features import marks
 from .functions import Functions
-from .graph import Graph
+from .graph import Graph, Rerun
 from .members import LISTED, members
 from .node import Node
 from .outputs import OUTPUT, Item, handed_back, items, selected
@@ -104,6 +104,7 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
         looked=list(dict.fromkeys(recorder.looked)),
         trained=runs.trained and not recorder.stopped,
         training=runs.training,
+        reruns=runs.reruns,
         random_in_training=any(torch.Tag.nondeterministic_seeded in node.func.tags for node in (*recorder.nodes, *recorder.extra)),
     )
 
@@ -126,6 +127,7 @@ class _Runs:
     others: list[Value]  # what further examples, and the run in training mode, returned
     trained: bool  # whether there was a run in training mode
     training: list[Node]
+    reruns: list[Rerun]
 
 
 def _recorded(
@@ -156,10 +158,13 @@ def _recorded(
         if results is not None:
             results += [(path, item.clone() if isinstance(item, torch.Tensor) else item) for path, item in chosen]
         steps, others, training = list(functions.steps), [], []
+        reruns: list[Rerun] = []
         recorder.amend = None
-        for tensors_of, other in more:
-            entered(recorder, tensors_of)
-            others += more_run(recorder, other, asked.outputs, state | states)
+        for which, (tensors_of, other) in enumerate(more):
+            values = entered(recorder, tensors_of)
+            made = more_run(recorder, other, asked.outputs, state | states)
+            reruns.append(_rerun(recorder, values, made, which))
+            others += made
         while recorder.real and _more_turns(recorder):
             recorder.turned += 1
             with _disable_current_modes():
@@ -172,11 +177,19 @@ def _recorded(
             twin.train()
             with _disable_current_modes():
                 again, call = next(asked.called(twin, swap))
-            entered(recorder, again)
-            before = len(recorder.extra)
-            others += train_run(recorder, call, asked.outputs, state | states)
-            training = [] if recorder.stopped else recorder.extra[before:]
-    return _Runs(inputs, chosen, outputs, state, states, steps, functions.steps, calls, others, trained, training)
+            values = entered(recorder, again)
+            made = train_run(recorder, call, asked.outputs, state | states)
+            others += made
+            if not recorder.stopped:
+                training = recorder.further[-1]
+                reruns.append(_rerun(recorder, values, made, -1))
+    return _Runs(inputs, chosen, outputs, state, states, steps, functions.steps, calls, others, trained, training, reruns)
+
+
+def _rerun(recorder: Recorder, inputs: list[Value], outputs: list[Value], which: int) -> Rerun:
+    """The run that was recorded last."""
+    nodes = recorder.further[-1]
+    return Rerun(nodes, len(recorder.nodes) + len(recorder.extra) - len(nodes), inputs, outputs, which)
 
 
 def _more_turns(recorder: Recorder) -> bool:

@@ -60,14 +60,14 @@ class Doubt(NamedTuple):
 class Uses:
     """What one run did with its sizes: factors, sizes found equal, branches taken, and those that became plain numbers.
 
-    ``nodes`` are the calls recorded so far, ``caches`` those of functions that may have been called with sizes.
+    ``counted`` says how many calls were recorded so far, ``caches`` are those of functions that may have been called with sizes.
     """
 
     floats: list[Expr] = field(default_factory=list)
     equals: list[tuple[Expr, Expr]] = field(default_factory=list)
     outcomes: list[Branch] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
-    nodes: list[Any] = field(default_factory=list)
+    counted: Callable[[], int] = lambda: 0
     caches: dict[int, Any] = field(default_factory=dict)
 
     def forgotten(self) -> None:
@@ -77,10 +77,10 @@ class Uses:
         self.caches.clear()
 
     def doubt(self, expr: Expr) -> None:
-        self.doubts.append(Doubt(expr, len(self.nodes), _user(sys._getframe(2))))
+        self.doubts.append(Doubt(expr, self.counted(), _user(sys._getframe(2))))
 
     def branch(self, symbol: str, left: Expr, right: Expr, outcome: bool) -> None:
-        self.outcomes.append(Branch(symbol, left, right, outcome, len(self.nodes), _user(sys._getframe(2))))
+        self.outcomes.append(Branch(symbol, left, right, outcome, self.counted(), _user(sys._getframe(2))))
 
 
 def _user(frame: FrameType) -> tuple[str, int]:
@@ -135,7 +135,9 @@ class Size(int):
     expr: Expr
     uses: Uses
 
-    def __new__(cls, value: int, expr: Expr, uses: Uses | None = None) -> Size:
+    def __new__(cls, value: Any = 0, expr: Expr = None, uses: Uses | None = None) -> Any:
+        if expr is None:  # code that makes another number of the kind of this one (``type(size)(x)``)
+            return int(value)
         size = super().__new__(cls, value)
         size.expr = expr
         size.uses = Uses() if uses is None else uses

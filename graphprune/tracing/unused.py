@@ -54,6 +54,7 @@ def hold(recorder: Recorder, names: list[str]) -> None:
 def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any, state: frozenset[str] = frozenset()) -> list[Value]:
     """Run another example, for what it asks of the labels; its calls are no part of the graph. Returns its outputs, but for the parts of ``state``."""
     kept, spans, recorder.nodes, recorder.spans = recorder.nodes, recorder.spans, [], []
+    recorder.earlier = len(kept) + len(recorder.extra)
     try:
         with same_dice():
             returned = [item for item in items(call()) if item[0].partition(".")[0] not in state]
@@ -67,6 +68,7 @@ def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any, state: f
             for value in node.outs:
                 value.node = -1
         recorder.further.append(recorder.nodes)
+        recorder.earlier = 0
         recorder.extra, recorder.nodes, recorder.spans, recorder.step = recorder.extra + recorder.nodes, kept, spans, -1
 
 
