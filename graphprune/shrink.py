@@ -15,7 +15,7 @@ from .cutting.undo import undone
 from .cutting.verify import check_model
 from .cutting.vocabulary import check_tokens
 from .deciding import PLANNER, decided, score_of
-from .formats.huggingface import follow
+from .formats.huggingface import follow, refusal
 from .options import DEFAULTS, GOALS, PlanOptions, Repair, ShrinkOptions, Target
 from .planning.outcome import disappointments
 from .planning.request import Request, ask, flag
@@ -89,8 +89,12 @@ def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return
         if inplace:
             cut = apply(model, chosen, inplace=True)
             small = cut if repairs is None else refill(cut, small)
-        note_plan(small, so_far(model, chosen))
+        whole = so_far(model, chosen)
         follow(small, graph, verify, chosen.tokens)
+        refused = refusal(small)
+        if refused:
+            chosen, whole = (replace(each, notes=(*each.notes, f"note: save_pretrained refuses this model: {refused}")) for each in (chosen, whole))
+        note_plan(small, whole)
     return (small, chosen) if return_plan else small
 
 

@@ -38,6 +38,10 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTForCausalLM", {"vocab_size": 97, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 3, "max_position_embeddings": 64} | HEADS | TOKENS
             | {"word_embed_proj_dim": 32}),
     "bloom": ("BloomForCausalLM", {"vocab_size": 97, "hidden_size": 32, "n_layer": 3, "n_head": 4} | TOKENS),
+    "falcon": ("FalconForCausalLM", SHAPE | HEADS | TOKENS | {"ffn_hidden_size": 64}),
+    "falcon_grouped": ("FalconForCausalLM", SHAPE | HEADS | TOKENS | {"ffn_hidden_size": 64, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 8, "n_positions": 64} | TOKENS),
+    "gemma": ("GemmaForCausalLM", SHAPE | TOKENS | {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8}),
     "starcoder2": ("Starcoder2ForCausalLM", SHAPE | GROUPED | TOKENS),
     "olmo2": ("Olmo2ForCausalLM", SHAPE | GROUPED | TOKENS),
     "granite": ("GraniteForCausalLM", SHAPE | GROUPED | TOKENS),
@@ -47,6 +51,8 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("OlmoeForCausalLM", SHAPE | GROUPED | TOKENS | {"num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOssForCausalLM", SHAPE | GROUPED | TOKENS | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 4} | TOKENS | MLA),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", SHAPE | {"num_attention_heads": 8, "num_key_value_heads": 8} | TOKENS
+                    | {key: MLA[key] for key in MLA if key not in ("n_group", "topk_group")} | {"q_lora_rank": None, "v_head_dim": 6}),
     "mamba": ("MambaForCausalLM", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4} | TOKENS),
     "falcon_h1": ("FalconH1ForCausalLM", SHAPE | GROUPED | TOKENS
                   | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}),

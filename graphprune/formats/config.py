@@ -70,6 +70,24 @@ class Solution:
         gap = self.measure(_join((), change))[0]
         return not gap.fails and bool(self.gap.attributes.keys() - gap.attributes.keys())
 
+    def partners(self) -> frozenset[Slot]:
+        """The (tensor, axis) of another length with numbers that would put right some of what is wrong: these say both."""
+        best, wrong = tuple(self.changes.items()), self.gap.axes.keys()
+        upset: set[Slot] = set()
+        for offer in dict.fromkeys([*_same(self.tree, self.gap), *_times(self.tree, self.gap)]):
+            gap = self.measure(_join(best, offer))[0]
+            if not gap.fails and wrong - gap.axes.keys():
+                upset |= gap.axes.keys() - wrong - self._free(_join(best, offer), gap)
+        return frozenset(upset)
+
+    def _free(self, change: Change, gap: Gap) -> set[Slot]:
+        """What came out wrong with a change and can be put right by a number that the configuration leaves open."""
+        free: set[Slot] = set()
+        for offer in _open(changed(self.tree, change), Gap(axes={slot: (built, built) for slot, (_, built) in gap.axes.items()})):
+            more = self.measure(_join(change, offer))[0]
+            free |= set() if more.fails else gap.axes.keys() - more.axes.keys()
+        return free
+
     def reach(self) -> dict[Path, frozenset[Slot]]:
         """The (tensor, axis) whose length each change has a say in."""
         best, sizes = tuple(self.changes.items()), self.measure(_join((), tuple(self.changes.items())))[1]

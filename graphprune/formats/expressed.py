@@ -8,9 +8,11 @@ from torch import nn
 
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
+from ..errors import NothingToPrune
 from ..planning.planner import Planner
 from ..planning.request import Request
 from ..tracing.graph import Graph
+from .advice import advice
 from .agreement import difference, is_another, numbers_of, promised_numbers, without_values
 from .closing import Lists, before_closing, closed
 from .config import Slot, Solution, changed, search
@@ -18,6 +20,7 @@ from .huggingface import read_as_sizes
 from .rebuilt import builder, configured, loaded, tree_of
 
 ROUNDS = 12  # plans that are tried
+ANYWAY = "uniform=False cuts it all the same; graphprune.save(small, folder) then keeps it, and graphprune.load(folder, base) reads it"
 
 
 def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner) -> Plan:
@@ -52,8 +55,21 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
                 break
             notes.append(f"note: {sorted(shut)[0][0]} axis {sorted(shut)[0][1]} and {len(shut) - 1} more stay whole: {reason}")
             request = replace(request, keep=(*request.keep, *sorted(shut)), tied=())
-        plan = decide(graph, model, request)
+        try:
+            plan = decide(graph, model, request)
+        except NothingToPrune as error:
+            said = advice(solution, graph, lists, tuple(each.name for each in request.wanted))
+            raise NothingToPrune(f"{_why(solution, wrong)}. {said}{ANYWAY}") from error
     return replace(plan, notes=(*plan.notes, *notes, "note: no configuration of this model says these widths"))
+
+
+def _why(solution: Solution, wrong: frozenset[Slot]) -> str:
+    """What a configuration cannot say, in words."""
+    name, axis = min(wrong)
+    if (name, axis) in solution.gap.axes:
+        built, left = solution.gap.axes[name, axis]
+        return f"no configuration of this model says what would be left: {name} axis {axis} would have {left}, its class makes {built}"
+    return f"no configuration of this model says what would be left: what it says of {name} axis {axis} is also a factor of what the model computes"
 
 
 def _ties(solution: Solution, wrong: frozenset[Slot], lists: Lists) -> set[frozenset[Slot]]:

@@ -22,9 +22,10 @@ from ..cutting.tokens import Tokens
 from ..errors import BadConfig, BadPlan
 from ..tracing.graph import Graph
 from ..tracing.sizes import leaves as leaves_of
+from .advice import advice
 from .agreement import CURES, difference
 from .closing import Lists, closed
-from .config import Gap, Path, Solution, Tree, compare, search
+from .config import Gap, Path, Tree, compare, search
 from .configuring import configure
 from .rebuilt import builder, configured, tree_of
 from .tokens import write_tokens
@@ -44,7 +45,8 @@ def follow(small: nn.Module, graph: Graph | None = None, check: bool = True, tok
         small.__dict__["save_pretrained"] = Saving(small, earlier.changes, earlier.fewer, earlier.reason)
         return small
     whole, lists = closed(small)
-    solution, reason = _solved(whole, small, lists, graph)
+    solution = search(builder(whole), whole, tree_of(whole), lists, [_moved(path, lists) for path in read_as_sizes(graph)])
+    reason = _reason(solution.gap, advice(solution, graph, lists) if graph is not None and not solution.gap.loads else "")
     if not reason and check and graph is not None:
         reason = difference(whole, small, solution, graph, tokens)
     fewer = {path: value for path, value in solution.changes.items() if _of_lists(tree_of(small), path, lists)}
@@ -52,6 +54,12 @@ def follow(small: nn.Module, graph: Graph | None = None, check: bool = True, tok
     configure(small, changes)
     small.__dict__["save_pretrained"] = Saving(small, {**earlier.changes, **changes}, fewer, reason)
     return small
+
+
+def refusal(small: nn.Module) -> str:
+    """Why ``save_pretrained`` of a cut model raises an error (or nothing)."""
+    saving = small.__dict__.get("save_pretrained")
+    return saving.reason if isinstance(saving, Saving) else ""
 
 
 def guarded(small: nn.Module) -> nn.Module:
@@ -126,20 +134,14 @@ def as_written(small: nn.Module) -> tuple[nn.Module, Lists]:
     return whole, lists
 
 
-def _solved(whole: nn.Module, small: nn.Module, lists: Lists, graph: Graph | None) -> tuple[Solution, str]:
-    """The configuration, and why it is not enough (or nothing)."""
-    solution = search(builder(whole), whole, tree_of(whole), lists, [_moved(path, lists) for path in read_as_sizes(graph)])
-    return solution, _reason(solution.gap)
-
-
-def _reason(gap: Gap) -> str:
-    """Why no configuration gives a model, in words (or nothing)."""
+def _reason(gap: Gap, more: str = "") -> str:
+    """Why no configuration gives a model, in words (or nothing); ``more`` says what to ask for instead."""
     if gap.loads:
         return ""
     shown = [f"{name} axis {axis} has {wanted}, the configuration gives {built}" for (name, axis), (built, wanted) in sorted(gap.axes.items())[:3]]
     shown += [f"{name} is on one side only" for name in sorted(gap.names)[:3]]
     shown += ["its class cannot be built from it"] if gap.fails else []
-    return f"no numbers in the configuration of this model describe what is left of it: {'; '.join(shown)}. {CURES}"
+    return f"no numbers in the configuration of this model describe what is left of it: {'; '.join(shown)}. {more}{CURES}"
 
 
 def read_as_sizes(graph: Graph | None) -> set[Path]:

@@ -154,5 +154,22 @@ def others(groups: Groups) -> tuple[tuple[Array, str], ...]:
     """Locks for everything that is no head; raises :class:`~graphprune.errors.NothingToPrune` when nothing is one."""
     attended = heads(groups)
     if not attended:
-        raise NothingToPrune("no group of this model is made of attention heads: no softmax weighs values head by head along an axis that can be cut")
+        raise NothingToPrune(f"no group of this model is made of attention heads: {_held(groups)}")
     return ((groups.labels_of(index for index in range(len(groups)) if index not in attended), "only attention heads are cut"),)
+
+
+def _held(groups: Groups) -> str:
+    """What keeps heads whole: the first thing that was asked of their axis."""
+    products = list(_weighing(groups.graph))
+    places = [(field, dim) for p in products for operand in p.operands for dim in p.along(operand, p.shared) for field in operand.value.fields]
+    heads_of = [(field.ravel(), field.shape[dim]) for field, dim in places if field.shape[dim] > 1]
+    if not heads_of:
+        return "no softmax weighs values head by head"
+    labels, lengths = groups.graph.labels, {length for _, length in heads_of}
+    along = np.unique(groups.root[np.concatenate([array for array, _ in heads_of])])
+    named = [j.slices.ravel() for j in labels.joints if j.slices is not None and j.slices.size in lengths and groups.root[j.array.flat[0]] in along]
+    along = np.union1d(along, groups.root[np.concatenate(named)]) if named else along
+    for array, reason in labels.locks:
+        if np.isin(groups.root[array], along).any():
+            return f"they stay whole: {labels.reasons[reason]}"
+    return "no softmax weighs values head by head along an axis that can be cut"

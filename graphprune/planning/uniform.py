@@ -21,13 +21,24 @@ def pattern(name: str) -> str:
 
 
 def alike(groups: Groups) -> tuple[list[frozenset[int]], list[Slot]]:
-    """The groups that keep equally many units; and the axes that stay whole because an axis of their kind is locked elsewhere."""
+    """The groups that keep equally many units; and the axes that stay whole because none of their kind stands along that axis elsewhere, where it is locked.
+
+    An axis of which a part is locked (the one key beside the queries) may have groups of the kind along its rest.
+    """
     kinds: dict[tuple, set[int]] = defaultdict(set)
-    locked = {(pattern(name), axis, groups.graph.leaves[name].shape[axis]) for name, axis in groups.locked}
-    shut: list[Slot] = []
+    along: dict[Slot, set[tuple]] = defaultdict(set)
     for group in groups:
-        places = {(pattern(name), axis) for name, axis in group.places}
-        kinds[frozenset(places), group.size].add(group.index)
-        if any((pattern(name), axis, groups.graph.leaves[name].shape[axis]) in locked and "*" in pattern(name) for name, axis in group.places):
-            shut += group.places
+        kind = frozenset((pattern(name), axis) for name, axis in group.places), group.size
+        kinds[kind].add(group.index)
+        for slot in group.places:
+            along[slot].add(kind)
+    locked: dict[tuple, list[Slot]] = defaultdict(list)
+    for name, axis in groups.locked:
+        locked[pattern(name), axis, groups.graph.leaves[name].shape[axis]].append((name, axis))
+    shut: list[Slot] = []
+    for kind, indices in kinds.items():
+        for index in indices:
+            slots = [slot for slot in groups[index].places if "*" in pattern(slot[0])]
+            if any(kind not in along[other] for name, axis in slots for other in locked[pattern(name), axis, groups.graph.leaves[name].shape[axis]]):
+                shut += groups[index].places
     return [frozenset(indices) for indices in kinds.values() if len(indices) > 1], shut

@@ -434,7 +434,7 @@ def _attention(asked: Asked) -> None:
     value = asked.known(asked.first)
     if value and asked.kwargs.get("scale") is None:
         asked.recorder.uses.floats.append(("dim", value, asked.first.dim() - 1))
-    if asked.recorder.labels.apart and asked.kwargs.get("enable_gqa"):
+    if asked.kwargs.get("enable_gqa"):
         _copies_inside(asked)
 
 
