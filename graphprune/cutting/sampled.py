@@ -32,6 +32,7 @@ from ..tracing.node import Node
 from ..tracing.record import RESTRIDED, leaves_as_is
 from ..tracing.recurrent import RECURRENT
 from ..tracing.shadow import evaluating
+from ..tracing.surroundings import apart
 from ..tracing.trees import is_parameter, leaf_tensors, replace, tensors
 from .plan import Plan
 from .zeroed import Masks, among_all, entries, positions, survivors, without
@@ -159,7 +160,7 @@ def _run(twin: nn.Module, sample: tuple, mode: _Followed, bodies: Bodies) -> Any
     with ExitStack() as scopes:
         for scope in (mode, _Functions(bodies)):
             scopes.enter_context(scope)
-        result = twin(*args, **kwargs)
+        result = apart(twin, *args, **kwargs)
     left = [node for node in mode.nodes[mode.at :] if not _looks(node.op)]
     if left:
         raise Parted(f"the end instead of {left[0].func}")

@@ -18,7 +18,7 @@ from ..tracing.graph import Graph
 from ..tracing.node import line
 from ..tracing.outputs import Item, items, selected
 from ..tracing.refused import fails, raised_at
-from ..tracing.surroundings import undisturbed_surroundings
+from ..tracing.surroundings import apart, undisturbed_surroundings
 from ..tracing.trees import check_scope, inner_modules, leaf_tensors, modules_of, replace, tensors
 from .apply import apply
 from .plan import Plan
@@ -229,10 +229,10 @@ def _long(tensor: torch.Tensor) -> torch.Tensor:
 def _run(model: nn.Module, example: Any, graph: Graph) -> list[Item]:
     """What a model returns for copies of the inputs, of the outputs that matter."""
     if callable(example):
-        result = example(model)
+        result = apart(example, model)
     else:
         args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in example)
-        result = model(*args, **kwargs)
+        result = apart(model, *args, **kwargs)
     return _mattering(items(result), graph)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .surroundings import apart
 from .trees import replace, tensors
 from .ways import Way
 
@@ -27,9 +28,9 @@ class Examples:
         for example in (self.example, *self.others):
             if isinstance(example, Way):
                 args, kwargs = replace(example.args, swap), replace(example.kwargs, swap)
-                yield tensors((args, kwargs), torch.Tensor), lambda way=example, args=args, kwargs=kwargs: way.run(model, args, kwargs)
+                yield tensors((args, kwargs), torch.Tensor), lambda way=example, args=args, kwargs=kwargs: apart(way.run, model, args, kwargs)
             elif callable(example):
-                yield [], lambda example=example: example(model)
+                yield [], lambda example=example: apart(example, model)
             else:
                 args, kwargs = replace(example[0], swap), replace(example[1], swap)
-                yield tensors((args, kwargs), torch.Tensor), lambda args=args, kwargs=kwargs: model(*args, **kwargs)
+                yield tensors((args, kwargs), torch.Tensor), lambda args=args, kwargs=kwargs: apart(model, *args, **kwargs)

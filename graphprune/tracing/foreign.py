@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 FOREIGN = frozenset(("torch", "numpy", "builtins", "__builtin__", "graphprune", *sys.stdlib_module_names)) - {"__main__"}
 _CODE: WeakKeyDictionary[CodeType, frozenset[str]] = WeakKeyDictionary()
+_TEXTS: WeakKeyDictionary[CodeType, frozenset[str]] = WeakKeyDictionary()
 _METHODS: WeakKeyDictionary[type, tuple[FunctionType, ...]] = WeakKeyDictionary()
 
 
@@ -36,3 +37,11 @@ def named(code: CodeType) -> frozenset[str]:
     if code not in _CODE:
         _CODE[code] = frozenset(code.co_names).union(*(named(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
     return _CODE[code]
+
+
+def texts(code: CodeType) -> frozenset[str]:
+    """The names that stand as text in a function, also in functions inside it."""
+    if code not in _TEXTS:
+        own = (item for item in code.co_consts if type(item) is str and item.replace(".", "_").isidentifier())
+        _TEXTS[code] = frozenset(own).union(*(texts(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+    return _TEXTS[code]

@@ -10,10 +10,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from itertools import repeat
 from operator import is_
-from types import CellType, ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -142,6 +142,51 @@ class ModuleAttributes:
         for name in [name for name in self.attributes if name not in BARE and name not in self.before]:
             del self.attributes[name]
         self.attributes.update(self.before)
+
+
+class FunctionAttributes:
+    """What functions hold beside their code, all those that were reached in one: most hold nothing."""
+
+    def __init__(self) -> None:
+        self.functions: list[FunctionType] = []
+        self.before: list[dict[str, Any]] = []
+
+    def add(self, function: FunctionType) -> list[Any]:
+        """One more of them; returns what it holds."""
+        self.functions.append(function)
+        self.before.append(dict(function.__dict__))
+        return list(function.__dict__.values())
+
+    def differing(self) -> Iterator[tuple[FunctionType, dict[str, Any]]]:
+        for function, before in zip(self.functions, self.before, strict=True):
+            now = function.__dict__
+            if (now or before) and (now.keys() != before.keys() or not all(map(is_, now.values(), map(before.get, now)))):
+                yield function, before
+
+    def changed(self) -> bool:
+        return any(True for _ in self.differing())
+
+    def put_back(self) -> None:
+        for function, before in self.differing():
+            function.__dict__.clear()
+            function.__dict__.update(before)
+
+
+class SlotContents:
+    """What an object holds in slots."""
+
+    def __init__(self, holder: Any, names: Iterable[str]) -> None:
+        self.holder, self.before = holder, {name: getattr(holder, name, ABSENT) for name in names}
+
+    def changed(self) -> bool:
+        return any(getattr(self.holder, name, ABSENT) is not item for name, item in self.before.items())
+
+    def put_back(self) -> None:
+        for name, item in self.before.items():
+            if item is not ABSENT:
+                object.__setattr__(self.holder, name, item)
+            elif hasattr(self.holder, name):
+                object.__delattr__(self.holder, name)
 
 
 class TensorEntries:

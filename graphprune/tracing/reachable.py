@@ -13,6 +13,7 @@ False
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, MutableMapping, MutableSet
@@ -22,14 +23,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from .foreign import foreign, is_foreign, methods, named
-from .holders import ABSENT, CacheContent, CellContent, ClassAttributes, Holder, MappingItems, ModuleAttributes, NameMeanings, SequenceItems, TensorEntries
+from .copies import slots_of
+from .foreign import foreign, is_foreign, methods, named, texts
+from .holders import (
+    ABSENT,
+    CacheContent,
+    CellContent,
+    ClassAttributes,
+    FunctionAttributes,
+    Holder,
+    MappingItems,
+    ModuleAttributes,
+    NameMeanings,
+    SequenceItems,
+    SlotContents,
+    TensorEntries,
+)
 from .trees import PLAIN, modules_of
 
 CACHED = type(functools.lru_cache(lambda: None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 QUIET = PLAIN | {dict, OrderedDict, list, tuple, set, torch.Tensor, nn.Parameter}  # attributes of modules of these kinds are copied, and hold no code
 HOLDERS = (SimpleNamespace, threading.local)  # classes of Python's own whose objects hold what others put there
+OWN_SPACE = frozenset(("globals", "vars", "modules", "import_module", "setattr", "__dict__"))  # names by which code reaches names that it writes as text
 DEPTH = 3  # how deep objects and containers are looked into
 
 
@@ -41,6 +57,8 @@ class Reachable:
         self.alive: list[Any] = []  # so that ids stay theirs
         self.holders: list[Holder] = []
         self.spaces: dict[int, NameMeanings] = {}  # by the id of what holds the names of a module
+        self.functions = FunctionAttributes()
+        self.holders.append(self.functions)
 
     def look(self, models: Iterable[nn.Module]) -> None:
         """Add what the code of the models, of their hooks and of the hooks of all modules can reach."""
@@ -102,6 +120,8 @@ class Reachable:
         """A class of the user: what its attributes hold, and what its methods can name."""
         if not self.new(kind):
             return
+        if not foreign(type(kind)):
+            self.kind(type(kind))
         for base in kind.__mro__:
             if foreign(base) or (base is not kind and not self.new(base)):
                 continue
@@ -131,9 +151,15 @@ class Reachable:
         """The globals and the closure of a function; functions of one code (those that a function makes) share the globals, and have closures of their own."""
         if self.new(function.__code__):
             names = named(function.__code__)
-            for item in self.space(function.__globals__, names):
-                if type(item) is ModuleType and not is_foreign(item.__name__) and item.__dict__ is not function.__globals__:
+            others = [item for item in self.space(function.__globals__, names) if type(item) is ModuleType]
+            others += [sys.modules[text] for text in texts(function.__code__) if type(sys.modules.get(text)) is ModuleType]  # asked for by its name
+            if not OWN_SPACE.isdisjoint(names):
+                names |= texts(function.__code__)
+                self.space(function.__globals__, names)
+            for item in others:
+                if not is_foreign(item.__name__) and item.__dict__ is not function.__globals__:
                     self.space(item.__dict__, names)
+        self.beside(function)
         for cell in function.__closure__ or ():
             if not self.new(cell):
                 continue
@@ -141,6 +167,12 @@ class Reachable:
             if holder.before is not ABSENT:
                 self.value(holder.before, 1)
                 self.holders.append(holder)
+
+    def beside(self, function: FunctionType) -> None:
+        """What a function holds beside its code: attributes, and the defaults of its arguments."""
+        if self.new(function):
+            for item in (*self.functions.add(function), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+                self.value(item, 1)
 
     def space(self, space: dict[str, Any], names: frozenset[str]) -> list[Any]:
         """What some names mean in a module of the user's; returns it."""
@@ -175,7 +207,24 @@ class Reachable:
                 for part in holder.before[:1000]:
                     if type(part) not in PLAIN:
                         self.value(part, depth + 1)
+        elif kind is tuple:
+            for part in item[:1000]:
+                if type(part) not in PLAIN:
+                    self.value(part, depth + 1)
         elif isinstance(item, MethodType | functools.partial):
             self.callable(item)
-        elif (kind in HOLDERS or not foreign(kind)) and hasattr(item, "__dict__") and self.new(item):
+        elif kind in HOLDERS or isinstance(item, nn.Module) or not foreign(kind):
+            self.object(item, depth)
+
+    def object(self, item: Any, depth: int) -> None:
+        """An object of a class of the user: its attributes, also those in slots."""
+        names = slots_of(type(item))
+        if not (names or hasattr(item, "__dict__")) or not self.new(item):
+            return
+        if names:
+            holder = SlotContents(item, names)
+            self.holders.append(holder)
+            for part in holder.before.values():
+                self.value(part, depth + 1)
+        if hasattr(item, "__dict__"):
             self.value(item.__dict__, depth)

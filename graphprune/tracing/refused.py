@@ -20,7 +20,7 @@ from ..errors import BadInput
 from .dice import same_dice
 from .record import HERE, TORCH
 from .shadow import shadow
-from .surroundings import undisturbed_surroundings
+from .surroundings import apart, undisturbed_surroundings
 from .trees import inner_modules, replace, tensors
 
 NOT_RUN = (
@@ -35,10 +35,10 @@ def fails(model: nn.Module, example: Any, training: bool = False) -> None:
             twin = shadow(model, real=True)[0]
             twin = twin.train() if training else twin
             if callable(example):
-                example(twin)
+                apart(example, twin)
             else:
                 args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in example)
-                twin(*args, **kwargs)
+                apart(twin, *args, **kwargs)
     except Exception as error:
         odd = _odd(example)
         said = str(error).partition("\n")[0] if odd else error

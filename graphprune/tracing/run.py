@@ -20,6 +20,7 @@ from ..wording import pattern
 from .choices import settled
 from .examples import Examples
 from .features import marks
+from .filled import LeftBehind
 from .functions import Functions
 from .graph import Graph, Rerun
 from .members import LISTED, members
@@ -39,8 +40,17 @@ from .unused import forget, hold, more_run, reads_mode, train_run, unread
 from .updates import hold_ranks
 
 
-def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, results: list[Item] | None = None, training: bool = False) -> Graph:
-    """One run, as a graph. ``amend`` is called with every call and its results with values; ``results`` receives what the model returned."""
+def run(
+    model: nn.Module,
+    asked: Examples,
+    real: bool,
+    amend: Any = None,
+    results: list[Item] | None = None,
+    training: bool = False,
+    behind: LeftBehind | None = None,
+) -> Graph:
+    """One run, as a graph. ``amend`` is called with every call and its results with values; ``results`` receives what the model returned, ``behind`` what
+    the run may leave behind."""
     twin, leaves = shadow(model, real)
     if training:
         twin.train()
@@ -53,7 +63,12 @@ def run(model: nn.Module, asked: Examples, real: bool, amend: Any = None, result
     for tensor, name in leaves:
         recorder.leaf(tensor, name, 2 if id(tensor) in kernels else tensor.ndim)
     symbols = recorder.symbols = plant(modules, recorder.values, model, recorder.uses)
-    runs = _recorded(recorder, model, twin, modules, asked, parameters, results)
+    try:
+        runs = _recorded(recorder, model, twin, modules, asked, parameters, results)
+    finally:
+        if behind is not None:
+            behind.note(recorder)
+        recorder.release()
     calls = [*runs.calls, *channels_of_bare_norms(recorder.nodes, symbols)]
     forget(recorder, runs.outputs)
     numbered = settle(labels, recorder.picks, recorder.nodes + recorder.extra, recorder.leaves)
@@ -146,7 +161,6 @@ def _recorded(
     inputs, call = entered(recorder, first[0]), first[1]
     calls: list[Any] = []
     with ExitStack() as scopes:
-        scopes.callback(recorder.release)
         scopes.callback(recorder.uses.forgotten)
         away = any(device.type not in ("cpu", "meta") for device in home)  # what is on the meta device is taken for what it is with values, on the processor
         functions = Functions(recorder, calls, away, not away)

@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 
 from .reachable import Reachable
 from .trees import modules_of
 
+Result = TypeVar("Result")
 TIMES = 4  # as many frames as Python allows
 
 
@@ -38,6 +40,16 @@ def undisturbed_surroundings(*models: nn.Module) -> Iterator[None]:
             yield
     finally:
         surroundings.put_back()
+
+
+def apart(call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """What a call returns; context variables that it sets are as they were afterwards.
+
+    >>> number = ContextVar("number", default=1)
+    >>> apart(number.set, 2) is not None, number.get()
+    (True, 1)
+    """
+    return copy_context().run(call, *args, **kwargs)
 
 
 @contextmanager

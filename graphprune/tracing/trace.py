@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import BadInput, BadModel, BadRule, UnknownName, no_module
 from .dice import RUNNING, same_dice
 from .examples import Examples
+from .filled import LeftBehind, forget_frames
 from .graph import Graph
 from .node import line
 from .record import META
@@ -65,23 +66,36 @@ def trace(
 
 
 def _traced(model: nn.Module, asked: Examples) -> Graph:
+    behind = LeftBehind()
     try:
-        graph = run(model, asked, real=False)
+        graph = run(model, asked, real=False, behind=behind)
+    except (BadRule, BadModel, UnknownName) as error:
+        forget_frames(error)
+        behind.fill(model, asked.example)
+        raise
+    except Exception as error:
+        first = error
+        forget_frames(error)
+    else:
+        behind.fill(model, asked.example)
         stale = any("[" in name for name in graph.unread)  # a cache that the run looked for under another device
         return run(model, asked, real=True) if stale else _other_ways(model, graph, asked)
-    except (BadRule, BadModel, UnknownName):
+    behind.fill(model, asked.example)
+    return _with_values(model, asked, first)
+
+
+def _with_values(model: nn.Module, asked: Examples, first: Exception) -> Graph:
+    """The graph of a run with values, after one without them ended with ``first``."""
+    try:
+        return run(model, asked, real=True)
+    except UnknownName:
         raise
-    except Exception as first:
-        try:
-            return run(model, asked, real=True)
-        except UnknownName:
-            raise
-        except Exception as error:
-            fails(model, asked.example)
-            where = f" ({line(at)})" if (at := raised_at(error)) else ""
-            why = NESTED if "NestedTensor" in str(error) else f"{type(error).__name__}: {error}"
-            text = f"the model runs on the example, but its run cannot be followed{where}: {why}"
-            raise (error if isinstance(error, BadInput) else BadModel(text)) from (error if str(error) else first)
+    except Exception as error:
+        fails(model, asked.example)
+        where = f" ({line(at)})" if (at := raised_at(error)) else ""
+        why = NESTED if "NestedTensor" in str(error) else f"{type(error).__name__}: {error}"
+        text = f"the model runs on the example, but its run cannot be followed{where}: {why}"
+        raise (error if isinstance(error, BadInput) else BadModel(text)) from (error if str(error) else first)
 
 
 def _other_ways(model: nn.Module, graph: Graph, asked: Examples) -> Graph:
