@@ -22,6 +22,10 @@ WRAPS = {
     "masks": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
     "own norm": lambda layer: wrapped(layer, Normed(layer.weight)),
     "own scale": lambda layer: wrapped(layer, Scaled()),
+    "spectral norm of weight norm": lambda layer: parametrizations.spectral_norm(parametrizations.weight_norm(layer)),
+    "spectral norm of own norm": lambda layer: parametrizations.spectral_norm(wrapped(layer, Normed(layer.weight))),
+    "own norm of own scale": lambda layer: wrapped(wrapped(layer, Scaled()), Normed(layer.weight)),
+    "spectral norm of own scale": lambda layer: parametrizations.spectral_norm(wrapped(layer, Scaled())),
     "whole norm": lambda layer: parametrizations.weight_norm(layer, dim=None),
 }
 KINDS = {
@@ -103,7 +107,7 @@ def test_made_weights_are_what_they_were_for_those_that_stay(wrap, kind):
     assert small[0].weight.shape[0] == 8
 
 
-@pytest.mark.parametrize("wrap", ["old weight norm", "weight norm", "spectral norm", "own norm"])
+@pytest.mark.parametrize("wrap", ["old weight norm", "weight norm", "spectral norm", "own norm", "spectral norm of weight norm"])
 def test_plans_with_gains_are_kept_composed_and_applied_to_other_weights(wrap):
     net = made(wrap, "conv")
     _, plan = graphprune.shrink(net, X, 0.25, return_plan=True)

@@ -59,8 +59,8 @@ ORDER = {
         __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
         pooling positions products quantising recurrent reductions spectral shapes laws""",
-    "tracing": """sizes trees picks choices needs symbols bodies paths fused copies dice foreign holders reachable surroundings node members origin record filled
-        recurrent outputs unused updates ways features states statistics summary graph functions shadow examples refused run trace rehearsal probe
+    "tracing": """sizes trees picks choices needs symbols bodies paths fused copies dice foreign holders reachable surroundings node members origin record
+        filled recurrent outputs unused updates ways features states statistics summary graph functions shadow examples refused run trace rehearsal probe
         paced""",
     "coupling": "groups links sums lengths vocabulary",
     "scores": """order normalise data task registry fold norm similar others seen stages gates activations maps greedy waiting reconstruct start expansion

@@ -60,10 +60,10 @@ def _leaves(items: Any) -> Iterator[str]:
 
 def factors_of(gains: Sequence[Gain], tensors: Mapping[str, torch.Tensor], cuts: Cuts) -> dict[str, torch.Tensor]:
     """What every tensor that takes something up is multiplied by, already cut like it: float64, by name."""
-    factors = {}
+    factors, scales = {}, {}
     for gain in gains:
         if all(name in tensors and not tensors[name].is_meta for name in gain.leaves()):
-            scale = factor(gain, tensors, cuts)
+            scale = scales[gain.name] = factor(gain, tensors, cuts, scales)
             axes = {axis: kept for axis, kept in cuts.get(gain.name, {}).items() if scale.ndim and scale.shape[axis] > 1}
             for axis, kept in axes.items():
                 scale = scale.index_select(axis, torch.tensor(kept, device=scale.device))
@@ -71,16 +71,23 @@ def factors_of(gains: Sequence[Gain], tensors: Mapping[str, torch.Tensor], cuts:
     return factors
 
 
-def factor(gain: Gain, tensors: Mapping[str, torch.Tensor], cuts: Cuts) -> torch.Tensor:
-    """What ``gain.name`` is multiplied by, of its original shape or a single number; 1 where nothing is known (a weight of zeros)."""
+def factor(gain: Gain, tensors: Mapping[str, torch.Tensor], cuts: Cuts, scales: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """What ``gain.name`` is multiplied by, of its original shape or a single number; 1 where nothing is known (a weight of zeros).
+
+    ``scales``: what other tensors are multiplied by already, for norms that stand in each other.
+    """
     whole = {name: tensors[name].detach().double() for name in gain.leaves()}
-    scale = _wanted(gain, whole, cuts, whole[gain.name])
+    scale = _wanted(gain, whole, _scaled(whole, scales or {}), cuts)
     return torch.ones((), dtype=torch.float64) if scale is None else scale**gain.power
 
 
-def _wanted(gain: Gain, whole: dict[str, torch.Tensor], cuts: Cuts, target: torch.Tensor) -> torch.Tensor | None:
+def _scaled(whole: dict[str, torch.Tensor], scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor * scales[name] if name in scales else tensor for name, tensor in whole.items()}
+
+
+def _wanted(gain: Gain, whole: dict[str, torch.Tensor], scaled: dict[str, torch.Tensor], cuts: Cuts) -> torch.Tensor | None:
     """The made weight over what it would be after the cut, in the shape of the target or as one number; None if it has neither."""
-    before, after = _run(gain, whole), _run(gain, _zeroed(whole, cuts))
+    before, after, target = _run(gain, whole), _run(gain, _zeroed(scaled, cuts), True), whole[gain.name]
     known = _kept(gain, before, cuts) & (after.abs() > 1e-30) & before.isfinite() & after.isfinite()
     ratio = torch.where(known, before / torch.where(known, after, 1.0), torch.nan)
     middle = ratio.nanmedian()
@@ -118,7 +125,8 @@ def _kept(gain: Gain, weight: torch.Tensor, cuts: Cuts) -> torch.Tensor:
     return mask
 
 
-def _run(gain: Gain, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _run(gain: Gain, leaves: Mapping[str, torch.Tensor], emptied: bool = False) -> torch.Tensor:
+    """The made weight; where the leaves are ``emptied``, a removed row divided by its norm is no row of not-a-numbers for the calls after it."""
     results: list[Any] = []
 
     def read(item: Any) -> Any:
@@ -133,9 +141,13 @@ def _run(gain: Gain, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
             short, _, overload = name.partition(".")
             operands = [read(item) for item in arguments]
             if operation(f"aten::{short}").regroups and type(operands[-1]) is list:  # in memory, these tensors may lie in another order than the recorded ones
-                results.append(operands[0].reshape(operands[-1]))
+                result = operands[0].reshape(operands[-1])
             else:
-                results.append(getattr(getattr(torch.ops.aten, short), overload)(*operands))
+                result = getattr(getattr(torch.ops.aten, short), overload)(*operands)
+            if emptied:
+                empty = lambda tensor: tensor.nan_to_num(0.0, 0.0, 0.0) if tensor.is_floating_point() else tensor  # noqa: E731
+                result = empty(result) if isinstance(result, torch.Tensor) else tuple(map(empty, result))
+            results.append(result)
     return results[-1] if isinstance(results[-1], torch.Tensor) else results[-1][gain.result]
 
 
@@ -149,10 +161,31 @@ def gains_of(graph: Graph, root: Array, cuts: Cuts) -> tuple[Gain, ...]:
         gain = _written(graph, root, weight, nodes)
         if gain is None or not any(name in cuts for name in gain.leaves()):
             continue
-        gain = _tried(gain, graph, cuts)
-        if gain is not None:
-            gains.setdefault(gain.name, gain)
+        inner = _inside(graph, root, weight, nodes)
+        while (found := _tried(gain, graph, cuts, gains)) is None and (below := next(inner, None)) is not None:  # a norm in a norm
+            further = _tried(below, graph, cuts, gains)
+            if further is not None and further.name:
+                gains.setdefault(further.name, further)
+        if found is not None and found.name:
+            gains.setdefault(found.name, found)
     return tuple(gains.values())
+
+
+def _inside(graph: Graph, root: Array, weight: Value, nodes: list[Node]) -> Iterator[Gain]:
+    """The weights that stand inside a made one: of its size, and made by some of its calls."""
+    maker = {id(value): at for at, node in enumerate(nodes) for value in node.outs}
+    for at, node in enumerate(nodes[:-1]):
+        for value in node.outs:
+            if node.op.move is None and value is not weight and sorted(value.shape) == sorted(weight.shape):
+                needed, waiting = {at}, list(node.held)
+                while waiting:
+                    before = maker.get(id(waiting.pop()))
+                    if before is not None and before not in needed:
+                        needed.add(before)
+                        waiting += nodes[before].held
+                gain = _written(graph, root, value, [nodes[each] for each in sorted(needed)])
+                if gain is not None:
+                    yield gain
 
 
 def _made(graph: Graph) -> Iterator[tuple[Value, list[Node]]]:
@@ -226,21 +259,28 @@ def _follows(graph: Graph, root: Array, weight: Value, leaves: Iterator[str]) ->
             yield int(np.argmax(field.shape)), place
 
 
-def _tried(gain: Gain, graph: Graph, cuts: Cuts) -> Gain | None:
-    """The gain with the tensor that takes the change up, on random tensors; None where there is no change, or nothing takes it up."""
+def _tried(gain: Gain, graph: Graph, cuts: Cuts, others: Mapping[str, Gain]) -> Gain | None:
+    """The gain with the tensor that takes the change up, on random tensors; with no name where there is no change, None where nothing takes it up.
+
+    ``others`` take something up already.
+    """
     generator = torch.Generator().manual_seed(0)
     whole = {name: torch.randn(graph.leaves[name].shape, generator=generator, dtype=torch.float64) for name in gain.leaves()}
-    wanted = _run(gain, whole)
+    scales: dict[str, torch.Tensor] = {}
+    for name, other in others.items():
+        if whole.keys() >= set(other.leaves()):
+            scales[name] = factor(other, whole, cuts, scales)
+    wanted, scaled = _run(gain, whole), _scaled(whole, scales)
     kept = _kept(gain, wanted, cuts)
-    if _same(_run(gain, _zeroed(whole, cuts)), wanted, kept):
-        return None
-    for name in sorted(whole, key=lambda name: whole[name].numel()):
+    if _same(_run(gain, _zeroed(scaled, cuts), True), wanted, kept):
+        return gain
+    for name in sorted(whole.keys() - scales.keys(), key=lambda name: (whole[name].numel(), name)):
         degree = (_run(gain, whole | {name: whole[name] * 2}) / wanted)[kept].abs().log2().nanmedian()
         if not degree.isfinite() or abs(float(degree)) < 0.1:
             continue
         trial = Gain(name, 1 / round(float(degree), 6), gain.calls, gain.result, gain.axes)
-        scale = factor(trial, whole, cuts)
-        if _same(_run(gain, _zeroed(whole | {name: whole[name] * scale}, cuts)), wanted, kept):
+        scale = factor(trial, whole, cuts, scales)
+        if _same(_run(gain, _zeroed(scaled | {name: whole[name] * scale}, cuts), True), wanted, kept):
             return trial
     return None
 
