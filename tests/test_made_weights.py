@@ -175,3 +175,39 @@ def test_norms_without_weights_follow_their_input(norm):
     with torch.no_grad():
         assert torch.allclose(small(other), zeros(net, plan)(other), atol=1e-12)
         assert not torch.allclose(small(other), zeros(net, plan, 1)(other), atol=1e-3)
+
+
+class OfItsWidth(nn.Module):
+    """A norm without weights, of whatever width comes in."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x, x.shape[-1:])
+
+
+LAST = {
+    "rms": (lambda: nn.RMSNorm(16, elementwise_affine=False), nn.functional.rms_norm),
+    "rms, two axes": (lambda: nn.Sequential(nn.Unflatten(1, (1, -1)), nn.RMSNorm((1, 16), elementwise_affine=False), nn.Flatten(1)), nn.functional.rms_norm),
+    "layer": (lambda: nn.LayerNorm(16, elementwise_affine=False), nn.functional.layer_norm),
+    "rms of a width": (lambda: OfItsWidth(nn.functional.rms_norm), nn.functional.rms_norm),
+    "layer of a width": (lambda: OfItsWidth(nn.functional.layer_norm), nn.functional.layer_norm),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", LAST)
+def test_norms_over_the_last_axis_follow_their_input(name, verify):
+    make, norm = LAST[name]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), make(), nn.Linear(16, 4)).double().eval()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x, 0.5, return_plan=True, verify=verify)
+    assert small[0].out_features == 8
+    kept = plan.cuts["0.weight"][0]
+    with torch.no_grad():
+        for units, equal in ((kept, True), ([(unit + 1) % 16 for unit in kept], False)):
+            wanted = norm(net[0](x)[:, units], (8,)) @ net[2].weight[:, kept].T + net[2].bias
+            assert torch.allclose(small(x), wanted, atol=1e-12) == equal

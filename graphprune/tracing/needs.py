@@ -422,7 +422,7 @@ def _convolution(asked: Asked) -> None:
         asked.needs(groups, value, "blocks", 1 if asked.first.ndim == weight.ndim else 0, number(groups))
 
 
-@reader("layer_norm")
+@reader("layer_norm", "rms_norm")
 def _layer_norm(asked: Asked) -> None:
     for back, size in enumerate(reversed(asked.argument(1, "normalized_shape"))):
         asked.needs(size, asked.known(asked.first), "size", len(asked.first.shape) - 1 - back)
