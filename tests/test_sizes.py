@@ -6,6 +6,7 @@ import fractions
 import functools
 import math
 import operator
+import pickle
 import statistics
 
 import numpy as np
@@ -188,6 +189,11 @@ LEAVES = {
     "asarray": lambda net, h: torch.from_numpy(np.asarray(h) * 2),
     "statistic": lambda net, h: h * float(h.numpy().std(1).mean()),
     "list": lambda net, h: torch.tensor(h.tolist(), dtype=h.dtype),
+    "pickled": lambda net, h: pickle.loads(pickle.dumps(h.detach())),
+    "copied by its parts": lambda net, h: copy.copy(h.detach()) * 2,
+    "memory": lambda net, h: h * sum(float(v) for v in h.storage()),
+    "bytes": lambda net, h: h * sum(h.untyped_storage().tolist()) / 1e4,
+    "handed over": lambda net, h: torch.from_dlpack(h.detach()),
     "order as a list": lambda net, h: h[:, net.order] * (net.order.tolist()[3] + 1),
     "length of an order": lambda net, h: h[:, net.order] / len(net.order),
 }
@@ -198,6 +204,21 @@ LEAVES = {
 def test_values_that_leave_torch_hold_what_they_belong_to(name, verify):
     with torch.no_grad():
         assert cut(LEAVES[name], verify, order=torch.randperm(16)) == 1.0
+
+
+MEMORY = {
+    "deep copy": lambda net, h: copy.deepcopy(h.detach()) * 2,
+    "address": lambda net, h: h * (2 if h.data_ptr() else 3),
+    "the same memory": lambda net, h: h * (2 if h.data_ptr() == h.view(-1).data_ptr() else 3),
+    "other memory": lambda net, h: h * (2 if h.data_ptr() == h.clone().data_ptr() else 3),
+}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", MEMORY)
+def test_where_values_lie_is_no_matter(name, verify):
+    with torch.no_grad():
+        assert cut(MEMORY[name], verify) == 0.5
 
 
 @pytest.mark.parametrize("verify", [False, True])

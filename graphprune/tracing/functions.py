@@ -36,11 +36,17 @@ def _batch_norm(*args: Any) -> torch.Tensor:
     return torch.native_batch_norm(*args[:8])[0]
 
 
-# What a function does in one call, where torch's way to it makes several.
-DIRECT: dict[Any, Callable[..., Any]] = {torch.batch_norm: _batch_norm}
-PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, DATA, DEVICE, CALL = range(11)
-# Calls by their name: those that give out sizes, those that give plain numbers made of them, those by which values leave torch.
+def _deep_copy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    return memo.setdefault(id(tensor), tensor.clone())
+
+
+# What a function does in one call, where torch's way to it makes several, or takes the memory for it.
+DIRECT: dict[Any, Callable[..., Any]] = {torch.batch_norm: _batch_norm, torch.Tensor.__deepcopy__: _deep_copy}
+PASS, SHAPE, GET, SIZE, NUMEL, TENSOR, PLAIN, LEAVES, MEMORY, ADDRESS, DATA, DEVICE, CALL = range(13)
+# Calls by their name: those that give out sizes, those that give plain numbers made of them, those by which values leave torch, also with the memory that
+# they lie in, or that say where that is (a tensor without values has none, and torch's own code that asks for it does not expect that).
 KINDS = {"size": SIZE, "numel": NUMEL, "tensor": TENSOR, "__len__": PLAIN, "stride": PLAIN, "numpy": LEAVES, "tolist": LEAVES, "__array__": LEAVES}
+KINDS |= {"storage": MEMORY, "untyped_storage": MEMORY, "_typed_storage": MEMORY, "__reduce_ex__": MEMORY, "__dlpack__": MEMORY, "data_ptr": ADDRESS}
 PROPERTIES = {("__get__", torch.Tensor.shape): SHAPE, ("__get__", torch.Tensor.nbytes): PLAIN}
 PROPERTIES |= {("__set__", torch.Tensor.data): DATA, ("__get__", torch.Tensor.device): DEVICE, ("__get__", torch.Tensor.is_cpu): DEVICE}
 ANSWERS = {torch.Tensor.device: CPU, torch.Tensor.is_cpu: True}  # of a model on the processor
@@ -91,6 +97,8 @@ class Functions(TorchFunctionMode):
                 return body(*args, **kwargs)
         if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
+        if (kind == MEMORY or kind == ADDRESS) and args[0].is_meta:
+            raise TypeError(f"{name} is asked of a tensor that has no values in this run")
         since = self.recorder.counted
         result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
         return self.returned(kind, func, name, args, kwargs, result, since)
@@ -121,7 +129,7 @@ class Functions(TorchFunctionMode):
             return math.prod(self.sizes(args[0], args[0].size()))
         if kind == PLAIN:
             self.doubted(args[0], 1 if name == "__len__" else args[0].ndim)
-        elif kind == LEAVES:
+        elif kind == LEAVES or kind == MEMORY:
             self.leave(args[0], name)
         elif kind == DATA:
             self.recorder.values[id(args[0])] = self.recorder.value(args[1])
