@@ -191,7 +191,6 @@ LEAVES = {
     "list": lambda net, h: torch.tensor(h.tolist(), dtype=h.dtype),
     "pickled": lambda net, h: pickle.loads(pickle.dumps(h.detach())),
     "copied by its parts": lambda net, h: copy.copy(h.detach()) * 2,
-    "memory": lambda net, h: h * sum(float(v) for v in h.storage()),
     "bytes": lambda net, h: h * sum(h.untyped_storage().tolist()) / 1e4,
     "handed over": lambda net, h: torch.from_dlpack(h.detach()),
     "order as a list": lambda net, h: h[:, net.order] * (net.order.tolist()[3] + 1),

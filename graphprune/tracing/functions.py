@@ -6,6 +6,7 @@ Below it, :class:`~graphprune.tracing.record.Recorder` sees the ATen calls that 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ from .bodies import Bodies
 from .fused import attention, unfused
 from .graph import Step
 from .needs import Call, calls_of, sized, sizes_in
-from .record import CPU, META, Recorder
+from .record import CPU, HERE, META, Recorder
 from .recurrent import RECURRENT, STATEFUL, hand_on
 from .sizes import Size
 from .trees import replace, tensors
@@ -97,8 +98,11 @@ class Functions(TorchFunctionMode):
                 return body(*args, **kwargs)
         if kind == TENSOR and str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}  # written-out values stay real
-        if (kind == MEMORY or kind == ADDRESS) and args[0].is_meta:
-            raise TypeError(f"{name} is asked of a tensor that has no values in this run")
+        if kind == MEMORY or kind == ADDRESS:
+            if sys._getframe(1).f_code.co_filename.startswith(HERE):
+                return func(*args, **kwargs)  # the recorder asks, not the model
+            if args[0].is_meta:
+                raise TypeError(f"{name} is asked of a tensor that has no values in this run")
         since = self.recorder.counted
         result = self.stepped(func, name, args, kwargs) if step else func(*args, **kwargs)
         return self.returned(kind, func, name, args, kwargs, result, since)
