@@ -87,3 +87,23 @@ def test_what_holds_none_says_so_and_what_is_a_model_passes():
             graphprune.shrink(empty, X)
     for model in (net(), fx.symbolic_trace(net()), nn.Sequential(net())):
         assert sum(p.numel() for p in graphprune.shrink(model, X).parameters()) < sum(p.numel() for p in model.parameters())
+
+
+COMPILED = {
+    "scripted": lambda: torch.jit.script(nn.Linear(8, 8)),
+    "traced": lambda: torch.jit.trace(nn.Linear(8, 8), torch.zeros(1, 8)),
+    "traced, of several": lambda: torch.jit.trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.zeros(1, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", COMPILED)
+def test_a_part_that_torch_compiled_stays_whole(kind):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), COMPILED[kind](), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(3, 4)
+    small, plan = graphprune.shrink(model, x, 0.5, return_plan=True)
+    assert (small[0].out_features, small[3].out_features) == (8, 3)
+    kept = plan.cuts["3.weight"][0]
+    with torch.no_grad():
+        hidden = model[:5](x)
+        assert torch.allclose(small(x), hidden[:, kept] @ model[5].weight[:, kept].T + model[5].bias, atol=1e-6)

@@ -42,7 +42,7 @@ def vector_norm(x, ord=2, dim=None, keepdim=False, **kwargs):
 
 
 @computes("_softmax", "_safe_softmax", "softmax", softmax=True)
-@computes("_log_softmax", "log_softmax")
+@computes("_log_softmax", "log_softmax", softmax=True)
 def softmax(x, dim, *args, **kwargs):
     axes = [LETTERS[i] for i in range(len(x.shape))]
     axes[dim] = f"[{axes[dim]}]"

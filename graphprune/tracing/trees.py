@@ -87,7 +87,7 @@ def _walk(module: nn.Module, path: str, seen: set[int], walked: list[tuple[str, 
     # A function inside another that calls itself would be a circle, and keep all modules until the next garbage collection.
     seen.add(id(module))
     walked.append((path, module))
-    for name, child in module.__dict__["_modules"].items():
+    for name, child in module._modules.items():
         if child is not None and id(child) not in seen:
             _walk(child, f"{path}.{name}" if path else name, seen, walked)
 
@@ -100,7 +100,7 @@ def leaf_tensors(model: nn.Module) -> Iterator[Leaf]:
     for prefix, module in modules_of(model):
         dot = f"{prefix}." if prefix else ""
         attributes = module.__dict__
-        for table in (attributes["_parameters"], attributes["_buffers"]):
+        for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None:
                     yield dot + name, module, name, tensor
