@@ -15,6 +15,7 @@ from .cutting.undo import undone
 from .cutting.verify import check_model
 from .cutting.vocabulary import check_tokens
 from .deciding import PLANNER, decided, score_of
+from .formats.building import built_once
 from .formats.huggingface import follow, refusal
 from .options import DEFAULTS, GOALS, PlanOptions, Repair, ShrinkOptions, Target
 from .planning.outcome import disappointments
@@ -40,6 +41,7 @@ def shrink(model: Model, example_input: Any, ratio: Target = None, *, return_pla
 @taking(ShrinkOptions)
 @across_ranks
 @looked_for_once()
+@built_once()
 def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return_plan: bool = False, **options: Unpack[ShrinkOptions]) -> Any:
     """A smaller model, of the same class, that computes what ``model`` computes with the removed units set to zero.
 
@@ -113,6 +115,7 @@ def _finished(small: nn.Module, model: nn.Module, chosen: Plan, repairs: Repair 
 @taking(PlanOptions)
 @across_ranks
 @looked_for_once()
+@built_once()
 def plan(model: nn.Module, example_input: Any, ratio: Target = None, **options: Unpack[PlanOptions]) -> Plan:
     """What :func:`shrink` would do, as a plan, without cutting anything: ``graphprune.apply(model, plan)`` does it.
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import BadConfig
+from graphprune.formats.building import built_once
 from graphprune.formats.closing import closed
 from graphprune.formats.config import compare, search
 
@@ -212,6 +213,55 @@ def test_the_search_finds_numbers_by_what_they_build(want):
     assert not compare(Toy, Toy(wanted), TREE).loads
 
 
+class Counting:
+    """Builds, and counts how often."""
+
+    def __init__(self, kind):
+        self.kind, self.count = kind, 0
+
+    def __call__(self, tree):
+        self.count += 1
+        return self.kind(tree)
+
+
+class Wide(nn.Module):
+    """Many layers, each as wide as a number of its own says, and numbers that say nothing."""
+
+    def __init__(self, tree):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8 * tree["step"], wide, device="meta") for wide in tree["widths"]])
+        self.twice = nn.Linear(tree["rank"] * tree["step"], 4, device="meta")
+
+
+@pytest.mark.parametrize("layers, idle", [(4, 2), (10, 12), (20, 0)])
+def test_the_search_builds_about_once_for_every_number(layers, idle):
+    tree = {"step": 6, "rank": 5, "widths": [48] * layers} | {f"idle{i}": 48 for i in range(idle)}
+    want = tree | {"rank": 2, "widths": [48 - 2 * i for i in range(layers)]}
+    build = Counting(Wide)
+    solution = search(build, Wide(want), tree)
+    assert solution.gap.size == (False, 0) and list(solution.tree["widths"]) == want["widths"] and solution.tree["rank"] == 2
+    numbers = layers + 2 + idle
+    assert build.count < 4 * numbers + 2 * layers < numbers * layers + 60  # the control: every number with every width is far more
+    with built_once():
+        first, second = Counting(Wide), Counting(Wide)
+        again = [search(each, Wide(want), tree).changes for each in (first, second)]
+    assert again == [solution.changes] * 2 and second.count == 0 < first.count <= build.count
+
+
+def test_a_number_that_mends_more_than_it_upsets_is_no_better_than_one_that_upsets_nothing():
+    class Mixture(nn.Module):
+        def __init__(self, tree):
+            super().__init__()
+            self.experts = nn.ParameterList([nn.Parameter(torch.empty(4, tree["inner"], device="meta")) for _ in range(2)])
+            self.shared = nn.ModuleList([nn.Linear(4, tree["inner"] * tree["shared"], device="meta") for _ in range(3)])
+            self.rank = nn.Linear(tree["rank"], 4, device="meta")
+
+    tree = {"inner": 16, "shared": 2, "rank": 16}
+    solution = search(Mixture, Mixture(tree | {"shared": 1, "rank": 8}), tree)
+    assert solution.gap.loads and solution.changes == {("shared",): 1, ("rank",): 8}
+    assert search(Mixture, Mixture(tree | {"inner": 8}), tree).changes == {("inner",): 8}
+
+
 def test_control_what_no_number_builds_stays_wrong():
     target = Toy(TREE)
     target.layers[0] = nn.Linear(20, 8, device="meta")
@@ -237,6 +287,17 @@ def test_closing_counts_anew_and_leaves_the_model_alone():
     assert [block.width for block in twin] == [4] * len(kept) and twin[0].inner.weight is small[kept[0]].inner.weight
     assert [block.number for block in small if hasattr(block, "inner") and block.inner is not None] == list(kept)
     assert closed(net) == (net, {})
+
+
+@pytest.mark.parametrize(
+    "share, numbers", [(0.5, {"n_shared_experts": 1, "moe_intermediate_size": 16}), (0.25, {"n_shared_experts": 2}), (0.75, {"n_shared_experts": 2})]
+)
+def test_the_shared_expert_of_a_mixture_is_as_wide_as_so_many_of_the_others(share, numbers, tmp_path):
+    FAMILIES["shared"] = (FAMILIES["deepseek_v3"][0], FAMILIES["deepseek_v3"][1] | {"n_shared_experts": 2})
+    model, inputs = build("shared", layers=2)
+    small = graphprune.shrink(model, inputs, share, what="mlp", widths=UNIFORM)
+    assert (small.config.n_shared_experts, small.config.moe_intermediate_size) == (shared, 16) and small.config.intermediate_size == 64 * (1 - share)
+    same(small, again(small, tmp_path), inputs)
 
 
 def test_a_width_that_the_configuration_leaves_open_is_written_into_it(tmp_path):

@@ -20,17 +20,17 @@ from typing import Any
 
 from torch import nn
 
+from .building import Builds, Built, Path, Slot, Tree, numbers, shapes, values
 from .closing import Lists
 
-Tree = Any
-Path = tuple[Any, ...]
-Slot = tuple[str, int]
 Change = tuple[tuple[Path, Any], ...]  # numbers that change at once
-Measure = Callable[[Change], tuple["Gap", dict[Slot, int]]]
+Measure = Callable[[Change], tuple["Gap", Built]]
+Offers = Callable[[Change, "Gap"], list[Change]]
+NOTHING = Built({}, {})  # where the class refuses a configuration
 # Axes that a tensor which is missing or too many stands for (leaving layers out makes nothing right), and an attribute that the code reads.
 WEIGHT = 8
 STARTS, CHAIN = 8, 3  # numbers that upset others, and those that put right what they upset
-PAIRS = 60  # of changes that help only together: so many are tried
+PAIRS = 12  # of changes that help only together: so many are tried
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Gap:
     def loads(self) -> bool:
         """Whether a file of the weights would load."""
         return not self.fails and not self.names and not self.axes
+
+    def upsets(self, before: Gap) -> bool:
+        """Whether something is wrong now that was right before."""
+        return self.fails or bool(self.names - before.names or self.axes.keys() - before.axes.keys() or self.attributes.keys() - before.attributes.keys())
 
     def mends(self, before: Gap) -> bool:
         """Whether something is right now that was wrong before."""
@@ -72,29 +76,29 @@ class Solution:
 
     def partners(self) -> frozenset[Slot]:
         """The (tensor, axis) of another length with numbers that would put right some of what is wrong: these say both."""
-        best, wrong = tuple(self.changes.items()), self.gap.axes.keys()
+        best, wrong, inert = tuple(self.changes.items()), self.gap.axes.keys(), set()
         upset: set[Slot] = set()
-        for offer in dict.fromkeys([*_same(self.tree, self.gap), *_times(self.tree, self.gap)]):
-            gap = self.measure(_join(best, offer))[0]
-            if not gap.fails and wrong - gap.axes.keys():
-                upset |= gap.axes.keys() - wrong - self._free(_join(best, offer), gap)
+        for offer in _worth(best, [*_same(self.tree, self.gap), *_times(self.tree, self.gap)], self.measure, self.tree, inert):
+            change = _join(best, offer)
+            gap = self.measure(change)[0]
+            more = gap.axes.keys() - wrong
+            if gap.fails or not wrong - gap.axes.keys() or more <= upset:
+                continue
+            built = Gap(axes={slot: (size, size) for slot, (_, size) in gap.axes.items()})
+            for free in _worth(change, _open(changed(self.tree, change), built), self.measure, self.tree, inert):
+                less = self.measure(_join(change, free))[0]  # what a number that is open by now can say by itself
+                more -= set() if less.fails else gap.axes.keys() - less.axes.keys()
+            upset |= more
         return frozenset(upset)
-
-    def _free(self, change: Change, gap: Gap) -> set[Slot]:
-        """What came out wrong with a change and can be put right by a number that the configuration leaves open."""
-        free: set[Slot] = set()
-        for offer in _open(changed(self.tree, change), Gap(axes={slot: (built, built) for slot, (_, built) in gap.axes.items()})):
-            more = self.measure(_join(change, offer))[0]
-            free |= set() if more.fails else gap.axes.keys() - more.axes.keys()
-        return free
 
     def reach(self) -> dict[Path, frozenset[Slot]]:
         """The (tensor, axis) whose length each change has a say in."""
-        best, sizes = tuple(self.changes.items()), self.measure(_join((), tuple(self.changes.items())))[1]
+        best, built = tuple(self.changes.items()), self.measure(_join((), tuple(self.changes.items())))[1]
         reach = {}
         for path, _ in best:
             without = self.measure(_join((), tuple(item for item in best if item[0] != path)))[1]
-            reach[path] = frozenset(slot for slot, size in sizes.items() if without.get(slot, size) != size)
+            pairs = [(name, sizes, without.shapes.get(name, sizes)) for name, sizes in built.shapes.items()]
+            reach[path] = frozenset((name, axis) for name, sizes, others in pairs for axis, size in enumerate(sizes) if others[axis : axis + 1] != (size,))
         return reach
 
 
@@ -104,80 +108,120 @@ def search(build: Callable[[Tree], nn.Module], target: nn.Module, tree: Tree, li
     ``lists`` are the lists of blocks that have become shorter (:func:`graphprune.formats.closing.closed`); ``used`` the attributes
     (module, attribute, …) of ``target`` that its code is known to read: they have to come out right as well.
     """
-    wanted, counts = shapes(target), numbers(target, used)
-    known: dict[Change, tuple[Gap, dict[Slot, int]]] = {}
+    used = list(used)
+    wanted, counts, builds = shapes(target), numbers(target, used), Builds(build, used, type(target))
+    known: dict[Change, tuple[Gap, Built]] = {}
 
-    def measure(change: Change) -> tuple[Gap, dict[Slot, int]]:
+    def measure(change: Change) -> tuple[Gap, Built]:
         if change not in known:
-            known[change] = _measured(build, changed(tree, change), wanted, counts)
+            built = builds(changed(tree, change))
+            known[change] = (Gap(fails=True), NOTHING) if built is None else (_gap(built, wanted, counts), built)
         return known[change]
 
+    same: Offers = lambda best, gap: _same(changed(tree, best), gap)  # noqa: E731
+    more: Offers = lambda best, gap: [*same(best, gap), *_times(changed(tree, best), gap)]  # noqa: E731
+    inert: set[Path] = set()
     best: Change = ()
     if lists:
-        best = _better(best, measure, lambda best, gap: _shorter(changed(tree, best), lists))
-    best = _better(best, measure, lambda best, gap: _same(changed(tree, best), gap))
-    best = _better(best, measure, lambda best, gap: [*_same(changed(tree, best), gap), *_times(changed(tree, best), gap)])
-    best = _better(best, measure, lambda best, gap: _open(changed(tree, best), gap))
+        best = _better(best, measure, lambda best, gap: _shorter(changed(tree, best), lists), tree, inert)
+    for candidates in (same, more):  # first what upsets nothing: a number may be right although with another value more would be
+        best = _better(best, measure, candidates, tree, inert, gentle=True)
+    for candidates in (same, more, lambda best, gap: _open(changed(tree, best), gap)):
+        best = _better(best, measure, candidates, tree, inert)
     return Solution(changed(tree, best), dict(best), measure(best)[0], measure)
 
 
 def compare(build: Callable[[Tree], nn.Module], target: nn.Module, tree: Tree) -> Gap:
     """What a configuration builds otherwise than ``target``."""
-    return _measured(build, tree, shapes(target), {})[0]
+    built = Builds(build, ())(tree)
+    return Gap(fails=True) if built is None else _gap(built, shapes(target), {})
 
 
-def _measured(build: Callable[..., Any], tree: Tree, wanted: dict[str, tuple[int, ...]], counts: dict[Path, int]) -> tuple[Gap, dict[Slot, int]]:
-    try:
-        built = build(tree)
-    except Exception:  # a class may refuse numbers that do not go together in any way it likes
-        return Gap(fails=True), {}
-    return _gap(built, wanted, counts), {(name, axis): size for name, shape in shapes(built).items() for axis, size in enumerate(shape)}
-
-
-def _better(best: Change, measure: Measure, candidates: Callable[[Change, Gap], list[Change]]) -> Change:
-    """Take what helps, the most helpful first, until nothing does."""
-    inert: set[Path] = set()  # a number that changes nothing by one value is not tried with others
+def _better(best: Change, measure: Measure, candidates: Offers, tree: Tree, inert: set[Path], gentle: bool = False) -> Change:
+    """Take what helps, the most helpful first, until nothing does; ``gentle``: only what upsets nothing else. ``inert`` are numbers that change nothing."""
     while True:
         gap = measure(best)[0]
         if gap.size == (False, 0):
             return best
-        offers = []
-        for offer in candidates(best, gap):
-            paths = [path for path, _ in offer]
-            if not inert.issuperset(paths):
-                offers.append(_join(best, offer))
-                inert.update(paths if len(paths) == 1 and measure(offers[-1]) == measure(best) else ())
+        offers = [_join(best, offer) for offer in _worth(best, candidates(best, gap), measure, tree, inert)]
         offers = [offer for offer in dict.fromkeys(offers) if measure(offer) != measure(best)]
         before = best
         for offer in sorted(offers, key=lambda offer: measure(offer)[0].size):
             if measure(offer)[0].size < gap.size and measure(_join(best, offer))[0].size < measure(best)[0].size:
-                best = _join(best, offer)
+                if not (gentle and measure(_join(best, offer))[0].upsets(measure(best)[0])):
+                    best = _join(best, offer)
         if best != before:
             continue
-        joined = _together(best, offers, measure, candidates)
+        joined = best if gentle else _together(best, offers, measure, candidates, tree, inert)
         if joined == best:
             return best
         best = joined
 
 
-def _together(best: Change, offers: list[Change], measure: Measure, candidates: Callable[[Change, Gap], list[Change]]) -> Change:
+def _worth(best: Change, offers: list[Change], measure: Measure, tree: Tree, inert: set[Path]) -> Iterator[Change]:
+    """The offers that may help: of a number that is understood by one value, only those that give a length that is wanted."""
+    gap, built = measure(best)
+    wanted = {place: pair[1] for place, pair in (gap.axes | gap.attributes).items()}
+    fits: dict[Path, set[int]] = {}
+    for offer in offers:
+        paths = [path for path, _ in offer]
+        if inert.issuperset(paths):
+            continue
+        (path, value), *others = offer
+        if not others and path in fits and value not in fits[path]:
+            continue
+        yield offer
+        if others or path in fits:
+            continue
+        now, other = _at(changed(tree, best), path), measure(_join(best, offer))
+        if other == (gap, built):
+            inert.add(path)
+        elif not other[0].fails and not gap.names and not other[0].names and type(now) is int:
+            fits[path] = values(built.lengths(), other[1].lengths(), now, value, wanted)
+
+
+def _at(tree: Tree, path: Path) -> Any:
+    """What a configuration says at a place, if anything."""
+    value = tree
+    for key in path:
+        value = value[key] if isinstance(value, list | tuple) else value.get(key)
+    return value
+
+
+def _together(best: Change, offers: list[Change], measure: Measure, candidates: Offers, tree: Tree, inert: set[Path]) -> Change:
     """Numbers that help only together: those that put right what the first upsets, or two that have to divide each other."""
-    gap = measure(best)[0]
+    gap, built = measure(best)
     mending = [offer for offer in offers if measure(offer)[0].mends(gap)]
     building = [offer for offer in offers if not measure(offer)[0].fails]
+    touched = {offer: _touched(built, measure(offer)[1]) for offer in building}
+    reach = {path: touched[offer] for offer in building for path in _new(best, offer)}
     for offer in sorted(building, key=lambda offer: (offer not in mending, measure(offer)[0].size))[:STARTS]:
         for _ in range(CHAIN):
             upset = {path: pair for path, pair in measure(offer)[0].attributes.items() if path not in gap.attributes}
             others = [change for change in (candidates(offer, Gap(attributes=upset)) if upset else ()) if change[0][0] not in dict(offer)]
-            more = [_join(offer, change) for change in others]
+            others = [change for change in others if not upset.keys().isdisjoint(reach.get(change[0][0], upset.keys()))]
+            more = [_join(offer, change) for change in _worth(offer, others, measure, tree, inert)]
             if not more:
                 break
             offer = min(more, key=lambda joined: measure(joined)[0].size)
             if measure(offer)[0].size < gap.size:
                 return offer
     failing = [offer for offer in offers if measure(offer)[0].fails]
-    pairs = [_join(*pair) for pair in combinations((*mending, *failing), 2)][:PAIRS]
-    return next((joined for joined in pairs if measure(joined)[0].size < gap.size), best)
+    pairs = [(one, two) for one, two in combinations((*mending, *failing), 2) if not _new(best, one) & _new(best, two)]
+    pairs = [(one, two) for one, two in pairs if one in failing or two in failing or not touched[one].isdisjoint(touched[two])]
+    joined = (_join(*pair) for pair in pairs[:PAIRS])
+    return next((both for both in joined if measure(both)[0].size < gap.size), best)
+
+
+def _new(best: Change, offer: Change) -> set[Path]:
+    """The numbers that an offer changes beside those of ``best``, or to other values."""
+    return {item[0] for item in set(offer) - set(best)}
+
+
+def _touched(before: Built, after: Built) -> set[Any]:
+    """The lengths and numbers that came out otherwise."""
+    one, two = before.lengths(), after.lengths()
+    return {place for place in one.keys() | two.keys() if one.get(place) != two.get(place)}
 
 
 def _join(best: Change, more: Change) -> Change:
@@ -287,34 +331,10 @@ def _put(holder: Any, path: Path, value: Any) -> None:
         holder[key] = value
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of what a file of the weights holds."""
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
-
-
-def numbers(model: nn.Module, paths: Iterable[Path]) -> dict[Path, int]:
-    """The whole numbers at (module, attribute, …), where there is one."""
-    modules = dict(model.named_modules())
-    found = {}
-    for path in paths:
-        value: Any = modules.get(path[0])
-        for key in path[1:]:
-            value = _inside(value, key)
-        if type(value) is int:
-            found[path] = value
-    return found
-
-
-def _inside(value: Any, key: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return value[key] if type(key) is int and key < len(value) else None
-    return value.get(key) if isinstance(value, dict) else getattr(value, "__dict__", {}).get(key)
-
-
-def _gap(built: nn.Module, wanted: dict[str, tuple[int, ...]], counts: dict[Path, int]) -> Gap:
-    sizes = shapes(built)
+def _gap(built: Built, wanted: dict[str, tuple[int, ...]], counts: dict[Path, int]) -> Gap:
+    sizes = built.shapes
     names = set(sizes) ^ set(wanted)
     names |= {name for name in set(sizes) & set(wanted) if len(sizes[name]) != len(wanted[name])}
     axes = {(name, axis): (a, b) for name in wanted if name not in names for axis, (a, b) in enumerate(zip(sizes[name], wanted[name], strict=True)) if a != b}
-    attributes = {path: (value, counts[path]) for path, value in numbers(built, counts).items() if value != counts[path]}
+    attributes = {path: (value, counts[path]) for path, value in built.numbers.items() if path in counts and value != counts[path]}
     return Gap(frozenset(names), axes, attributes)

@@ -50,7 +50,7 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
             tied |= ties
             request = replace(request, tied=(*request.tied, *ties))
         else:
-            shut = _shut(plan, frozenset((before_closing(name, lists), axis) for name, axis in wrong))
+            shut = _shut(plan, _before(wrong, lists)) or _shut(plan, _before(_beside(solution, wrong), lists))
             if not shut:
                 break
             notes.append(f"note: {sorted(shut)[0][0]} axis {sorted(shut)[0][1]} and {len(shut) - 1} more stay whole: {reason}")
@@ -77,6 +77,15 @@ def _ties(solution: Solution, wrong: frozenset[Slot], lists: Lists) -> set[froze
     reach = solution.reach().values() if not solution.gap.loads else ()
     ties = {frozenset((*slots, *wrong)) for slots in reach if slots & wrong and slots - wrong}
     return {frozenset((before_closing(name, lists), axis) for name, axis in tie) for tie in ties}
+
+
+def _before(slots: frozenset[Slot], lists: Lists) -> frozenset[Slot]:
+    return frozenset((before_closing(name, lists), axis) for name, axis in slots)
+
+
+def _beside(solution: Solution, wrong: frozenset[Slot]) -> frozenset[Slot]:
+    """What was cut and is said by a number that says something else with it, which was not."""
+    return frozenset().union(*(slots for slots in solution.reach().values() if slots & wrong)) - wrong
 
 
 def _shut(plan: Plan, wrong: frozenset[Slot]) -> set[Slot]:
