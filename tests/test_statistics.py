@@ -31,6 +31,14 @@ EXACT = {
     "length": lambda h: F.normalize(h, dim=1),
     "product with itself": lambda h: h * (h * h.tanh()).sum(1, keepdim=True),
 }
+EXACT |= {
+    "no number": lambda h: h + h.isnan().any(1, keepdim=True),
+    "all finite": lambda h: h * torch.isfinite(h).all(1, keepdim=True),
+    "any above": lambda h: h * (h > 0.1).any(1, keepdim=True),
+    "none below": lambda h: h * (h > -0.1).all(1, keepdim=True),
+    "product of exponentials": lambda h: h * (-h).exp().prod(1, keepdim=True),
+    "asked once": lambda h: h if not torch.isnan(h).any() and bool((h >= 0).all()) else -h,
+}
 WHOLE = {
     "mean": lambda h: h * h.mean(1, keepdim=True),
     "centred": lambda h: h - h.mean(1, keepdim=True),
@@ -132,3 +140,19 @@ def test_a_distance_goes_only_where_both_of_its_ends_are_zero(shift, whole):
     small, plan = graphprune.shrink(net, x, return_plan=True)
     assert small.a.out_features == small.b.out_features == 4
     assert gap(small(x + 1), emptied(net, plan)(x + 1)) < 1e-9 < gap(small(x + 1), net(x + 1))
+
+
+TOLD = {
+    "any below": lambda h: h * (h < 0.1).any(1, keepdim=True),
+    "all above": lambda h: h * (h > 0.1).all(1, keepdim=True),
+    "all are there": lambda h: h * (h != 0).all(1, keepdim=True),
+    "largest": lambda h: h * h.amax(1, keepdim=True),
+    "product": lambda h: h * h.cosh().sub(1).prod(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", list(TOLD))
+def test_what_a_zero_would_tell_stays(name):
+    """The control of what makes no difference: without the removed entries these say something else of what comes in."""
+    with pytest.raises(NothingToPrune, match="changes with the number of its entries"):
+        graphprune.shrink(Between(TOLD[name], relu=False).eval(), X.float(), 0.5)

@@ -83,6 +83,7 @@ class Operation:
     regroups: bool = False  # the same entries in another shape
     planned: bool = False  # a plan may hold it, among the calls that make a weight: it counts nothing and writes nothing
     statistic: str = ""  # over the axes it takes away: "sum" and "norm" (zeros add nothing), "mean" (their number counts), or "other"
+    neutral: float | None = None  # what may be among the entries of a statistic without changing it
     inverts: bool = False  # one over its operand, or over a root of it
     zero: str = ""  # what the result is where operands are zero: "one" (zero if any is), "all" (zero if all are), "first" (zero if the first is)
     entries: Callable[..., Array] | None = None  # which positions of an axis it takes, see positions.py

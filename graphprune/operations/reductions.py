@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .notation import Expr, Value, expr
@@ -34,6 +35,10 @@ def reduction(x, dim=None, keepdim=False, **kwargs):
 @computes("var_mean", "std_mean", statistic="mean")
 def var_mean(x, dim=None, *, correction=None, keepdim=False):
     return _reduced(x, dim, keepdim, outs=2)
+
+
+for _names, _number in ((("any",), 0.0), (("all", "prod"), 1.0), (("amax", "max", "logsumexp"), -math.inf), (("amin", "min"), math.inf)):
+    describe(*_names, neutral=_number)
 
 
 @computes("linalg_vector_norm", "norm", statistic="norm")

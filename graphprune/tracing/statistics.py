@@ -12,10 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
 from ..operations.labels import Array, Labels, Reason
 from ..operations.notation import Expr, Value, meet, parse
 from .features import axis_names
 from .node import Node
+from .trees import replace
 
 STEPS = 12  # calls from a statistic to where it is used
 
@@ -45,7 +48,12 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Array],
 
 
 def _sums_zeros(node: Node, zeros: Zeros) -> bool:
-    """Whether a call adds up entries that are zero where they are removed, so that the sum is the same without them; a distance is taken of two."""
+    """Whether a call adds up entries that are zero where they are removed, so that the sum is the same without them; a distance is taken of two.
+
+    Or whether they are what else makes no difference to it: true where all of them have to be.
+    """
+    if node.op.neutral is not None and len(node.outs) == 1 and node.held:
+        return zeros.constant(node.held[0]) == node.op.neutral
     return node.op.statistic in ("sum", "norm") and all(zeros.known(value) for value in node.rule.operands if isinstance(value, Value))  # type: ignore[union-attr]
 
 
@@ -143,12 +151,26 @@ class Zeros:
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self.ids: set[int] = set()
+        self.makers = {id(value): node for node in nodes for value in node.outs}
         for node in nodes:
             if self.keeps(node):
                 self.ids.update(map(id, node.outs))
 
     def known(self, value: Value) -> bool:
         return value.zero or id(value) in self.ids
+
+    def constant(self, value: Value, steps: int = STEPS) -> float | None:
+        """What the removed entries of a value are (True is 1), where it is known: zeros, and what operations make of these entry by entry."""
+        if self.known(value):
+            return 0.0
+        node = self.makers.get(id(value))
+        if node is None or not steps or not node.op.pointwise or node.op.moves or node.op.writes or node.op.fills or len(node.outs) != 1:
+            return None
+        constants = {id(each): self.constant(each, steps - 1) for each in node.held if _labelled(value) <= _labelled(each)}
+        if len(constants) != len({id(each) for each in node.held}) or None in constants.values():
+            return None
+        entry = lambda each: torch.tensor(constants[id(each)], dtype=each.dtype)  # noqa: E731
+        return float(node.func(*replace(node.args, entry), **replace(node.kwargs, entry)))
 
     def keeps(self, node: Node) -> bool:
         op, first = node.op, node.held[0] if node.held else None
