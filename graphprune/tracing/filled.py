@@ -56,9 +56,10 @@ class LeftBehind:
         self.made = []
         if alive and self.recorder is not None:
             values = _Values(self.recorder, model, example)
-            with torch.no_grad():
-                for tensor, value in alive:
-                    swap_tensors(tensor, values.of(value).clone())
+            for tensor, value in alive:
+                made = values.of(value) if tensor._use_count() == 1 else None  # one that others are views of cannot be exchanged
+                if made is not None:
+                    swap_tensors(tensor, made.clone())
         self.recorder = None
 
 
@@ -81,7 +82,15 @@ class _Values:
         self.leaves |= {f"<input {place}>": tensor for place, tensor in enumerate(tensors(example, torch.Tensor))}
         self.known: dict[int, torch.Tensor] = {}
 
-    def of(self, value: Value) -> torch.Tensor:
+    def of(self, value: Value) -> torch.Tensor | None:
+        """What a value is; None where the calls cannot be made by themselves, outside of a run: what was left is then no worse than it was."""
+        try:
+            with torch.no_grad():
+                return self._computed(value)
+        except Exception:
+            return None
+
+    def _computed(self, value: Value) -> torch.Tensor:
         todo = [value]
         while todo:
             last = todo[-1]
