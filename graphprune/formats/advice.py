@@ -22,7 +22,7 @@ def advice(solution: Solution, graph: Graph, lists: Lists, asked: tuple[str, ...
     wrong = {(before_closing(name, lists), axis) for name, axis in solution.gap.axes}
     asked = asked or tuple(sorted({kinds[group.index] for group in groups if not wrong.isdisjoint(group.places)}))
     more = sorted({kinds[group.index] for group in groups if not slots.isdisjoint(group.places)} - set(asked))
-    if not more or not asked or CHANNELS in (*asked, *more):
+    if not more or not asked or not {*asked, *more} <= {*kinds.values()} - {CHANNELS}:  # what lies inside of heads is planned by itself
         return ""
     together = ", ".join(f'"{name}"' for name in (*asked, *more))
     return (

@@ -171,7 +171,8 @@ def _each(chosen: list[Group], groups: Groups) -> Mapping[int, tuple[float, floa
 def _blocks(graph: Graph, model: nn.Module) -> list[Row]:
     """Whole residual blocks, one row for those of one name and cost."""
     modules = Modules(graph, model)
-    every = modules.blocks()
+    lists = {path for mixture in graph.mixtures for path in mixture.lists}  # what is chosen from these is no layer: they are experts
+    every = [one for one in modules.blocks() if not any(one.name.startswith(f"{path}.") for path in lists)]
     remaining = Remaining(graph, model, modules)
     full = dict(remaining.costs)
     same: dict[tuple[str, float, float], int] = defaultdict(int)
