@@ -166,7 +166,7 @@ def test_a_cut_mixture_is_the_original_that_never_chooses_what_is_gone(layout, d
     assert not torch.allclose(small(other), never_chosen(model, wrong)(other))  # the control
 
 
-@pytest.mark.parametrize("layout", [Listed, Hit, Dense])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_experts_are_no_layers(layout) -> None:
     model, x = layout().eval(), torch.randn(24, 4)
     overview = graphprune.widths(model, x)
@@ -174,7 +174,7 @@ def test_experts_are_no_layers(layout) -> None:
     assert overview["experts"] and not [row.where for row in overview["layers"] if row.where.rpartition(".")[0] in lists]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [Listed, Hit, Dense])
 def test_few_tokens_are_enough(layout) -> None:
     """Experts that the example does not reach are reached in further runs, so that what is inside of them is cut with all others."""
     model = layout(chosen=1).eval()
