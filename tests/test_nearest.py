@@ -69,7 +69,20 @@ def test_multiples(size, step, data):
     assert kept[0].out_features == below  # the control: what works is kept to the unit
 
 
-@pytest.mark.parametrize("name, what, nearest", [("bert", {"heads": 9}, (7, 8)), ("llama", {"heads": 8}, (3, 4)), ("qwen3_moe", {"experts": 1}, (2, 3))])
+@pytest.mark.parametrize(
+    "name, what, nearest",
+    [
+        ("bert", {"heads": 9}, (7, 8)),
+        ("llama", {"heads": 8}, (3, 4)),
+        ("qwen3_moe", {"experts": 1}, (2, 3)),
+        ("gemma", {"heads": 9}, (7, 8)),  # one key: heads are its queries
+        ("falcon", {"query_heads": 12}, (7, 8)),
+        ("falcon_grouped", {"heads": 3}, (1, 2)),  # keys with their queries
+        ("deepseek_v3", {"heads": 5}, (3, 4)),
+        ("mixtral", {"experts": 1}, (2, 3)),
+        ("gpt2", {"mlp": 129}, (127, 128)),
+    ],
+)
 def test_families(name, what, nearest):
-    model, inputs = build(name)
+    model, inputs = build(name, layers=2)
     assert refused(model, inputs, what) == nearest
