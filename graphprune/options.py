@@ -71,8 +71,10 @@ class Widths(_Brief):
     ``multiple_of``: a whole number (units of every group), ``"auto"`` (what the device likes: the default where a time is asked for), or a mapping from a
     name, a pattern or a kind of unit (``{"mlp": 256}``) to one. ``at_least``: units that stay of every group. ``ratios``: a share of units to remove,
     0 <= ratio < 1, by name, pattern, module type, module or predicate ``(name, module) -> bool`` of the modules or parameters that make the units.
-    ``to``: widths instead of shares, by the same keys: how many outputs the module keeps (``{"layers.*.mlp.gate_proj": 9216}``). ``uniform``: groups of one
-    kind and size keep equally many units in all layers, as configurations with one number for all of them need. ``rewrite``: modules whose code holds a size
+    ``to``: widths instead of shares, by the same keys: how many outputs the module keeps (``{"layers.*.mlp.gate_proj": 9216}``). ``uniform``: True, groups
+    of one kind and size keep equally many units in all layers, and of a model with a configuration goes what that can say; False, widths are free; by default
+    (None) a model with a configuration gets uniform widths where those chosen freely are none that it can say, unless widths that differ are asked for (a
+    ``scope`` that ranks layers together, a time, ``ratios``, ``to``) or nothing of the kind that ``what`` names could go. ``rewrite``: modules whose code holds a size
     as a literal come back in a subclass that reads it from an attribute where that frees an axis; False leaves them whole. ``also``: axes that go at your word
     alone: ``"positions"`` (tokens, coordinates, entries of a memory, which are no features), ``"statistics"`` (features over which a mean, a product or a
     softmax is taken that is no norm: as in a norm, it is then taken over those that stay, by :func:`graphprune.zeroed`, too), and ``"ranks"`` (of
@@ -84,7 +86,7 @@ class Widths(_Brief):
     at_least: int = 1
     ratios: Mapping[Any, float] | Callable | None = None
     to: Mapping[Any, int] = dataclasses.field(default_factory=dict)
-    uniform: bool = False
+    uniform: bool | None = None
     rewrite: bool = True
     also: Sequence[str] = ()
 
@@ -101,9 +103,9 @@ class Widths(_Brief):
                 raise BadRatio(f"the width of {key!r} is {value!r}; it is how many outputs stay, a whole number from 1 on; shares go to ratios=")
         if isinstance(self.also, str) or not all(name in FREED for name in self.also):
             raise BadOption(f"also is {self.also!r}; it lists {' and '.join(map(repr, FREED))}, or one of them")
-        for name in ("uniform", "rewrite"):
-            if not isinstance(getattr(self, name), bool):
-                raise BadRatio(f"{name} is {getattr(self, name)!r}; it is True or False")
+        for name, values in {"uniform": (True, False, None), "rewrite": (True, False)}.items():
+            if not any(getattr(self, name) is value for value in values):
+                raise BadRatio(f"{name} is {getattr(self, name)!r}; it is {' or '.join(map(str, values))}")
 
 
 def _check_multiple(step: Any) -> None:

@@ -18,7 +18,7 @@ from graphprune.formats.building import built_once
 from graphprune.formats.closing import closed
 from graphprune.formats.config import compare, search
 
-UNIFORM = graphprune.Widths(uniform=True)
+UNIFORM, FREE = graphprune.Widths(uniform=True), graphprune.Widths(uniform=False)
 # What a ratio of one half leaves in the configuration, as uniform widths.
 WIDTHS = {
     "llama": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -92,7 +92,7 @@ def test_depth_and_then_widths_and_a_new_process(tmp_path):
 
 @pytest.mark.parametrize("name, options", [
     ("llama", {"scope": "global"}),  # another width in every layer
-    ("gemma3", {}),  # a factor
+    ("gemma3", {"widths": FREE}),  # a factor
     ("gpt_neox", {"what": "head"}),
     ("bert", {"what": "layer"}),  # half a block
 ], ids=str)  # fmt: skip
@@ -109,8 +109,8 @@ def test_what_no_configuration_says_is_refused_at_once(name, options, tmp_path):
 
 def test_the_guard_goes_where_the_model_goes(tmp_path):
     model, inputs = build("gemma3")
-    small = graphprune.shrink(model, inputs, 0.5)
-    for copied in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), graphprune.shrink(small, inputs, 0.25)):
+    small = graphprune.shrink(model, inputs, 0.5, widths=FREE)
+    for copied in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), graphprune.shrink(small, inputs, 0.25, widths=FREE)):
         assert copied.__dict__["save_pretrained"].model is copied
         with pytest.raises(BadConfig):
             copied.save_pretrained(tmp_path)

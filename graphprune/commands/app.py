@@ -45,7 +45,10 @@ Multiple = Annotated[str | None, typer.Option("--multiple-of", help="Widths are 
 Least = Annotated[int | None, typer.Option("--at-least", help="Units that stay of every group.")]
 ByName = Annotated[list[str] | None, typer.Option("--ratio-of", help="A share of single modules: 'layer1.*=25%'. May be repeated.")]
 To = Annotated[list[str] | None, typer.Option("--width", help="How many outputs a module keeps: 'layer1.0.conv1=48'. May be repeated.")]
-Uniform = Annotated[bool, typer.Option("--uniform", help="Groups of one kind and size keep equally many units.")]
+Uniform = Annotated[
+    bool | None,
+    typer.Option("--uniform/--free", help="Groups of one kind keep equally many units, as a configuration says; by default where a model has one."),
+]
 Rewrite = Annotated[bool, typer.Option(help="Whether code that holds a size as a number may read it from an attribute.")]
 Also = Annotated[list[str] | None, typer.Option(help="Axes that go at your word alone: positions, statistics. May be repeated.")]
 Objective = Annotated[str | None, typer.Option(help="What a budget is spent on: score, time, or a number between 0 and 1.")]
@@ -109,7 +112,7 @@ def plan(
     latency: Latency = None, speedup: Speedup = None, score: Chosen = None, scope: Scope = None, what: What = None, keep: Keep = None,
     multiple_of: Multiple = None, at_least: Least = None, runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
-    ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True, also: Also = None,
+    ratio_of: ByName = None, width: To = None, uniform: Uniform = None, rewrite: Rewrite = True, also: Also = None,
     objective: Objective = None, output: Outputs = None,
     explain: Annotated[bool, typer.Option("--explain", help="One line for every group.")] = False, out: Out = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -123,7 +126,7 @@ def shrink(
     latency: Latency = None, speedup: Speedup = None, score: Chosen = None, scope: Scope = None, what: What = None, keep: Keep = None,
     multiple_of: Multiple = None, at_least: Least = None, runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0,
     calibration: Calibration = None, batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,
-    ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True, also: Also = None,
+    ratio_of: ByName = None, width: To = None, uniform: Uniform = None, rewrite: Rewrite = True, also: Also = None,
     objective: Objective = None, output: Outputs = None,
     steps: Steps = None, target: Goal = None, spare: Spare = None, rows: Rows = None, rounds: Rounds = None, effort: Effort = None, verify: Verify = True,
     time: Time = False, json: Json = False,
@@ -173,7 +176,7 @@ def sensitivity(
 def tradeoff(
     model: Model, input: Input, evaluate: Evaluate = None, shares: Annotated[str | None, typer.Option(help="75%,50%,25%")] = None,
     by: Annotated[str, typer.Option(help="macs, params, size, memory or ratio.")] = "macs", score: Score = "l2", scope: Scope = None, keep: Keep = None,
-    multiple_of: Multiple = None, at_least: Least = None, ratio_of: ByName = None, width: To = None, uniform: Uniform = False, rewrite: Rewrite = True,
+    multiple_of: Multiple = None, at_least: Least = None, ratio_of: ByName = None, width: To = None, uniform: Uniform = None, rewrite: Rewrite = True,
     also: Also = None, steps: Steps = None, target: Goal = None, spare: Spare = None, rows: Rows = None, time: Time = False, seconds: Seconds = 5.0,
     runtime: RuntimeName = None, threads: Threads = None, weights: Weights = None, seed: Seed = 0, calibration: Calibration = None,
     batch: Batch = 16, limit: Limit = 256, mean: Mean = None, std: Std = None, tokenizer: Tokenizer = None,

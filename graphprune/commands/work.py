@@ -91,7 +91,9 @@ def _clock(arguments: dict[str, Any]) -> Runtime:
 
 def _widths(arguments: dict[str, Any]) -> dict[str, Widths]:
     """What the widths of single groups have to be, where something is said about them."""
-    options: dict[str, Any] = {name: arguments[name] for name in ("at_least", "uniform", "also") if arguments.get(name)}
+    options: dict[str, Any] = {name: arguments[name] for name in ("at_least", "also") if arguments.get(name)}
+    if arguments.get("uniform") is not None:
+        options["uniform"] = arguments["uniform"]
     if arguments.get("multiple_of"):
         step = str(arguments["multiple_of"])
         options["multiple_of"] = int(step) if step.isdecimal() else step

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 
+from ..coupling.groups import couple
 from ..cutting.apply import apply
 from ..cutting.plan import Plan
-from ..errors import NothingToPrune
+from ..errors import BadTarget, NothingToPrune
 from ..planning.planner import Planner
 from ..planning.request import Request
+from ..planning.uniform import pattern
 from ..tracing.graph import Graph
 from .advice import advice
 from .agreement import difference, is_another, numbers_of, promised_numbers, without_values
@@ -21,36 +25,72 @@ from .rebuilt import builder, configured, loaded, tree_of
 
 ROUNDS = 12  # plans that are tried
 ANYWAY = "uniform=False cuts it all the same; graphprune.save(small, folder) then keeps it, and graphprune.load(folder, base) reads it"
+UNSAID = "note: no configuration of this model says these widths"
+
+
+class _Misfit(NamedTuple):
+    """Axes of a cut model that its configuration does not say, and why; ``reason`` is empty where it says all of them."""
+
+    wrong: frozenset[Slot]
+    reason: str
+    solution: Solution
+    lists: Lists
 
 
 def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner) -> Plan:
-    """The plan that ``decide`` makes; where uniform widths are asked of a model with a configuration, one that its configuration can say.
+    """The plan that ``decide`` makes; of a model with a configuration one whose widths that can say, where it is asked for or nothing that is named is lost.
 
     What no number of the configuration says is first given the share of what it is derived with (heads and the width they divide), then left whole,
     with the reason in the notes of the plan.
     """
     plan = decide(graph, model, request)
-    if not (any(each.spec.coarse for each in request.wanted) and request.widths.uniform and configured(model)):
+    if not any(each.spec.coarse for each in request.wanted) or request.uniform is False or not configured(model):
         return plan
+    if request.uniform:
+        return _adapted(graph, model, request, decide, plan)
+    misfit = _misfit(graph, model, plan)
+    return _preferred(graph, model, request, decide, plan) if misfit.reason else plan
+
+
+def _preferred(graph: Graph, model: nn.Module, request: Request, decide: Planner, free: Plan) -> Plan:
+    """Uniform widths instead of those that no configuration says; the latter, with a note, where the first miss the target or leave whole what is named."""
+    alike = replace(request, widths=replace(request.widths, uniform=True))
+    try:
+        plan = _adapted(graph, model, alike, decide, decide(graph, model, alike))
+    except (BadTarget, NothingToPrune) as error:
+        plan, reason = free, str(error).partition("\n")[0].partition(". ")[0]
+    else:
+        reason = plan.notes[-1].removeprefix("note: ") if plan.notes[-1:] == (UNSAID,) else ""
+    missed = _slots(free) - _slots(plan)
+    if missed and not reason and any(each.name != "channel" for each in request.wanted):
+        name, axis = min(missed)
+        reason = f"with widths that it says {name} axis {axis} would stay whole"
+    if reason:
+        return replace(free, notes=(*free.notes, f"note: its configuration cannot say these widths, and no others do what is asked: {reason}"))
+    if not missed:
+        return plan
+    freely = "widths=graphprune.Widths(uniform=False) cuts them, for graphprune.save and load"
+    return replace(plan, notes=(*plan.notes, f"note: {len(missed)} axes stay whole so that save_pretrained writes a model that loads; {freely}"))
+
+
+def _slots(plan: Plan) -> set[Slot]:
+    return {(name, axis) for name, axes in plan.cuts.items() for axis in axes}
+
+
+def _adapted(graph: Graph, model: nn.Module, request: Request, decide: Planner, plan: Plan) -> Plan:
+    """A plan for uniform widths, planned again until the configuration says them; the last of its notes is :data:`UNSAID` where none does."""
     notes: list[str] = []
     tied: set[frozenset[Slot]] = set()
     for _ in range(ROUNDS):
-        small = apply(model, plan.stages[0])
-        whole, lists = closed(small)
-        solution = search(builder(whole), whole, tree_of(whole), lists, used=read_as_sizes(graph))
-        wrong = frozenset(solution.gap.axes)
-        reason = "" if solution.gap.loads else "no number of the configuration says this width alone"
-        if not wrong and not reason:
-            wrong = _factors(whole, small, solution, graph)
-            reason = "what the configuration says of this width is also a factor" if wrong else ""
-        if not wrong:
+        wrong, reason, solution, lists = _misfit(graph, model, plan)
+        if not reason:
             return replace(plan, notes=(*plan.notes, *notes))
         ties = _ties(solution, wrong, lists) - tied
         if ties:
             tied |= ties
             request = replace(request, tied=(*request.tied, *ties))
         else:
-            shut = _shut(plan, _before(wrong, lists)) or _shut(plan, _before(_beside(solution, wrong), lists))
+            shut = _widest(graph, _shut(plan, _before(wrong, lists)) or _shut(plan, _before(_beside(solution, wrong), lists)))
             if not shut:
                 break
             notes.append(f"note: {sorted(shut)[0][0]} axis {sorted(shut)[0][1]} and {len(shut) - 1} more stay whole: {reason}")
@@ -60,7 +100,19 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
         except NothingToPrune as error:
             said = advice(solution, graph, lists, tuple(each.name for each in request.wanted))
             raise NothingToPrune(f"{_why(solution, wrong)}. {said}{ANYWAY}") from error
-    return replace(plan, notes=(*plan.notes, *notes, "note: no configuration of this model says these widths"))
+    return replace(plan, notes=(*plan.notes, *notes, UNSAID))
+
+
+def _misfit(graph: Graph, model: nn.Module, plan: Plan) -> _Misfit:
+    """What of a plan the configuration does not say."""
+    small = apply(model, plan.stages[0])
+    whole, lists = closed(small)
+    solution = search(builder(whole), whole, tree_of(whole), lists, used=read_as_sizes(graph))
+    wrong = frozenset(solution.gap.axes)
+    if wrong or not solution.gap.loads:
+        return _Misfit(wrong, "no number of the configuration says this width alone", solution, lists)
+    wrong = _factors(whole, small, solution, graph)
+    return _Misfit(wrong, "what the configuration says of this width is also a factor" if wrong else "", solution, lists)
 
 
 def _why(solution: Solution, wrong: frozenset[Slot]) -> str:
@@ -92,6 +144,16 @@ def _shut(plan: Plan, wrong: frozenset[Slot]) -> set[Slot]:
     """The axes of a plan to leave whole: those that are wrong, or else all others of their tensors."""
     shut = {(name, axis) for name, axis in wrong if axis in plan.cuts.get(name, {})}
     return shut or {(name, axis) for name, _ in wrong for axis in plan.cuts.get(name, {})}
+
+
+def _widest(graph: Graph, shut: set[Slot]) -> set[Slot]:
+    """Those axes of ``shut`` that belong to the kind of unit with most of them: the others may be right once these are whole (an MLP beside a stream)."""
+    kinds: dict[frozenset[Slot], set[Slot]] = defaultdict(set)
+    for group in couple(graph):
+        places = shut.intersection(group.places)
+        if places:
+            kinds[frozenset((pattern(name), axis) for name, axis in group.places)] |= places
+    return max(kinds.values(), key=len, default=shut)
 
 
 def _factors(whole: nn.Module, small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Slot]:

@@ -90,6 +90,14 @@ class Request:
         return tuple(FREED[name] for name in self.widths.also)
 
     @property
+    def uniform(self) -> bool | None:
+        """Whether groups of one kind have the same width in all layers; None where that is only better, since a configuration says such widths."""
+        if self.widths.uniform is not None or not any(each.spec.coarse for each in self.wanted):
+            return self.widths.uniform
+        differing = (self.scope_given and self.scope != "layer") or self.aims.timed or bool(self.aims.weight)
+        return False if differing or self.widths.ratios is not None or self.widths.to else None
+
+    @property
     def plain(self) -> bool:
         """Whether one ratio decides, group by group."""
         return self.scope == "layer" and not self.extra_costs and not self.aims.any and isinstance(self.multiple_of, int)
