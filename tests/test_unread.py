@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import graphprune
+from graphprune.errors import GraphpruneError
+from graphprune.planning.proof import Proof
 from graphprune.tracing import trace as tracing
 
 X = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -138,3 +140,70 @@ class Steps(Halves):
 def test_other_numbers_are_not_mentioned():
     small, plan = graphprune.shrink(Steps(), X, 0.5, return_plan=True)
     assert (small.steps, small.inputs) == (7, 8) and not any("steps" in note or "inputs" in note for note in plan.notes)
+
+
+class Offering(Flagged):
+    """Flags of the class, and a method that names one beside a size, which no forward comes to."""
+
+    supported = True
+
+    def describe(self):
+        return self.part if self.supported else 0
+
+
+class Helped(Flagged):
+    """… and one that it does come to, through another method."""
+
+    def forward(self, x):
+        return self.ended(self.up(x).relu())
+
+    def ended(self, y):
+        a, b = y.split([self.part, self.part], dim=-1) if self.exporting else y.chunk(2, -1)
+        return self.down(torch.cat([a, b, self.one(b)], 1))
+
+
+@pytest.mark.parametrize("kind, turned", [(Flagged, ["exporting"]), (Offering, ["exporting"]), (Helped, ["exporting"]), (Halves, [])])
+def test_only_flags_that_a_forward_comes_to_are_turned(kind, turned):
+    assert [way.name for way in graphprune.trace(kind(), X).asked.others] == turned
+
+
+class Told(nn.Module):
+    """Code that asks where a tensor with a cut axis lies, and in which form."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.__dict__["ask"] = ask
+
+    def forward(self, x):
+        y = self.up(x)
+        return self.down(y * self.ask(y))
+
+
+ASKS = {
+    "a device": lambda y: torch.arange(1, 2, device=y.device),
+    "the processor": lambda y: torch.ones(1, dtype=y.dtype) if y.is_cpu else torch.zeros(1, dtype=y.dtype, device=y.device),
+    "a device by name": lambda y: torch.full((len(y), 1), 2.0, device=str(y.device)),
+    "an index": lambda y: torch.ones(1, device="cpu" if y.device.index is None else y.device),
+}
+
+
+@pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
+@pytest.mark.parametrize("home", ["cpu", "meta"])
+def test_a_plan_is_proved_where_the_code_asks_for_a_device(ask, home, monkeypatch):
+    differences, compared = [], Proof.difference
+
+    def noted(proof, *args):
+        differences.append(compared(proof, *args))
+        return differences[-1]
+
+    monkeypatch.setattr(Proof, "difference", noted)
+    with torch.device(home):
+        net = Told(ask)
+    chosen = graphprune.plan(net, torch.ones(3, 8), 0.5, score="random")
+    assert differences == [None] and len(chosen.cuts["up.weight"][0]) == 16
+    differences.clear()
+    with torch.device(home):  # the control: a plan that does something else is seen to
+        net = Told(lambda y: ask(y).expand(y.shape[0], 32) if y.shape[1] == 32 else ask(y)[..., :1] + torch.zeros(1, 1, 1))
+    with pytest.raises(GraphpruneError):
+        graphprune.plan(net, torch.ones(3, 8), 0.5, score="random")

@@ -21,7 +21,7 @@ from ..errors import UnknownName
 from ..operations.labels import Array, Labels
 from ..operations.notation import Value
 from .dice import RUNNING, same_dice
-from .functions import DATA, Functions
+from .functions import DATA, DEVICE, Functions
 from .graph import Graph, Rerun
 from .node import SHAPED, Node
 from .outputs import Item, items, selected
@@ -62,7 +62,7 @@ class _Calls(Functions):
     def returned(self, kind: int, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, since: int) -> Any:
         if kind == DATA:
             self.recorder.values[id(args[0])] = self.recorder.value(args[1])
-        return result
+        return self.answered(kind, func, name, args, kwargs, result) if kind == DEVICE else result  # as the recorded run was answered
 
 
 class Rehearsal(Recorder):

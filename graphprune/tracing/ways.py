@@ -7,6 +7,7 @@ of the same shapes. They are further examples of the run: what they ask of sizes
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -78,14 +79,16 @@ def _own_methods(module: nn.Module) -> Iterator[Any]:
 def ways(model: nn.Module, graph: Any, twin: Callable[[], nn.Module], swap: Swap) -> tuple[Way, ...]:
     """The ways that hold for the model. ``graph`` is that of its run, ``twin`` makes a throw-away copy, ``swap`` a tensor that it can be called with."""
     read = {leaf[1] for call in graph.calls for leaf in leaves(call.expr) if leaf[0] == "attr"}
-    idle: dict[str, set[str]] = {}
+    idle: dict[str, set[frozenset[str]]] = {}
     for path in graph.symbols:
         if path not in read:
-            idle.setdefault(path[0], set()).add(path[1])
+            idle.setdefault(path[0], set()).add(frozenset(part for part in path[1:] if isinstance(part, str)))
+    modules = [(name, module) for name, module in modules_of(model) if not foreign(type(module))]
+    reached = _reached([module for _, module in modules]) if idle else set()
     offers: dict[tuple[str, bool], None] = {}
-    for name, module in modules_of(model):
-        if name in idle and not foreign(type(module)):
-            offers |= dict.fromkeys(_offered(module, idle[name]))
+    for name, module in modules:
+        if name in idle:
+            offers |= dict.fromkeys(_offered(module, idle[name], reached))
     if not offers:
         return ()
     args, kwargs = graph.example
@@ -101,18 +104,32 @@ def ways(model: nn.Module, graph: Any, twin: Callable[[], nn.Module], swap: Swap
     return tuple(way for way, shapes in running if shapes == plain)
 
 
-def _offered(module: nn.Module, idle: set[str]) -> Iterator[tuple[str, bool]]:
-    """Methods that are other forwards, and flags, whose code names one of the sizes."""
+def _reached(modules: list[nn.Module]) -> set[str]:
+    """The names of methods that a forward may come to."""
+    words: dict[str, set[str]] = {}
+    for kind in {type(module): module for module in modules}.values():
+        for method in _own_methods(kind):
+            words.setdefault(method.__name__, set()).update(named(method.__code__), named(inspect.unwrap(method).__code__))
+    reached, todo = {"forward"}, ["forward"]
+    while todo:
+        fresh = (words.get(todo.pop(), set()) & words.keys()) - reached
+        reached |= fresh
+        todo += fresh
+    return reached
+
+
+def _offered(module: nn.Module, idle: set[frozenset[str]], reached: set[str]) -> Iterator[tuple[str, bool]]:
+    """Methods that are other forwards, and flags that a forward comes to, whose code names one of the sizes (all parts of its name: ``self.config.width``)."""
     helpers: dict[str, frozenset[str]] = {}
     for method in _own_methods(module):
         helpers.setdefault(method.__name__, named(method.__code__))
     for method in _own_methods(module):
         words = _with_helpers(method.__name__, helpers)
-        if not idle & words or method.__name__ in ("__init__", "train", "eval"):
+        if method.__name__ in ("__init__", "train", "eval") or not any(parts <= words for parts in idle):
             continue
         if "forward" in method.__name__ and method.__name__ != "forward":
             yield method.__name__, False
-        for word in sorted(words - {"training"}):
+        for word in sorted(words - {"training"}) if method.__name__ in reached else ():
             if type(getattr(module, word, None)) is bool and _switched(module, word):
                 yield word, True
 
