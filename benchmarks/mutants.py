@@ -40,8 +40,8 @@ from common import ROOT, Rows, made_by
 FILES = ("tracing/*.py", "coupling/*.py", "budget/*.py", "cutting/*.py", "select.py")
 # Tests of time, of the command line, of whole libraries and of other processes take long, and are about other files; those of scores
 # run backward as they are collected, and no fork of a process that did can.
-LEFT_OUT = """automatic checkpoint command coverage device distill distributed docs exports folder gradual imitation import iterate kernels latency learnt measure
-    models mutants pretrained recurrent_repair repair repair_free scores scores_input
+LEFT_OUT = """automatic checkpoint command coverage device distill distributed docs exports folder gradual imitation import iterate kernels latency learnt
+    measure models mutants pretrained recurrent_repair repair repair_free scores scores_input
     scores_laws scores_rescaling scores_rows sparse unseen""".split()
 DOCTESTS = ("tracing", "coupling", "budget", "cutting", "select.py")
 COMPARISONS = {

@@ -1,4 +1,4 @@
-"""What a model with a configuration gets where nobody says how its widths have to be: those that the configuration can say, as far as that meets what is asked."""
+"""What a model with a configuration gets where nobody says how its widths have to be: what the configuration can say, as far as that does what is asked."""
 
 import pytest
 import torch
