@@ -13,7 +13,7 @@ was. Nothing is known here of any library or model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -195,7 +195,9 @@ def _together(best: Change, offers: list[Change], measure: Measure, candidates: 
     building = [offer for offer in offers if not measure(offer)[0].fails]
     touched = {offer: _touched(built, measure(offer)[1]) for offer in building}
     reach = {path: touched[offer] for offer in building for path in _new(best, offer)}
-    for offer in sorted(building, key=lambda offer: (offer not in mending, measure(offer)[0].size))[:STARTS]:
+
+    def chained(offer: Change) -> Change:
+        """What puts right what an offer upsets, and what that upsets, until less is wrong than before."""
         for _ in range(CHAIN):
             upset = {path: pair for path, pair in measure(offer)[0].attributes.items() if path not in gap.attributes}
             others = [change for change in (candidates(offer, Gap(attributes=upset)) if upset else ()) if change[0][0] not in dict(offer)]
@@ -206,11 +208,19 @@ def _together(best: Change, offers: list[Change], measure: Measure, candidates: 
             offer = min(more, key=lambda joined: measure(joined)[0].size)
             if measure(offer)[0].size < gap.size:
                 return offer
-    failing = [offer for offer in offers if measure(offer)[0].fails]
+        return best
+
+    first = sorted(building, key=lambda offer: (offer not in mending, measure(offer)[0].size))[:STARTS]
+    joined = next((end for end in map(chained, first) if end != best), best)
+    return joined if joined != best else _paired(best, mending, [offer for offer in offers if measure(offer)[0].fails], touched, measure)
+
+
+def _paired(best: Change, mending: list[Change], failing: list[Change], touched: Mapping[Change, set[Any]], measure: Measure) -> Change:
+    """Two numbers that help together: both touch the same, or one alone builds nothing."""
     pairs = [(one, two) for one, two in combinations((*mending, *failing), 2) if not _new(best, one) & _new(best, two)]
     pairs = [(one, two) for one, two in pairs if one in failing or two in failing or not touched[one].isdisjoint(touched[two])]
     joined = (_join(*pair) for pair in pairs[:PAIRS])
-    return next((both for both in joined if measure(both)[0].size < gap.size), best)
+    return next((both for both in joined if measure(both)[0].size < measure(best)[0].size), best)
 
 
 def _new(best: Change, offer: Change) -> set[Path]:

@@ -155,16 +155,19 @@ def cat(labels: Labels, reason: int, outs: list[Any], tensors: list[Any], dim: i
     rest = [Value(_but(t.shape, dim), tuple(f for f in fields if f.shape[dim] == 1)) for t, fields in zip(tensors, every, strict=True)]
     along = [[f for f in fields if f.shape[dim] > 1] for fields in every]
     (fields,), _ = meet(labels, pointwise(rest, [rank]), [rest[0].shape], reason)
-    if not any(along):
-        return [fields]
+    return [(*fields, *_side_by_side(labels, tensors, along, dim, reason))] if any(along) else [fields]
+
+
+def _side_by_side(labels: Labels, tensors: list[Any], along: list[Any], dim: int, reason: int) -> Fields:
+    """The field of an axis along which tensors follow each other: that of each (others of it are locked), or entries of its own."""
     parts = []
     for tensor, positions in zip(tensors, along, strict=True):
         for extra in positions[1:]:
             labels.lock(extra, reason)
         parts.append(positions[0] if positions else _filler(labels, tensor, dim, reason))
-    top = [max(p.shape[a] for p in parts) for a in range(rank)]
-    wide = [np.broadcast_to(p, [p.shape[a] if a == dim else top[a] for a in range(rank)]) for p in parts]
-    return [fields + (np.concatenate(wide, axis=dim),)]
+    top = [max(lengths) for lengths in zip(*(part.shape for part in parts), strict=True)]
+    wide = [np.broadcast_to(part, [*top[:dim], part.shape[dim], *top[dim + 1 :]]) for part in parts]
+    return (np.concatenate(wide, axis=dim),)
 
 
 def _alike(labels: Labels, parts: list[Fields], dim: int) -> list[Fields]:

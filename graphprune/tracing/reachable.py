@@ -16,7 +16,7 @@ import functools
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, MutableMapping, MutableSet
+from collections.abc import Iterable, MutableMapping, MutableSet, Sequence
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -204,17 +204,18 @@ class Reachable:
             if self.new(item):
                 holder = MappingItems(item) if isinstance(item, MutableMapping) else SequenceItems(item)
                 self.holders.append(holder)
-                for part in holder.before[:1000]:
-                    if type(part) not in PLAIN:
-                        self.value(part, depth + 1)
+                self.values(holder.before, depth + 1)
         elif kind is tuple:
-            for part in item[:1000]:
-                if type(part) not in PLAIN:
-                    self.value(part, depth + 1)
+            self.values(item, depth + 1)
         elif isinstance(item, MethodType | functools.partial):
             self.callable(item)
         elif kind in HOLDERS or isinstance(item, nn.Module) or not foreign(kind):
             self.object(item, depth)
+
+    def values(self, items: Sequence[Any], depth: int) -> None:
+        for item in items[:1000]:
+            if type(item) not in PLAIN:
+                self.value(item, depth)
 
     def object(self, item: Any, depth: int) -> None:
         """An object of a class of the user: its attributes, also those in slots."""

@@ -78,6 +78,21 @@ def _own_methods(module: nn.Module) -> Iterator[Any]:
 
 def ways(model: nn.Module, graph: Any, twin: Callable[[], nn.Module], swap: Swap) -> tuple[Way, ...]:
     """The ways that hold for the model. ``graph`` is that of its run, ``twin`` makes a throw-away copy, ``swap`` a tensor that it can be called with."""
+    args, kwargs = graph.example
+    candidates = [Way(name, flag, args, kwargs) for name, flag in _offers(model, graph)[:MOST]]
+    runs = lambda way: lambda copy: way.run(copy, replace(args, swap), replace(kwargs, swap))  # noqa: E731
+    running = [(way, shapes) for way in candidates if (shapes := _shapes(model, twin, runs(way))) is not None]
+    if not running:
+        return ()
+    if graph.state or graph.asked.outputs is not None:  # the graph knows only what matters of the result
+        plain = _shapes(model, twin, lambda copy: copy(*replace(args, swap), **replace(kwargs, swap)))
+    else:
+        plain = [(path, value.shape) for path, value in zip(graph.paths, graph.outputs, strict=True)]
+    return tuple(way for way, shapes in running if shapes == plain)
+
+
+def _offers(model: nn.Module, graph: Any) -> list[tuple[str, bool]]:
+    """What the code of modules offers that have sizes which no call of the run read."""
     read = {leaf[1] for call in graph.calls for leaf in leaves(call.expr) if leaf[0] == "attr"}
     idle: dict[str, set[frozenset[str]]] = {}
     for path in graph.symbols:
@@ -89,19 +104,7 @@ def ways(model: nn.Module, graph: Any, twin: Callable[[], nn.Module], swap: Swap
     for name, module in modules:
         if name in idle:
             offers |= dict.fromkeys(_offered(module, idle[name], reached))
-    if not offers:
-        return ()
-    args, kwargs = graph.example
-    candidates = [Way(name, flag, args, kwargs) for name, flag in list(offers)[:MOST]]
-    runs = lambda way: lambda copy: way.run(copy, replace(args, swap), replace(kwargs, swap))  # noqa: E731
-    running = [(way, shapes) for way in candidates if (shapes := _shapes(model, twin, runs(way))) is not None]
-    if not running:
-        return ()
-    if graph.state or graph.asked.outputs is not None:  # the graph knows only what matters of the result
-        plain = _shapes(model, twin, lambda copy: copy(*replace(args, swap), **replace(kwargs, swap)))
-    else:
-        plain = [(path, value.shape) for path, value in zip(graph.paths, graph.outputs, strict=True)]
-    return tuple(way for way, shapes in running if shapes == plain)
+    return list(offers)
 
 
 def _reached(modules: list[nn.Module]) -> set[str]:
