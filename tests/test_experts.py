@@ -68,7 +68,7 @@ class Sorted(Mixture):
         share, at = self.routed(x)
         flat = at.reshape(-1)
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.experts)
+        counts = self.counted(flat)
         ends = counts.cumsum(0).int()
         rows = x[order // self.chosen]
         inner = torch._grouped_mm(rows, self.up, offs=ends).relu()
@@ -76,6 +76,15 @@ class Sorted(Mixture):
         back[order] = torch.arange(len(order))
         out = torch._grouped_mm(inner, self.down, offs=ends)[back]
         return (out.view(len(x), self.chosen, -1) * share.unsqueeze(-1)).sum(1)
+
+
+    def counted(self, flat: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(flat, minlength=self.experts)
+
+
+class Histogram(Sorted):
+    def counted(self, flat: torch.Tensor) -> torch.Tensor:
+        return torch.histc(flat.float(), bins=self.experts, min=0, max=self.experts - 1).long()
 
 
 class Biased(Mixture):
@@ -89,7 +98,7 @@ class Biased(Mixture):
         return self.shared(x) + (share.unsqueeze(-1) * torch.einsum("tko,tkoi->tki", inner, self.down[at])).sum(1)
 
 
-LAYOUTS = [Mixture, Normalised, Corrected, Sorted, Biased]
+LAYOUTS = [Mixture, Normalised, Corrected, Sorted, Histogram, Biased]
 
 
 def never_chosen(model: nn.Module, gone: list[int], value: float = -torch.inf) -> nn.Module:
@@ -137,6 +146,15 @@ def test_experts_and_what_is_inside_of_them_go_together(layout) -> None:
     model, x = layout(), torch.randn(16, 4)
     small = graphprune.shrink(model, x, what={"experts": 4, "expert_mlp": 4, "hidden": 4})
     assert small.up.shape == (4, 4, 4) and small.down.shape == (4, 4, 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_plan_without_values_takes_the_same_experts(layout) -> None:
+    model, x = layout(), torch.randn(16, 4)
+    _, checked = graphprune.shrink(model, x, what={"experts": 4}, return_plan=True)
+    chosen = graphprune.plan(model, x, what={"experts": 4})
+    assert chosen.cuts == checked.cuts and len(chosen.cuts["up"][0]) == 4
+    assert chosen.cuts != graphprune.plan(model, x, what={"experts": 5}).cuts
 
 
 @pytest.mark.parametrize("layout", [Mixture, Sorted])

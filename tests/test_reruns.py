@@ -107,3 +107,29 @@ def test_calls_are_numbered_over_all_runs():
     (rerun,) = graph.reruns
     assert rerun.start == len(graph.nodes) and rerun.which == 0
     assert {call.op for call in graph.calls if rerun.covers(call.since)} >= {"__getitem__"}
+
+
+class Always(Further):
+    """… in every run."""
+
+    def forward(self, x):
+        return self.down(self.between(self.up(x)))
+
+
+BESIDE = {
+    "an empty part": lambda h: torch.cat([h, h[..., h.shape[-1] :]], -1),
+    "an empty part of another axis": lambda h: torch.cat([h, h[len(h) :]], 0),
+    "an empty part that is computed with": lambda h: h + (h[len(h) :] * h.new_ones(1)).sum(),
+    "an empty part, moved": lambda h: torch.cat([h.t(), h[len(h) :].t()], 1).t(),
+}
+
+
+@pytest.mark.parametrize("between", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("home", ["cpu", "meta"])
+def test_a_plan_made_without_values_takes_what_one_with_values_takes(between, home):
+    net, x = Always(between).double(), X
+    checked = graphprune.shrink(net, x, 0.5, return_plan=True)[1]
+    chosen = graphprune.plan(net.to(home), x, 0.5, score="random")
+    assert chosen.cuts.keys() == checked.cuts.keys() == {"up.weight", "up.bias", "down.weight"} and not any("shorter" in note for note in chosen.notes)
+    with pytest.raises(NothingToPrune):  # the control
+        graphprune.plan(Always(lambda h: between(h) * torch.arange(16, dtype=h.dtype, device=h.device)).double().to(home), x, 0.5, score="random")

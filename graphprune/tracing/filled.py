@@ -23,6 +23,7 @@ from __future__ import annotations
 import gc
 import traceback
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class LeftBehind:
             for tensor, value in alive:
                 made = values.of(value) if tensor._use_count() == 1 else None  # one that others are views of cannot be exchanged
                 if made is not None:
-                    swap_tensors(tensor, made.clone())
+                    with suppress(RuntimeError):  # of another class, or somebody has a weak reference to it: then it stays what it was
+                        swap_tensors(tensor, made.clone())
         self.recorder = None
 
 

@@ -139,6 +139,8 @@ class Rehearsal(Recorder):
     def judge(self, node: Node, results: list[torch.Tensor]) -> None:
         """The results that are used have the lengths that stay, and nothing against them is said by who watches."""
         for tensor, value in zip(results, node.outs, strict=True):
+            if 0 in value.shape and 0 in tensor.shape:  # no entries, and so none that say which of its axes are cut
+                continue
             if id(value) in self.used and any(length != self.length(value, dim) for dim, length in enumerate(tensor.shape)):
                 self.part(f"a result of shape {tuple(tensor.shape)}")
         wrong = self.watch(node, results) if self.watch else ""
@@ -270,6 +272,9 @@ class Rehearsal(Recorder):
                 return argument == other
             blocks = self.kept(value, dim).reshape(other, -1).any(axis=1)
             return int(blocks.sum()) == argument
+        if node.op.tallies:  # as many counts as there are positions, and what the last one is
+            counts = node.outs[0]
+            return argument - other == self.length(counts, len(counts.shape) - 1) - counts.shape[-1]
         if kind == "repeat" and name == "repeats":
             lead = len(other) - len(value.shape)
             return all(a == b or i < lead or value.shape[i - lead] == 1 for i, (a, b) in enumerate(zip(argument, other, strict=True)))
