@@ -77,7 +77,6 @@ class Sorted(Mixture):
         out = torch._grouped_mm(inner, self.down, offs=ends)[back]
         return (out.view(len(x), self.chosen, -1) * share.unsqueeze(-1)).sum(1)
 
-
     def counted(self, flat: torch.Tensor) -> torch.Tensor:
         return torch.bincount(flat, minlength=self.experts)
 
