@@ -58,9 +58,9 @@ class LeftBehind:
         if alive and self.recorder is not None:
             values = _Values(self.recorder, model, example)
             for tensor, value in alive:
-                made = values.of(value) if tensor._use_count() == 1 else None  # one that others are views of cannot be exchanged
+                made = values.of(value)
                 if made is not None:
-                    with suppress(RuntimeError):  # of another class, or somebody has a weak reference to it: then it stays what it was
+                    with suppress(RuntimeError):  # it has views, is of another class, or is referred to weakly: then it stays what it was
                         swap_tensors(tensor, made.clone())
         self.recorder = None
 
