@@ -69,16 +69,16 @@ class Widths(_Brief):
     """What the widths of single groups have to be.
 
     ``multiple_of``: a whole number (units of every group), ``"auto"`` (what the device likes: the default where a time is asked for), or a mapping from a
-    name, a pattern or a kind of unit (``{"mlp": 256}``) to one. ``at_least``: units that stay of every group. ``ratios``: a share of units to remove,
-    0 <= ratio < 1, by name, pattern, module type, module or predicate ``(name, module) -> bool`` of the modules or parameters that make the units.
-    ``to``: widths instead of shares, by the same keys: how many outputs the module keeps (``{"layers.*.mlp.gate_proj": 9216}``). ``uniform``: True, groups
-    of one kind and size keep equally many units in all layers, and of a model with a configuration goes what that can say; False, widths are free; by
-    default (None) a model with a configuration gets uniform widths where those chosen freely are none that it can say, unless widths that differ are asked
-    for (a ``scope`` that ranks layers together, a time, ``ratios``, ``to``) or nothing of the kind that ``what`` names could go. ``rewrite``: modules whose
-    code holds a size as a literal come back in a subclass that reads it from an attribute where that frees an axis; False leaves them whole. ``also``: axes
-    that go at your word alone: ``"positions"`` (tokens, coordinates, entries of a memory, which are no features), ``"statistics"`` (features over which a
-    mean, a product or a softmax is taken that is no norm: as in a norm, it is then taken over those that stay, by :func:`graphprune.zeroed`, too), and
-    ``"ranks"`` (of low-rank updates beside a whole layer, as adapters have).
+    name, a pattern or a kind of unit (``{"mlp": 256}``) to one. ``at_least``: units that stay of every group. ``ratios``: a share of units to remove, 0 <=
+    ratio < 1, by name, pattern, module type, module or predicate ``(name, module) -> bool`` of the modules or parameters that make the units. ``to``:
+    widths instead of shares, by the same keys: how many outputs the module keeps (``{"layers.*.mlp.gate_proj": 9216}``). ``uniform``: True, groups of one
+    kind and size keep equally many units in all layers, and of a model with a configuration goes what that can say; False, widths are free; by default
+    (None) a model with a configuration gets uniform widths where those chosen freely are none that it can say, unless widths that differ are asked for (a
+    ``scope`` that ranks layers together, a time, ``ratios``, ``to``) or they would leave whole a kind that ``what`` names, or two thirds of what goes.
+    ``rewrite``: modules whose code holds a size as a literal come back in a subclass that reads it from an attribute where that frees an axis; False leaves
+    them whole. ``also``: axes that go at your word alone: ``"positions"`` (tokens, coordinates, entries of a memory, which are no features),
+    ``"statistics"`` (features over which a mean, a product or a softmax is taken that is no norm: as in a norm, it is then taken over those that stay, by
+    :func:`graphprune.zeroed`, too), and ``"ranks"`` (of low-rank updates beside a whole layer, as adapters have).
     Raises :class:`~graphprune.errors.BadRatio` or :class:`~graphprune.errors.BadTarget`.
     """
 

@@ -37,6 +37,15 @@ def test_a_ratio_alone_leaves_a_model_that_loads(name, tmp_path):
     assert slots(plan) <= slots(freely)
 
 
+def test_a_ratio_of_which_a_configuration_allows_hardly_anything_is_cut_freely(tmp_path):
+    model, inputs = build("bart")
+    small, plan = cut(model, inputs, 0.5)
+    assert plan.cuts == cut(model, inputs, 0.5, widths=FREE)[1].cuts and any(note.startswith(REFUSES) for note in plan.notes)
+    assert model.num_parameters() > 2.8 * small.num_parameters()
+    least = graphprune.shrink(model, inputs, 0.5, widths=graphprune.Widths(uniform=True))  # the control: what it allows
+    assert model.num_parameters() < 1.5 * least.num_parameters() and comes_back(least, inputs, tmp_path)
+
+
 def test_what_the_configuration_says_anyway_is_left_as_it_is():
     model, inputs = build("llama")
     (small, plan), (_, freely) = cut(model, inputs, 0.5), cut(model, inputs, 0.5, widths=FREE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from .rebuilt import builder, configured, loaded, tree_of
 
 ROUNDS = 12  # plans that are tried
 ANYWAY = "uniform=False cuts it all the same; graphprune.save(small, folder) then keeps it, and graphprune.load(folder, base) reads it"
+WORTH = 1 / 3  # of what a ratio removes freely: where a configuration allows less, it is not kept to
 UNSAID = "note: no configuration of this model says these widths"
 
 
@@ -53,7 +55,7 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
 
 
 def _preferred(graph: Graph, model: nn.Module, request: Request, decide: Planner, free: Plan) -> Plan:
-    """Uniform widths instead of those that no configuration says; the latter, with a note, where the first miss the target or leave whole what is named."""
+    """Uniform widths instead of those that no configuration says; the latter, with a note, where the first miss the target, a kind that is named, or most."""
     alike = replace(request, widths=replace(request.widths, uniform=True))
     try:
         plan = _adapted(graph, model, alike, decide, decide(graph, model, alike))
@@ -65,12 +67,20 @@ def _preferred(graph: Graph, model: nn.Module, request: Request, decide: Planner
     if missed and not reason and any(each.name != "channel" for each in request.wanted):
         name, axis = min(missed)
         reason = f"with widths that it says {name} axis {axis} would stay whole"
+    if missed and not reason and not request.aims.any and _removed(plan) < WORTH * _removed(free):
+        reason = f"widths that it says take {_removed(plan):,} entries of tensors instead of {_removed(free):,}"
     if reason:
         return replace(free, notes=(*free.notes, f"note: its configuration cannot say these widths, and no others do what is asked: {reason}"))
     if not missed:
         return plan
     freely = "widths=graphprune.Widths(uniform=False) cuts them, for graphprune.save and load"
     return replace(plan, notes=(*plan.notes, f"note: {len(missed)} axes stay whole so that save_pretrained writes a model that loads; {freely}"))
+
+
+def _removed(plan: Plan) -> int:
+    """How many entries of tensors a plan removes."""
+    left = {name: math.prod(len(axes.get(axis, range(size))) for axis, size in enumerate(plan.shapes[name])) for name, axes in plan.cuts.items()}
+    return sum(math.prod(plan.shapes[name]) - count for name, count in left.items())
 
 
 def _slots(plan: Plan) -> set[Slot]:
