@@ -91,12 +91,9 @@ def shrink(model: nn.Module, example_input: Any, ratio: Target = None, *, return
         if inplace:
             cut = apply(model, chosen, inplace=True)
             small = cut if repairs is None else refill(cut, small)
-        whole = so_far(model, chosen)
         follow(small, graph, verify, chosen.tokens)
-        refused = refusal(small)
-        if refused:
-            chosen, whole = (replace(each, notes=(*each.notes, f"note: save_pretrained refuses this model: {refused}")) for each in (chosen, whole))
-        note_plan(small, whole)
+        chosen = replace(chosen, notes=(*chosen.notes, *refusal(small)))
+        note_plan(small, so_far(model, chosen))
     return (small, chosen) if return_plan else small
 
 

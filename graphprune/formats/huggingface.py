@@ -56,10 +56,10 @@ def follow(small: nn.Module, graph: Graph | None = None, check: bool = True, tok
     return small
 
 
-def refusal(small: nn.Module) -> str:
-    """Why ``save_pretrained`` of a cut model raises an error (or nothing)."""
+def refusal(small: nn.Module) -> tuple[str, ...]:
+    """A note for the plan of a cut model whose ``save_pretrained`` raises an error (or none)."""
     saving = small.__dict__.get("save_pretrained")
-    return saving.reason if isinstance(saving, Saving) else ""
+    return (f"note: save_pretrained refuses this model: {saving.reason}",) if isinstance(saving, Saving) and saving.reason else ()
 
 
 def guarded(small: nn.Module) -> nn.Module:
