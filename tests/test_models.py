@@ -66,7 +66,7 @@ ORDER = {
     "scores": """order normalise data task registry fold norm similar others seen stages gates activations maps greedy waiting reconstruct start expansion
         __init__ attempts""",
     "cutting": "tokens parts gains outline schema describe plan vocabulary rewrite masks kernels passthrough undo apply compose expand zeroed sampled verify",
-    "formats": "atomic tokens closing building config rebuilt configuring agreement advice huggingface expressed folder applied recipe",
+    "formats": "atomic tokens closing building config rebuilt configuring agreement advice huggingface misfit blocks expressed folder applied recipe",
     "budget": "targets space ledger problem bound descent optimal choose",
     "timing": "files runtimes measure fuse operators table align learnt latency",
     "repair": """moments solve censored sites rows pairs unseen predictions effect fitting recurrent sequential statistics belief free calibration closed

@@ -20,7 +20,8 @@ from .parts import Part
 class Passthrough(nn.Module):
     """Returns the argument ``source`` (a position or a keyword), or zeros of its shape, in the form the module had.
 
-    ``form`` is ``()`` for a tensor, or ``(kind, length, place)`` for a "tuple" or "list" with None everywhere else.
+    ``form`` is ``()`` for a tensor, or ``(kind, length, place, handed on)`` for a "tuple" or "list": at ``place`` stands the tensor, at the places of the
+    pairs ``handed on`` an argument (by position or keyword) as it is, and None everywhere else.
     Plain attributes of the module that was here (numbers, strings) can still be read, since parents look at them; what it
     held is None.
     """
@@ -34,13 +35,15 @@ class Passthrough(nn.Module):
         self.was, self.source, self.form, self.zero = type(was).__name__, source, form, zero
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        value = args[self.source] if isinstance(self.source, int) else kwargs[self.source]
-        value = torch.zeros_like(value) if self.zero else value
+        given = lambda source: args[source] if isinstance(source, int) else kwargs[source]  # noqa: E731
+        value = torch.zeros_like(given(self.source)) if self.zero else given(self.source)
         if not self.form:
             return value
-        kind, length, place = self.form
+        kind, length, place, *handed = self.form
         out = [None] * length
         out[place] = value
+        for at, source in handed[0] if handed else ():
+            out[at] = given(source)
         return tuple(out) if kind == "tuple" else out
 
     def extra_repr(self) -> str:

@@ -214,10 +214,14 @@ def _skip(part: Part, shape: tuple[int, ...]) -> None:
 
 
 def _form(form: tuple[Any, ...]) -> bool:
-    """Is it ("tuple" or "list", length, place)?"""
-    if len(form) != 3 or form[0] not in ("tuple", "list") or not type(form[1]) is type(form[2]) is int:
+    """Is it ("tuple" or "list", length, place), or with pairs (place, argument) of what is handed on?"""
+    if len(form) not in (3, 4) or form[0] not in ("tuple", "list") or not type(form[1]) is type(form[2]) is int:
         return False
-    return 0 <= form[2] < form[1] <= 2**8
+    pairs = form[3] if len(form) == 4 else ()
+    if type(pairs) is not tuple or not all(type(pair) is tuple and len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, str) for pair in pairs):
+        return False
+    places = [form[2], *(place for place, _ in pairs)]
+    return len(set(places)) == len(places) and all(0 <= place < form[1] <= 2**8 for place in places)
 
 
 def _expert(part: Part, shape: tuple[int, ...]) -> None:

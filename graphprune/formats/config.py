@@ -278,10 +278,13 @@ def _shorter(tree: Tree, lists: Lists) -> list[Change]:
             each = tuple(((*prefix, key), [item[i] for i in kept]) for key, item in holder.items() if type(item) in (list, tuple) and len(item) == size)
             first = [((*prefix, key), sum(i < item for i in kept)) for key, item in holder.items() if type(item) is int and 0 < item < size]
             some = tuple(((*prefix, key), value) for key, item in holder.items() for value in _renumbered(item, size, kept))
+            named = tuple(((*prefix, key), value) for key, item in holder.items() for value in _named(item, size, len(kept)))
             for key, item in holder.items():
                 if type(item) is int and item == size:
-                    for more in ((), each, some, each + some):
+                    for more in ((), each, some, each + some, named):
                         offers[_frozen((((*prefix, key), len(kept)), *more))] = None
+                if type(item) in (list, tuple):  # how many blocks each stage has
+                    offers |= {((((*prefix, key), (*item[:at], len(kept), *item[at + 1 :])),)): None for at, count in enumerate(item) if count == size}
             for more in (each, some, *((change,) for change in first if change[1] < holder[change[0][-1]])):
                 if more:
                     offers[_frozen(more)] = None
@@ -290,6 +293,15 @@ def _shorter(tree: Tree, lists: Lists) -> list[Change]:
 
 def _frozen(change: Change) -> Change:
     return tuple((path, tuple(value) if type(value) is list else value) for path, value in change)
+
+
+def _named(item: Any, size: int, left: int) -> Iterator[Any]:
+    """What a list becomes that names all blocks and what stands before them (fewer names), or some (which of them are returned: open, the class decides)."""
+    if type(item) in (list, tuple) and item and all(type(each) is str or (type(each) is int and 0 <= each <= size) for each in item):
+        if len(item) < size:
+            yield None
+        elif len(item) == size + 1 and type(item[0]) is str:
+            yield item[: left + 1]
 
 
 def _renumbered(item: Any, size: int, kept: tuple[int, ...]) -> Iterator[Any]:

@@ -5,38 +5,27 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import replace
-from typing import NamedTuple
 
 from torch import nn
 
 from ..coupling.groups import couple
-from ..cutting.apply import apply
 from ..cutting.plan import Plan
 from ..errors import BadTarget, NothingToPrune
 from ..planning.planner import Planner
-from ..planning.request import Request
+from ..planning.request import DEPTH, Request
 from ..planning.uniform import pattern
 from ..tracing.graph import Graph
 from .advice import advice
-from .agreement import difference, is_another, numbers_of, promised_numbers, without_values
-from .closing import Lists, before_closing, closed
-from .config import Slot, Solution, changed, search
-from .huggingface import read_as_sizes
-from .rebuilt import builder, configured, loaded, tree_of
+from .blocks import in_their_places
+from .closing import Lists, before_closing
+from .config import Slot, Solution
+from .misfit import misfit
+from .rebuilt import configured
 
 ROUNDS = 12  # plans that are tried
 ANYWAY = "uniform=False cuts it all the same; graphprune.save(small, folder) then keeps it, and graphprune.load(folder, base) reads it"
 WORTH = 1 / 3  # of what a ratio removes freely: where a configuration allows less, it is not kept to
 UNSAID = "note: no configuration of this model says these widths"
-
-
-class _Misfit(NamedTuple):
-    """Axes of a cut model that its configuration does not say, and why; ``reason`` is empty where it says all of them."""
-
-    wrong: frozenset[Slot]
-    reason: str
-    solution: Solution
-    lists: Lists
 
 
 def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner) -> Plan:
@@ -46,12 +35,16 @@ def expressed(graph: Graph, model: nn.Module, request: Request, decide: Planner)
     with the reason in the notes of the plan.
     """
     plan = decide(graph, model, request)
-    if not any(each.spec.coarse for each in request.wanted) or request.uniform is False or not configured(model):
+    if request.uniform is False or not configured(model):
+        return plan
+    if all(each.spec.name in DEPTH for each in request.wanted):
+        return in_their_places(graph, model, request, decide, plan)
+    if not any(each.spec.coarse for each in request.wanted):
         return plan
     if request.uniform:
         return _adapted(graph, model, request, decide, plan)
-    misfit = _misfit(graph, model, plan)
-    return _preferred(graph, model, request, decide, plan) if misfit.reason else plan
+    wrong = misfit(graph, model, plan)
+    return _preferred(graph, model, request, decide, plan) if wrong.reason else plan
 
 
 def _preferred(graph: Graph, model: nn.Module, request: Request, decide: Planner, free: Plan) -> Plan:
@@ -92,7 +85,7 @@ def _adapted(graph: Graph, model: nn.Module, request: Request, decide: Planner, 
     notes: list[str] = []
     tied: set[frozenset[Slot]] = set()
     for _ in range(ROUNDS):
-        wrong, reason, solution, lists = _misfit(graph, model, plan)
+        wrong, reason, solution, lists = misfit(graph, model, plan)
         if not reason:
             return replace(plan, notes=(*plan.notes, *notes))
         ties = _ties(solution, wrong, lists) - tied
@@ -111,18 +104,6 @@ def _adapted(graph: Graph, model: nn.Module, request: Request, decide: Planner, 
             said = advice(solution, graph, lists, tuple(each.name for each in request.wanted))
             raise NothingToPrune(f"{_why(solution, wrong)}. {said}{ANYWAY}") from error
     return replace(plan, notes=(*plan.notes, *notes, UNSAID))
-
-
-def _misfit(graph: Graph, model: nn.Module, plan: Plan) -> _Misfit:
-    """What of a plan the configuration does not say."""
-    small = apply(model, plan.stages[0])
-    whole, lists = closed(small)
-    solution = search(builder(whole), whole, tree_of(whole), lists, used=read_as_sizes(graph))
-    wrong = frozenset(solution.gap.axes)
-    if wrong or not solution.gap.loads:
-        return _Misfit(wrong, "no number of the configuration says this width alone", solution, lists)
-    wrong = _factors(whole, small, solution, graph)
-    return _Misfit(wrong, "what the configuration says of this width is also a factor" if wrong else "", solution, lists)
 
 
 def _why(solution: Solution, wrong: frozenset[Slot]) -> str:
@@ -164,28 +145,3 @@ def _widest(graph: Graph, shut: set[Slot]) -> set[Slot]:
         if places:
             kinds[frozenset((pattern(name), axis) for name, axis in group.places)] |= places
     return max(kinds.values(), key=len, default=shut)
-
-
-def _factors(whole: nn.Module, small: nn.Module, solution: Solution, graph: Graph) -> frozenset[Slot]:
-    """The axes whose numbers in the configuration are also factors, if the model that is built computes something else."""
-    if not difference(whole, small, solution, graph):
-        return frozenset()
-    wanted, built = (
-        (promised_numbers(whole), promised_numbers(whole, solution.tree))
-        if without_values(whole)
-        else (numbers_of(whole), numbers_of(loaded(whole, solution.tree)))
-    )
-    off = {place for place, value in wanted.items() if is_another(built.get(place, value), value)}
-    culprits: set[Slot] = set()
-    reach = solution.reach()
-    for path in solution.changes:
-        rest = tuple(item for item in solution.changes.items() if item[0] != path)
-        if solution.mends(rest):  # a number that the code reads is right without this change
-            culprits |= reach[path]
-        try:
-            values = numbers_of(builder(whole, bare=True)(changed(tree_of(whole), rest)))
-        except Exception:  # numbers that do not go together: this one cannot be asked about alone
-            continue
-        if any(values.get(place) != built[place] for place in off):
-            culprits |= reach[path]
-    return frozenset(culprits or set().union(*reach.values()))

@@ -45,7 +45,7 @@ def follow(small: nn.Module, graph: Graph | None = None, check: bool = True, tok
         small.__dict__["save_pretrained"] = Saving(small, earlier.changes, earlier.fewer, earlier.reason)
         return small
     whole, lists = closed(small)
-    solution = search(builder(whole), whole, tree_of(whole), lists, [_moved(path, lists) for path in read_as_sizes(graph)])
+    solution = search(builder(whole), whole, tree_of(whole), lists, read_as_sizes(graph, lists))
     reason = _reason(solution.gap, advice(solution, graph, lists) if graph is not None and not solution.gap.loads else "")
     if not reason and check and graph is not None:
         reason = difference(whole, small, solution, graph, tokens)
@@ -144,13 +144,13 @@ def _reason(gap: Gap, more: str = "") -> str:
     return f"no numbers in the configuration of this model describe what is left of it: {'; '.join(shown)}. {more}{CURES}"
 
 
-def read_as_sizes(graph: Graph | None) -> set[Path]:
-    """The attributes that the run read as sizes."""
+def read_as_sizes(graph: Graph | None, lists: Lists) -> set[Path]:
+    """The attributes that the run read as sizes, at their places after the lists of blocks were closed up."""
     if graph is None:
         return set()
     every = [call.expr for call in graph.calls] + list(graph.floats)
     every += [expr for pair in graph.equals for expr in pair] + [expr for outcome in graph.outcomes for expr in outcome[1:3]]
-    return {leaf[1] for expr in every for leaf in leaves_of(expr) if leaf[0] == "attr"}
+    return {_moved(leaf[1], lists) for expr in every for leaf in leaves_of(expr) if leaf[0] == "attr"}
 
 
 def _moved(path: Path, lists: Lists) -> Path:

@@ -13,7 +13,7 @@ is added to something else (a *branch*).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from ..tracing.graph import Graph
 from ..tracing.surroundings import unchanged
 from ..tracing.trees import replace, tensors
 from .liveness import Liveness
+
+NUMBERS = (bool, int, float, str)  # one of them may be another by chance
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Modules:
     def blocks(self) -> list[Removable]:
         """Residual modules; where a model has none, modules with children in a chain. Of nested ones the elements of the innermost chain."""
         names = list(self._blocks("", self.model, residual=True)) or list(self._blocks("", self.model, residual=False))
-        return list(self._kept(names, zero=False))
+        equals = {name.rpartition(".")[0] for name in names if _alike(self.modules[name.rpartition(".")[0]])}
+        inside = lambda name: any(path.rpartition(".")[0] in equals for path in list(paths(name))[1:])  # of one of these that has to stay  # noqa: E731
+        return list(self._kept([name for name in names if not inside(name)], zero=False))
 
     def layers(self) -> list[Removable]:
         """Branches that are only added to a stream, and single layers in a chain."""
@@ -110,11 +114,12 @@ class Modules:
         return self.residual(name) if residual else self._chained(name, parent)
 
     def _holds_blocks(self, name: str, residual: bool) -> bool:
-        """Is there a chain of blocks inside? Then its elements are the blocks."""
+        """Is there a chain of blocks inside? Then its elements are the blocks, unless they differ in kind (attention, MLP) and the module is one of equals."""
+        equal = _alike(self.modules[name.rpartition(".")[0]])
         for inner, module in self.modules[name].named_modules(prefix=name):
             if inner != name and inner in self.modules:
                 parent = self.modules[inner.rpartition(".")[0]]
-                if self._block(inner, module, parent, residual) and self._chained(inner, parent):
+                if self._block(inner, module, parent, residual) and self._chained(inner, parent) and (_alike(parent) or not equal):
                     return True
         return False
 
@@ -229,12 +234,19 @@ class Modules:
         inside = set(gone)  # of what is gone by itself
         for name in sorted(empty & self.order.keys(), key=self.order.__getitem__):
             module = self.modules[name]
-            if any(path in inside for path in paths(name)) or not any(True for _ in module.parameters()):
+            if any(path in inside for path in paths(name)):
                 continue
+            if all(any(path in inside for path in paths(f"{name}.{key}")) for key, _ in module.named_parameters()):
+                continue  # what it holds is gone already
             if name in self.shaped or not any(True for _ in module.children()):
                 dead.append(name)
                 inside.add(name)
         return dead
+
+
+def _alike(module: nn.Module) -> bool:
+    """Whether a module is a list of modules of one class."""
+    return isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module.children()}) == 1
 
 
 def paths(name: str) -> Iterator[str]:
@@ -279,16 +291,28 @@ def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Shape | None:
-    """Which argument can stand for the output: the first tensor of its shape and dtype."""
-    form: tuple[Any, ...] = ()
-    if type(out) in (tuple, list):
-        places = [i for i, item in enumerate(out) if item is not None]
-        if len(places) != 1:
-            return None
-        form, out = (type(out).__name__, len(out), places[0]), out[places[0]]
+    """Which argument can stand for the output: the first tensor of its shape and dtype.
+
+    Of several results one has to be such a tensor. The others are arguments that are handed on as they are, or tensors (attention weights); whether
+    anybody reads these is for :meth:`Modules.ends` to say.
+    """
+    given = [*enumerate(args), *kwargs.items()]
+    if type(out) not in (tuple, list):
+        source = _stand_in(out, given)
+        return None if source is None else Shape(source, ())
+    objects = [(key, value) for key, value in given if not isinstance(value, NUMBERS)]
+    handed = {i: next((key for key, value in objects if value is item), None) for i, item in enumerate(out) if item is not None}
+    made = [i for i, key in handed.items() if key is None] or list(handed)[:1]
+    streams = {i: source for i in made if (source := _stand_in(out[i], given)) is not None}
+    if len(streams) != 1 or not all(isinstance(out[i], torch.Tensor) for i in made):
+        return None
+    place, source = next(iter(streams.items()))
+    pairs = tuple((i, key) for i, key in handed.items() if key is not None and i != place)
+    return Shape(source, (type(out).__name__, len(out), place, *((pairs,) if pairs else ())))
+
+
+def _stand_in(out: Any, given: Sequence[tuple[int | str, Any]]) -> int | str | None:
+    """The first argument of the shape and dtype of a result."""
     if not isinstance(out, torch.Tensor) or not out.is_floating_point():
         return None
-    for key, item in [*enumerate(args), *kwargs.items()]:
-        if isinstance(item, torch.Tensor) and item.shape == out.shape and item.dtype == out.dtype:
-            return Shape(key, form)
-    return None
+    return next((key for key, item in given if isinstance(item, torch.Tensor) and item.shape == out.shape and item.dtype == out.dtype), None)
