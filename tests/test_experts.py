@@ -97,7 +97,66 @@ class Biased(Mixture):
         return self.shared(x) + (share.unsqueeze(-1) * torch.einsum("tko,tkoi->tki", inner, self.down[at])).sum(1)
 
 
-LAYOUTS = [Mixture, Normalised, Corrected, Sorted, Histogram, Biased]
+class Largest(Mixture):
+    """One expert for each token, by ``max``."""
+
+    def __init__(self, experts: int = 8, chosen: int = 1) -> None:
+        super().__init__(experts, 1)
+
+    def routed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.router(x).softmax(-1).max(-1, keepdim=True)
+
+
+class Argmax(Largest):
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        shares = self.router(x).softmax(-1)
+        at = shares.argmax(-1)
+        inner = torch.einsum("ti,tio->to", x, self.up[at]).relu()
+        return shares.gather(1, at.unsqueeze(1)) * torch.einsum("to,toi->ti", inner, self.down[at])
+
+
+class OneHot(Largest):
+    """A table says who is chosen; every expert works on the tokens that are his, and on zeros."""
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        shares = self.router(x).softmax(-1)
+        table = self.table(shares.argmax(-1)).to(x.dtype)
+        inner = torch.bmm(torch.einsum("te,ti->eti", table, x), self.up).relu()
+        return torch.einsum("te,eti->ti", table, torch.bmm(inner, self.down)) * (shares * table).sum(-1, keepdim=True)
+
+    def table(self, at: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(at, self.experts)
+
+
+class CountedTo(OneHot):
+    def table(self, at: torch.Tensor) -> torch.Tensor:
+        return at.unsqueeze(-1) == torch.arange(self.router.out_features)[None]
+
+
+class Several(OneHot):
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        shares, at = self.router(x).softmax(-1).topk(2)
+        table = (self.table(at) * shares.unsqueeze(-1)).sum(1)
+        return self.weighed(table / table.sum(-1, keepdim=True), x)
+
+    def weighed(self, table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        inner = torch.bmm(x.expand(self.experts, -1, -1), self.up).relu()
+        return torch.einsum("te,eti->ti", table, torch.bmm(inner, self.down))
+
+
+class Shares(Several):
+    """A table of shares, zero for those that are not chosen."""
+
+    def __init__(self, experts: int = 8, chosen: int = 2) -> None:
+        Mixture.__init__(self, experts, chosen)
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        share, at = self.routed(x)
+        table = torch.zeros(len(x), self.experts).scatter(1, at, share)
+        return self.weighed(table, x)
+
+
+LAYOUTS = [Mixture, Normalised, Corrected, Sorted, Histogram, Biased, Largest, Argmax, OneHot, CountedTo, Several, Shares]
 
 
 def never_chosen(model: nn.Module, gone: list[int], value: float = -torch.inf) -> nn.Module:
@@ -215,3 +274,51 @@ def test_public_mixtures_come_back_from_their_configuration(family, tmp_path) ->
     back = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(result(back, inputs), result(small, inputs))
     assert not torch.allclose(result(back, inputs), result(model, inputs))
+
+
+class Pooled(nn.Module):
+    """The largest over channels weighs all of them; nobody asks where it is."""
+
+    def __init__(self, largest) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inside, self.out, self.largest = nn.Linear(4, 8), nn.Linear(8, 3), largest
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inside(x)
+        return self.out(y * self.largest(y).sigmoid())
+
+
+def test_a_maximum_of_which_nobody_reads_the_position_chooses_nothing() -> None:
+    x, also = torch.randn(5, 4), graphprune.Widths(also=("statistics",))
+    with_position, without = Pooled(lambda y: y.max(-1, keepdim=True)[0]), Pooled(lambda y: y.amax(-1, keepdim=True))
+    cuts = [graphprune.plan(model, x, 0.5, widths=also).cuts for model in (with_position, without)]
+    assert cuts[0] == cuts[1] and cuts[0]["inside.weight"]
+    assert not graphprune.widths(with_position, x)["experts"]
+    for model in (with_position, without):
+        with pytest.raises(NothingToPrune, match="statistic"):
+            graphprune.plan(model, x, 0.5)
+    read = Pooled(lambda y: y.max(-1, keepdim=True)[1] + 1.0)  # the control: what is done with it is not understood
+    with pytest.raises(NothingToPrune, match="positions are used by add"):
+        graphprune.plan(read, x, 0.5, widths=also)
+
+
+def test_a_book_of_codes_has_units_of_its_own() -> None:
+    """The nearest code of a book: codes that are gone are never the nearest."""
+
+    class Book(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.book, self.decoder = nn.Linear(4, 8), nn.Parameter(torch.randn(16, 8)), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.decoder(self.book[torch.cdist(self.encoder(x), self.book).argmin(-1)])
+
+    model, x = Book(), torch.randn(32, 4)
+    small, plan = graphprune.shrink(model, x, what={"experts": 10}, return_plan=True)
+    kept = list(plan.cuts["book"][0])
+    other = torch.randn(64, 4)
+    distances = torch.cdist(model.encoder(other), model.book[kept])
+    torch.testing.assert_close(small(other), model.decoder(model.book[kept][distances.argmin(-1)]))
+    assert not torch.allclose(small(other), model(other))  # the control

@@ -137,7 +137,30 @@ class Pairs(Listed):
         return out
 
 
-LAYOUTS = [Listed, Hit, Ranged, Slots, Dense, Unbound, Masked, Pairs]
+class First(Listed):
+    """One expert for each token, by ``max`` or ``argmax``."""
+
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        shares = self.router(x).softmax(-1)
+        share, at = shares.max(-1)
+        return self.each(x, share, at)
+
+    def each(self, x: torch.Tensor, share: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mask = at == number
+            out[mask] = self.weighted(expert(x[mask]), share[mask, None], number)
+        return out
+
+
+class FirstAt(First):
+    def mixed(self, x: torch.Tensor) -> torch.Tensor:
+        shares = self.router(x).softmax(-1)
+        at = shares.argmax(-1)
+        return self.each(x, shares.gather(1, at.unsqueeze(1)).squeeze(1), at)
+
+
+LAYOUTS = [Listed, Hit, Ranged, Slots, Dense, Unbound, Masked, Pairs, First, FirstAt]
 
 
 def never_chosen(model: nn.Module, gone: list[int], value: float = -torch.inf) -> nn.Module:

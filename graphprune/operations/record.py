@@ -87,7 +87,7 @@ class Operation:
     inverts: bool = False  # one over its operand, or over a root of it
     zero: str = ""  # what the result is where operands are zero: "one" (zero if any is), "all" (zero if all are), "first" (zero if the first is)
     entries: Callable[..., Array] | None = None  # which positions of an axis it takes, see positions.py
-    chooses_from: Callable[..., tuple[Value, int, int]] | None = None  # the largest along an axis, with their positions: tensor, axis, how many
+    chooses_from: Callable[..., tuple[Value, int, int] | None] | None = None  # the largest along an axis, their positions last: tensor, axis, how many
     addresses: Callable[..., list[tuple[Value, int, Value]]] | None = None  # (tensor, axis, positions of it that are read or written)
     writes_at: bool = False  # the result is the tensor that was addressed, written to
     orders: bool = False  # the same entries in another order, then where they were

@@ -70,7 +70,22 @@ def topk(x, k, dim=-1, *args, **kwargs):
     return expr(f"{' '.join(left)} -> {' '.join(right)}, {' '.join(right)}", x)
 
 
-@computes("median", "nanmedian", "mode", "kthvalue", "argmax", "argmin")
+def _extreme(x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> tuple[Value, int, int] | None:
+    """The axis along which one position is chosen, if it is one axis."""
+    if len(x.shape) == 1 and dim is None:
+        return x, 0, 1
+    return (x, dim, 1) if type(dim) is int and x.shape else None
+
+
+@computes("argmax", "argmin", chooses_from=_extreme)
+def position(x, dim=None, keepdim=False):
+    """Like ``topk`` of one; a position in the order of several axes keeps all of them."""
+    if _extreme(x, dim) is None:
+        return ordered(x, dim, keepdim)
+    return _reduced(x, dim, bool(keepdim))
+
+
+@computes("median", "nanmedian", "mode", "kthvalue")
 def ordered(x, *args, **kwargs):
     """A value, or a position, in the order along one axis, which stays; without an axis, of all."""
     numbers = [arg for arg in args if type(arg) is not bool]
@@ -118,6 +133,7 @@ def triangle(x, *args):
     return expr(f"{lead} _ _ -> {lead} _ _", x)
 
 
+describe("max", "min", chooses_from=_extreme)
 describe("sum", "linalg_vector_norm", "norm", planned=True)
 describe("sort", "argsort", orders=True)
 describe("cumsum", accumulates=True)

@@ -34,7 +34,10 @@ def others(groups: Groups, request: Request) -> list[tuple[Array, str]]:
                 f"nothing of this model that can be cut is of the kind {each.name!r}{reason}; graphprune.widths(model, example_input) lists what there is"
             )
         mine |= found
-    return [(groups.labels_of(index for index in range(len(groups)) if index not in mine), f"only {request.text} are cut")]
+    text = f"only {request.text} are cut"
+    fields = [field.ravel() for leaf in groups.graph.leaves.values() for field in leaf.fields]
+    whole = [field for field in fields if (groups.owner[groups.root[field]] < 0).all()]  # as it is here: else such an axis may go for one that is named
+    return [(groups.labels_of(index for index in range(len(groups)) if index not in mine), text), *((field, text) for field in whole)]
 
 
 def _held(groups: Groups) -> str:

@@ -1,9 +1,10 @@
 """Axes that the code chooses from: the experts of a mixture, of which a router takes the largest few.
 
-``topk`` returns positions along an axis, and what those number decides what may go. Where they address an axis of a learnt weight (``weights[positions]``, a
-product in groups, a sum over the tokens of each expert), entry ``e`` of the router and slice ``e`` of the weights are one unit. Its removal means that it is
-never chosen: the router's score of it is minus infinity, so that statistics (a softmax) and the choice itself are taken over those that stay, and positions
-count those that stay. What follows the positions here is :func:`carried`, call by call; what it does not understand leaves the axis whole.
+``topk``, ``max`` and ``argmax`` return positions along an axis, and what those number decides what may go. Where they address an axis of a learnt weight
+(``weights[positions]``, a table of zeros and ones, a product in groups, a sum over the tokens of each expert), entry ``e`` of the router and slice ``e`` of the
+weights are one unit. Its removal means that it is never chosen: the router's score of it is minus infinity, so that statistics (a softmax) and the choice
+itself are taken over those that stay, and positions count those that stay. What follows the positions here is :func:`carried`, call by call; what it does
+not understand leaves the axis whole.
 
 >>> import torch
 >>> from torch import nn
@@ -49,20 +50,31 @@ class Choice:
     failed: str = ""
     compared: bool = False
     addressed: bool = False  # single positions address tables that are no weights
+    statistic: bool = False  # the largest itself may be all that is wanted (a pooling), which says nothing of the axis
+    read: bool = False  # somebody reads the positions
+    written: bool = False  # a table is written to at the positions: the share that each has
     singled: list[tuple[Array, int]] = field(default_factory=list)
+
+    @property
+    def matters(self) -> bool:
+        return self.read or not self.statistic
 
 
 def chosen(labels: Labels, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], place: Reason) -> list[Choice]:
     """What a call chooses from, if it does and the axis may be cut: one for each field along it."""
     assert op.chooses_from is not None
-    x, dim, count = op.chooses_from(*args, **kwargs)
-    made = []
+    made: list[Choice] = []
+    choice = op.chooses_from(*args, **kwargs)
+    if choice is None:
+        return made
+    x, dim, count = choice
     for entries in x.fields:
         if not x.shape or entries.shape[dim] == 1:
             continue
         over = varying(entries)
         dense = entries.reshape([entries.shape[axis] for axis in over])
-        made.append(Choice(labels.marginal(dense, (over.index(dim % len(x.shape)),)).ravel(), dense, count, place))
+        along = labels.marginal(dense, (over.index(dim % len(x.shape)),)).ravel()
+        made.append(Choice(along, dense, count, place, statistic=bool(op.statistic)))
     for choice in made[1:]:
         labels.join(made[0].labels, choice.labels)
     return made
@@ -85,6 +97,8 @@ def carried(
     if first is not None and op.finds and len(first.shape) == 1:
         return _found(recorder, first, shapes)
     numbered = [value for value in given if value.numbers is not None]
+    for value in numbered:
+        value.numbers.read = True
     return _numbered(recorder, known, args, kwargs, given, shapes, reason, numbered) if numbered else None
 
 
@@ -101,6 +115,12 @@ def _numbered(
     if op.short == "eq" and first is not None and _one(args[1]) and first.numbers is not None:
         first.numbers.compared = True
         return known.carry(op, args, kwargs, given, shapes, reason)
+    if op.short == "eq" and first is not None and first.numbers is not None and (along := _counting(recorder, args[1], first)):
+        first.numbers.stacks += [first.numbers.labels]  # a table of what is chosen, zero for what never is
+        recorder.zeros = True
+        shape = [1] * len(shapes[0])
+        shape[along] = first.numbers.labels.size
+        return [(first.numbers.labels.reshape(shape),)], False
     slots = op.addresses(*args, **kwargs) if op.addresses is not None else []
     if slots and all(any(value is index for _, _, index in slots) for value in numbered):
         return _addressed(recorder, known, args, kwargs, shapes, reason, slots)
@@ -112,6 +132,27 @@ def _numbered(
 def _one(other: Any) -> bool:
     """Whether something is one number, known in this run."""
     return isinstance(other, int) or isinstance(other, Value) and other.entry >= 0
+
+
+def _counting(recorder: Any, other: Any, positions: Value) -> int:
+    """The axis (from the end) along which a tensor counts up to all of the axis that was chosen from, where positions have no entries; else 0."""
+    along, _ = counts_up(recorder, other) if isinstance(other, Value) else (0, None)
+    fits = along and other.shape[along] == positions.numbers.labels.size and (len(positions.shape) < -along or positions.shape[along] == 1)
+    return along if fits else 0
+
+
+def counts_up(recorder: Any, value: Value) -> tuple[int, Value | None]:
+    """The axis (from the end) along which a tensor is 0, 1, 2 …, and what it was when it was made; (0, None) where it is not."""
+    along = next((dim - len(value.shape) for dim, size in enumerate(value.shape) if size == max(value.shape)), 0)
+    while value.node >= 0:
+        node = recorder.nodes[value.node]
+        if node.op.short == "arange":
+            start, step = node.args[0] if len(node.args) > 1 else 0, node.args[2] if len(node.args) > 2 else node.kwargs.get("step", 1)
+            return (along, value) if (start, step) == (0, 1) else (0, None)
+        if not (node.op.move or node.op.part) or len(node.held) != 1 or max(node.held[0].shape, default=0) != max(value.shape):
+            break
+        value = node.held[0]
+    return 0, None
 
 
 def _counts(
@@ -182,6 +223,7 @@ def _addressed(
             continue
         labels.join(choice.labels, along[0].ravel())
         choice.stacks += [along[0].ravel()] if target.zero else []
+        choice.written = choice.written or (op.writes_at and not target.leaf)
         fields = [entries for entries in fields if entries is not along[0]]
         again.append(choice.labels.reshape(along[0].shape))
     bare = replace(target, fields=tuple(fields))
@@ -203,6 +245,24 @@ def singled(choices: list[Choice], locks: list[tuple[Array, int]]) -> list[tuple
         else:
             choice.singled.append((array, reason))
     return others
+
+
+def mattering(labels: Labels, choices: list[Choice], leaves: Iterable[Value]) -> list[Choice]:
+    """The choices of which somebody reads the positions; what is done one by one to the axis of the others is what it was without them.
+
+    Those that fill a table of shares are choices of experts where a weight has a matrix for each: of single features only the largest may go on as well,
+    and of these one that is gone would be zero, not the least.
+    """
+    for choice in choices:
+        for array, reason in choice.singled if not choice.matters else ():
+            labels.lock(array, reason)
+    written = [choice for choice in choices if choice.written and not choice.stacks]
+    if written:
+        root = labels.partition().parent
+        axes = {root[field.ravel()].tobytes() for leaf in leaves if len(leaf.fields) > 2 for field in leaf.fields}
+        for choice in written:
+            choice.stacks += [choice.labels] if root[choice.labels].tobytes() in axes else []
+    return [choice for choice in choices if choice.matters]
 
 
 def settled(labels: Labels, choices: list[Choice], listed: Mapping[int, str]) -> tuple[list[Choice], Any]:

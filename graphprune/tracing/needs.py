@@ -15,6 +15,7 @@ import torch
 
 from ..operations.labels import Reason
 from ..operations.notation import Value
+from .choices import counts_up
 from .sizes import Expr, Size, expression, leaves, number
 
 
@@ -194,6 +195,29 @@ def _unflatten(asked: Asked) -> None:
 @reader("zeros", "ones", "empty", "randn", "rand")
 def _made(asked: Asked) -> None:
     _shape(asked, _ints(asked.args) or _ints([asked.kwargs.get("size", ())]))
+
+
+@reader("one_hot")
+def _one_hot(asked: Asked) -> None:
+    asked.needs(asked.argument(1, "num_classes"), asked.out, "size", -1)
+
+
+@reader("arange")
+def _arange(asked: Asked) -> None:
+    """A size that is counted to is a factor, unless positions that were chosen are compared with the numbers (:func:`_equal`)."""
+    if asked.out and len(asked.args) == 1 and isinstance(asked.args[0], Size):
+        asked.recorder.counted_to[id(counts_up(asked.recorder, asked.out)[1])] = asked.args[0]
+
+
+@reader("__eq__", "eq")
+def _equal(asked: Asked) -> None:
+    other = asked.known(asked.argument(1, "other"))
+    along, numbers = counts_up(asked.recorder, other) if other and asked.out and asked.recorder.counted_to else (0, None)
+    size = asked.recorder.counted_to.get(id(numbers))
+    if size is not None and asked.out and any(field.shape[along] > 1 for field in asked.out.fields if field.ndim >= -along):
+        asked.needs(size, asked.out, "size", along)
+        if size.expr in asked.recorder.uses.floats:
+            asked.recorder.uses.floats.remove(size.expr)
 
 
 @reader("new_zeros", "new_ones", "new_empty")

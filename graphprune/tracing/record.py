@@ -86,6 +86,8 @@ class Recorder(TorchDispatchMode):
         self.symbols: dict[tuple[Any, ...], int] = {}  # the attributes that remember what they are
         self.choices: list[Choice] = []  # axes that something was chosen from
         self.numbering: list[tuple[Choice | None, Choice | None]] = []  # what the results of the call at hand number, and count
+        self.counted_to: dict[int, Any] = {}  # the sizes that were counted to, by the id of the value that has the numbers
+        self.zeros = False  # its results are zero in what is gone
         self.turned = 0  # by how many entries what is chosen is moved on, so that others are chosen
         self.read: set[int] = set()  # values that the Python code looked into
         self.looked: list[tuple[str, str]] = []  # where: module and line
@@ -230,11 +232,15 @@ class Recorder(TorchDispatchMode):
     def turn(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """What would be chosen if the next entries of the axis were the largest."""
         assert op.chooses_from is not None
-        operands: tuple[Any, ...] = op.chooses_from(*args, **kwargs)
-        x, dim, _ = operands
-        values, at = result
+        choice: Any = op.chooses_from(*args, **kwargs)
+        if choice is None:
+            return result
+        x, dim, _ = choice
+        *values, at = (result,) if isinstance(result, Tensor) else result
         at.copy_((at + self.turned) % x.shape[dim])
-        values.copy_(x.gather(dim, at))
+        for largest in values:
+            whole = at if at.ndim == x.ndim else at.unsqueeze(dim)
+            largest.copy_(x.gather(dim, whole).reshape(largest.shape))
         return result
 
     @staticmethod
@@ -300,14 +306,14 @@ class Recorder(TorchDispatchMode):
         module, where = (self.stack[-1] if self.stack else ""), self.place()
         outs, reduces = self.fields(known, seen, named, held, shapes, module, where)
         number = len(self.nodes)
-        zero = known.zero and bool(held) and held[0].zero
+        zero = (known.zero and bool(held) and held[0].zero) or self.zeros
         values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
         for value, (choice, tally) in zip(values, self.numbering, strict=True) if self.numbering else ():
             value.numbers, value.tally = choice, tally
         for value, tensor in zip(values, results, strict=True) if self.numbering and self.real else ():
             if value.numbers is not None and tensor.numel() == 1:
                 value.entry = int(tensor)
-        self.numbering = []
+        self.numbering, self.zeros = [], False
         self.keep_results(known.op, args[0] if args else None, results, values)
         node = Node(known.op, seen, named, values, module, where, held, reduces, self.step)
         self.nodes.append(node)
@@ -367,7 +373,7 @@ class Recorder(TorchDispatchMode):
             found = chosen(self.labels, known.op, args, kwargs, place)
             if found:
                 self.choices += found
-                self.numbering = [(None, None), (found[0], None)]
+                self.numbering = [(None, None)] * (len(shapes) - 1) + [(found[0], None)]
         return known.carry(known.op, args, kwargs, given, shapes, reason)
 
     def made(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..operations.labels import Labels, Reason
 from ..operations.notation import Value
 from ..wording import pattern
-from .choices import settled
+from .choices import mattering, settled
 from .examples import Examples
 from .features import marks
 from .filled import LeftBehind
@@ -75,8 +75,9 @@ def run(
     idle = unread(recorder, recorder.nodes + recorder.extra)
     hold(recorder, idle)
     every = [recorder.nodes, *recorder.further]
-    mixtures = members(recorder.choices, every, [*runs.outputs, *runs.others], recorder.constants, labels.partition().parent, model) if recorder.choices else []
-    choices, of_choice = settled(labels, recorder.choices, {id(choice): LISTED for each in mixtures for choice in each.choices})
+    choices = mattering(labels, recorder.choices, recorder.leaves.values())
+    mixtures = members(choices, every, [*runs.outputs, *runs.others], recorder.constants, labels.partition().parent, model) if choices else []
+    choices, of_choice = settled(labels, choices, {id(choice): LISTED for each in mixtures for choice in each.choices})
     hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
     hold_ranks(labels, recorder.nodes + recorder.extra, [value for name, value in recorder.leaves.items() if name in parameters])
     reason = labels.reason(Reason(OUTPUT))
@@ -208,10 +209,11 @@ def _rerun(recorder: Recorder, inputs: list[Value], outputs: list[Value], which:
 
 def _more_turns(recorder: Recorder) -> bool:
     """Whether further runs may show more of what is chosen: experts that were not called yet, or not for every place of what was chosen."""
-    sizes = [each.labels.size for each in recorder.choices]
+    choices = [each for each in recorder.choices if each.matters]
+    sizes = [each.labels.size for each in choices]
     if not sizes or recorder.turned >= max(sizes) - 1:
         return False
-    if recorder.turned < TURNS and any(each.compared or each.addressed for each in recorder.choices):
+    if recorder.turned < TURNS and any(each.compared or each.addressed for each in choices):
         return True
     missed = set(unread(recorder, recorder.nodes + recorder.extra))
     known = {pattern(name) for name in recorder.leaves if name not in missed}

@@ -33,8 +33,10 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Array],
         return
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
     for node in taken:
-        if node.op.softmax:
-            kept = all(chosen(entries) for entries in _along(node))
+        if (node.op.softmax or node.op.chooses_from is not None) and all(chosen(entries) for entries in _along(node)):
+            kept = True
+        elif node.op.softmax:
+            kept = False
         else:
             norm = node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs)
             kept = norm or _sums_zeros(node, zeros)
