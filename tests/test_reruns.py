@@ -133,3 +133,29 @@ def test_a_plan_made_without_values_takes_what_one_with_values_takes(between, ho
     assert chosen.cuts.keys() == checked.cuts.keys() == {"up.weight", "up.bias", "down.weight"} and not any("shorter" in note for note in chosen.notes)
     with pytest.raises(NothingToPrune):  # the control
         graphprune.plan(Always(lambda h: between(h) * torch.arange(16, dtype=h.dtype, device=h.device)).double().to(home), x, 0.5, score="random")
+
+
+class Taken(nn.Module):
+    """Takes single features: for the shape alone, or to use them; in training, too, where other code runs."""
+
+    def __init__(self, used=False, at=-1):
+        super().__init__()
+        self.inside, self.out, self.used, self.at = nn.Linear(4, 8), nn.Linear(8, 3), used, at
+
+    def forward(self, x):
+        y = torch.nn.functional.dropout(self.inside(x), 0.1, self.training)
+        one = y[:, self.at] if self.training or self.at < 0 else y[:, 0]
+        y = y * (1.0 if self.training else 2.0)
+        return self.out(y) + (one.unsqueeze(-1) if self.used else 0.0 * one.shape[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_feature_taken_for_its_shape_alone_stays_only_where_it_has_to(training):
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    free = graphprune.plan(Taken().train(training), x, 0.5)
+    assert len(free.cuts["inside.weight"][0]) == 4
+    used = graphprune.plan(Taken(used=True).train(training), x, 0.5).cuts["inside.weight"][0]  # the controls: one that is used
+    assert len(used) == 5 and 7 in used
+    with pytest.raises(NothingToPrune, match="select"):  # and one at a place that has to be there
+        graphprune.plan(Taken(at=7).train(training), x, 0.5)

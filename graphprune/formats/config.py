@@ -118,7 +118,7 @@ def search(build: Callable[[Tree], nn.Module], target: nn.Module, tree: Tree, li
             known[change] = (Gap(fails=True), NOTHING) if built is None else (_gap(built, wanted, counts), built)
         return known[change]
 
-    same: Offers = lambda best, gap: _same(changed(tree, best), gap)  # noqa: E731
+    same: Offers = lambda best, gap: [*_same(changed(tree, best), gap), *_back(best, tree)]  # noqa: E731
     more: Offers = lambda best, gap: [*same(best, gap), *_times(changed(tree, best), gap)]  # noqa: E731
     inert: set[Path] = set()
     best: Change = ()
@@ -247,6 +247,11 @@ def _same(tree: Tree, gap: Gap) -> list[Change]:
             if len(path) == 2 and holder.get(path[1]) is None:
                 offers[(*prefix, path[1]), wanted] = None
     return [(offer,) for offer in offers if offer[1] > 0]
+
+
+def _back(best: Change, tree: Tree) -> list[Change]:
+    """Numbers as they were before others were changed: what helped alone (a ratio) may be wrong beside them (the width that it is of)."""
+    return [((path, value),) for path, _ in best if type(value := _at(tree, path)) is int]
 
 
 def _open(tree: Tree, gap: Gap) -> list[Change]:

@@ -62,7 +62,9 @@ def more_run(recorder: Recorder, call: Callable[[], Any], outputs: Any, state: f
                 returned = selected(returned, outputs)
             except UnknownName:  # another result than that of the example: all of it matters
                 pass
-            return [recorder.value(item) for _, item in returned if isinstance(item, torch.Tensor)]
+            outputs = [recorder.value(item) for _, item in returned if isinstance(item, torch.Tensor)]
+        forget(recorder, outputs)
+        return outputs
     finally:
         for node in recorder.nodes:
             for value in node.outs:
