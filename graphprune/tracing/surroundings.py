@@ -22,6 +22,7 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .reachable import Reachable
@@ -43,13 +44,42 @@ def undisturbed_surroundings(*models: nn.Module) -> Iterator[None]:
 
 
 def apart(call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """What a call returns; context variables that it sets are as they were afterwards.
+    """What a call returns; context variables that it sets are as they were afterwards, and what it compiles as it goes runs as it is written.
 
     >>> number = ContextVar("number", default=1)
     >>> apart(number.set, 2) is not None, number.get()
     (True, 1)
     """
-    return copy_context().run(call, *args, **kwargs)
+    with _as_written():
+        return copy_context().run(call, *args, **kwargs)
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Inside, functions that torch has compiled run as they are written: compiled, they would hide their calls, and be compiled for a recorder.
+
+    torch has one such switch for all threads, so it is turned by the first that needs it and turned back by the last.
+    """
+    global _written, _stance
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        yield
+        return
+    with _turning:
+        _written += 1
+        if _written == 1:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+    try:
+        yield
+    finally:
+        with _turning:
+            _written -= 1
+            if _written == 0:
+                _stance.__exit__(None, None, None)
+
+
+_turning, _written = threading.Lock(), 0
+_stance: Any = None
 
 
 @contextmanager

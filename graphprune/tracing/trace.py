@@ -29,6 +29,10 @@ from .ways import ways
 
 __all__ = ["trace"]
 
+COMPILES = (
+    "it calls something that torch compiles as it is called (torch.cond, torch.compile inside of forward), and what is compiled is not seen; write a branch as "
+    "an if, or compile the model from outside"
+)
 NESTED = "it makes nested tensors, whose entries have no common shape and so no axes; run it on padded ones, or on one sequence at a time"
 
 
@@ -91,11 +95,24 @@ def _with_values(model: nn.Module, asked: Examples, first: Exception) -> Graph:
     except UnknownName:
         raise
     except Exception as error:
+        compiles = _compiles(error)
+        if compiles:
+            torch.compiler.reset()  # what failed to compile in our run would not be compiled in the user's either
         fails(model, asked.example)
         where = f" ({line(at)})" if (at := raised_at(error)) else ""
-        why = NESTED if "NestedTensor" in str(error) else f"{type(error).__name__}: {error}"
+        why = NESTED if "NestedTensor" in str(error) else COMPILES if compiles else f"{type(error).__name__}: {error}"
         text = f"the model runs on the example, but its run cannot be followed{where}: {why}"
         raise (error if isinstance(error, BadInput) else BadModel(text)) from (error if str(error) else first)
+
+
+def _compiles(error: BaseException) -> bool:
+    """Whether an error was raised while torch compiled something."""
+    frames = error.__traceback__
+    while frames:
+        if frames.tb_frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
+            return True
+        frames = frames.tb_next
+    return False
 
 
 def _other_ways(model: nn.Module, graph: Graph, asked: Examples) -> Graph:
