@@ -8,4 +8,5 @@ describe("_adaptive_avg_pool2d_backward", "avg_pool2d_backward", "convolution_ba
          "native_group_norm_backward", "native_layer_norm_backward", why="a gradient taken inside of the model")  # fmt: skip
 describe("_local_scalar_dense", why="a number that leaves torch")
 describe("_local_scalar_dense", "is_nonzero", "equal", looks=True)
+describe("arange", enumerates=True)
 describe("arange", "randperm", "scalar_tensor", why="numbers of its own, for so many positions")

@@ -89,6 +89,7 @@ class Operation:
     entries: Callable[..., Array] | None = None  # which positions of an axis it takes, see positions.py
     chooses_from: Callable[..., tuple[Value, int, int] | None] | None = None  # the largest along an axis, their positions last: tensor, axis, how many
     addresses: Callable[..., list[tuple[Value, int, Value]]] | None = None  # (tensor, axis, positions of it that are read or written)
+    enumerates: bool = False  # numbers that follow each other: 0, 1, 2 … unless it is told where to begin, or a step
     writes_at: bool = False  # the result is the tensor that was addressed, written to
     orders: bool = False  # the same entries in another order, then where they were
     tallies: bool = False  # how often each number is there

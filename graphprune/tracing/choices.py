@@ -146,7 +146,7 @@ def counts_up(recorder: Any, value: Value) -> tuple[int, Value | None]:
     along = next((dim - len(value.shape) for dim, size in enumerate(value.shape) if size == max(value.shape)), 0)
     while value.node >= 0:
         node = recorder.nodes[value.node]
-        if node.op.short == "arange":
+        if node.op.enumerates:
             start, step = node.args[0] if len(node.args) > 1 else 0, node.args[2] if len(node.args) > 2 else node.kwargs.get("step", 1)
             return (along, value) if (start, step) == (0, 1) else (0, None)
         if not (node.op.move or node.op.part) or len(node.held) != 1 or max(node.held[0].shape, default=0) != max(value.shape):
