@@ -13,7 +13,7 @@ from zoo_support import declare_operators
 
 import graphprune
 from graphprune.cutting.plan import Plan
-from graphprune.errors import BadConfig, BadPlan
+from graphprune.errors import BadConfig, BadPlan, NothingToPrune
 from graphprune.formats.blocks import MOVED, _fewest
 from graphprune.granularity.blocks import Modules
 
@@ -168,3 +168,57 @@ def test_a_damaged_form_is_refused(form):
     assert text != plan.to_json()
     with pytest.raises(BadPlan):
         graphprune.apply(model, Plan.from_json(text))
+
+
+class Beside(nn.Module):
+    """A block whose first argument has the shape of its stream, and is not it; with a second result."""
+
+    def __init__(self, second=False, c=8):
+        super().__init__()
+        self.a, self.b, self.second = nn.Linear(c, c), nn.Linear(c, c), second
+
+    def forward(self, other, x):
+        y = x + self.a(x).relu() + self.b(other)
+        return (y, self.b(x)[..., 0]) if self.second else y
+
+
+class Besides(nn.Module):
+    def __init__(self, reads="nothing", second=True, c=8):
+        super().__init__()
+        self.layers, self.head, self.reads, self.second = nn.ModuleList(Beside(second) for _ in range(3)), nn.Linear(c, 3), reads, second
+
+    def forward(self, x):
+        other, total = 2 * x, 0.0
+        for layer in self.layers:
+            x = layer(other, x)
+            x, more = x if self.second else (x, None)
+            if self.reads == "a shape":
+                total = total * more.shape[0]
+            elif (self.reads == "training" and self.training) or (self.reads == "long" and x.shape[1] > 8):
+                total = total + more.sum()
+        return self.head(x) + total
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_stream_is_handed_on_whatever_else_has_its_shape(second, named):
+    torch.manual_seed(0)
+    model = Besides(second=second).double().eval()
+    if named:
+        for layer in model.layers:
+            layer.forward = lambda first, second, layer=layer: Beside.forward(layer, other=first, x=second)
+    small = graphprune.shrink(model, X, what={"block": [1]})
+    first = lambda y: y[0] if second else y  # noqa: E731
+    wanted = model.head(first(model.layers[2](2 * X, first(model.layers[0](2 * X, X)))))
+    assert torch.allclose(small(X), wanted, atol=1e-12, rtol=0)
+    wrong = model.head(first(model.layers[2](2 * X, 2 * X)))
+    assert (small(X) - wrong).abs().max() > 0.1
+
+
+def test_a_result_that_somebody_reads_holds_the_block():
+    long = torch.randn(2, 10, 8, dtype=torch.float64)
+    for reads, options in (("a shape", {}), ("training", {}), ("long", {"examples": [long]})):
+        with pytest.raises(NothingToPrune):
+            graphprune.plan(Besides(reads).double().eval(), X, what={"block": [1]}, **options)
+    plan = graphprune.plan(Besides("long").double().eval(), X, what={"block": [1]})  # what no run shows is said
+    assert any("it is None now" in note for note in plan.notes)

@@ -322,3 +322,72 @@ def test_a_book_of_codes_has_units_of_its_own() -> None:
     distances = torch.cdist(model.encoder(other), model.book[kept])
     torch.testing.assert_close(small(other), model.decoder(model.book[kept][distances.argmin(-1)]))
     assert not torch.allclose(small(other), model(other))  # the control
+
+
+class Between(nn.Module):
+    """A router, stacked experts, weights of a table's experts, and an MLP; ``between`` says how they work."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.bank = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 4, 3))
+        self.up, self.down = nn.Parameter(torch.randn(6, 4, 8)), nn.Parameter(torch.randn(6, 8, 3))
+        self.gate, self.inside, self.outside, self.between = nn.Linear(6, 3), nn.Linear(4, 10), nn.Linear(10, 4), between
+
+    def forward(self, x):
+        return self.between(self, x)
+
+    def one(self, x, at):
+        return torch.einsum("ti,tio->to", x, self.bank[at])
+
+    def every(self, x, table):
+        return torch.einsum("te,eto->to", table, torch.einsum("ti,eih->eth", x, self.up).relu() @ self.down)
+
+
+def returned(self, x):
+    at = self.router(x).argmax(-1)
+    return self.one(x, at), at
+
+
+def least_beside(self, x):
+    logits = self.router(x)
+    return self.one(x, logits.topk(1)[1][:, 0]) + logits.min(-1)[0][:, None]
+
+
+def softmax_of_a_table(self, x):
+    logits = self.router(x)
+    shares, at = logits.topk(2)
+    return self.every(x, torch.zeros_like(logits).scatter(1, at, shares).softmax(-1))
+
+
+@pytest.mark.parametrize("between", [returned, least_beside, softmax_of_a_table])
+def test_what_follows_all_experts_holds_them(between) -> None:
+    """Numbers of experts that are returned, the least of all logits, a softmax in which those that are not chosen have a share."""
+    with pytest.raises(NothingToPrune):
+        graphprune.plan(Between(between).eval(), torch.randn(40, 4), what="experts")
+
+
+def test_hidden_units_beside_a_mixture_are_cut_alone() -> None:
+    def between(self, x):
+        x = x + self.outside(self.inside(x).relu())
+        logits = self.router(x)
+        return self.one(x, logits.argmax(-1)) + self.gate(logits.relu())
+
+    model, x = Between(between).eval(), torch.randn(40, 4)
+    assert set(graphprune.plan(model, x, 0.5, what="mlp").cuts) == {"inside.weight", "inside.bias", "outside.weight"}
+    assert "bank" in graphprune.plan(model, x, 0.5, what="experts").cuts  # the control
+
+
+@pytest.mark.parametrize("table", ["one hot", "random"])
+def test_experts_that_all_work_keep_their_number_unless_they_are_named(table) -> None:
+    def between(self, x):
+        logits = self.router(x)
+        if table == "random":
+            return self.every(x, torch.nn.functional.gumbel_softmax(logits, hard=True))
+        return self.every(x, torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(x.dtype))
+
+    model, x = Between(between).eval(), torch.randn(40, 4)
+    _, plan = graphprune.shrink(model, x, 0.5, return_plan=True)
+    assert {name: set(axes) for name, axes in plan.cuts.items()} == {"up": {2}, "down": {1}}
+    if table == "one hot":
+        assert 0 in graphprune.plan(model, x, 0.5, what="experts").cuts["up"]

@@ -472,3 +472,30 @@ def test_a_configuration_says_how_many_there_are(tmp_path) -> None:
     small.save_pretrained(tmp_path)
     back = Model.from_pretrained(tmp_path).eval()
     assert back.config.experts == 4 and torch.equal(back(x), small(x))
+
+
+def test_experts_that_are_to_be_kept_stay() -> None:
+    x = torch.randn(24, 4)
+    for keep in (["experts.5"], ["experts.0", "experts.3"], [f"experts.{number}" for number in (1, 2, 4, 5)]):
+        kept = graphprune.plan(Listed().eval(), x, what={"experts": 4}, keep=keep).cuts["router.weight"][0]
+        assert {int(name.rpartition(".")[2]) for name in keep} <= set(kept) and len(kept) == 4
+    assert graphprune.plan(Listed().eval(), x, what={"experts": 4}).cuts["router.weight"][0] != [0, 3, 4, 5]  # the control: not all of these by chance
+    with pytest.raises(BadRatio, match="keep= names 5"):
+        graphprune.plan(Listed().eval(), x, what={"experts": 4}, keep=[f"experts.{number}" for number in range(5)])
+    with pytest.raises(NothingToPrune, match="kept on request"):
+        graphprune.plan(Listed().eval(), x, what={"experts": 4}, keep=["router"])
+
+
+@pytest.mark.parametrize("layout", [Listed, Dense])
+def test_a_token_visits_as_many_experts_as_before_where_it_is_routed(layout) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = layout().eval(), torch.randn(24, 4)
+    small, plan = graphprune.shrink(model, x, what={"experts": 4}, return_plan=True)
+    counted = []
+    for each in (model, small):
+        with FlopCounterMode(display=False) as counter:
+            each(x)
+        counted.append(counter.get_total_flops() // 2)
+    assert plan.outline is not None
+    assert plan.outline.after.macs / plan.outline.before.macs == pytest.approx(counted[1] / counted[0], rel=0.03)

@@ -114,7 +114,10 @@ class Outline:
         widths = [width._replace(after=self._left(width, cuts)) for width in self.widths]
         places = {place for width in widths for place in ((width.name, width.axis), *width.places)}
         others = [width for width in second.widths if (width.name, width.axis) not in places]
-        return Outline(self.before, second.after, (*widths, *others), second.wholes, self.shapes, self.buffers)
+        before = self.before
+        if self.after.macs and second.before.macs != self.after.macs:  # the second plan was made with another example: say both of that one
+            before = before._replace(macs=round(before.macs * second.before.macs / self.after.macs))
+        return Outline(before, second.after, (*widths, *others), second.wholes, self.shapes, self.buffers)
 
     def _left(self, width: Width, cuts: Mapping[str, Mapping[int, Sequence[int]]]) -> int:
         """How many of a group's units stay, from the positions where it is alone on an axis (a unit may have several there)."""

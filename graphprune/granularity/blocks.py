@@ -13,8 +13,9 @@ is added to something else (a *branch*).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,10 +44,11 @@ class Removable:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a module was called: which argument its output can be replaced by, and the form of the output."""
+    """How a module was called: which arguments its output can be replaced by, going by their shapes, and the form of the output."""
 
-    source: int | str
+    sources: tuple[int | str, ...]
     form: tuple[Any, ...]
+    lost: tuple[int, ...] = ()  # the places of results that will be None
 
 
 class Modules:
@@ -154,22 +156,30 @@ class Modules:
             return None
         inputs = [v for i in sorted(calls) for v in tensors((self.graph.nodes[i].args, self.graph.nodes[i].kwargs)) if v.node not in calls]
         fits = [v for v in inputs if v.shape == out[0].shape and (not v.leaf or v.leaf.startswith("<input"))]
-        return (fits[0], out[0]) if fits else None
+        fits = [v for v in {id(v): v for v in fits}.values() if self._source(name, v) is not None]
+        stream = next((v for v in fits if self._reaches(name, v, out[0])), fits[0]) if len(fits) > 1 else next(iter(fits), None)
+        return None if stream is None else (stream, out[0])
+
+    def _source(self, name: str, value: Value) -> int | str | None:
+        """The argument of a module that a value was, of those that can stand for its output."""
+        sources = self.shaped[name].sources
+        return sources[0] if len(sources) == 1 else next((key for key, given in self.graph.given.get(name, ()) if given is value and key in sources), None)
 
     def residual(self, name: str) -> bool:
         """Is there a way from the output back to the input that only adds, normalises, moves or acts entry by entry?"""
         if name not in self._residual:
-            self._residual[name] = self._reaches(name)
+            ends = self.ends(name)
+            self._residual[name] = ends is not None and self._reaches(name, *ends)
         return self._residual[name]
 
-    def _reaches(self, name: str) -> bool:
-        start, end = self.ends(name) or (None, None)
-        todo, seen = [(end, False)], set()
+    def _reaches(self, name: str, start: Value, end: Value) -> bool:
+        todo: list[tuple[Value, bool]] = [(end, False)]
+        seen: set[tuple[int, bool]] = set()
         while todo:
             value, added = todo.pop()
             if value is start and added:
                 return True
-            if value is None or value is start or value.node not in self.inside[name] or (id(value), added) in seen:
+            if value is start or value.node not in self.inside[name] or (id(value), added) in seen:
                 continue
             seen.add((id(value), added))
             node = self.graph.nodes[value.node]
@@ -221,7 +231,13 @@ class Modules:
         if any(name not in self.shaped for name in dead):
             return None
         order = [*gone, *dead]
-        return tuple(Part("skip", name, (self.shaped[name].source, self.shaped[name].form, gone.get(name, False))) for name in order)
+        return tuple(Part("skip", name, (self._taken(name), self.shaped[name].form, gone.get(name, False))) for name in order)
+
+    def _taken(self, name: str) -> int | str:
+        """The argument that is handed on where a module was; of one that nobody needs any, of its shape."""
+        ends = self.ends(name)
+        source = self._source(name, ends[0]) if ends is not None else None
+        return self.shaped[name].sources[0] if source is None else source
 
     def _dead(self, fallen: set[int], gone: dict[str, bool]) -> list[str]:
         """The outermost modules with weights of which no call lives any more, when these calls do not either.
@@ -272,13 +288,26 @@ def _fixed(graph: Graph) -> set[int]:
 def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
     """The modules that were called once and took a tensor of the shape and kind that they returned."""
     calls: dict[str, list[Any]] = defaultdict(list)
+    _hooked(graph, model, {name: partial(_noted, calls[name]) for name, _ in model.named_modules()})
+    shapes = {name: called[0] for name, called in calls.items() if name and len(called) == 1 and called[0]}
+    fewer = {name: shape for name, shape in shapes.items() if shape.lost}
+    spared = {name for name in fewer if not _read_elsewhere(graph, name)}
+    try:  # whoever takes what a module returns apart may ask the rest for more than its values
+        _hooked(graph, model, {name: partial(_without, fewer[name].lost) for name in spared})
+    except Exception:
+        spared = set()
+    return {name: shape for name, shape in shapes.items() if not shape.lost or name in spared}
+
+
+def _hooked(graph: Graph, model: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> None:
+    """Run the example in evaluation mode with hooks on modules, after which the model is as it was."""
+    if not hooks:
+        return
     args, kwargs = (replace(part, lambda tensor: tensor.detach().clone()) for part in graph.example)  # a model may write into its inputs
     modes = [(module, module.training) for module in model.modules()]
     with torch.no_grad(), same_dice(), unchanged(model):
-        handles = []
-        for name, module in model.named_modules():
-            hook = lambda _, args, kwargs, out, name=name: calls[name].append(_form(args, kwargs, out))  # noqa: E731
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        modules = dict(model.named_modules())
+        handles = [modules[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
         try:
             model.eval()
             model(*args, **kwargs)
@@ -287,7 +316,26 @@ def _shaped(graph: Graph, model: nn.Module) -> dict[str, Shape]:
                 module.training = mode
             for handle in handles:
                 handle.remove()
-    return {name: shapes[0] for name, shapes in calls.items() if name and len(shapes) == 1 and shapes[0]}
+
+
+def _noted(calls: list[Shape | None], _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    calls.append(_form(args, kwargs, out))
+
+
+def _without(places: Sequence[int], _: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+    """What a module returned, with None at some places."""
+    return type(out)(None if at in places else item for at, item in enumerate(out))
+
+
+def _read_elsewhere(graph: Graph, name: str) -> bool:
+    """Whether a further run (training mode, another example) reads more than one result of a module."""
+    for run in graph.reruns:
+        inside = {index for index, node in enumerate(run.nodes) if name in paths(node.module)}
+        made = {id(value) for index in inside for value in run.nodes[index].outs}
+        read = {id(value) for index, node in enumerate(run.nodes) if index not in inside for value in node.held} | {id(value) for value in run.outputs}
+        if len(made & read) > 1:
+            return True
+    return False
 
 
 def _form(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Shape | None:
@@ -298,21 +346,25 @@ def _form(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Shape | No
     """
     given = [*enumerate(args), *kwargs.items()]
     if type(out) not in (tuple, list):
-        source = _stand_in(out, given)
-        return None if source is None else Shape(source, ())
+        sources = _stand_ins(out, given)
+        return Shape(sources, ()) if sources else None
     objects = [(key, value) for key, value in given if not isinstance(value, NUMBERS)]
     handed = {i: next((key for key, value in objects if value is item), None) for i, item in enumerate(out) if item is not None}
     made = [i for i, key in handed.items() if key is None] or list(handed)[:1]
-    streams = {i: source for i in made if (source := _stand_in(out[i], given)) is not None}
+    streams = {i: sources for i in made if (sources := _stand_ins(out[i], given))}
     if len(streams) != 1 or not all(isinstance(out[i], torch.Tensor) for i in made):
         return None
-    place, source = next(iter(streams.items()))
+    place, sources = next(iter(streams.items()))
     pairs = tuple((i, key) for i, key in handed.items() if key is not None and i != place)
-    return Shape(source, (type(out).__name__, len(out), place, *((pairs,) if pairs else ())))
+    if any(isinstance(out[i], torch.Tensor) and out[i].shape == out[place].shape for i, _ in pairs):
+        return None  # the stream may be what was written to in place
+    lost = tuple(i for i in made if i != place)
+    return Shape(sources, (type(out).__name__, len(out), place, *((pairs,) if pairs else ())), lost)
 
 
-def _stand_in(out: Any, given: Sequence[tuple[int | str, Any]]) -> int | str | None:
-    """The first argument of the shape and dtype of a result."""
+def _stand_ins(out: Any, given: Sequence[tuple[int | str, Any]]) -> tuple[int | str, ...]:
+    """The arguments of the shape and dtype of a result; one of several that are the same tensor."""
     if not isinstance(out, torch.Tensor) or not out.is_floating_point():
-        return None
-    return next((key for key, item in given if isinstance(item, torch.Tensor) and item.shape == out.shape and item.dtype == out.dtype), None)
+        return ()
+    fits = {id(item): key for key, item in reversed(given) if isinstance(item, torch.Tensor) and item.shape == out.shape and item.dtype == out.dtype}
+    return tuple(key for key, _ in given if key in fits.values())

@@ -60,8 +60,11 @@ def plan_depth(graph: Graph, model: nn.Module, request: Request) -> Plan:
     parts = {part.name: part for one in options.free if one.name in gone for part in one.skips}
     lines = [*(reached(remaining.costs, limits) if limits else ()), *_lines(options, gone, model)]
     before, after = (Totals(round(costs["params"]), round(costs["macs"])) for costs in (whole, remaining.costs))
+    lost = sorted(name for name in gone if modules.shaped[name].lost)
+    named = f"{', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}"
+    notes = (f"note: {named} returned more, which nobody reads in the runs that were seen; it is None now",) if lost else ()
     shapes = {name: tuple(leaf.shape) for name, leaf in graph.leaves.items() if name in graph.parameters}
-    return Plan({}, {}, (), (), tuple(lines), parts=tuple(parts.values()), outline=Outline(before, after, shapes=shapes))
+    return Plan({}, {}, (), notes, tuple(lines), parts=tuple(parts.values()), outline=Outline(before, after, shapes=shapes))
 
 
 def _check_score(kind: str, score: Any) -> None:

@@ -5,6 +5,7 @@ The router's rows are cut, the modules leave their lists, and what the code coun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from ..cutting.outline import Totals
 from ..cutting.parts import Part
 from ..cutting.plan import Plan, Survivors, make_plan
 from ..cutting.verify import check
-from ..errors import BadTarget, NotEqual, NothingToPrune
+from ..errors import BadRatio, BadTarget, NotEqual, NothingToPrune
 from ..operations.labels import Array
 from ..scores import Score, Scores, score
 from ..select import Kept
@@ -37,8 +38,11 @@ POWERS = {"l1": 1, "l2": 2}
 Path = tuple
 
 
-def coupled(graph: Graph) -> Groups:
-    """The groups of a run in which the experts of its lists alone may go: one for the routers of each mixture, or of several that go together."""
+def coupled(graph: Graph, keep: Sequence[str | tuple[str, int]] = ()) -> Groups:
+    """The groups of a run in which the experts of its lists alone may go: one for the routers of each mixture, or of several that go together.
+
+    A router of which ``keep`` names a tensor stays whole.
+    """
     labels = graph.labels
     root = labels.partition().parent
     chosen = [choice for mixture in graph.mixtures for choice in mixture.choices]
@@ -47,7 +51,9 @@ def coupled(graph: Graph) -> Groups:
         free[root[np.concatenate([choice.labels for choice in chosen])]] = True
     others = np.flatnonzero(~free[root])
     locks = [(array, reason) for array, reason in labels.locks if labels.reasons[reason].text != LISTED]
-    return couple(replace(graph, labels=replace(labels, locks=locks), choices=chosen), locks=((others, "only experts are cut"),))
+    whole = tuple(each if isinstance(each, tuple) else (each, None) for each in keep)
+    kept = tuple((name, axis) for name, axis in whole if name in graph.leaves)
+    return couple(replace(graph, labels=replace(labels, locks=locks), choices=chosen), kept, locks=((others, "only experts are cut"),))
 
 
 def mixtures_of(groups: Groups) -> Mapping[int, tuple[Mixture, ...]]:
@@ -69,11 +75,11 @@ def plan_listed(graph: Graph, model: nn.Module, request: Request) -> Plan:
     """
     if request.aims.timed or request.aims.weight:
         raise BadTarget("a time is met by widths alone; give the experts an amount (what={'experts': 6}), or ask for params= or macs=")
-    groups = coupled(graph)
+    groups = coupled(graph, request.keep)
     mixtures = mixtures_of(groups)
     if not mixtures:
         raise NothingToPrune(f"the experts stay whole: {_held(groups)}")
-    scores = _scores(groups, model, request, mixtures)
+    scores = _kept_last(groups, model, request, mixtures, _scores(groups, model, request, mixtures))
     ties = [frozenset(range(len(groups)))] if request.widths.uniform and len(groups) > 1 else []
     limits = request.limits(graph, ("params", "macs"))
     plain = replace(request, aims=replace(request.aims, params=None, macs=None), scope="layer" if limits else request.scope)
@@ -83,8 +89,31 @@ def plan_listed(graph: Graph, model: nn.Module, request: Request) -> Plan:
     if limits and not ratios:
         kept, costs = _within(groups, model, plain, scores, ties, limits)
         remarks = tuple(reached(costs, limits))
+    _keeps_all(scores, kept)
     plan = _checked(groups, model, kept)
     return replace(plan, remarks=(*remarks, *plan.remarks))
+
+
+def _kept_last(groups: Groups, model: nn.Module, request: Request, mixtures: Mapping[int, tuple[Mixture, ...]], scores: Scores) -> Scores:
+    """The scores, without bound for an expert of which a tensor is to be kept."""
+    names = {each for each in request.keep if isinstance(each, str)}
+    for index, several in mixtures.items():
+        scores[index] = scores[index].detach().clone().double()
+        for mixture in several:
+            units = _unit_of(groups, index, mixture)
+            for path in mixture.lists:
+                for entry, key in enumerate(places(model.get_submodule(path))):
+                    if any(f"{path}.{key}.{name}" in names for name, _ in model.get_submodule(f"{path}.{key}").named_parameters()):
+                        scores[index][int(units[entry])] = torch.inf
+    return scores
+
+
+def _keeps_all(scores: Scores, kept: Kept) -> None:
+    """Raises :class:`~graphprune.errors.BadRatio` where experts would go that are to be kept."""
+    for values, stays in zip(scores, kept, strict=True):
+        asked = int(values.isinf().sum())
+        if asked > int(values[stays].isinf().sum()):
+            raise BadRatio(f"{len(stays)} experts are to stay, and keep= names {asked}; ask for {asked} or more, or keep fewer")
 
 
 def _held(groups: Groups) -> str:
@@ -165,8 +194,25 @@ def _without(plan: Plan, graph: Graph, gone: tuple[str, ...]) -> Totals:
     """The totals of a plan less what lies in modules that go."""
     assert plan.outline is not None
     params = sum(int(np.prod(shape)) for name, shape in plan.outline.shapes.items() if name.startswith(gone)) if gone else 0
-    macs = sum(node.macs for node in graph.nodes if f"{node.module}.".startswith(gone)) if gone else 0
+    idle = tuple(path for path in gone if not path.startswith(_routed(graph)))  # tokens that are routed go to those that stay instead
+    macs = sum(node.macs for node in graph.nodes if f"{node.module}.".startswith(idle)) if idle else 0
     return Totals(plan.outline.after.params - params, plan.outline.after.macs - macs)
+
+
+def _routed(graph: Graph) -> tuple[str, ...]:
+    """The lists of which every token visits as many experts as are chosen, however many there are; else each expert works on all tokens."""
+    routed: list[str] = []
+    for mixture in graph.mixtures:
+        chosen = [value for node in graph.nodes for value in node.outs if any(value.numbers is choice for choice in mixture.choices)]
+        visits = math.prod(chosen[0].shape) if chosen else 0
+        for path in mixture.lists:
+            rows: dict[str, int] = {}  # of the first product of every expert
+            for node in graph.nodes:
+                if node.products and node.module.startswith(f"{path}."):
+                    rows.setdefault(node.module.removeprefix(f"{path}.").partition(".")[0], math.prod(node.outs[0].shape[:-1]))
+            if sum(rows.values()) == visits and len(rows) <= mixture.choices[0].labels.size:
+                routed.append(f"{path}.")
+    return tuple(routed)
 
 
 def _checked(groups: Groups, model: nn.Module, kept: Kept) -> Plan:

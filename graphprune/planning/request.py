@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -236,6 +236,10 @@ def _widths(asked: Any) -> Widths:
     if asked is None or isinstance(asked, Widths):
         return asked or Widths()
     if isinstance(asked, Mapping):
+        rules = {key: value for key, value in asked.items() if key in {each.name for each in fields(Widths)}}
+        if rules:
+            given = ", ".join(f"{key}={value!r}" for key, value in rules.items())
+            raise BadOption(f"widths={asked!r} maps names of modules to widths; rules for all are widths=graphprune.Widths({given})")
         return Widths(to=asked)
     raise BadOption(f"widths is {asked!r}; give graphprune.Widths(multiple_of=8, at_least=4, ratios={{...}}), or a mapping of names to widths")
 

@@ -22,7 +22,8 @@ from .units import kind
 def others(groups: Groups, request: Request) -> list[tuple[Array, str]]:
     """Locks for the groups that are of no kind that is wanted; raises :class:`~graphprune.errors.NothingToPrune` where there is none of a kind."""
     if any(each.spec.name == "channel" for each in request.wanted):
-        return []
+        tables = [] if any(each.spec.name == "experts" for each in request.wanted) else [each for each in groups.graph.choices if each.by_table]
+        return [(each.labels, "every expert works, and a table weighs them: they go where they are named") for each in tables]
     if request.text in ("head", "heads"):
         return list(attention.others(groups))
     mine = set()
@@ -43,7 +44,12 @@ def others(groups: Groups, request: Request) -> list[tuple[Array, str]]:
 def _held(groups: Groups) -> str:
     """Why nothing goes of what the code chooses from, if it chooses from anything."""
     places = {(node.op.short, node.where) for node in groups.graph.nodes if node.op.chooses_from is not None}
-    return next((f" ({reason})" for reason in groups.locked.values() if (reason.op, reason.where) in places), "")
+    roots = {int(label) for choice in groups.graph.choices for label in groups.root[choice.labels]}
+    for (name, axis), reason in groups.locked.items():
+        along = (field for field in groups.graph.leaves[name].fields if field.shape[axis] > 1)
+        if (reason.op, reason.where) in places or any(roots.issuperset(groups.root[field].ravel().tolist()) for field in along):
+            return f" ({reason})"
+    return ""
 
 
 def of_kind(groups: Groups, name: str) -> set[int]:

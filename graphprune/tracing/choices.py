@@ -52,7 +52,8 @@ class Choice:
     addressed: bool = False  # single positions address tables that are no weights
     statistic: bool = False  # the largest itself may be all that is wanted (a pooling), which says nothing of the axis
     read: bool = False  # somebody reads the positions
-    written: bool = False  # a table is written to at the positions: the share that each has
+    tables: list[int] = field(default_factory=list)  # the calls that fill a table at the positions: with ones, or the share that each has
+    by_table: bool = False  # such a table weighs the experts, and no position addresses one
     singled: list[tuple[Array, int]] = field(default_factory=list)
 
     @property
@@ -116,7 +117,7 @@ def _numbered(
         first.numbers.compared = True
         return known.carry(op, args, kwargs, given, shapes, reason)
     if op.short == "eq" and first is not None and first.numbers is not None and (along := _counting(recorder, args[1], first)):
-        first.numbers.stacks += [first.numbers.labels]  # a table of what is chosen, zero for what never is
+        first.numbers.tables.append(len(recorder.nodes))  # of zeros and ones: zero for what is never chosen
         recorder.zeros = True
         shape = [1] * len(shapes[0])
         shape[along] = first.numbers.labels.size
@@ -223,7 +224,8 @@ def _addressed(
             continue
         labels.join(choice.labels, along[0].ravel())
         choice.stacks += [along[0].ravel()] if target.zero else []
-        choice.written = choice.written or (op.writes_at and not target.leaf)
+        if op.writes_at and not target.leaf:
+            choice.tables.append(len(recorder.nodes))
         fields = [entries for entries in fields if entries is not along[0]]
         again.append(choice.labels.reshape(along[0].shape))
     bare = replace(target, fields=tuple(fields))
@@ -247,33 +249,37 @@ def singled(choices: list[Choice], locks: list[tuple[Array, int]]) -> list[tuple
     return others
 
 
-def mattering(labels: Labels, choices: list[Choice], leaves: Iterable[Value]) -> list[Choice]:
+def mattering(labels: Labels, choices: list[Choice], leaves: Iterable[Value], outputs: Iterable[Value]) -> list[Choice]:
     """The choices of which somebody reads the positions; what is done one by one to the axis of the others is what it was without them.
 
-    Those that fill a table of shares are choices of experts where a weight has a matrix for each: of single features only the largest may go on as well,
-    and of these one that is gone would be zero, not the least.
+    Those that fill a table are choices of experts where a weight has a matrix for each: of single features only the largest may go on as well, and of these
+    one that is gone would be zero, not the least.
     """
     for choice in choices:
         for array, reason in choice.singled if not choice.matters else ():
             labels.lock(array, reason)
-    written = [choice for choice in choices if choice.written and not choice.stacks]
-    if written:
+    for value in outputs:
+        if value.numbers is not None:
+            value.numbers.read, value.numbers.failed = True, value.numbers.failed or "its chosen positions are an output"
+    tables = [choice for choice in choices if choice.tables and not choice.stacks]
+    if tables:
         root = labels.partition().parent
         axes = {root[field.ravel()].tobytes() for leaf in leaves if len(leaf.fields) > 2 for field in leaf.fields}
-        for choice in written:
-            choice.stacks += [choice.labels] if root[choice.labels].tobytes() in axes else []
+        for choice in tables:
+            choice.by_table = root[choice.labels].tobytes() in axes
     return [choice for choice in choices if choice.matters]
 
 
 def settled(labels: Labels, choices: list[Choice], listed: Mapping[int, str]) -> tuple[list[Choice], Any]:
-    """The choices of which entries may go, and a function that says of labels whether all of them are of what is chosen from; all others stay whole.
+    """The choices of which entries may go, and a function that says of a value and labels of it whether all of them are of what is chosen from, and are the
+    least of it where they are gone: in a table they are zero. All others stay whole.
 
     ``listed`` says of a choice (by its id) what stays whole until its modules are asked for.
     """
     if not choices:
-        return [], lambda array: False
+        return [], lambda value, array: False
     root = labels.partition().parent
-    stacks = [stack for choice in choices for stack in choice.stacks if not choice.failed]
+    stacks = [stack for choice in choices for stack in (choice.stacks or [choice.labels] * choice.by_table) if not choice.failed]
     stacks += [choice.labels for choice in choices if id(choice) in listed]
     mixed = np.zeros(len(root), dtype=bool)
     if stacks:
@@ -288,7 +294,15 @@ def settled(labels: Labels, choices: list[Choice], listed: Mapping[int, str]) ->
             labels.lock(choice.labels, labels.reason(choice.place._replace(text=text)))
         for array, reason in choice.singled if id(choice) not in listed else ():
             labels.lock(array, reason)
-    return good, lambda array: bool(mixed[root[array]].all())
+    tables = [(frozenset(root[choice.labels].tolist()), min(choice.tables)) for choice in good if choice.tables]
+
+    def least_of(value: Value, array: Array) -> bool:
+        labels_of = root[array]
+        if not mixed[labels_of].all():
+            return False
+        return not any((value.node < 0 or value.node >= first) and entries.issuperset(labels_of.ravel().tolist()) for entries, first in tables)
+
+    return good, least_of
 
 
 def least(groups: Any, choices: Iterable[Choice]) -> Mapping[int, int]:

@@ -20,20 +20,25 @@ import torch
 from torch import nn
 
 __all__ = ["following", "torch"]
+Entered = Callable[[str, Any, Any], None]  # the path of a module, and the arguments that it is called with
+
+
+def _nobody(path: str, args: Any, kwargs: Any) -> None:
+    """Who is told nothing."""
 
 
 @contextmanager
-def following(modules: list[tuple[str, nn.Module]], stack: list[str]) -> Iterator[None]:
-    """Keep ``stack`` at the paths of the modules that are running, the outermost first."""
+def following(modules: list[tuple[str, nn.Module]], stack: list[str], entered: Entered = _nobody) -> Iterator[None]:
+    """Keep ``stack`` at the paths of the modules that are running, the outermost first; ``entered`` is told what each is called with."""
     hooks, before = [], []
     for path, module in modules:
         attributes = module.__dict__
         if attributes.get("_forward_pre_hooks") or attributes.get("_forward_hooks"):
-            hooks.append(module.register_forward_pre_hook(_push(stack, path), prepend=True))
+            hooks.append(module.register_forward_pre_hook(_push(stack, path, entered), prepend=True, with_kwargs=True))
             hooks.append(module.register_forward_hook(_pop(stack), always_call=True))
         else:
             before.append((attributes, attributes.get("forward")))
-            attributes["forward"] = MethodType(_noted(stack, path, module.forward), module)
+            attributes["forward"] = MethodType(_noted(stack, path, module.forward, entered), module)
     try:
         yield
     finally:
@@ -46,16 +51,17 @@ def following(modules: list[tuple[str, nn.Module]], stack: list[str]) -> Iterato
             hook.remove()
 
 
-def _noted(stack: list[str], path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _noted(stack: list[str], path: str, forward: Callable[..., Any], entered: Entered) -> Callable[..., Any]:
     def noted(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stack.append(path)
         try:
+            entered(path, args, kwargs)
             return forward(*args, **kwargs)
         finally:
             stack.pop()
 
     noted.__wrapped__ = getattr(forward, "__func__", forward)  # its signature is the module's own
-    noted.followed = lambda other: _noted(stack, path, other)
+    noted.followed = lambda other: _noted(stack, path, other, entered)
     return noted
 
 
@@ -75,8 +81,12 @@ def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             own["forward"] = before
 
 
-def _push(stack: list[str], path: str) -> Callable[..., None]:
-    return lambda *_: stack.append(path)
+def _push(stack: list[str], path: str, entered: Entered) -> Callable[..., None]:
+    def push(_: nn.Module, args: Any, kwargs: Any) -> None:
+        stack.append(path)
+        entered(path, args, kwargs)
+
+    return push
 
 
 def _pop(stack: list[str]) -> Callable[..., None]:

@@ -86,6 +86,7 @@ class Recorder(TorchDispatchMode):
         self.symbols: dict[tuple[Any, ...], int] = {}  # the attributes that remember what they are
         self.choices: list[Choice] = []  # axes that something was chosen from
         self.numbering: list[tuple[Choice | None, Choice | None]] = []  # what the results of the call at hand number, and count
+        self.given: dict[str, list[tuple[int | str, Value | None]]] = {}  # by the path of a module: the tensors of its first call
         self.counted_to: dict[int, Any] = {}  # the sizes that were counted to, by the id of the value that has the numbers
         self.zeros = False  # its results are zero in what is gone
         self.turned = 0  # by how many entries what is chosen is moved on, so that others are chosen
@@ -202,6 +203,11 @@ class Recorder(TorchDispatchMode):
         ways = ((op.factory, self.made), (op.picks, self.picked), (op.assemble, self.assembled), (op.move, self.moved), (op.rule, self.ruled))
         carry = next((way for is_so, way in ways if is_so), self.met if op.pointwise else self.unknown)
         return Known(op, op.short, carry, op.shape, op.keeps_zero, op.whole and not op.strict)
+
+    def entered(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a module is called with for the first time."""
+        if path not in self.given:
+            self.given[path] = [(key, self.values.get(id(item))) for key, item in (*enumerate(args), *kwargs.items()) if isinstance(item, Tensor)]
 
     def here(self) -> tuple[str, int] | None:
         return self.place()

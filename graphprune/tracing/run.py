@@ -75,7 +75,7 @@ def run(
     idle = unread(recorder, recorder.nodes + recorder.extra)
     hold(recorder, idle)
     every = [recorder.nodes, *recorder.further]
-    choices = mattering(labels, recorder.choices, recorder.leaves.values())
+    choices = mattering(labels, recorder.choices, recorder.leaves.values(), [*runs.outputs, *runs.others])
     mixtures = members(choices, every, [*runs.outputs, *runs.others], recorder.constants, labels.partition().parent, model) if choices else []
     choices, of_choice = settled(labels, choices, {id(choice): LISTED for each in mixtures for choice in each.choices})
     hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
@@ -113,6 +113,7 @@ def run(
         mixtures=mixtures,
         marks=marks(recorder.nodes + recorder.extra, runs.all_steps, recorder.leaves, learnt).with_made(labels.copied).with_crossed(labels),
         paths=paths,
+        given=recorder.given,
         numbers=len(runs.chosen) > len(paths),
         asked=asked,
         state=runs.state,
@@ -165,7 +166,7 @@ def _recorded(
         scopes.callback(recorder.uses.forgotten)
         away = any(device.type not in ("cpu", "meta") for device in home)  # what is on the meta device is taken for what it is with values, on the processor
         functions = Functions(recorder, calls, away, not away)
-        for scope in (torch.no_grad(), undisturbed_surroundings(model), following(modules, recorder.stack), recorder, functions):
+        for scope in (torch.no_grad(), undisturbed_surroundings(model), following(modules, recorder.stack, recorder.entered), recorder, functions):
             scopes.enter_context(scope)
         result = call()
         state, states, chosen = _results(recorder, model, result, asked)

@@ -23,17 +23,19 @@ from .trees import replace
 STEPS = 12  # calls from a statistic to where it is used
 
 
-def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Array], bool] = lambda array: False) -> None:
+def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Value, Array], bool] = lambda value, array: False) -> None:
     """Ask of the labels, on condition, that axes stay whole over which a statistic is taken that is neither a sum of zeros nor a norm's.
 
-    ``chosen`` says of labels whether the code chooses among them: of such what is gone counts as minus infinity, so that a softmax is over those that stay.
+    ``chosen`` says of a value and labels of it whether the code chooses among them: of such what is gone counts as minus infinity, so that a softmax is over
+    those that stay.
     """
     taken = [node for node in nodes if (node.op.statistic or node.op.softmax) and node.rule is not None and _over(node)]
     if not taken:
         return
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
     for node in taken:
-        if (node.op.softmax or node.op.chooses_from is not None) and all(chosen(entries) for entries in _along(node)):
+        position = node.outs[-1].numbers if node.op.chooses_from is not None else None
+        if (node.op.softmax or (position is not None and position.matters)) and all(chosen(node.rule.operands[0], each) for each in _along(node)):
             kept = True
         elif node.op.softmax:
             kept = False

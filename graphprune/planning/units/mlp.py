@@ -13,6 +13,7 @@ from __future__ import annotations
 from ...coupling.groups import Groups
 from ...coupling.links import links
 from ...granularity.heads import attended
+from ...tracing.choices import least
 from .hidden import hidden, recurrent
 from .kind import of_groups
 
@@ -22,7 +23,7 @@ MATRIX = 2  # axes of a matrix
 @of_groups("mlp", "hidden units of MLPs, gated ones with their gates")
 def mlp(groups: Groups) -> set[int]:
     leaves, state = groups.graph.leaves, recurrent(groups)
-    others = {*hidden(groups), *attended(groups)}
+    others = {*hidden(groups), *attended(groups), *least(groups, groups.graph.choices)}
     indices = set()
     for group, group_links in zip(groups, links(groups), strict=True):
         weights = [(link.role, len(leaves[link.leaf].shape)) for link in group_links if len(leaves[link.leaf].shape) >= MATRIX]
