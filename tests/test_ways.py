@@ -205,3 +205,26 @@ def test_the_model_is_as_it_was():
     graphprune.trace(model, X)
     assert all(module.__dict__.keys() == before[name].keys() for name, module in model.named_modules())
     assert model.first.fast is True and "forward" not in model.first.__dict__
+
+
+class Answers(nn.Module):
+    """Answers for its configuration, as models of diffusers do, and raises what that raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.table = 8, {"get": 1}
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def __getattr__(self, name):
+        return {}[name] if hasattr({}, name) else super().__getattr__(name)
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.table.get("other") is not None:
+            x = x.reshape(-1, self.width)
+        return self.c(self.b(x))
+
+
+def test_a_class_that_raises_for_a_name_is_cut():
+    small = graphprune.shrink(Answers(), torch.randn(3, 4), 0.5)
+    assert small.a.out_features == 4 and small(torch.randn(5, 4)).shape == (5, 2)

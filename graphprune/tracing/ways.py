@@ -50,7 +50,7 @@ class Way:
         """The model, called on other inputs."""
         with ExitStack() as scopes:
             for _, module in modules_of(model):
-                if self.flag and type(getattr(module, self.name, None)) is bool:
+                if self.flag and type(_asked(module, self.name)) is bool:
                     scopes.enter_context(_turned(module, self.name))
                 elif not self.flag and any(method.__name__ == self.name for method in _own_methods(module)):
                     scopes.enter_context(instead(module, MethodType(getattr(type(module), self.name), module)))
@@ -133,8 +133,16 @@ def _offered(module: nn.Module, idle: set[frozenset[str]], reached: set[str]) ->
         if "forward" in method.__name__ and method.__name__ != "forward":
             yield method.__name__, False
         for word in sorted(words - {"training"}) if method.__name__ in reached else ():
-            if type(getattr(module, word, None)) is bool and _switched(module, word):
+            if type(_asked(module, word)) is bool and _switched(module, word):
                 yield word, True
+
+
+def _asked(module: nn.Module, name: str) -> Any:
+    """An attribute of a module, None where there is none; a class that answers for others may raise whatever it likes."""
+    try:
+        return getattr(module, name, None)
+    except Exception:
+        return None
 
 
 def _switched(module: nn.Module, flag: str) -> bool:
