@@ -288,8 +288,10 @@ def _shorter(tree: Tree, lists: Lists) -> list[Change]:
                 if type(item) is int and item == size:
                     for more in ((), each, some, each + some, named):
                         offers[_frozen((((*prefix, key), len(kept)), *more))] = None
-                if type(item) in (list, tuple):  # how many blocks each stage has
-                    offers |= {((((*prefix, key), (*item[:at], len(kept), *item[at + 1 :])),)): None for at, count in enumerate(item) if count == size}
+                if isinstance(item, list | tuple):  # how many blocks each stage has
+                    counts: list[Any] = list(item)
+                    for at in (at for at, count in enumerate(counts) if count == size):
+                        offers[_frozen((((*prefix, key), [*counts[:at], len(kept), *counts[at + 1 :]]),))] = None
             for more in (each, some, *((change,) for change in first if change[1] < holder[change[0][-1]])):
                 if more:
                     offers[_frozen(more)] = None

@@ -379,7 +379,7 @@ class Recorder(TorchDispatchMode):
             found = chosen(self.labels, known.op, args, kwargs, place)
             if found:
                 self.choices += found
-                self.numbering = [(None, None)] * (len(shapes) - 1) + [(found[0], None)]
+                self.numbering = [(found[0] if place == len(shapes) - 1 else None, None) for place in range(len(shapes))]
         return known.carry(known.op, args, kwargs, given, shapes, reason)
 
     def made(

@@ -34,6 +34,7 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Value, 
         return
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
     for node in taken:
+        assert node.rule is not None
         position = node.outs[-1].numbers if node.op.chooses_from is not None else None
         if (node.op.softmax or (position is not None and position.matters)) and all(chosen(node.rule.operands[0], each) for each in _along(node)):
             kept = True
@@ -44,7 +45,6 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Value, 
             kept = norm or _sums_zeros(node, zeros)
         if kept:
             continue
-        assert node.rule is not None
         what = "a softmax" if node.op.softmax else "a statistic"
         reason = labels.reason(Reason(f"{what} over it changes with the number of its entries", node.op.short, node.module, node.where, "statistic"))
         rule = Expr(re.sub(r"\[(\w+)\]", "_", node.rule.text), node.rule.operands, node.rule.sizes)
