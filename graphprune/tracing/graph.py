@@ -79,8 +79,6 @@ class Graph:
     marks: Marks = field(default_factory=Marks)  # which labels learnt weights make and read
     paths: list[str] = field(default_factory=list[str])  # of the outputs, in the result
     given: dict[str, list[tuple[int | str, Value | None]]] = field(default_factory=dict[str, list[tuple[int | str, Value | None]]])  # to modules, first time
-        default_factory=dict[str, list[tuple[int | str, Value | None]]]
-    )  # the tensors that each module was first called with
     numbers: bool = False  # whether plain numbers stand beside them there
     asked: Any = None  # what was run: example, outputs that matter, further examples
     state: frozenset[str] = frozenset()  # parts of the result that the model takes back itself in its next call
