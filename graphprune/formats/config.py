@@ -288,14 +288,19 @@ def _shorter(tree: Tree, lists: Lists) -> list[Change]:
                 if type(item) is int and item == size:
                     for more in ((), each, some, each + some, named):
                         offers[_frozen((((*prefix, key), len(kept)), *more))] = None
-                if isinstance(item, list | tuple):  # how many blocks each stage has
-                    counts: list[Any] = list(item)
-                    for at in (at for at, count in enumerate(counts) if count == size):
-                        offers[_frozen((((*prefix, key), [*counts[:at], len(kept), *counts[at + 1 :]]),))] = None
+                offers |= dict.fromkeys(_frozen((((*prefix, key), counts),)) for counts in _stages(item, size, len(kept)))
             for more in (each, some, *((change,) for change in first if change[1] < holder[change[0][-1]])):
                 if more:
                     offers[_frozen(more)] = None
     return list(offers)
+
+
+def _stages(item: Any, size: int, left: int) -> Iterator[list[Any]]:
+    """A list of how many blocks each stage has, with fewer in one of those that have so many."""
+    counts: list[Any] = list(item) if isinstance(item, list | tuple) else []
+    for at, count in enumerate(counts):
+        if count == size:
+            yield [*counts[:at], left, *counts[at + 1 :]]
 
 
 def _frozen(change: Change) -> Change:

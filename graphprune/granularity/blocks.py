@@ -156,9 +156,13 @@ class Modules:
             return None
         inputs = [v for i in sorted(calls) for v in tensors((self.graph.nodes[i].args, self.graph.nodes[i].kwargs)) if v.node not in calls]
         fits = [v for v in inputs if v.shape == out[0].shape and (not v.leaf or v.leaf.startswith("<input"))]
-        fits = [v for v in {id(v): v for v in fits}.values() if self._source(name, v) is not None]
-        stream = next((v for v in fits if self._reaches(name, v, out[0])), fits[0]) if len(fits) > 1 else next(iter(fits), None)
+        stream = self._stream(name, list({id(v): v for v in fits}.values()), out[0])
         return None if stream is None else (stream, out[0])
+
+    def _stream(self, name: str, fits: list[Value], end: Value) -> Value | None:
+        """What of the inputs that have the shape of a module's output stands for it: what is added to, where there are several."""
+        fits = [v for v in fits if self._source(name, v) is not None]
+        return next((v for v in fits if self._reaches(name, v, end)), fits[0]) if len(fits) > 1 else next(iter(fits), None)
 
     def _source(self, name: str, value: Value) -> int | str | None:
         """The argument of a module that a value was, of those that can stand for its output."""
@@ -348,8 +352,7 @@ def _form(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Shape | No
     if type(out) not in (tuple, list):
         sources = _stand_ins(out, given)
         return Shape(sources, ()) if sources else None
-    objects = [(key, value) for key, value in given if not isinstance(value, NUMBERS)]
-    handed = {i: next((key for key, value in objects if value is item), None) for i, item in enumerate(out) if item is not None}
+    handed = _handed(out, given)
     made = [i for i, key in handed.items() if key is None] or list(handed)[:1]
     streams = {i: sources for i in made if (sources := _stand_ins(out[i], given))}
     if len(streams) != 1 or not all(isinstance(out[i], torch.Tensor) for i in made):
@@ -360,6 +363,12 @@ def _form(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Shape | No
         return None  # the stream may be what was written to in place
     lost = tuple(i for i in made if i != place)
     return Shape(sources, (type(out).__name__, len(out), place, *((pairs,) if pairs else ())), lost)
+
+
+def _handed(out: Sequence[Any], given: Sequence[tuple[int | str, Any]]) -> dict[int, int | str | None]:
+    """For every result that there is, the argument that it is (None: it was made)."""
+    objects = [(key, value) for key, value in given if not isinstance(value, NUMBERS)]
+    return {i: next((key for key, value in objects if value is item), None) for i, item in enumerate(out) if item is not None}
 
 
 def _stand_ins(out: Any, given: Sequence[tuple[int | str, Any]]) -> tuple[int | str, ...]:

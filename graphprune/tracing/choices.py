@@ -22,7 +22,7 @@ not understand leaves the axis whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,15 +113,11 @@ def _numbered(
         outs = _moved(recorder, known, args, kwargs, given, shapes, reason, first)
         if outs is not None:
             return outs
-    if op.short == "eq" and first is not None and _one(args[1]) and first.numbers is not None:
-        first.numbers.compared = True
-        return known.carry(op, args, kwargs, given, shapes, reason)
-    if op.short == "eq" and first is not None and first.numbers is not None and (along := _counting(recorder, args[1], first)):
-        first.numbers.tables.append(len(recorder.nodes))  # of zeros and ones: zero for what is never chosen
-        recorder.zeros = True
-        shape = [1] * len(shapes[0])
-        shape[along] = first.numbers.labels.size
-        return [(first.numbers.labels.reshape(shape),)], False
+    if op.short == "eq" and first is not None and first.numbers is not None:
+        first.numbers.compared = first.numbers.compared or _one(args[1])
+        table = None if _one(args[1]) else _ones(recorder, args[1], first, shapes)
+        if _one(args[1]) or table is not None:
+            return table or known.carry(op, args, kwargs, given, shapes, reason)
     slots = op.addresses(*args, **kwargs) if op.addresses is not None else []
     if slots and all(any(value is index for _, _, index in slots) for value in numbered):
         return _addressed(recorder, known, args, kwargs, shapes, reason, slots)
@@ -133,6 +129,18 @@ def _numbered(
 def _one(other: Any) -> bool:
     """Whether something is one number, known in this run."""
     return isinstance(other, int) or isinstance(other, Value) and other.entry >= 0
+
+
+def _ones(recorder: Any, other: Any, first: Value, shapes: list[Any]) -> tuple[list[Fields], bool] | None:
+    """The fields of a table of zeros and ones, where positions are compared with all numbers of the axis that was chosen from."""
+    along = _counting(recorder, other, first)
+    if not along:
+        return None
+    first.numbers.tables.append(len(recorder.nodes))
+    recorder.zeros = True  # for what is never chosen
+    shape = [1] * len(shapes[0])
+    shape[along] = first.numbers.labels.size
+    return [(first.numbers.labels.reshape(shape),)], False
 
 
 def _counting(recorder: Any, other: Any, positions: Value) -> int:
@@ -224,8 +232,7 @@ def _addressed(
             continue
         labels.join(choice.labels, along[0].ravel())
         choice.stacks += [along[0].ravel()] if target.zero else []
-        if op.writes_at and not target.leaf:
-            choice.tables.append(len(recorder.nodes))
+        choice.tables += [len(recorder.nodes)] * (op.writes_at and not target.leaf)
         fields = [entries for entries in fields if entries is not along[0]]
         again.append(choice.labels.reshape(along[0].shape))
     bare = replace(target, fields=tuple(fields))
@@ -294,7 +301,12 @@ def settled(labels: Labels, choices: list[Choice], listed: Mapping[int, str]) ->
             labels.lock(choice.labels, labels.reason(choice.place._replace(text=text)))
         for array, reason in choice.singled if id(choice) not in listed else ():
             labels.lock(array, reason)
-    tables = [(frozenset(root[choice.labels].tolist()), min(choice.tables)) for choice in good if choice.tables]
+    return good, _least_where_gone(good, root, mixed)
+
+
+def _least_where_gone(choices: Iterable[Choice], root: Array, mixed: Array) -> Callable[[Value, Array], bool]:
+    """The function that :func:`settled` returns; ``mixed`` says of a label whether it is of what is chosen from."""
+    tables = [(frozenset(root[choice.labels].tolist()), min(choice.tables)) for choice in choices if choice.tables]
 
     def least_of(value: Value, array: Array) -> bool:
         labels_of = root[array]
@@ -302,7 +314,7 @@ def settled(labels: Labels, choices: list[Choice], listed: Mapping[int, str]) ->
             return False
         return not any((value.node < 0 or value.node >= first) and entries.issuperset(labels_of.ravel().tolist()) for entries, first in tables)
 
-    return good, least_of
+    return least_of
 
 
 def least(groups: Any, choices: Iterable[Choice]) -> Mapping[int, int]:

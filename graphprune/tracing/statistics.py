@@ -34,21 +34,22 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Value, 
         return
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
     for node in taken:
-        assert node.rule is not None
-        position = node.outs[-1].numbers if node.op.chooses_from is not None else None
-        if (node.op.softmax or (position is not None and position.matters)) and all(chosen(node.rule.operands[0], each) for each in _along(node)):
-            kept = True
-        elif node.op.softmax:
-            kept = False
-        else:
-            norm = node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs)
-            kept = norm or _sums_zeros(node, zeros)
-        if kept:
+        norm = node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs)
+        if norm or _among_chosen(node, chosen) or (not node.op.softmax and _sums_zeros(node, zeros)):
             continue
+        assert node.rule is not None
         what = "a softmax" if node.op.softmax else "a statistic"
         reason = labels.reason(Reason(f"{what} over it changes with the number of its entries", node.op.short, node.module, node.where, "statistic"))
         rule = Expr(re.sub(r"\[(\w+)\]", "_", node.rule.text), node.rule.operands, node.rule.sizes)
         meet(_OnCondition(labels), rule, [value.shape for value in node.outs], reason)
+
+
+def _among_chosen(node: Node, chosen: Callable[[Value, Array], bool]) -> bool:
+    """Whether a softmax, or the largest whose position somebody reads, is taken over what is chosen from."""
+    position = node.outs[-1].numbers if node.op.chooses_from is not None else None
+    if not node.op.softmax and (position is None or not position.matters):
+        return False
+    return node.rule is not None and all(chosen(node.rule.operands[0], each) for each in _along(node))
 
 
 def _sums_zeros(node: Node, zeros: Zeros) -> bool:
