@@ -391,3 +391,20 @@ def test_experts_that_all_work_keep_their_number_unless_they_are_named(table) ->
     assert {name: set(axes) for name, axes in plan.cuts.items()} == {"up": {2}, "down": {1}}
     if table == "one hot":
         assert 0 in graphprune.plan(model, x, 0.5, what="experts").cuts["up"]
+
+
+def test_numbers_that_are_counted_to_beside_comparisons_with_one_number() -> None:
+    """No positions are chosen: what is counted to is a position, and a comparison with a single value nothing special."""
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            at = torch.arange(x.shape[0])
+            first = at[:1].squeeze()
+            return self.out(self.inside(x).relu()) * (at == first).unsqueeze(-1)
+
+    small = graphprune.shrink(Counted(), torch.randn(5, 4), 0.5)
+    assert small.inside.out_features == 4

@@ -152,8 +152,10 @@ def _counting(recorder: Any, other: Any, positions: Value) -> int:
 
 def counts_up(recorder: Any, value: Value) -> tuple[int, Value | None]:
     """The axis (from the end) along which a tensor is 0, 1, 2 …, and what it was when it was made; (0, None) where it is not."""
-    along = next((dim - len(value.shape) for dim, size in enumerate(value.shape) if size == max(value.shape)), 0)
-    while value.node >= 0:
+    if not value.shape:
+        return 0, None
+    along = next(dim - len(value.shape) for dim, size in enumerate(value.shape) if size == max(value.shape))
+    while 0 <= value.node < len(recorder.nodes):
         node = recorder.nodes[value.node]
         if node.op.enumerates:
             start, step = node.args[0] if len(node.args) > 1 else 0, node.args[2] if len(node.args) > 2 else node.kwargs.get("step", 1)

@@ -205,8 +205,9 @@ def _one_hot(asked: Asked) -> None:
 @reader("arange")
 def _arange(asked: Asked) -> None:
     """A size that is counted to is a factor, unless positions that were chosen are compared with the numbers (:func:`_equal`)."""
-    if asked.out and len(asked.args) == 1 and isinstance(asked.args[0], Size):
-        asked.recorder.counted_to[id(counts_up(asked.recorder, asked.out)[1])] = asked.args[0]
+    numbers = counts_up(asked.recorder, asked.out)[1] if asked.out and len(asked.args) == 1 and isinstance(asked.args[0], Size) else None
+    if numbers is not None:
+        asked.recorder.counted_to[id(numbers)] = asked.args[0]
 
 
 @reader("__eq__", "eq")
