@@ -43,7 +43,7 @@ FILES = ("tracing/*.py", "coupling/*.py", "budget/*.py", "cutting/*.py", "select
 LEFT_OUT = """automatic checkpoint command copies coverage device distill distributed docs exports folder gradual imitation import iterate kernels latency
     learnt measure models mutants pretrained recurrent_repair repair repair_free scores scores_input
     scores_laws scores_rescaling scores_rows sparse unseen""".split()
-LONGEST = 40  # seconds of the processor for a test on the code as it is: a clock that never rests on a busy machine judges nothing
+LONGEST = 20  # seconds of the processor for a test on the code as it is: a clock that never rests on a busy machine judges nothing
 DOCTESTS = ("tracing", "coupling", "budget", "cutting", "select.py")
 COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -162,6 +162,7 @@ def watched(items: list[pytest.Item], to: str) -> None:
         failure = outcome(item)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         seconds[item.nodeid] = time.process_time() - start
+        print(f"{len(seconds)} of {len(items)}: {seconds[item.nodeid]:.1f} s {item.nodeid} {failure}", flush=True)
         failed |= {item.nodeid: failure} if failure else {}
     watch.stop()
     data = watch.get_data()
