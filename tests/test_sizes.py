@@ -155,6 +155,8 @@ PARTS = {
     "hsplit at": lambda net, h: mix(torch.hsplit(h, [6])),
     "chunk unevenly": lambda net, h: mix(h.chunk(3, 1)),
     "split unevenly": lambda net, h: mix(h.split(6, 1)),
+    "split unevenly by a share": lambda net, h: mix(h.split(-(-h.shape[1] // 3), 1)),
+    "tensor_split unevenly": lambda net, h: mix(h.tensor_split(3, 1)),
     "interleaved": lambda net, h: torch.cat([h[:, ::2].sigmoid() * h[:, 1::2]] * 2, 1),
     "interleaved by three": lambda net, h: torch.cat([h[:, ::3], h[:, 1::3], h[:, 2::3]], 1),
 }
@@ -164,7 +166,8 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_of_an_axis_keep_their_entries(name, verify):
     share = cut(PARTS[name], verify)
-    assert share < 0.8 or name not in ("tensor_split", "hsplit", "interleaved", "interleaved by three", "set every other")
+    assert share < 0.8 or name not in ("tensor_split", "hsplit", "interleaved", "interleaved by three", "set every other", "chunk unevenly",
+        "split unevenly by a share", "tensor_split unevenly")
 
 
 @pytest.mark.parametrize("verify", [False, True])

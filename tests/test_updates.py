@@ -115,11 +115,14 @@ class Beside(nn.Module):
             return self.head(self.up(self.down(h)))
         if self.kind == "residual":
             return self.head(h + self.up(self.down(h)))
+        if self.kind == "residual of a layer":
+            h = self.base(h)
+            return self.head(h + self.up(self.down(h)))
         if self.kind == "another input":
             return self.head(self.base(h) + self.up(self.down(h.sigmoid())))
         return self.head(self.base(h) + self.up(F.silu(self.down(h))))  # a bottleneck with an activation: its width is one
 
 
-@pytest.mark.parametrize("kind", ["chain", "residual", "another input", "activation"])
+@pytest.mark.parametrize("kind", ["chain", "residual", "residual of a layer", "another input", "activation"])
 def test_thin_layers_that_change_no_other_are_layers(kind):
     assert graphprune.shrink(Beside(kind), X, 0.5).down.out_features == RANK // 2

@@ -263,7 +263,9 @@ def _split(asked: Asked) -> None:
     if isinstance(sizes, int):
         for part in asked.result[:-1] or asked.result:
             asked.needs(sizes, asked.known(part), "size", dim)
-        _even(asked, dim)
+        along = _tied(asked, dim)
+        if along is not None:
+            asked.needs(-(-along // sizes), asked.known(asked.result[0]), "count", dim, len(asked.result))
     else:
         for size, part in zip(sizes, asked.result, strict=False):
             asked.needs(size, asked.known(part), "size", dim)
@@ -271,24 +273,32 @@ def _split(asked: Asked) -> None:
 
 @reader("chunk")
 def _chunk(asked: Asked) -> None:
-    _even(asked, asked.argument(2, "dim", otherwise=0))
+    count, dim = asked.argument(1, "chunks"), asked.argument(2, "dim", otherwise=0)
+    along = _tied(asked, dim)
+    if along is not None:
+        size = -(-along // count)
+        for part in asked.result[:-1]:
+            asked.needs(size, asked.known(part), "size", dim)
+        asked.needs(-(-along // size), asked.known(asked.result[0]), "count", dim, len(asked.result))
 
 
-def _even(asked: Asked, dim: int) -> None:
-    """Equal parts must stay equal: tie them entry by entry."""
-    parts = [asked.known(part) for part in asked.result]
+def _tied(asked: Asked, dim: int) -> Size | None:
+    """Tie parts of the same length entry by entry; returns the length of what is taken apart where there are parts of others.
+
+    Parts that are all alike stay so. Of others every call says how long they are, which is to be true of what is left of them.
+    """
+    whole, parts = asked.known(asked.first), [asked.known(part) for part in asked.result]
     values = [value for value in parts if value is not None]
-    if not values or len(values) < len(parts):
-        return
-    first = values[0]
-    if any(value.shape[dim] != first.shape[dim] for value in values):
-        for value in values:
-            asked.whole(value, dim, "it is taken apart into parts of which the last is shorter")
-        return
-    for value in values[1:]:
+    if whole is None or not values or len(values) < len(parts):
+        return None
+    firsts: dict[int, Value] = {}
+    for value in values:
+        first = firsts.setdefault(value.shape[dim], value)
         for left, right in zip(first.fields, value.fields, strict=False):
-            if left.shape == right.shape and left.shape[dim] > 1:
+            if left is not right and left.shape == right.shape and left.shape[dim] > 1:
                 asked.recorder.labels.join(left, right)
+    dim %= len(whole.shape)
+    return Size(whole.shape[dim], ("dim", whole, dim), asked.recorder.uses) if len(firsts) > 1 else None
 
 
 @reader("tensor_split", "hsplit", "vsplit", "dsplit")
@@ -299,7 +309,9 @@ def _tensor_split(asked: Asked) -> None:
     where = asked.argument(1, "indices_or_sections", "sections", "indices", "tensor_indices_or_sections", "split_size_or_sections")
     value = asked.known(asked.first)
     if isinstance(where, int):
-        _even(asked, dim)
+        along = _tied(asked, dim)
+        for index, part in enumerate(asked.result if along is not None else ()):
+            asked.needs((along + where - 1 - index) // where, asked.known(part), "size", dim)
     elif isinstance(where, list | tuple):
         for end in where:
             _end(asked, value, dim, end)

@@ -89,6 +89,8 @@ class _Lines:
             return self.made.get(id(update), ()) if id(whole) not in self.made else ()
         sources, _ = self.sources(whole)
         others, inner = self.sources(update)
+        if sources[0] & others[1]:  # the second layer reads the whole one's result: a residual branch
+            return ()
         return inner if sources[1] & others[2] else ()
 
     def sources(self, value: Value) -> tuple[list[set[int]], tuple[Array, ...]]:
