@@ -24,13 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..operations import Operation
 from ..operations.labels import Array, Fields, Labels, Reason, varying
 from ..operations.notation import Value, meet, parse
+
+Carried = tuple[list[Fields], bool]  # the fields of each result, and whether the call sums over any
 
 
 @dataclass(eq=False)
@@ -81,17 +83,41 @@ def chosen(labels: Labels, op: Operation, args: tuple[Any, ...], kwargs: dict[st
     return made
 
 
+class _Call(NamedTuple):
+    """A call of the run: the recorder, what is known of its operation, its arguments and the values among them, the shapes of its results."""
+
+    recorder: Any
+    known: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: list[Value]
+    shapes: list[Any]
+    reason: int
+
+    @property
+    def op(self) -> Operation:
+        return self.known.op
+
+    @property
+    def first(self) -> Value | None:
+        return self.args[0] if self.args and isinstance(self.args[0], Value) else None
+
+    def carry(self) -> Carried:
+        """The fields of the results where it does not matter what the values number."""
+        return self.known.carry(self.op, self.args, self.kwargs, self.given, self.shapes, self.reason)
+
+
 def carried(
     recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
-) -> tuple[list[Fields], bool] | None:
+) -> Carried | None:
     """The fields of a call's results where it is given positions that were chosen, or counts of them; None where it is given neither.
 
     What the results number, or count, is left in ``recorder.numbering``, a pair for each.
     """
-    op: Operation = known.op
-    first = args[0] if args and isinstance(args[0], Value) else None
+    call = _Call(recorder, known, args, kwargs, given, shapes, reason)
+    op, first = call.op, call.first
     if first is not None and first.tally is not None:
-        return _counts(recorder, known, args, kwargs, given, shapes, reason, first)
+        return _counts(call, first)
     for value in given if op.rule is not None else ():
         if value.tally is not None:
             value.tally.stacks += _beside(op, args, kwargs, value)
@@ -100,45 +126,37 @@ def carried(
     numbered = [value for value in given if value.numbers is not None]
     for value in numbered:
         value.numbers.read = True
-    return _numbered(recorder, known, args, kwargs, given, shapes, reason, numbered) if numbered else None
+    return _numbered(call, numbered) if numbered else None
 
 
-def _numbered(
-    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int, numbered: list[Value]
-) -> tuple[list[Fields], bool]:
+def _numbered(call: _Call, numbered: list[Value]) -> Carried:
     """The fields of the results of a call that is given chosen positions."""
-    op: Operation = known.op
-    first = args[0] if args and isinstance(args[0], Value) else None
-    if first is not None and first.numbers is not None and len(numbered) == 1:
-        outs = _moved(recorder, known, args, kwargs, given, shapes, reason, first)
-        if outs is not None:
-            return outs
-    if op.short == "eq" and first is not None and first.numbers is not None:
-        first.numbers.compared = first.numbers.compared or _one(args[1])
-        table = None if _one(args[1]) else _ones(recorder, args[1], first, shapes)
-        if _one(args[1]) or table is not None:
-            return table or known.carry(op, args, kwargs, given, shapes, reason)
-    slots = op.addresses(*args, **kwargs) if op.addresses is not None else []
+    op, first, outs = call.op, call.first, None
+    if first is not None and first.numbers is not None:
+        outs = _moved(call, first) if len(numbered) == 1 else None
+        outs = _compared(call, first) if outs is None and op.short == "eq" else outs
+    if outs is not None:
+        return outs
+    slots = op.addresses(*call.args, **call.kwargs) if op.addresses is not None else []
     if slots and all(any(value is index for _, _, index in slots) for value in numbered):
-        return _addressed(recorder, known, args, kwargs, shapes, reason, slots)
+        return _addressed(call, slots)
     for value in numbered:
         value.numbers.failed = value.numbers.failed or f"its chosen positions are used by {op.short}"
-    return known.carry(op, args, kwargs, given, shapes, reason)
+    return call.carry()
 
 
-def _one(other: Any) -> bool:
-    """Whether something is one number, known in this run."""
-    return isinstance(other, int) or isinstance(other, Value) and other.entry >= 0
-
-
-def _ones(recorder: Any, other: Any, first: Value, shapes: list[Any]) -> tuple[list[Fields], bool] | None:
-    """The fields of a table of zeros and ones, where positions are compared with all numbers of the axis that was chosen from."""
-    along = _counting(recorder, other, first)
+def _compared(call: _Call, first: Value) -> Carried | None:
+    """Positions are compared with one number, or with all numbers of the axis that was chosen from: a table of zeros and ones."""
+    other = call.args[1]
+    if isinstance(other, int) or isinstance(other, Value) and other.entry >= 0:  # one number, known in this run
+        first.numbers.compared = True
+        return call.carry()
+    along = _counting(call.recorder, other, first)
     if not along:
         return None
-    first.numbers.tables.append(len(recorder.nodes))
-    recorder.zeros = True  # for what is never chosen
-    shape = [1] * len(shapes[0])
+    first.numbers.tables.append(len(call.recorder.nodes))
+    call.recorder.zeros = True  # for what is never chosen
+    shape = [1] * len(call.shapes[0])
     shape[along] = first.numbers.labels.size
     return [(first.numbers.labels.reshape(shape),)], False
 
@@ -166,16 +184,12 @@ def counts_up(recorder: Any, value: Value) -> tuple[int, Value | None]:
     return 0, None
 
 
-def _counts(
-    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int, first: Value
-) -> tuple[list[Fields], bool]:
+def _counts(call: _Call, first: Value) -> Carried:
     """Counts stay counts when they are moved, or added up along the axis: nothing is counted for what is gone."""
-    op: Operation = known.op
+    op = call.op
     if op.accumulates or op.move is not None or op.pointwise:
-        recorder.numbering = [(None, first.tally)] * len(shapes)
-    if op.accumulates:
-        return [first.fields], False
-    return known.carry(op, args, kwargs, given, shapes, reason)
+        call.recorder.numbering = [(None, first.tally)] * len(call.shapes)
+    return ([first.fields], False) if op.accumulates else call.carry()
 
 
 def _beside(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], tally: Value) -> list[Array]:
@@ -190,7 +204,7 @@ def _beside(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], tally:
     return found
 
 
-def _found(recorder: Any, first: Value, shapes: list[Any]) -> tuple[list[Fields], bool] | None:
+def _found(recorder: Any, first: Value, shapes: list[Any]) -> Carried | None:
     """The positions at which something was counted."""
     for choice in recorder.choices:
         if any(entries.size == choice.labels.size and np.array_equal(entries.ravel(), choice.labels) for entries in first.fields):
@@ -199,27 +213,23 @@ def _found(recorder: Any, first: Value, shapes: list[Any]) -> tuple[list[Fields]
     return None
 
 
-def _moved(
-    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int, first: Value
-) -> tuple[list[Fields], bool] | None:
+def _moved(call: _Call, first: Value) -> Carried | None:
     """Positions stay positions when they are moved, picked or put in order; counted, they have an axis of what they number."""
-    op: Operation = known.op
+    op, shapes = call.op, call.shapes
     if op.tallies and len(first.shape) == 1 and shapes[0] == (first.numbers.labels.size,):
-        recorder.numbering = [(None, first.numbers)]
+        call.recorder.numbering = [(None, first.numbers)]
         return [(first.numbers.labels,)], False
     keeps = (op.moves or op.part or op.orders or op.picks) and not op.fills
     if not (keeps or op.statistic == "other"):
         return None
     if keeps:
-        recorder.numbering = [(first.numbers, None)] + [(None if op.orders else first.numbers, None)] * (len(shapes) - 1)
-    return known.carry(op, args, kwargs, given, shapes, reason)
+        call.recorder.numbering = [(first.numbers, None)] + [(None if op.orders else first.numbers, None)] * (len(shapes) - 1)
+    return call.carry()
 
 
-def _addressed(
-    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: list[Any], reason: int, slots: Sequence[tuple[Any, ...]]
-) -> tuple[list[Fields], bool]:
+def _addressed(call: _Call, slots: Sequence[tuple[Any, ...]]) -> Carried:
     """An axis is addressed by what was chosen: its entries are those of the axis that was chosen from."""
-    labels, op = recorder.labels, known.op
+    recorder, labels, op = call.recorder, call.recorder.labels, call.op
     target, again = slots[0][0], []
     fields = list(target.fields)
     for _, dim, index in slots:
@@ -238,9 +248,9 @@ def _addressed(
         fields = [entries for entries in fields if entries is not along[0]]
         again.append(choice.labels.reshape(along[0].shape))
     bare = replace(target, fields=tuple(fields))
-    swapped = tuple([bare if item is target else item for item in args])
-    named = {key: bare if item is target else item for key, item in kwargs.items()}
-    outs, reduces = meet(labels, op.describes(swapped, named), shapes, reason)
+    swapped = tuple([bare if item is target else item for item in call.args])
+    named = {key: bare if item is target else item for key, item in call.kwargs.items()}
+    outs, reduces = meet(labels, op.describes(swapped, named), call.shapes, call.reason)
     if op.writes_at:  # the result has the axis that was written to
         outs = [(*outs[0], *again), *outs[1:]]
     return outs, reduces
