@@ -131,13 +131,19 @@ def _totals(plan: Plan | None, groups: Groups, asked: Mapping[str, Any] | str, m
     units = [(width.before, width.after) for width in widths_of(plan)] if plan else [(group.size, group.size) for group in groups]
     cards.append(_card("groups", f"{len(units)}", f"{sum(a for _, a in units):,} of {sum(b for b, _ in units):,} units stay"))
     if measurement is not None:
-        facts = f"{1e3 * measurement.seconds:.3g} ms"
-        if measurement.speedup and measurement.band:
-            slower, (low, high) = measurement.speedup < 1, measurement.band
-            facts = f"{1 / measurement.speedup:.2f}x slower" if slower else f"{measurement.speedup:.2f}x faster"
-            facts += f" ({1 / high:.2f} to {1 / low:.2f})" if slower else f" ({low:.2f} to {high:.2f})"
-        cards.append(_card("measured", facts, f"{1e3 * measurement.seconds:.3g} ms, {measurement.runtime}, {measurement.threads} threads"))
+        cards.append(_card("measured", *_measured(measurement)))
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _measured(measurement: Measurement) -> tuple[str, str]:
+    """What a measurement found, beside the model before where it was measured as well, and how it was made."""
+    facts = f"{1e3 * measurement.seconds:.3g} ms"
+    note = f"{facts}, {measurement.runtime}, {measurement.threads} threads"
+    if measurement.speedup and measurement.band:
+        slower, (low, high) = measurement.speedup < 1, measurement.band
+        facts = f"{1 / measurement.speedup:.2f}x slower" if slower else f"{measurement.speedup:.2f}x faster"
+        facts += f" ({1 / high:.2f} to {1 / low:.2f})" if slower else f" ({low:.2f} to {high:.2f})"
+    return facts, note
 
 
 def _volume(shape: Sequence[int]) -> int:

@@ -83,19 +83,24 @@ def _parts(tree: Any) -> Iterable[tuple[Any, Any]] | None:
         return enumerate(tree)
     if is_dataclass(tree):
         return [(entry.name, getattr(tree, entry.name, None)) for entry in fields(tree)]
-    if isinstance(tree, functools.partial):
-        return [("func", tree.func), *enumerate(tree.args), *tree.keywords.items()]
-    if isinstance(tree, BOUND):
-        return [("self", tree.__self__)]
+    if isinstance(tree, (functools.partial, FunctionType, *BOUND)):
+        return _enclosed(tree)
     if isinstance(tree, BaseException):
         return [*enumerate(tree.args), *_attributes(tree)]
-    if isinstance(tree, FunctionType):
-        cells = zip(tree.__code__.co_freevars, tree.__closure__ or (), strict=True)
-        defaults = [*enumerate(tree.__defaults__ or ()), *(tree.__kwdefaults__ or {}).items()]
-        return [*((name, cell.cell_contents) for name, cell in cells if cell != CellType()), *defaults]
     if getattr(tree, "__dict__", None) or any(getattr(base, "__slots__", ()) for base in type(tree).__mro__):
         return _attributes(tree)
     return enumerate(tree) if isinstance(tree, Iterable) else [] if type(tree).__dictoffset__ else None
+
+
+def _enclosed(function: Any) -> list[tuple[Any, Any]]:
+    """What a function brings along: arguments that it was given beforehand, the object that it is bound to, variables around it."""
+    if isinstance(function, functools.partial):
+        return [("func", function.func), *enumerate(function.args), *function.keywords.items()]
+    if isinstance(function, BOUND):
+        return [("self", function.__self__)]
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    defaults = [*enumerate(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()]
+    return [*((name, cell.cell_contents) for name, cell in cells if cell != CellType()), *defaults]
 
 
 def _attributes(tree: Any) -> list[tuple[str, Any]]:
