@@ -100,7 +100,7 @@ class Sampled:
         nodes, plan = self.nodes(training), self.plan
         if not nodes or plan.parts or plan.gains or self.graph.numbers:
             return False
-        return not any(torch.Tag.nondeterministic_seeded in node.func.tags for node in nodes)
+        return not any(node.op.draws for node in nodes)
 
     def results(self, sample: tuple, training: bool = False, long: bool = False) -> tuple[Any, Any]:
         """What the cut model and the zeroed original return; raises :class:`Parted` where they do not make the recorded calls.

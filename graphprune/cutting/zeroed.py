@@ -64,9 +64,9 @@ def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple, 
         graph = trace(model, args, kwargs, outputs=asked.outputs, apart=asked.apart)
     graph = reading(graph, model, plan)
     asked = replace_fields(asked, apart=graph.asked.apart)
-    if not training and not graph.real and not graph.numbers and not any(torch.Tag.nondeterministic_seeded in node.func.tags for node in graph.nodes):
+    if not training and not graph.real and not graph.numbers and not any(node.op.draws for node in graph.nodes):
         return list(zip(graph.paths, replay(graph, model, plan, given), strict=True))
-    return walk(model, plan, asked, training)
+    return walk(model, plan, asked, training, graph)
 
 
 def reading(graph: Graph, model: nn.Module, plan: Plan) -> Graph:
@@ -79,11 +79,11 @@ def reading(graph: Graph, model: nn.Module, plan: Plan) -> Graph:
     return trace(model, *graph.example, outputs=graph.asked.outputs, examples=graph.asked.others, apart=True)
 
 
-def walk(model: nn.Module, plan: Plan, asked: Examples, training: bool = False) -> list[Item]:
-    """The zeroed original's own code on the example, with statistics over the survivors."""
+def walk(model: nn.Module, plan: Plan, asked: Examples, training: bool = False, graph: Graph | None = None) -> list[Item]:
+    """The zeroed original's own code on the example, with statistics over the survivors; random numbers are drawn for these alone."""
     results: list[Item] = []
     with RUNNING, same_dice():
-        run(_masked(model, plan), asked, real=True, amend=_Amended(model, plan), results=results, training=training)
+        run(_masked(model, plan), asked, real=True, amend=_Amended(model, plan, graph), results=results, training=training)
     return results
 
 
@@ -101,14 +101,20 @@ def _finite(tensor: torch.Tensor) -> bool:
 class _Amended:
     """Makes each call of a run that takes statistics over a cut axis anew, over what stays of it."""
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, model: nn.Module, plan: Plan, graph: Graph | None = None) -> None:
+        self.model, self.plan, self.graph = model, plan, graph
         self.made: _Made | None = None
+        self.draws = iter([node for node in graph.nodes if node.op.draws] if graph is not None else [])
+        self.masks: Masks | None = None  # of the graph
 
     def __call__(self, recorder: Any, node: Any, given: list[torch.Tensor], results: list[torch.Tensor]) -> None:
         self.made = self.made or _Made(recorder, self.model, self.plan)
         whole = self.made.after(node)
         broken = not all(map(_finite, results))
+        if not node.reduces and not broken and not whole and not node.op.draws:
+            return
+        if node.op.draws:
+            self.draw(recorder, node, given, results)
         if not node.reduces and not broken and not whole:
             return
         masks = Masks(recorder, self.plan)
@@ -122,6 +128,21 @@ class _Amended:
         for value, tensor in zip(node.outs, results, strict=True) if broken else ():
             if not _finite(tensor):
                 tensor.copy_(_filled(tensor, masks.kept(value)))
+
+    def draw(self, recorder: Any, node: Any, given: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+        """Random numbers anew, where some entries are removed; what they meet later is known from the graph, if that has the same call."""
+        masks, known = None, next(self.draws, None)
+        if self.graph is not None and known is not None and _same(known, node):
+            self.masks = masks = self.masks or Masks(self.graph, self.plan)
+            node = known
+        masks = masks or Masks(recorder, self.plan)
+        if not _drawn(node, masks):
+            return
+        held = {id(value): tensor for value, tensor in zip(node.held, given, strict=True)}
+        torch.set_rng_state(recorder.dice)
+        for tensor, better in zip(results, _call(node, held, masks, results[0].device), strict=True):
+            tensor.copy_(better)
+        recorder.rest = torch.get_rng_state()
 
 
 def _settled(model: nn.Module, plan: Plan, asked: Examples, training: bool) -> list[Item]:
@@ -300,8 +321,13 @@ def replay(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor
                 return end.value
 
 
-def replayed(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> Generator[list[torch.Tensor], None, list[torch.Tensor]]:
-    """The results of the recorded calls on the zeroed leaves, call by call, and in the end the outputs; to be run without gradients."""
+def replayed(
+    graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tensor], dice: list[list[torch.Tensor]] | None = None
+) -> Generator[list[torch.Tensor], None, list[torch.Tensor]]:
+    """The results of the recorded calls on the zeroed leaves, call by call, and in the end the outputs; to be run without gradients.
+
+    ``dice``: what the cut model has drawn at random, which is taken from there (the last) instead of being drawn.
+    """
     masks = Masks(graph, plan)
     held: dict[int, torch.Tensor] = {}
     leaves = _Leaves(graph, model, plan, held)
@@ -316,7 +342,7 @@ def replayed(graph: Graph, model: nn.Module, plan: Plan, inputs: list[torch.Tens
     for index, node in enumerate(graph.nodes):
         for value in node.held:
             leaves.ready(value)
-        results = _call(node, held, masks, leaves.device)
+        results = among_all(node, dice.pop(), masks) if dice and node.op.draws else _call(node, held, masks, leaves.device)
         for value, tensor in zip(node.outs, results, strict=True):
             tensor = filled[id(value)].clone() if id(value) in filled else tensor
             kept = masks.kept(value)
@@ -389,21 +415,37 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
     if "device" in kwargs:
         kwargs["device"] = device
     # A sum of zeros is one; where copies are apart, the names of heads in a result do not tell which of its groups a head was in.
-    plain = not node.reduces or (masks.apart and bool(node.products))
+    drawn = _drawn(node, masks)
+    plain = not drawn and (not node.reduces or (masks.apart and bool(node.products)))
     cuts = {} if plain else {id(v): masks.kept(v) for v in tensors((node.args, kwargs))}
-    if not any(cuts.values()):
+    if not drawn and not any(cuts.values()):
         swap = lambda v: held[id(v)]  # noqa: E731
         return _executed(node, replace(node.args, swap), replace(kwargs, swap))
 
     def take(value: Value) -> torch.Tensor:
         tensor = held[id(value)]
+        order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim)) if drawn else []  # random numbers come in the order of memory
         for dim, kept in cuts[id(value)].items():
             tensor = tensor.index_select(dim, kept.to(tensor.device))
-        return tensor
+        return tensor.permute(order).contiguous().permute(np.argsort(order).tolist()) if order else tensor
 
     args = node.refitted(replace(node.args, take), survivors(node.rule, cuts))
+    if drawn:  # sizes among the arguments are those of the result
+        shape, stays = node.outs[0].shape, masks.kept(node.outs[0])
+        short = [len(stays[dim]) if dim in stays else size for dim, size in enumerate(shape)]
+        args = tuple([short if isinstance(arg, list | tuple) and tuple(arg) == shape else arg for arg in args])
     small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
     return among_all(node, small, masks)
+
+
+def _drawn(node: Any, masks: Masks) -> bool:
+    """Whether random numbers are drawn for entries of which some are removed: those that stay get the numbers that a shorter tensor gets."""
+    return node.op.draws and node.kwargs.get("generator") is None and any(masks.kept(value) for value in node.outs)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two runs made the same call here."""
+    return one.func is other.func and [value.shape for value in one.outs] == [value.shape for value in other.outs] and len(one.held) == len(other.held)
 
 
 def _executed(node: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:

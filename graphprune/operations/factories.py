@@ -17,5 +17,9 @@ def factory(labels: Labels, reason: int, outs: list[Any], *args, **kwargs) -> li
 
 
 describe("empty", "new_empty", unmade=True)
+describe("zeros", "new_zeros", "zeros_like", filled=0)
+describe("ones", "new_ones", "ones_like", filled=1)
+describe("full", "new_full", "full_like", filled="fill_value")
+describe("scalar_tensor", filled="s")
 describe("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", shape_only=True)
 describe("empty", "new_empty", "empty_like", "new_empty_strided", "empty_permuted", "empty_strided", unset=True)

@@ -73,6 +73,7 @@ class Operation:
     factory: bool = False  # a tensor out of nothing but sizes
     fills: bool = False  # entries are written anew: what was zero need not be
     shape_only: bool = False  # nothing of the operand but its shape is read
+    filled: str | float | None = None  # what all entries of the result are, or the name of the argument that says it
     puts: bool = False  # one number in the place of some entries, or all
     overwrites: bool = False  # the first operand becomes the second
     copies: bool = False  # repeats its operand along new axes
@@ -116,6 +117,11 @@ class Operation:
     def short(self) -> str:
         """The name without its namespace."""
         return self.name.partition("::")[2]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the result depends on random numbers, those that torch draws next."""
+        return self.func is not None and torch.Tag.nondeterministic_seeded in self.func.tags
 
     @property
     def moves(self) -> bool:

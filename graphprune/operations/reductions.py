@@ -25,7 +25,7 @@ def _reduced(x: Value, dim: Any, keepdim: bool, outs: int = 1) -> Expr:
 
 @computes("sum", "nansum", statistic="sum")
 @computes("mean", "std", "var", statistic="mean")
-@computes("amax", "amin", "prod", "any", "all", "logsumexp", "max", "min", statistic="other")
+@computes("amax", "amin", "prod", "any", "all", "_is_any_true", "_is_all_true", "logsumexp", "max", "min", statistic="other")
 def reduction(x, dim=None, keepdim=False, **kwargs):
     if isinstance(dim, Value):
         return pointwise([x, dim], [max(len(x.shape), len(dim.shape))])
@@ -37,7 +37,7 @@ def var_mean(x, dim=None, *, correction=None, keepdim=False):
     return _reduced(x, dim, keepdim, outs=2)
 
 
-for _names, _number in ((("any",), 0.0), (("all", "prod"), 1.0), (("amax", "max", "logsumexp"), -math.inf), (("amin", "min"), math.inf)):
+for _names, _number in ((("any", "_is_any_true"), 0.0), (("all", "_is_all_true", "prod"), 1.0), (("amax", "max", "logsumexp"), -math.inf), (("amin", "min"), math.inf)):
     describe(*_names, neutral=_number)
 
 

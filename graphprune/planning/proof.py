@@ -95,18 +95,14 @@ class Proof:
         small = evaluating(apply(self.model, plan))
         inputs = list(tensors(self.graph.example, torch.Tensor))
         graph = recorded(self.graph, self.model, plan)
-        masks, calls = Masks(graph, plan), replayed(graph, self.model, plan, inputs)
-        dice = [torch.get_rng_state()]
+        dice: list[list[torch.Tensor]] = []
+        masks, calls = Masks(graph, plan), replayed(graph, self.model, plan, inputs, dice)
 
         def watch(node: Any, results: list[torch.Tensor]) -> str:
             with _disable_current_modes(), torch.no_grad():
-                state, seeded = torch.get_rng_state(), torch.Tag.nondeterministic_seeded in node.func.tags
-                if seeded:
-                    torch.set_rng_state(dice[0])
+                if node.op.draws:
+                    dice.append([result.clone() for result in results])
                 wanted = next(calls)
-                if seeded:
-                    dice[0] = torch.get_rng_state()
-                    torch.set_rng_state(state)
                 if node.op.unset:
                     return ""
                 return next((text for text in map(_apart, results, wanted, [masks.kept(v) for v in node.outs]) if text), "")

@@ -43,7 +43,7 @@ def others(groups: Groups, request: Request) -> list[tuple[Array, str]]:
 
 def _held(groups: Groups) -> str:
     """Why nothing goes of what the code chooses from, if it chooses from anything."""
-    places = {(node.op.short, node.where) for node in groups.graph.nodes if node.op.chooses_from is not None}
+    places = {(node.op.short, node.where) for node in groups.graph.nodes if node.op.chooses_from is not None or node.op.orders}
     roots = {int(label) for choice in groups.graph.choices for label in groups.root[choice.labels]}
     for (name, axis), reason in groups.locked.items():
         along = (field for field in groups.graph.leaves[name].fields if field.shape[axis] > 1)

@@ -33,6 +33,7 @@ from ..operations.labels import Array, Fields, Labels, Reason, varying
 from ..operations.notation import Value, meet, parse
 
 Carried = tuple[list[Fields], bool]  # the fields of each result, and whether the call sums over any
+LEAST = -1e4  # a softmax gives exactly nothing to what is so far below the others
 
 
 @dataclass(eq=False)
@@ -54,7 +55,8 @@ class Choice:
     addressed: bool = False  # single positions address tables that are no weights
     statistic: bool = False  # the largest itself may be all that is wanted (a pooling), which says nothing of the axis
     read: bool = False  # somebody reads the positions
-    tables: list[int] = field(default_factory=list)  # the calls that fill a table at the positions: with ones, or the share that each has
+    tables: list[int] = field(default_factory=list)  # the calls that fill a table of zeros at the positions: with ones, or the share that each has
+    fills: bool = False  # a table is filled, of zeros or of minus infinity
     by_table: bool = False  # such a table weighs the experts, and no position addresses one
     singled: list[tuple[Array, int]] = field(default_factory=list)
 
@@ -155,6 +157,7 @@ def _compared(call: _Call, first: Value) -> Carried | None:
     if not along:
         return None
     first.numbers.tables.append(len(call.recorder.nodes))
+    first.numbers.fills = True
     call.recorder.zeros = True  # for what is never chosen
     shape = [1] * len(call.shapes[0])
     shape[along] = first.numbers.labels.size
@@ -244,7 +247,9 @@ def _addressed(call: _Call, slots: Sequence[tuple[Any, ...]]) -> Carried:
             continue
         labels.join(choice.labels, along[0].ravel())
         choice.stacks += [along[0].ravel()] if target.zero else []
-        choice.tables += [len(recorder.nodes)] * (op.writes_at and not target.leaf)
+        if op.writes_at and not target.leaf:
+            choice.fills = True
+            choice.tables += [] if _least(recorder, target) else [len(recorder.nodes)]
         fields = [entries for entries in fields if entries is not along[0]]
         again.append(choice.labels.reshape(along[0].shape))
     bare = replace(target, fields=tuple(fields))
@@ -254,6 +259,16 @@ def _addressed(call: _Call, slots: Sequence[tuple[Any, ...]]) -> Carried:
     if op.writes_at:  # the result has the axis that was written to
         outs = [(*outs[0], *again), *outs[1:]]
     return outs, reduces
+
+
+def _least(recorder: Any, value: Value) -> bool:
+    """Whether all entries of a value are minus infinity, or what a softmax makes as little of."""
+    while 0 <= value.node < len(recorder.nodes):
+        node = recorder.nodes[value.node]
+        if node.constant is not None or not node.op.keeps_zero or len(node.held) != 1:
+            return node.constant is not None and node.constant <= LEAST
+        value = node.held[0]
+    return False
 
 
 def singled(choices: list[Choice], locks: list[tuple[Array, int]]) -> list[tuple[Array, int]]:
@@ -280,7 +295,7 @@ def mattering(labels: Labels, choices: list[Choice], leaves: Iterable[Value], ou
     for value in outputs:
         if value.numbers is not None:
             value.numbers.read, value.numbers.failed = True, value.numbers.failed or "its chosen positions are an output"
-    tables = [choice for choice in choices if choice.tables and not choice.stacks]
+    tables = [choice for choice in choices if choice.fills and not choice.stacks]
     if tables:
         root = labels.partition().parent
         axes = {root[field.ravel()].tobytes() for leaf in leaves if len(leaf.fields) > 2 for field in leaf.fields}

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 RUNNING = threading.RLock()  # random numbers that a run draws are put back, for all threads: one at a time
@@ -15,9 +16,10 @@ RUNNING = threading.RLock()  # random numbers that a run draws are put back, for
 @contextmanager
 def same_dice() -> Iterator[None]:
     """Random numbers drawn inside are not missed outside."""
-    state = random.getstate()
+    state, arrays = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(arrays)

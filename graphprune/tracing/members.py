@@ -41,12 +41,10 @@ from .node import SHAPED, Node
 
 # What a tensor is where an entry is not chosen: zeros, without any rows, or not there to be asked.
 ZERO, EMPTY, OTHER = "zero", "empty", "other"
-ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 ANY_ZERO, FIRST_ZERO = (
     frozenset(("bitwise_and", "logical_and")),
     frozenset(("floor_divide", "true_divide", "gt", "ne", "any", "count_nonzero", "index", "gather")),
 )
-FILLS = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
 FILLED = frozenset(("masked_fill", "masked_scatter"))
 CONSTANT, SUMMED = 64, 1  # entries of a tensor that code makes of nothing which is known by them; what is left of the history of a sum over experts
 LISTED = "experts are modules of a list: what='experts' removes them"
@@ -116,6 +114,7 @@ class _Regions:
     runs: list[tuple[Sequence[Node], list[int | None]]] = field(default_factory=list)  # the calls, and the entry (or None) that each is for
     absorbing: set[int] = field(default_factory=set)  # ids of the calls after which an entry is no longer seen
     heads: set[int] = field(default_factory=set)  # ids of the calls that take out one entry
+    own: set[int] = field(default_factory=set)  # ids of the calls for one entry that take it out of what is known of all
 
     @property
     def size(self) -> int:
@@ -154,6 +153,7 @@ class _Regions:
             self._stacked(node, marked)
             return None
         entry = min(entries)
+        self._owned(node, entry)
         if kind is None:
             self.absorbing.add(id(node))
         elif node.op.writes and not (isinstance(node.args[0], Value) and id(node.args[0]) in self.marks):
@@ -163,13 +163,22 @@ class _Regions:
                 self.marks[id(value)] = kind, entry
         return max(entries)
 
+    def _owned(self, node: Node, entry: int) -> None:
+        """A call for one entry may take that entry out of a table over all of them; no other."""
+        taken = _position(node, node.args[0], self) if node.args and isinstance(node.args[0], Value) else None
+        if taken is None or self.chosen(node.args[0]):
+            return
+        if taken != entry:
+            raise _Left(f"expert {entry} reads what belongs to expert {taken}{_at(node)}")
+        self.own.add(id(node))
+
     def _taken(self, node: Node) -> int | None:
         """A call that is given nothing of a single entry yet: it may take out one, or make a table over all of them."""
         short = node.op.short.rstrip("_")
         if short == "eq" and isinstance(node.args[0], Value) and self.chosen(node.args[0]):
             other = node.args[1]
             return self._head(node, ZERO, other.entry if isinstance(other, Value) else int(other))
-        if _made_zero(node) or _zero(node, {id(value) for value in node.held if id(value) in self.zeros}):
+        if node.constant == 0 or _zero(node, {id(value) for value in node.held if id(value) in self.zeros}):
             self.zeros |= {id(value) for value in node.outs}
         return self._taken_from(node, node.args[0]) if node.args and isinstance(node.args[0], Value) else None
 
@@ -292,11 +301,6 @@ class _Regions:
                 users[id(value)].add(mark[1] if mark else None if shared else entries[index])
 
 
-def _made_zero(node: Node) -> bool:
-    """Whether a call makes zeros of nothing."""
-    return node.op.short in ZEROS or node.op.short in FILLS and node.argument(FILLS[node.op.short]) == 0
-
-
 def _zero(node: Node, zero: set[int]) -> bool:
     """Whether the result is all zeros if the values ``zero`` (by id) are."""
     op, short = node.op, node.op.short.rstrip("_")
@@ -363,7 +367,8 @@ def _lists(regions: _Regions, absorbing: set[int], constants: Mapping[str, torch
             owned[entry].append(name)
     lists = [_holders(owned[entry], entry, size, model) for entry in range(size)]
     if any(not each for each in lists):
-        raise _Left(f"nothing is read for expert {next(entry for entry, each in enumerate(lists) if not each)} alone")
+        alone = f"no module is read for expert {next(entry for entry, each in enumerate(lists) if not each)} alone"
+        raise _Left(f"{alone}; experts go that are modules of a list, or stacked weights that are addressed by the chosen positions")
     if any(each != lists[0] for each in lists):
         raise _Left("experts are not at the same places of the same lists")
     owners = _alike(lists[0], readers, model)
@@ -467,7 +472,7 @@ def _histories(
         if node.op.regroups and _but_ones(node.held[0]) == _but_ones(node.outs[0]):  # indexing takes axes of one entry off where only one row is chosen
             known[id(node.outs[0])] = held[0]
             continue
-        said = hash((str(node.op.func), held, _numbers(node, head)))
+        said = hash((str(node.op.func), held, _numbers(node, head or id(node) in regions.own)))
         known |= {id(value): hash((said, 0 if head else at)) for at, value in enumerate(node.outs)}
     return known
 

@@ -147,6 +147,12 @@ class Node:
         """An argument by the name that the operation's own signature gives it."""
         return self.op.argument(name, self.args, self.kwargs, default)
 
+    @property
+    def constant(self) -> float | None:
+        """What every entry of the result is, if it is one number that the call says."""
+        number = self.argument(self.op.filled) if isinstance(self.op.filled, str) else self.op.filled
+        return float(number) if isinstance(number, int | float) else None
+
     def refitted(self, args: Sequence[Any], sizes: Mapping[str, int]) -> tuple[Any, ...]:
         """The arguments with the numbers that have to follow: factors of the rule (``sizes``), and shapes that are repeated."""
         args = list(args)

@@ -94,6 +94,8 @@ class Recorder(TorchDispatchMode):
         self.looked: list[tuple[str, str]] = []  # where: module and line
         self.stopped = False  # whether a run in training mode did not reach its end
         self.amend: Any = None  # told of every call, with its results
+        self.dice = self.rest = torch.get_rng_state()  # torch's random numbers before and after the last call that drew some
+        self.seeded = False  # the code sets them
         self.constants: dict[str, Tensor] = {}
         self.copied: dict[int, Array] = {}  # by id, held so that the id stays theirs: fields that number the copies of an expanded axis
         self.known: dict[int, Known] = {}  # by id: overloads live for ever, and their hash is slow
@@ -215,6 +217,8 @@ class Recorder(TorchDispatchMode):
     def run(self, func: Any, known: Known, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """Execute: on the meta device as soon as one operand lies there."""
         if self.real:
+            if known.op.draws:
+                return self.drawn(func, args, kwargs)
             result = func(*args, **kwargs)
             return self.turn(known.op, args, kwargs, result) if self.turned and known.op.chooses_from is not None else result
         meta = [t.is_meta for t in given]
@@ -226,14 +230,22 @@ class Recorder(TorchDispatchMode):
                 return given[0]
             if self.stale or False in meta:
                 args, kwargs = self.emptied(args, kwargs)
-            shaped = known.shape(*args, **kwargs) if known.shape is not None and False not in meta else None
+            shaped = known.shape(*args, **kwargs) if known.shape is not None and False not in meta and not known.op.draws else None
             if shaped is not None:
                 return shaped
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": META}
         elif str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": given[0].device if given else CPU}
-        return func(*args, **kwargs)
+        return self.drawn(func, args, kwargs) if known.op.draws else func(*args, **kwargs)
+
+    def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Execute a call that draws random numbers; what changes them between two such calls is the model's code, which says what it wants."""
+        self.dice = torch.get_rng_state()
+        self.seeded = self.seeded or not torch.equal(self.dice, self.rest)
+        result = func(*args, **kwargs)
+        self.rest = torch.get_rng_state()
+        return result
 
     def turn(self, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """What would be chosen if the next entries of the axis were the largest."""
@@ -311,6 +323,8 @@ class Recorder(TorchDispatchMode):
         shapes = [tuple(t.shape) for t in results]
         module, where = (self.stack[-1] if self.stack else ""), self.place()
         outs, reduces = self.fields(known, seen, named, held, shapes, module, where)
+        if known.op.draws and (self.seeded or named.get("generator") is not None):
+            self.hold_seeded(known, outs, module, where)
         number = len(self.nodes)
         zero = (known.zero and bool(held) and held[0].zero) or self.zeros
         values = [Value(s, f, zero, number) for s, f in zip(shapes, outs, strict=True)]
@@ -326,6 +340,12 @@ class Recorder(TorchDispatchMode):
         if self.amend is not None:
             self.amend(self, node, given, results)
         self.spans.append((first_lock, len(self.labels.locks)))
+
+    def hold_seeded(self, known: Known, outs: list[Fields], module: str, where: Any) -> None:
+        """Numbers of a seed that the code sets are a table: fewer of them would be others."""
+        reason = self.labels.reason(Reason("random numbers of a seed that the code sets", known.name, module, where))
+        for entries in (entries for out in outs for entries in out if entries.size > 1):
+            self.labels.lock(entries, reason)
 
     def keep_results(self, op: Operation, first: Any, results: list[Tensor], values: list[Value]) -> None:
         """Keep the values of what a call returned; ``first`` is its first argument, which it may have written to."""

@@ -122,7 +122,7 @@ def run(
         trained=runs.trained and not recorder.stopped,
         training=runs.training,
         reruns=runs.reruns,
-        random_in_training=any(torch.Tag.nondeterministic_seeded in node.func.tags for node in (*recorder.nodes, *recorder.extra)),
+        random_in_training=any(node.op.draws for node in (*recorder.nodes, *recorder.extra)),
     )
 
 
@@ -233,8 +233,8 @@ def _results(recorder: Recorder, model: nn.Module, result: Any, asked: Examples)
 
 
 def entered(recorder: Recorder, inputs: list[torch.Tensor]) -> list[Value]:
-    """The values of the tensors that a model is given."""
-    values = []
+    """The values of the tensors that a model is given; a run with them begins."""
+    values, recorder.rest = [], torch.get_rng_state()
     for tensor in inputs:
         value = Value(tuple(tensor.shape), leaf=f"<input {len(values)}>")
         recorder.keep(tensor, value)
