@@ -25,6 +25,15 @@ from .tracing.trees import leaf_tensors
 from .wording import brief
 
 
+def kept(model: nn.Module, keep: Any) -> list[str]:
+    """The tensors that ``keep`` names; raises :class:`~graphprune.errors.UnknownName` for a type of module of which there is none."""
+    for kind in [keep] if isinstance(keep, type) else keep if isinstance(keep, list | tuple | set) else ():
+        if isinstance(kind, type) and not any(isinstance(module, kind) for module in model.modules()):
+            there = sorted({type(module).__name__ for name, module in model.named_modules() if name})
+            raise UnknownName(f"no module of this model is a {kind.__name__}; there are {', '.join(there[:12])}{' …' if len(there) > 12 else ''}")
+    return named(model, keep)
+
+
 def named(model: nn.Module, keep: Any) -> list[str]:
     """The tensors that ``keep`` speaks of: names, patterns, module types, modules or predicates."""
     if isinstance(keep, str | type) or callable(keep):

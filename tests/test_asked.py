@@ -37,7 +37,9 @@ def widths(net):
 
 
 NO_SENSE = {
-    "keep": ([None, 5, 0.5, True, [""], [None], [X], nn.Linear(4, 8), [nn.Linear(4, 8)], lambda one: True, "0.wieght"], UnknownName),
+    "keep": ([None, 5, 0.5, True, [""], [None], [X], nn.Linear(4, 8), [nn.Linear(4, 8)], nn.LSTM, lambda one: True, "0.wieght"], UnknownName),
+    "what": ([None, 5, [], [None], {}], BadOption),
+    "macs": ([1.5, 2.0], BadTarget),
     "examples": ([None, 5, X, "text", {"input": X}], BadInput),
     "example_kwargs": ([5, [("input", X)], X, "text"], BadInput),
     "outputs": ([[], (), True, False, "", 1.5], BadInput),
@@ -207,7 +209,9 @@ def test_layers_that_are_kept_count_among_those_that_stay(keep):
     left = graphprune.shrink(Stack(), X, what={"layers": 3}, keep=keep).left()
     assert len(left) == 3 and all(at in left for at in range(len(keep)))
     with pytest.raises(BadRatio, match="are to stay"):
-        graphprune.shrink(Stack(), X, what={"layers": 5 if not keep else len(keep)}, keep=keep)
+        graphprune.shrink(Stack(), X, what={"layers": 5 if len(keep) < 2 else 1}, keep=keep)
+    if keep:
+        assert graphprune.shrink(Stack(), X, what={"layers": len(keep)}, keep=keep).left() == list(range(len(keep)))
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -275,3 +279,46 @@ def test_what_is_no_plan_or_model_is_refused():
         for call in (graphprune.trace, graphprune.profile, graphprune.measure, graphprune.widths):
             with pytest.raises(BadModel):
                 call(wrong, X)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return x + self.outer(self.inner(x).relu())
+
+
+def test_all_but_what_is_kept_of_whole_blocks_may_go():
+    net = nn.Sequential(*[Residual() for _ in range(4)], nn.Linear(4, 2))
+    for number in (1, 2):
+        small, plan = graphprune.shrink(net, X, what={"layers": number}, keep=["3.inner"], return_plan=True)
+        gone = {part.name for part in plan.parts}
+        assert len(gone) == 4 - number and "3" not in gone and (small(X) - graphprune.zeroed(net, plan)(X)[0]).abs().max() < 1e-5
+    with pytest.raises(BadRatio, match="2 are kept on request"):
+        graphprune.shrink(net, X, what={"layers": 1}, keep=["3.inner", "0.inner"])
+
+
+def test_a_number_in_quotes_is_said_to_be_one():
+    with pytest.raises(GraphpruneError, match="without quotes"):
+        graphprune.shrink(chain(), X, what={"layers": "1"})
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts, self.head = nn.Linear(4, 8), nn.Parameter(torch.randn(8, 4, 4)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        scores, at = self.router(x).topk(2)
+        return self.head((scores.unsqueeze(-1) * torch.einsum("ti,tkio->tko", x, self.experts[at])).sum(1))
+
+
+def test_a_share_of_experts_that_the_router_needs_is_told():
+    with pytest.warns(LessThanAsked, match="the code chooses 2 for every token"):
+        small = graphprune.shrink(Mixture(), X, what={"experts": 0.9})
+    assert small.router.out_features == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LessThanAsked)
+        assert graphprune.shrink(Mixture(), X, what={"experts": 0.75}).router.out_features == 2

@@ -23,6 +23,8 @@ from ..errors import BadTarget
 from ..operations.labels import Array
 from ..options import OBJECTIVES
 
+MOST_TIMES = 100  # a number with a fraction up to here is no absolute one: somebody means times
+
 enter("target", "ratio", "the share of units removed in every group")
 enter("target", "params", "parameters that may stay: a share of the original, or a number")
 enter("target", "macs", "multiply-accumulates that may stay: a share of the original, or a number")
@@ -124,6 +126,8 @@ def _within(value: Any) -> bool:
 def _checked(name: str, value: Any) -> None:
     if value is not None and not (_number(value) and value > 0):
         raise BadTarget(f"{name} is {value!r}; give the share of the original that may stay (a float, 0 < {name} <= 1) or an absolute number (5_000_000)")
+    if isinstance(value, float) and 1 < value <= MOST_TIMES:
+        raise BadTarget(f"{name} is {value!r}, more than all; for {value:g} times less write {name}={1 / value:.3g} (a share), for so many in all a whole number")
 
 
 def moment(text: str) -> float:

@@ -39,7 +39,7 @@ Speedup = Annotated[str | None, typer.Option(help="How many times faster, measur
 Score = Annotated[str, typer.Option(help="What matters: a name of `graphprune list score`.")]
 Chosen = Annotated[str | None, typer.Option(help="The same; left out, calibration and a budget choose it, else it is l2.")]
 Scope = Annotated[str | None, typer.Option(help="layer, global, isomorphic or allocated.")]
-What = Annotated[str | None, typer.Option(help="What goes: a name of `graphprune list granularity`.")]
+What = Annotated[str | None, typer.Option(help="What goes, of `graphprune list granularity`: mlp, or several with how much of each: mlp=50%,layers=24.")]
 Keep = Annotated[list[str] | None, typer.Option(help="A module or pattern that stays whole. May be repeated.")]
 Multiple = Annotated[str | None, typer.Option("--multiple-of", help="Widths are multiples of this; auto: of what the device likes.")]
 Least = Annotated[int | None, typer.Option("--at-least", help="Units that stay of every group.")]

@@ -66,7 +66,7 @@ class Setting:
 
 def request(arguments: dict[str, Any], setting: Setting) -> dict[str, Any]:
     """The options of :func:`graphprune.shrink` among a command's arguments."""
-    options: dict[str, Any] = {name: arguments[name] for name in (*TARGETS, "scope", "what", "keep") if arguments.get(name)}
+    options = _targets(arguments)
     timed = options.get("latency") or options.get("speedup") or arguments.get("objective") or arguments.get("multiple_of") == "auto"
     if arguments.get("runtime") or arguments.get("threads"):
         if not timed:
@@ -80,6 +80,27 @@ def request(arguments: dict[str, Any], setting: Setting) -> dict[str, Any]:
     elif arguments.get("score"):  # else it is that of the function in Python
         options["score"] = _score(arguments["score"], setting)
     return options | _widths(arguments)
+
+
+def _targets(arguments: dict[str, Any]) -> dict[str, Any]:
+    """How much goes, and of what."""
+    options: dict[str, Any] = {name: arguments[name] for name in (*TARGETS, "scope", "what", "keep") if arguments.get(name)}
+    if "what" in options:
+        options["what"] = _kinds(options["what"])
+    return options
+
+
+def _kinds(text: str) -> Any:
+    """One kind, several, or how much of each.
+
+    >>> _kinds("mlp"), _kinds("mlp,heads"), _kinds("mlp=50%, layers=24")
+    ('mlp', ('mlp', 'heads'), {'mlp': '50%', 'layers': 24})
+    """
+    kinds = [each.strip() for each in text.split(",") if each.strip()]
+    if any("=" in each for each in kinds):
+        pairs = [each.partition("=")[::2] for each in kinds]
+        return {name.strip(): int(share) if share.strip().isdecimal() else share.strip() or None for name, share in pairs}
+    return kinds[0] if len(kinds) == 1 else tuple(kinds)
 
 
 def _clock(arguments: dict[str, Any]) -> Runtime:
@@ -196,7 +217,7 @@ def _by_file(arguments: dict[str, Any]) -> bool:
 
 def _checkpoint(arguments: dict[str, Any]) -> Outcome:
     """A folder of safetensors with a configuration: shrunk file by file, to one of the same kind."""
-    options = {name: arguments[name] for name in (*TARGETS, "scope", "what", "keep") if arguments.get(name)}
+    options = _targets(arguments)
     inputs = example_of(arguments["input"], arguments.get("seed", 0)) if arguments.get("input") else None
     out = Path(_place(arguments))
     chosen = checkpoint.shrink(arguments["model"], out, inputs, score=arguments.get("score") or "l2", **_widths(arguments), **options)

@@ -124,7 +124,7 @@ def _chosen(options: Candidates, graph: Graph, model: nn.Module, request: Reques
     extra: list[Removable] = []  # for the limits alone
     for share, pool in sorted(options.pools.items(), key=lambda item: item[0] is None):  # what limits ask for comes last
         count = _count(pool, share, request, len(options.every) - len(options.free))
-        for at, one in enumerate(_order(graph, model, list(pool), request)):
+        for at, one in enumerate(_order(graph, model, list(pool), request, one_stays=len(options.every) == len(options.free))):
             if at >= count and (share is not None or holds(remaining.costs, limits)):
                 break
             gone.append(one)
@@ -146,8 +146,8 @@ def _count(pool: Sequence[Removable], ratio: float | None, request: Request, kep
     if ratio is None and isinstance(amount, int):
         if amount > len(pool) + kept:
             raise BadRatio(f"{amount} {request.text} are to stay; {len(pool) + kept} can go{' or are kept' if kept else ''}")
-        if amount <= kept:
-            raise BadRatio(f"{amount} {request.text} are to stay; {kept} are kept on request, and one of the others always stays")
+        if amount < max(kept, 1):
+            raise BadRatio(f"{amount} {request.text} are to stay; {kept} are kept on request")
         return len(pool) + kept - amount
     share = ratio if ratio is not None else request.ratio if amount is None else amount
     return len(pool) - width(len(pool), share)
@@ -165,10 +165,11 @@ def _tell(kind: str, pools: Pools, ratio: float) -> None:
     warn(f"ratio {most:g} removes nothing: {one if len(pool) == 1 else several}, {what}")
 
 
-def _order(graph: Graph, model: nn.Module, pool: list[Removable], request: Request) -> Iterator[Removable]:
-    """All but the last one that may go, the first to go first."""
+def _order(graph: Graph, model: nn.Module, pool: list[Removable], request: Request, one_stays: bool) -> Iterator[Removable]:
+    """Those that may go, the first to go first; all but the last, if ``one_stays``."""
+    most = len(pool) - one_stays
     if request.score == "reconstruction":
-        return islice(greedy(model, pool, batches_of(request.batches, request.score)), len(pool) - 1)
+        return islice(greedy(model, pool, batches_of(request.batches, request.score)), most)
     scores = scores_of(graph, model, pool, request.score, request.batches, request.loss)
     order = sorted(range(len(pool)), key=lambda i: (scores[i], -i))
-    return (pool[i] for i in order[:-1])
+    return (pool[i] for i in order[:most])

@@ -17,6 +17,8 @@ from ..cutting.rewrite import removed
 from ..errors import LessThanAsked, warn
 from ..names import Makers, named
 from ..options import whole
+from ..select import width
+from ..tracing.choices import least
 from ..tracing.graph import Graph
 from ..tracing.trees import leaf_tensors
 from .request import DEPTH, Request
@@ -26,7 +28,7 @@ SHORT = 0.1  # a ratio r that removes less than this times r of all parameters f
 
 def disappointments(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> None:
     """Warn where nothing was cut although something was asked for, or far less than the ratio says."""
-    texts = _unheard(graph, model, plan, request)
+    texts = [*_unheard(graph, model, plan, request), *_as_many_as_chosen(graph, request)]
     if not texts:
         texts = [_met_already(graph, request) if not plan.cuts and not plan.parts else _far_short(model, plan, request)]
     if any(texts):
@@ -41,26 +43,39 @@ def _unheard(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> li
     groups = couple(graph, tuple((name, None) for name in request.keep if name in graph.leaves), free=request.free)
     makers = Makers(groups, model)
     texts = []
-    for key, width in overrides:
+    for key, wide in overrides:
         makes = [groups.groups[index] for index in makers.of(key)]
         if any(axis in plan.cuts.get(name, ()) for group in makes for name, axis in group.places):
             continue
-        if width is not None and makes and all(makers.units(group, key, width) == group.size for group in makes):  # as wide as it is
+        if wide is not None and makes and all(makers.units(group, key, wide) == group.size for group in makes):  # as wide as it is
             continue
         if not makes:
             reason = _held(groups, named(model, [key]))
         else:
-            reason = f"the ratio is too small for {makes[0].size} units" if width is None else "it is left whole for the reasons in the notes of the plan"
+            reason = f"the ratio is too small for {makes[0].size} units" if wide is None else "it is left whole for the reasons in the notes of the plan"
         name = key if isinstance(key, str) else getattr(key, "__name__", key)
-        texts.append(f"the {'ratio' if width is None else 'width'} of {name!r} cuts nothing: {reason}")
+        texts.append(f"the {'ratio' if wide is None else 'width'} of {name!r} cuts nothing: {reason}")
     return texts
+
+
+def _as_many_as_chosen(graph: Graph, request: Request) -> list[str]:
+    """The share of experts that cannot go, since the code chooses so many for every token."""
+    asked = next((each for each in request.wanted if each.spec.name == "experts" and isinstance(each.amount, float)), None)
+    if asked is None or not graph.choices:
+        return []
+    groups = couple(graph)
+    for index, enough in least(groups, graph.choices).items():
+        size = groups.groups[index].size
+        if width(size, asked.amount) < enough:
+            return [f"{asked.amount:g} of {size} experts were to go; the code chooses {enough} for every token, so {enough} stay"]
+    return []
 
 
 def _overrides(request: Request) -> list[tuple[Any, int | None]]:
     """The keys with a ratio (None) or a width of their own."""
     ratios, widths = request.widths.ratios, request.widths.to
     shares = [(key, None) for key, ratio in ratios.items() if ratio > 0] if isinstance(ratios, Mapping) else []
-    return [*shares, *((key, width) for key, width in widths.items() if not whole(key))]
+    return [*shares, *((key, wide) for key, wide in widths.items() if not whole(key))]
 
 
 def _held(groups: Groups, tensors: Sequence[str]) -> str:

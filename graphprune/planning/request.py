@@ -11,9 +11,9 @@ from torch import nn
 from ..budget.targets import Aims
 from ..cost import NAMES, cost
 from ..coupling.groups import Groups, couple
-from ..errors import BadOption, BadRatio, BadTarget
+from ..errors import BadAmount, BadOption, BadRatio, BadTarget
 from ..granularity.spec import Spec, parse
-from ..names import named
+from ..names import kept
 from ..options import FREED, Runtime, Vocabulary, Widths, token_ids, whole
 from ..quantities import Seconds, amount
 from ..scores import OnData
@@ -178,15 +178,18 @@ def ask(
         raise BadOption(f'on={on!r} would have no effect: it says where a time counts; ask for one (speedup=2, latency="8 ms") or for objective="time"')
     score, batches, loss = (score.score, score.batches, score.loss) if isinstance(score, OnData) else (score, None, None)
     facts = {"inplace": inplace, "scope_given": scope is not None, "batches": batches, "loss": loss}
-    return Request(wanted, aims, check_ratio(ratio), aims.scope if scope is None else scope, score, named(model, keep), widths, **facts)
+    return Request(wanted, aims, check_ratio(ratio), aims.scope if scope is None else scope, score, kept(model, keep), widths, **facts)
 
 
 def _wanted(what: Any) -> tuple[Wanted, ...]:
     """The kinds that ``what`` names: one, several, or a mapping to how much of each."""
-    if isinstance(what, Mapping):
+    names = (what,) if isinstance(what, str) else tuple(what) if isinstance(what, Iterable) else ()
+    if not all(isinstance(name, str) for name in names):
+        names = ()
+    if isinstance(what, Mapping) and names:
         kinds = [_one(name, value) for name, value in what.items()]
     else:
-        kinds = [Wanted(parse(name), name) for name in ((what,) if isinstance(what, str) or not isinstance(what, Iterable) else what)]
+        kinds = [Wanted(parse(name), name) for name in names]
     if not kinds:
         raise BadOption(f'what is {what!r}; it names what goes, such as "channel", ("mlp", "layers"), or {{"mlp": 0.3, "layers": 24}}')
     twice = [each.name for index, each in enumerate(kinds) if any(each.spec == other.spec for other in kinds[:index])]
@@ -209,7 +212,11 @@ def _checked(name: str, value: Any) -> Any:
     spec = parse(name)
     if spec.coupled and (chosen := token_ids(value)) is not None:
         return chosen
-    value = amount("ratio", value)
+    try:
+        value = amount("ratio", value)
+    except BadAmount as error:
+        number = "; a whole number of units that stay is written without quotes" if isinstance(value, str) and value.strip().isdecimal() else ""
+        raise BadAmount(f"what={{{name!r}: {value!r}}}: a share of units to remove is written {name!r}: 0.3 or {name!r}: '30%'{number}") from error
     if isinstance(value, Sequence) and spec.name in DEPTH and value and all(whole(each) or isinstance(each, str) for each in value):
         return tuple(value)
     if value is None or (isinstance(value, int) and whole(value) and value > 0 and (spec.coarse or spec.name in DEPTH)):
