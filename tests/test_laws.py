@@ -80,6 +80,7 @@ SPARING = {
 RULE_CALLS = {
     **{name: (X3, [1]) for name in ("mean", "sum", "amax", "amin", "logsumexp", "nansum")},
     **{name: (X3, 1) for name in ("prod", "any", "all", "max", "min", "cumsum", "cumprod", "sort", "argsort", "cummax")},
+    "_is_any_true": (X3 > 9,), "_is_all_true": (X3 > 9,),
     **{name: (X3, [1]) for name in ("std", "var", "var_mean", "std_mean")},
     "linalg_vector_norm": (X3, 2, [1]), "norm": (X3, 2, [1]),
     "_softmax": (X3, 1, False), "_log_softmax": (X3, 1, False), "_safe_softmax": (X3, 1), "softmax": (X3, 1), "log_softmax": (X3, 1),
@@ -221,7 +222,7 @@ def test_the_checker_wants_every_axis_named():
         check_rule(torch.mm, "n i, i -> n", real(2, 3), real(3, 4))
 
 
-DICE = {"poisson", "_standard_gamma"}  # other numbers each time
+DICE = {"poisson", "_standard_gamma", "normal", "binomial"}  # other numbers each time
 POINTWISE = {"copy": (X3, X3 * 2), "where": (X3 > 0.5, X3, X3 * 2), "masked_fill": (X3, X3 > 0.5, 2.0), "lerp": (X3, X3 * 2, X3), "addcmul": (X3, X3, X3),
              "addcdiv": (X3, X3, X3), "clamp": (X3, 0.2, 0.6), "prelu": (X3, B), "_prelu_kernel": (X3, real(1, 4, 1)), "rsub": (X3, X3 * 2),
              "bitwise_not": (X3 > 0.5,), "rrelu_with_noise": (X3, X3 * 0), "complex": (X3, X3 * 2), "polar": (X3, X3 * 2), "floor_divide": (X3, X3 * 2),
