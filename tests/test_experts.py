@@ -408,3 +408,42 @@ def test_numbers_that_are_counted_to_beside_comparisons_with_one_number() -> Non
 
     small = graphprune.shrink(Counted(), torch.randn(5, 4), 0.5)
     assert small.inside.out_features == 4
+
+
+class Dense(nn.Module):
+    """All experts run, in products that einsum puts into the columns of one; a table weighs them."""
+
+    def __init__(self, fill, dim=8, experts=6, width=12):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.router, self.head = nn.Linear(dim, dim), nn.Linear(dim, experts), nn.Linear(dim, 3)
+        self.up, self.down, self.fill = nn.Parameter(torch.randn(experts, dim, width) / 3), nn.Parameter(torch.randn(experts, width, dim) / 3), fill
+
+    def forward(self, x):
+        x = self.stem(x)
+        scores = self.router(x)
+        best, at = scores.topk(2)
+        if self.fill:
+            gates = torch.full_like(scores, self.fill).scatter(-1, at, best).softmax(-1)
+        else:
+            gates = torch.zeros_like(scores).scatter(-1, at, best.softmax(-1))
+        inner = torch.einsum("td,edh->teh", x, self.up).relu()
+        return self.head(torch.einsum("ted,te->td", torch.einsum("teh,ehd->ted", inner, self.down), gates))
+
+
+@pytest.mark.parametrize("fill", [0.0, -torch.inf, -1e9])
+def test_experts_in_the_columns_of_one_product_go_where_they_are_named(fill) -> None:
+    net, x = Dense(fill).double().eval(), torch.randn(7, 8, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x, what={"experts": 0.5}, return_plan=True)
+    assert small.router.out_features == 3 and small.up.shape == (3, 8, 12)
+    assert (small(x) - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12
+    gone = sorted(set(range(6)) - set(plan.cuts["router.weight"][0]))
+    assert (small(x) - never_chosen(net, gone)(x)).abs().max() < 1e-12 < (small(x) - never_chosen(net, gone, 0.0)(x)).abs().max()
+    inner = graphprune.shrink(net, x, 0.5)
+    assert inner.router.out_features == 6 and inner.up.shape == (6, 4, 6)
+
+
+def test_a_table_that_is_low_but_not_that_low_holds_its_experts() -> None:
+    net, x = Dense(-5.0).double().eval(), torch.randn(7, 8, dtype=torch.float64)
+    with pytest.raises(NothingToPrune):
+        graphprune.shrink(net, x, what={"experts": 0.5})

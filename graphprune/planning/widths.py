@@ -33,6 +33,7 @@ from .proof import Fault, Proof, numbers_of_unknown_origin
 from .request import Request
 from .shares import shares
 from .uniform import alike
+from .units.experts import beside
 from .unread import narrower, unread_sizes
 from .wanted import amounts, of_kind, others
 
@@ -92,6 +93,9 @@ class _Coupling:
         groups = self.coupled()
         if {each.spec.name for each in request.wanted} & {"head", "heads"} and not of_kind(groups, "heads"):
             self.locks += whole_insides(graph)
+            groups = self.coupled()
+        if any(each.spec.name == "experts" for each in request.wanted) and graph.choices and not of_kind(groups, "experts"):
+            self.locks += beside(graph)
             groups = self.coupled()
         unwanted = others(groups, request)
         if unwanted:

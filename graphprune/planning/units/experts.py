@@ -20,16 +20,35 @@ many as the router chooses stay.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 
 from ...coupling.groups import Groups
+from ...operations.labels import Array
 from ...tracing.choices import least
+from ...tracing.graph import Graph
 from .kind import of_groups
 
 
 @of_groups("experts", "experts of a mixture: a router's rows with all that belongs to each; as many as it chooses stay")
 def experts(groups: Groups) -> set[int]:
     return set(least(groups, groups.graph.choices))
+
+
+def beside(graph: Graph) -> list[tuple[Array, str]]:
+    """Locks for what lies in one axis with experts (einsum puts them into the columns of one product): of a field over both, only one can be cut."""
+    root = graph.labels.partition().parent
+    chosen = {root[choice.labels].tobytes() for choice in graph.choices}
+    fields: dict[bytes, list[Array]] = defaultdict(list)
+    for joint in graph.labels.joints:
+        if joint.slices is not None:
+            fields[np.unique(root[joint.array]).tobytes()].append(joint.slices.ravel())
+    locks = []
+    for slices in fields.values():
+        if any(root[each].tobytes() in chosen for each in slices):
+            locks += [(each, "it lies in one axis with the experts") for each in slices if root[each].tobytes() not in chosen]
+    return locks
 
 
 def stacked(groups: Groups) -> set[str]:
