@@ -361,3 +361,45 @@ def test_blocks_are_numbered_anew_and_nothing_else_is(gone):
     assert [block.number for block in small] == [block.inner.number for block in small] == list(range(count - len(gone)))
     assert all(block.stride == block.inner.groups == 1 and block.inner.stride == (1,) for block in small)
     assert [block.number for block in net] == list(range(count))
+
+
+class Biased(nn.Module):
+    """Attention with a learnt bias for each pair of positions, put together once in evaluation mode; every change of mode forgets it (as in LeViT)."""
+
+    def __init__(self, heads=4, tokens=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(8, 3 * heads * 2), nn.Linear(heads * 2, 3)
+        self.biases, self.heads, self.ready = nn.Parameter(torch.randn(heads, tokens)), heads, {}
+        self.register_buffer("pairs", (torch.arange(tokens)[:, None] - torch.arange(tokens)).abs(), persistent=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.ready = {}
+        return self
+
+    def bias(self, device):
+        if self.training:
+            return self.biases[:, self.pairs]
+        if str(device) not in self.ready:
+            self.ready[str(device)] = self.biases[:, self.pairs]
+        return self.ready[str(device)]
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(((q @ k.mT + self.bias(x.device)).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("before", ["run", "fresh", "training"])
+def test_what_a_module_keeps_for_evaluation_follows_the_cut(before):
+    net, x = Biased().double().train(before == "training"), torch.randn(2, 5, 8, dtype=torch.float64)
+    if before == "run":
+        with torch.no_grad():
+            net(x)
+    small, plan = graphprune.shrink(net, x, what={"heads": 0.5}, return_plan=True)
+    with torch.no_grad():
+        result = small(x)
+        assert small.biases.shape == (2, 5) and [bias.shape[0] for bias in small.ready.values()] == [2] * (before != "training")
+        assert (result - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12
+        small.train().eval()
+        assert (small(x) - graphprune.zeroed(net.eval(), plan)(x)[0]).abs().max() < 1e-12

@@ -18,6 +18,7 @@ from ..tracing.graph import Graph
 from ..tracing.node import line
 from ..tracing.outputs import Item, items, selected
 from ..tracing.refused import fails, raised_at
+from ..tracing.shadow import evaluating
 from ..tracing.surroundings import apart, undisturbed_surroundings
 from ..tracing.trees import check_scope, inner_modules, leaf_tensors, modules_of, replace, tensors
 from .apply import apply
@@ -153,7 +154,7 @@ def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, exam
     """The difference on one example, and whether any output says something."""
     try:
         with torch.no_grad(), same_dice(), undisturbed_surroundings(small):
-            found = _run(_copy(small).eval(), example, graph)
+            found = _run(evaluating(_copy(small)), example, graph)
     except Exception as error:
         fails(model, example)
         if drawn:

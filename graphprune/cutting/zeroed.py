@@ -245,6 +245,8 @@ class Masks:
         root = graph.labels.partition().parent
         gone = np.zeros(len(root), dtype=bool)
         for name, axes in plan.cuts.items():
+            if name not in graph.leaves and "[" in name:  # a cache may be empty
+                continue
             for axis, kept in axes.items():
                 field = next(f for f in graph.leaves[name].fields if f.shape[axis] > 1)
                 removed = np.ones(field.size, dtype=bool)
