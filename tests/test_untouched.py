@@ -400,6 +400,7 @@ def test_what_a_module_keeps_for_evaluation_follows_the_cut(before):
     with torch.no_grad():
         result = small(x)
         assert small.biases.shape == (2, 5) and [bias.shape[0] for bias in small.ready.values()] == [2] * (before != "training")
+        assert before != "run" or net.ready["cpu"].shape == (4, 5, 5)
         assert (result - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12
         small.train().eval()
         assert (small(x) - graphprune.zeroed(net.eval(), plan)(x)[0]).abs().max() < 1e-12

@@ -35,10 +35,8 @@ def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, list[tuple[torch.Te
 
 
 def evaluating(model: nn.Module) -> nn.Module:
-    """``model.eval()``, without a call for each module unless one has its own; not where it is in evaluation mode (what it holds for that stays)."""
+    """``model.eval()``, without a call for each module unless one has its own."""
     modules = [module for _, module in modules_of(model)]
-    if not any(module.training for module in modules):
-        return model
     if any(type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval for module in modules):
         return model.eval()
     for module in modules:
