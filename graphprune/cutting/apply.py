@@ -19,6 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..errors import BadPlan
 from ..tracing.copies import duplicate
 from ..tracing.fused import gathered
+from ..tracing.shadow import forgetting
 from ..tracing.symbols import SHAPED
 from ..tracing.trees import Leaf, is_parameter, leaf_tensors, modules_of, replace
 from .gains import factors_of
@@ -71,21 +72,8 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
             CHANGES[part.kind](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
     apply_skips(small, [part for part in plan.parts if part.kind == "skip"])
     apply_experts(small, [part for part in plan.parts if part.kind == "expert"])
-    _told_again(small)
+    forgetting(small)  # it was made of the whole weights
     return gathered(small)
-
-
-def _told_again(model: nn.Module) -> None:
-    """Modules with a ``train`` of their own that hold other tensors than parameters and buffers are set to their mode again.
-
-    What they put together for evaluation, and forget with every change of mode, was made of the whole weights.
-    """
-    for _, module in modules_of(model):
-        if type(module).train is not nn.Module.train and any("[" in name for name, *_ in leaf_tensors(module)):
-            modes = [(inner, inner.training) for inner in module.modules()]
-            module.train(module.training)
-            for inner, mode in modes:
-                inner.__dict__["training"] = mode
 
 
 def _holder(name: str, own: str) -> str:

@@ -31,7 +31,28 @@ def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, list[tuple[torch.Te
             twin = data.clone() if real or not data.is_floating_point() else data.to(META)
         memo[id(tensor)] = twin
         named.append((twin, name))
-    return evaluating(duplicate(model, memo)), named
+    copied = duplicate(model, memo)
+    if forgetting(copied):
+        still = {id(tensor) for *_, tensor in leaf_tensors(copied)}
+        named = [(tensor, name) for tensor, name in named if id(tensor) in still]
+    return evaluating(copied), named
+
+
+def forgetting(model: nn.Module) -> bool:
+    """Let modules forget what they put together of their weights for evaluation; whether any may have.
+
+    Those do that have a ``train`` of their own and hold other tensors than parameters and buffers. Their modes are as they were.
+    """
+    told = False
+    for _, module in modules_of(model):
+        if type(module).train is not nn.Module.train and any("[" in name for name, *_ in leaf_tensors(module)):
+            modes = [(inner, inner.training) for inner in module.modules()]
+            module.train()
+            module.train(modes[0][1])
+            for inner, mode in modes:
+                inner.__dict__["training"] = mode
+            told = True
+    return told
 
 
 def evaluating(model: nn.Module) -> nn.Module:
