@@ -249,7 +249,7 @@ def forked(work: Any, seconds: float) -> tuple[str, bool]:
         return text, os.WIFEXITED(status)
     os.close(reading)
     os.setpgid(0, 0)
-    signal.alarm(int(20 * seconds))
+    signal.alarm(int(4 * seconds))
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**33, size + 2**33))

@@ -20,7 +20,7 @@ from .config import Solution, Tree
 from .rebuilt import builder, loaded, tree_of
 
 CURES = (
-    "shrink(..., widths=graphprune.Widths(uniform=True)) cuts only what a configuration can say; "
+    "shrink(..., widths=graphprune.Widths(uniform=True)) cuts only what a configuration can say, or tells that it can say nothing of it; "
     "graphprune.save(small, folder) keeps this model, and graphprune.load(folder, base) reads it"
 )
 TABLE = 2**16  # entries of tables that are compared
