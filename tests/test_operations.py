@@ -40,8 +40,7 @@ ARGUED = {
     "planning/unread.py": ({"split", "split_with_sizes"}, "calls of the Python code, not operations"),
     "tracing/members.py": (
         set(
-            "empty new_zeros zeros_like floor_divide gather full_like new_full scalar_tensor masked_fill masked_scatter unbind where _index_put_impl index_put "
-            "index stack sum slice".split()
+            "empty floor_divide gather masked_fill masked_scatter unbind where _index_put_impl index_put index stack sum slice".split()
         ),
         "what a call gives where its entry was not chosen: one analysis alone asks for it, of mixtures in Python loops, and what it does not know stays whole",
     ),
