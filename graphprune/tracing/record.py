@@ -44,6 +44,7 @@ class Known(NamedTuple):
     shape: Callable[..., Any] | None
     zero: bool
     whole: bool
+    draws: bool
 
 
 def leaves_as_is(tensor: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> bool:
@@ -204,7 +205,7 @@ class Recorder(TorchDispatchMode):
         op = resolve(func)
         ways = ((op.factory, self.made), (op.picks, self.picked), (op.assemble, self.assembled), (op.move, self.moved), (op.rule, self.ruled))
         carry = next((way for is_so, way in ways if is_so), self.met if op.pointwise else self.unknown)
-        return Known(op, op.short, carry, op.shape, op.keeps_zero, op.whole and not op.strict)
+        return Known(op, op.short, carry, op.shape if not op.draws else None, op.keeps_zero, op.whole and not op.strict, op.draws)
 
     def entered(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what a module is called with for the first time."""
@@ -217,7 +218,7 @@ class Recorder(TorchDispatchMode):
     def run(self, func: Any, known: Known, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """Execute: on the meta device as soon as one operand lies there."""
         if self.real:
-            if known.op.draws:
+            if known.draws:
                 return self.drawn(func, args, kwargs)
             result = func(*args, **kwargs)
             return self.turn(known.op, args, kwargs, result) if self.turned and known.op.chooses_from is not None else result
@@ -230,14 +231,14 @@ class Recorder(TorchDispatchMode):
                 return given[0]
             if self.stale or False in meta:
                 args, kwargs = self.emptied(args, kwargs)
-            shaped = known.shape(*args, **kwargs) if known.shape is not None and False not in meta and not known.op.draws else None
+            shaped = known.shape(*args, **kwargs) if known.shape is not None and False not in meta else None
             if shaped is not None:
                 return shaped
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": META}
         elif str(kwargs.get("device", "")) == "meta":
             kwargs = {**kwargs, "device": given[0].device if given else CPU}
-        return self.drawn(func, args, kwargs) if known.op.draws else func(*args, **kwargs)
+        return self.drawn(func, args, kwargs) if known.draws else func(*args, **kwargs)
 
     def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Execute a call that draws random numbers; what changes them between two such calls is the model's code, which says what it wants."""
@@ -323,7 +324,7 @@ class Recorder(TorchDispatchMode):
         shapes = [tuple(t.shape) for t in results]
         module, where = (self.stack[-1] if self.stack else ""), self.place()
         outs, reduces = self.fields(known, seen, named, held, shapes, module, where)
-        if known.op.draws and (self.seeded or named.get("generator") is not None):
+        if known.draws and (self.seeded or named.get("generator") is not None):
             self.hold_seeded(known, outs, module, where)
         number = len(self.nodes)
         zero = (known.zero and bool(held) and held[0].zero) or self.zeros
