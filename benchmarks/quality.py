@@ -60,7 +60,8 @@ def tinystories(options: argparse.Namespace) -> Case:
     return Case("LLaMA, 260 k, its own text", model, lambda seed: batched(written(model, 192, 128, 2 * seed), 16), test, text, options.rounds or 4)
 
 
-def smollm2(options: argparse.Namespace) -> Case:
+def trained() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging
 
@@ -73,7 +74,11 @@ def smollm2(options: argparse.Namespace) -> Case:
     model = LlamaForCausalLM(config)
     model.load_state_dict(stored.state_dict())
     model.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+
+def smollm2(options: argparse.Namespace) -> Case:
+    model, tokenizer = trained()
     known, fresh = (
         tokenizer((find_data(options.data) / f"wikitext2-{part}.txt").read_text(), return_tensors="pt")["input_ids"][0] for part in ("valid", "test")
     )
@@ -85,7 +90,7 @@ def smollm2(options: argparse.Namespace) -> Case:
 
     test = fresh[: options.test // length * length].reshape(-1, length)
     text = f"{options.count} pieces of {length} tokens of WikiText-2 valid for calibration, the first {test.numel()} tokens of its test text for the test"
-    return Case("SmolLM2-135M-Instruct", model.eval(), calibration, test, text, options.rounds or 1)
+    return Case("SmolLM2-135M-Instruct", model, calibration, test, text, options.rounds or 1)
 
 
 CASES = {"tinystories": tinystories, "smollm2": smollm2}
