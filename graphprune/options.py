@@ -84,7 +84,7 @@ class Widths(_Brief):
 
     multiple_of: int | str | Mapping[Any, int] | None = None
     at_least: int = 1
-    ratios: Mapping[Any, float] | Callable | None = None
+    ratios: Mapping[Any, float] | Callable[..., Any] | None = None
     to: Mapping[Any, int] = dataclasses.field(default_factory=dict)
     uniform: bool | None = None
     rewrite: bool = True
@@ -130,7 +130,7 @@ class Vocabulary(_Brief):
     """
 
     amount: Any = None
-    batches: Iterable | None = None
+    batches: Iterable[Any] | None = None
     special: Sequence[int] = ()
 
     def __post_init__(self) -> None:
@@ -204,7 +204,7 @@ class Repair(_Brief):
     ``"standard"`` a few until one is clear, ``"best"`` all of them, and the best again in rounds. Raises :class:`~graphprune.errors.BadCalibration`.
     """
 
-    batches: Iterable | None = None
+    batches: Iterable[Any] | None = None
     steps: str | Sequence[str] = "auto"
     target: str = "block"
     spare: float = 0.25
@@ -251,7 +251,7 @@ class PlanOptions(TypedDict, total=False):
     what: Any
     keep: Sequence[Any] | str
     widths: Widths | Mapping[Any, int] | None
-    example_kwargs: dict | None
+    example_kwargs: dict[str, Any] | None
     examples: Sequence[Any]
     outputs: Any
 
@@ -259,7 +259,7 @@ class PlanOptions(TypedDict, total=False):
 class ShrinkOptions(PlanOptions, total=False):
     """What :func:`graphprune.shrink` takes beside, since it also cuts."""
 
-    repair: Repair | Iterable | str | None
+    repair: Repair | Iterable[Any] | str | None
     inplace: bool
     verify: bool
 
