@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """What can be asked for by name: scores, units, targets, repairs and runtimes, each a record with one line and the function that does it.
 
 A file that offers something enters it where it is defined; :func:`register` does the same from outside, and :func:`available` lists all of them.

@@ -1,3 +1,4 @@
+# pyright: strict, reportPrivateUsage=false
 """Every error graphprune raises: what is wrong, where, and what to do now; and its warnings.
 
 All derive from :class:`GraphpruneError`, so one ``except`` is enough.

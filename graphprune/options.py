@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """The options of :func:`graphprune.shrink`: their list (:class:`PlanOptions`, :class:`ShrinkOptions`), and those that belong together.
 
 :class:`Widths`, :class:`Runtime` and :class:`Repair` are each checked when they are made.
@@ -14,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from torch import nn
 
@@ -38,14 +39,18 @@ class _Brief:
     """Shown with what differs from the defaults."""
 
     def __repr__(self) -> str:
-        shown = []
+        shown: list[str] = []
         for index, field in enumerate(dataclasses.fields(self)):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if value is not default and not (isinstance(value, str | int | float | dict) and value == default):
+            if not _same(value, default):
                 value = _Batches(value) if field.name == "batches" else value
                 shown.append(repr(value) if index == 0 and isinstance(value, str) else f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, str | int | float | dict) and value == default)
 
 
 class _Batches:
@@ -84,8 +89,8 @@ class Widths(_Brief):
 
     multiple_of: int | str | Mapping[Any, int] | None = None
     at_least: int = 1
-    ratios: Mapping[Any, float] | Callable | None = None
-    to: Mapping[Any, int] = dataclasses.field(default_factory=dict)
+    ratios: Mapping[Any, float] | Callable[..., Any] | None = None
+    to: Mapping[Any, int] = dataclasses.field(default_factory=dict[Any, int])
     uniform: bool | None = None
     rewrite: bool = True
     also: Sequence[str] = ()
@@ -110,7 +115,7 @@ class Widths(_Brief):
 
 def _check_multiple(step: Any) -> None:
     """Is this a multiple of widths: one for all groups, "auto", or one for each name?"""
-    for key, value in step.items() if isinstance(step, Mapping) else ():
+    for key, value in cast("Mapping[Any, Any]", step).items() if isinstance(step, Mapping) else ():
         if not whole(value) or value < 1:
             raise BadTarget(f"multiple_of of {key!r} is {value!r}; it is a whole number from 1 on")
     if not isinstance(step, Mapping) and step not in (None, "auto") and not (whole(step) and step >= 1):
@@ -130,7 +135,7 @@ class Vocabulary(_Brief):
     """
 
     amount: Any = None
-    batches: Iterable | None = None
+    batches: Iterable[Any] | None = None
     special: Sequence[int] = ()
 
     def __post_init__(self) -> None:
@@ -138,8 +143,9 @@ class Vocabulary(_Brief):
         if ids is None:
             raise BadOption(f"special is {self.special!r}; it lists the ids of tokens that stay, whole numbers from 0 on")
         object.__setattr__(self, "special", ids)
+        kind = type(self.batches).__name__
         if self.batches is not None and (isinstance(self.batches, str | Mapping) or not isinstance(self.batches, Iterable)):
-            raise BadOption(f"batches is a {type(self.batches).__name__}; it is an iterable of inputs of the model, which hold the ids that are used")
+            raise BadOption(f"batches is a {kind}; it is an iterable of inputs of the model, which hold the ids that are used")
 
 
 def token_ids(value: Any) -> tuple[int, ...] | None:
@@ -151,7 +157,7 @@ def token_ids(value: Any) -> tuple[int, ...] | None:
     value = value.tolist() if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1 else value
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         return None
-    ids = tuple(value)
+    ids = tuple(cast("Iterable[Any]", value))
     return ids if all(whole(each) and each >= 0 for each in ids) else None
 
 
@@ -204,7 +210,7 @@ class Repair(_Brief):
     ``"standard"`` a few until one is clear, ``"best"`` all of them, and the best again in rounds. Raises :class:`~graphprune.errors.BadCalibration`.
     """
 
-    batches: Iterable | None = None
+    batches: Iterable[Any] | None = None
     steps: str | Sequence[str] = "auto"
     target: str = "block"
     spare: float = 0.25
@@ -227,9 +233,17 @@ class Repair(_Brief):
         """The repair that ``repair=`` asks for: None, batches, names of steps that need no data, or a :class:`Repair`."""
         if asked is None or isinstance(asked, cls):
             return asked
-        if isinstance(asked, str) or (isinstance(asked, list | tuple) and asked and all(isinstance(step, str) for step in asked)):
+        if _names_steps(asked):
             return None if asked == "none" else cls(None, asked) if asked != "auto" else None
         return cls(asked)
+
+
+def _names_steps(asked: Any) -> bool:
+    """Whether ``repair=`` names steps, and gives no batches."""
+    if not isinstance(asked, list | tuple):
+        return isinstance(asked, str)
+    steps = cast("Sequence[Any]", asked)
+    return bool(steps) and all(isinstance(step, str) for step in steps)
 
 
 Target = float | str | None
@@ -251,7 +265,7 @@ class PlanOptions(TypedDict, total=False):
     what: Any
     keep: Sequence[Any] | str
     widths: Widths | Mapping[Any, int] | None
-    example_kwargs: dict | None
+    example_kwargs: dict[str, Any] | None
     examples: Sequence[Any]
     outputs: Any
 
@@ -259,7 +273,7 @@ class PlanOptions(TypedDict, total=False):
 class ShrinkOptions(PlanOptions, total=False):
     """What :func:`graphprune.shrink` takes beside, since it also cuts."""
 
-    repair: Repair | Iterable | str | None
+    repair: Repair | Iterable[Any] | str | None
     inplace: bool
     verify: bool
 

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """What goes: the units with the lowest scores, under a ratio, per group or ranked together.
 
 ``scope="layer"`` removes the same share in every group; ``"global"`` ranks the units of all groups together;
@@ -15,6 +16,7 @@ from numbers import Real
 import numpy as np
 import torch
 
+from .arrays import tensor_of
 from .coupling.groups import Group, Groups
 from .errors import BadRatio
 from .operations.labels import Array
@@ -127,7 +129,7 @@ class Ranking:
 
 def best(orders: Sequence[Array], counts: Sequence[int] | Array) -> Kept:
     """The first units of every order, as many as counted, as sorted indices."""
-    return [torch.from_numpy(np.sort(order[: int(count)])) for order, count in zip(orders, counts, strict=True)]
+    return [tensor_of(np.sort(order[: int(count)])) for order, count in zip(orders, counts, strict=True)]
 
 
 def orders_of(scores: Scores) -> list[Array]:

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """Rows as a person, a spreadsheet, a notebook or a program wants them: :class:`Table`.
 
 >>> widths = Table(("group", "before", "share"), (("conv1", 64, 0.25), ("conv2", 128, 0.5)), {"share": "{:.0%}".format})

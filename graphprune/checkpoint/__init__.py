@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -152,7 +152,7 @@ def _decided(whole: nn.Module, request: Request, inputs: Any, traced: Mapping[st
 
 def _uniform(whole: nn.Module, widths: Any, what: Any) -> Any:
     """Widths that a configuration can say."""
-    names = what if isinstance(what, list | tuple | Mapping) else (what,)
+    names = cast("Iterable[Any]", what) if isinstance(what, list | tuple | Mapping) else (what,)
     if not configured(whole) or all(name in ("block", "layer", "layers") for name in names):
         return widths
     return dataclasses.replace(widths, uniform=True) if isinstance(widths, Widths) else Widths(to=widths or {}, uniform=True)

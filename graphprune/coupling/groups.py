@@ -1,3 +1,4 @@
+# pyright: strict, reportPrivateUsage=false
 """Which entries must be cut together: labels become units (all or nothing), units in the same places become groups.
 
 A field over several axes can only be cut in slices along one of them, or its tensor would not stay a box. Which one is
@@ -115,9 +116,9 @@ class Groups:
     def table(self) -> Table:
         """One row for every group; ``parameters`` counts the entries of all weights along its units (a weight between two groups counts for both)."""
         volumes = {name: math.prod(leaf.shape) for name, leaf in self.graph.leaves.items() if name in self.graph.parameters}
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for group in self:
-            along = sum(volumes[n] * np.count_nonzero(units >= 0) / len(units) for (n, _), units in group.places.items() if n in volumes)
+            along = sum(volumes[n] * int(np.count_nonzero(units >= 0)) / len(units) for (n, _), units in group.places.items() if n in volumes)
             rows.append((group.index, group.name, group.size, len(group.places), round(float(along)), along / max(1, sum(volumes.values()))))
         return Table(("group", "name", "units", "places", "parameters", "share"), tuple(rows), {"share": lambda value: f"{100 * value:.1f} %"})
 
@@ -214,7 +215,7 @@ def _hold_conditions(parts: Partition, graph: Graph, free: Collection[str]) -> l
     """Join and lock what holds unless its kind is freed (statistics over features; of positions they say nothing); returns what is locked and why."""
     parts.flatten()
     feature = graph.marks.features(parts.parent)[parts.parent]
-    holding = []
+    holding: list[tuple[Array, int]] = []
     for kind, left, right, reason in graph.labels.conditions:
         left, right = (array.ravel() for array in np.broadcast_arrays(left, right))
         asked = feature[left]
@@ -281,10 +282,10 @@ def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
     roots = parts.find(np.concatenate([a.ravel() for j in joints for a in (j.array, j.slices) if a is not None]))
     at = 0
     for joint in joints:
-        array, at = roots[at : at + joint.array.size].reshape(joint.array.shape), at + joint.array.size
+        array, at = np.reshape(roots[at : at + joint.array.size], joint.array.shape), at + joint.array.size
         slices = None
         if joint.slices is not None:
-            slices, at = roots[at : at + joint.slices.size].reshape(joint.slices.shape), at + joint.slices.size
+            slices, at = np.reshape(roots[at : at + joint.slices.size], joint.slices.shape), at + joint.slices.size
         key = (array.tobytes(), array.shape, joint.axes, joint.carried, None if slices is None else slices.tobytes())
         if key not in distinct:
             distinct[key] = Joint(array, joint.axes, slices, joint.carried)
@@ -294,7 +295,8 @@ def _distinct(parts: Partition, joints: list[Joint]) -> list[Joint]:
 def _name_slices(parts: Partition, joints: list[Joint]) -> None:
     """Slices with the same units share a label, wherever they were named."""
     names: dict[bytes, int] = {}
-    left, right = [], []
+    left: list[int] = []
+    right: list[int] = []
     for joint in joints:
         if joint.slices is None:
             continue
@@ -332,9 +334,9 @@ def _choices(parts: Partition, rows: Array, members: list[Joint]) -> int:
         return len(rows)
     trial = Partition(0)
     every, flat = np.unique(rows, return_inverse=True)
-    flat: Array = flat.reshape(rows.shape).astype(np.int32)
+    flat: Array = np.reshape(flat, rows.shape).astype(np.int32)
     trial.parent = np.arange(len(every), dtype=np.int32)
-    trial.locked = parts.locked[every].copy()
+    trial.locked = np.copy(parts.locked[every])
     trial.union(np.repeat(flat[:, 0], flat.shape[1]), flat.ravel())
     for joint in members:
         if joint.slices is None:

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """Two cuts as one: :func:`compose` maps the second plan's positions through the first's, back to the original model.
 
 Composition is associative, and the empty plan changes nothing, so any number of rounds is one plan that

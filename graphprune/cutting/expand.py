@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """The cut's shapes undone: the original model's tensors with zeros where entries were removed."""
 
 from __future__ import annotations

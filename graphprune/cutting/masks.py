@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false, reportPrivateUsage=false
 """Weights with entries that are zero for good: :class:`Mask`, a parametrisation, and what one does with it.
 
 A masked weight stays a parameter of full size; pruned entries are exact zeros and get exact zero gradients, so the model
@@ -12,9 +13,9 @@ parametrisation and leaves the zeros; :func:`semi_structured` hands 2:4 masks to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -86,8 +87,8 @@ def masked(model: nn.Module) -> dict[str, torch.Tensor]:
     >>> masked(nn.Linear(2, 2))
     {}
     """
-    masks = {}
-    for prefix, module in model.named_modules():
+    masks: dict[str, torch.Tensor] = {}
+    for prefix, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
         if not parametrize.is_parametrized(module):
             continue
         for name in parametrizations(module):
@@ -99,7 +100,7 @@ def masked(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def masks_of(small: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     """The masks that a plan put on a model, as they are now."""
-    masks = {}
+    masks: dict[str, torch.Tensor] = {}
     for part in plan.parts:
         if part.kind == "mask":
             path, _, name = part.name.rpartition(".")
@@ -163,7 +164,7 @@ def bake(model: nn.Module, inplace: bool = False) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         module = baked.get_submodule(path)
         masking = mask_of(module, leaf)
-        order = masking.order if masking is not None else []
+        order = masking.order if masking is not None else ()
         _own_class(module)
         parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
         if set(order) == set(module._parameters):

@@ -230,7 +230,7 @@ class Survivors:
         if need.kind == "after":
             return int(mask[len(mask) - need.at :].sum()) if need.at else 0
         if need.kind == "blocks":
-            return int(mask.reshape(need.at, -1).any(axis=1).sum())
+            return int(np.reshape(mask, (need.at, -1)).any(axis=1).sum())
         return self.count(need.value, need.dim)
 
     def shape(self, value: Value) -> tuple[int, ...]:
@@ -275,7 +275,7 @@ def _masks(groups: Groups, kept: Kept) -> dict[tuple[str, int], Array]:
                 masks[slot] = masks[slot] & mask if slot in masks else mask
                 continue
             if slot not in shared:  # axes of one group may share their mask, those of several groups are written into
-                masks[slot] = masks[slot].copy() if slot in masks else np.ones(stand.length, dtype=bool)
+                masks[slot] = np.copy(masks[slot]) if slot in masks else np.ones(stand.length, dtype=bool)
                 shared.add(slot)
             masks[slot][stand.positions] &= mask
     return masks

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """The oracle: :func:`zeroed` runs the original with every removed entry set to zero.
 
 Statistics over a cut axis (a norm, a mean, a softmax) are computed over the survivors. It never looks at the cut model, so the two can be compared.
@@ -10,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace as replace_fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..arrays import tensor_of
 from ..errors import BadInput, BadPlan
 from ..operations.notation import Expr, Value, parse
 from ..tracing.copies import duplicate
@@ -31,6 +33,8 @@ from .masks import parameter_name
 from .parts import GONE
 from .passthrough import passed
 from .plan import Plan
+
+Known = dict[tuple[Any, ...], torch.Tensor]  # positions, by what they were made for
 
 SMALL = 20_000  # entries of a weight up to which few calls matter more than few bytes
 
@@ -52,7 +56,7 @@ def recorded(graph: Graph, model: nn.Module, plan: Plan) -> Graph:
         return run(_masked(model, plan), replace_fields(graph.asked, others=()), real=True, amend=_Amended(model, plan) if graph.real else None)
 
 
-def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple, kwargs: dict, training: bool = False) -> list[Item]:
+def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False) -> list[Item]:
     """What the zeroed original returns for these inputs: tensors, arrays and numbers with their paths, of the outputs that matter."""
     graph = known if isinstance(known, Graph) else None
     asked = replace_fields(known.asked if isinstance(known, Graph) else known, example=(args, kwargs), others=())
@@ -151,7 +155,7 @@ def _settled(model: nn.Module, plan: Plan, asked: Examples, training: bool) -> l
     twin = _masked(model, replace_fields(plan, cuts={name: axes for name, axes in plan.cuts.items() if name not in made_of})).train(training)
     for part in plan.parts:
         if part.kind == "skip":
-            hook = lambda _, a, k, out, part=part: passed(part, a, k, out)  # noqa: E731
+            hook: Callable[[nn.Module, Any, Any, Any], Any] = lambda _, a, k, out, part=part: passed(part, a, k, out)  # noqa: E731
             twin.get_submodule(part.name).register_forward_hook(hook, with_kwargs=True)
     taps = {part.name for part in plan.parts if part.kind == "kernel"}
     left = {name: {axis: kept for axis, kept in axes.items() if axis < 2 or name not in taps} for name, axes in plan.cuts.items()}
@@ -165,7 +169,9 @@ def _settled(model: nn.Module, plan: Plan, asked: Examples, training: bool) -> l
 
 
 def _masked(model: nn.Module, plan: Plan) -> nn.Module:
-    memo, gone, known = {}, {}, {*plan.cuts, *(part.name for part in plan.parts)}
+    memo: dict[int, torch.Tensor] = {}
+    gone: Known = {}
+    known = {*plan.cuts, *(part.name for part in plan.parts)}
     for leaf, _, _, tensor in leaf_tensors(model):
         name = leaf if leaf in known else parameter_name(leaf)
         data = tensor.detach()
@@ -176,7 +182,7 @@ def _masked(model: nn.Module, plan: Plan) -> nn.Module:
     return gathered(duplicate(model, memo))
 
 
-def without(data: torch.Tensor, plan: Plan, name: str, known: dict[tuple, torch.Tensor] | None = None) -> torch.Tensor:
+def without(data: torch.Tensor, plan: Plan, name: str, known: Known | None = None) -> torch.Tensor:
     """A copy of a tensor of the model with zeros where the plan removes entries; ``known`` remembers positions that tensors share."""
     if any(part.name == name and part.kind not in GONE for part in plan.parts):
         return data.masked_fill(~plan.mask(name, tuple(data.shape)).to(data.device), 0)
@@ -199,7 +205,7 @@ def without(data: torch.Tensor, plan: Plan, name: str, known: dict[tuple, torch.
     return (result.clone() if result is data else result).index_fill_(0, _gone(axes[0], data, known), 0) if 0 in axes else result
 
 
-def entries(data: torch.Tensor, cuts: dict[int, list[int]], known: dict[tuple, torch.Tensor]) -> torch.Tensor:
+def entries(data: torch.Tensor, cuts: dict[int, list[int]], known: Known) -> torch.Tensor:
     """What a plan leaves of a tensor; the entries behind the first two axes are copied in one piece each."""
     axes = {axis: positions(kept, data, known) for axis, kept in sorted(cuts.items())}
     kernel = data.shape[2:].numel()
@@ -211,14 +217,14 @@ def entries(data: torch.Tensor, cuts: dict[int, list[int]], known: dict[tuple, t
     return data
 
 
-def positions(kept: list[int], data: torch.Tensor, known: dict[tuple, torch.Tensor]) -> torch.Tensor:
+def positions(kept: list[int], data: torch.Tensor, known: Known) -> torch.Tensor:
     key = id(kept), data.device
     if key not in known:
-        known[key] = torch.from_numpy(np.array(kept, dtype=np.int64)).to(data.device)
+        known[key] = tensor_of(np.array(kept, dtype=np.int64)).to(data.device)
     return known[key]
 
 
-def _removed(kept: torch.Tensor, data: torch.Tensor, known: dict[tuple, torch.Tensor], axis: int = 0) -> torch.Tensor:
+def _removed(kept: torch.Tensor, data: torch.Tensor, known: Known, axis: int = 0) -> torch.Tensor:
     """A mask that broadcasts to the data, true for the positions of an axis that go."""
     key = id(kept), data.shape[axis], "removed"
     if key not in known:
@@ -226,7 +232,7 @@ def _removed(kept: torch.Tensor, data: torch.Tensor, known: dict[tuple, torch.Te
     return known[key] if data.ndim == 1 else known[key].view([-1 if other == axis else 1 for other in range(data.ndim)])
 
 
-def _gone(kept: torch.Tensor, data: torch.Tensor, known: dict[tuple, torch.Tensor]) -> torch.Tensor:
+def _gone(kept: torch.Tensor, data: torch.Tensor, known: Known) -> torch.Tensor:
     """The positions of the first axis that go."""
     key = id(kept), data.shape[0], "gone"
     if key not in known:
@@ -260,9 +266,9 @@ class Masks:
                 gone[names[gone[rows].all(axis=1) & ~stays[names]]] = True
                 gone[rows[gone[names]]] = True
         self.stays, self.apart = ~gone[root], graph.labels.apart
-        self.known: dict[tuple, tuple[np.ndarray, torch.Tensor] | None] = {}  # by axis and the ids of fields
-        self.axes: dict[tuple, dict[int, torch.Tensor]] = {}  # by the ids of fields
-        self.alive: list[Sequence] = []  # the fields, so that ids stay theirs
+        self.known: dict[tuple[int, ...], tuple[np.ndarray, torch.Tensor] | None] = {}  # by axis and the ids of fields
+        self.axes: dict[tuple[int, ...], dict[int, torch.Tensor]] = {}  # by the ids of fields
+        self.alive: list[Sequence[np.ndarray]] = []  # the fields, so that ids stay theirs
 
     def axis(self, value: Value, dim: int) -> np.ndarray:
         """Which positions along one axis survive."""
@@ -290,18 +296,18 @@ class Masks:
             mask = self.over(fields[0], dim)
             for field in fields[1:]:
                 mask = mask & self.over(field, dim)
-            self.known[key] = None if mask.all() else (mask, torch.from_numpy(np.flatnonzero(mask)))
+            self.known[key] = None if mask.all() else (mask, tensor_of(np.flatnonzero(mask)))
             self.alive.append(fields)
         return self.known[key]
 
     def over(self, field: np.ndarray, dim: int) -> np.ndarray:
         """Which positions along an axis of a field have a label that stays."""
         if field.size == field.shape[dim]:
-            return self.stays[field.reshape(-1)]
+            return self.stays[np.reshape(field, -1)]
         return np.asarray(self.stays[field].any(axis=tuple(axis for axis in range(field.ndim) if axis != dim)))
 
 
-def _still_there(graph: Any, root: np.ndarray, gone: np.ndarray, slices: list) -> np.ndarray:
+def _still_there(graph: Any, root: np.ndarray, gone: np.ndarray, slices: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """The names of slices of which a leaf still has one: the same query of every group has one name, and goes from one group before it goes from all."""
     held, stays = (np.zeros(len(root), dtype=bool) for _ in range(2))
     for leaf in graph.leaves.values():
@@ -367,7 +373,7 @@ class _Leaves:
 
     def __init__(self, graph: Graph, model: nn.Module, plan: Plan, held: dict[int, torch.Tensor]) -> None:
         self.plan, self.held = plan, held  # by the id of a value
-        self.known: dict[tuple, torch.Tensor] = {}
+        self.known: Known = {}
         self.waiting: dict[int, tuple[torch.Tensor, str]] = {}  # leaves that no call has read yet, by the id of their value
         self.same: dict[int, list[int]] = {}  # the values of tied tensors
         for name, _, _, tensor in leaf_tensors(model):
@@ -403,7 +409,7 @@ class _Made:
         """The results of a call on whole leaves alone, where one of them is such a weight's."""
         if not self.touched or not node.held or any(id(value) not in self.held for value in node.held):
             return []
-        swap = lambda value: self.held[id(value)]  # noqa: E731
+        swap: Callable[[Any], torch.Tensor] = lambda value: self.held[id(value)]  # noqa: E731
         results = list(zip(node.outs, _executed(node, replace(node.args, swap), replace(node.kwargs, swap)), strict=True))
         self.held.update((id(value), tensor) for value, tensor in results)
         if not any(id(value) in self.touched for value in node.held):
@@ -412,7 +418,7 @@ class _Made:
         return results
 
 
-def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[torch.Tensor]:
+def _call(node: Any, held: dict[int, torch.Tensor], masks: Masks, device: torch.device) -> list[torch.Tensor]:
     kwargs = dict(node.kwargs)
     if "device" in kwargs:
         kwargs["device"] = device
@@ -421,7 +427,7 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
     plain = not drawn and (not node.reduces or (masks.apart and bool(node.products)))
     cuts = {} if plain else {id(v): masks.kept(v) for v in tensors((node.args, kwargs))}
     if not drawn and not any(cuts.values()):
-        swap = lambda v: held[id(v)]  # noqa: E731
+        swap: Callable[[Any], torch.Tensor] = lambda v: held[id(v)]  # noqa: E731
         return _executed(node, replace(node.args, swap), replace(kwargs, swap))
 
     def take(value: Value) -> torch.Tensor:
@@ -435,9 +441,13 @@ def _call(node: Any, held: dict, masks: Masks, device: torch.device) -> list[tor
     if drawn:  # sizes among the arguments are those of the result
         shape, stays = node.outs[0].shape, masks.kept(node.outs[0])
         short = [len(stays[dim]) if dim in stays else size for dim, size in enumerate(shape)]
-        args = tuple([short if isinstance(arg, list | tuple) and tuple(arg) == shape else arg for arg in args])
+        args = tuple([short if _is_shape(arg, shape) else arg for arg in args])
     small = list(tensors(node.func(*args, **replace(kwargs, take)), torch.Tensor))
     return among_all(node, small, masks)
+
+
+def _is_shape(arg: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(arg, list | tuple) and tuple(cast("Sequence[Any]", arg)) == shape
 
 
 def _drawn(node: Any, masks: Masks) -> bool:
@@ -450,7 +460,7 @@ def _same(one: Any, other: Any) -> bool:
     return one.func is other.func and [value.shape for value in one.outs] == [value.shape for value in other.outs] and len(one.held) == len(other.held)
 
 
-def _executed(node: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+def _executed(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The results of a recorded call on real tensors, which may lie in memory in another order than the recorded ones."""
     try:
         return list(tensors(node.func(*args, **kwargs), torch.Tensor))
@@ -470,7 +480,7 @@ def _filled(tensor: torch.Tensor, kept: dict[int, torch.Tensor], everything: boo
     return tensor
 
 
-def survivors(rule: Expr | None, cuts: dict) -> dict[str, int]:
+def survivors(rule: Expr | None, cuts: dict[int, dict[int, torch.Tensor]]) -> dict[str, int]:
     """How many of the equal blocks that a rule takes an axis apart into (groups of a convolution) have survivors."""
     found: dict[str, int] = {}
     if rule is None or not rule.sizes:
@@ -496,7 +506,7 @@ def _renumbered(tensor: torch.Tensor, value: Value, masks: Masks) -> torch.Tenso
     """Positions among the survivors as positions of the original."""
     if value.numbers is None:
         return tensor
-    kept = torch.from_numpy(np.flatnonzero(masks.stays[value.numbers.labels]))
+    kept = tensor_of(np.flatnonzero(masks.stays[value.numbers.labels]))
     return kept.to(tensor.device)[tensor]
 
 

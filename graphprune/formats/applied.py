@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """A plan carried out by itself: :func:`apply`, which also guards what a model's own class would save."""
 
 from __future__ import annotations

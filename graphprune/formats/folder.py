@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false, reportPrivateUsage=false
 """Keep a cut model and get it back: safetensors for the weights, JSON for the plan, no pickle anywhere.
 
 Of a masked weight the surviving entries are stored, and the mask as one bit per entry. The plan names the digest of the weights it belongs to, and
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..arrays import tensor_of
 from ..cutting.apply import apply
 from ..cutting.expand import known_plan
 from ..cutting.masks import masks_of, parameter_name
@@ -51,7 +53,7 @@ def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     Then, and when the process is killed, it holds what it held.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
     folder = _folder(folder)
     plan = known_plan(small, plan)
@@ -66,7 +68,7 @@ def save(small: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         tensors[name] = (tensor.detach() if keep is None else tensor.detach()[keep]).cpu().contiguous().clone()
     for name, keep in masks.items():
         whole = widened(keep, plan.shapes[name], plan.cuts.get(name, {}))
-        tensors[f"{name}.mask"] = torch.from_numpy(np.frombuffer(pack(whole), np.uint8).copy())
+        tensors[f"{name}.mask"] = tensor_of(np.copy(np.frombuffer(pack(whole), np.uint8)))
     parts = tuple(Part("mask", part.name, None) if part.kind == "mask" else part for part in plan.parts)
     data = replace(plan, parts=parts).to_dict() | {"weights": _digest(sorted(tensors.items())), "loose": sorted(_loose(small))}
     note = noted(small)
@@ -94,7 +96,7 @@ def load(folder: str | Path, base: nn.Module | None = None) -> nn.Module:
     return restore(folder, base)
 
 
-def _folder(folder: Any) -> Path:
+def _folder(folder: str | Path) -> Path:
     check_scope()
     if not isinstance(folder, str | os.PathLike):
         raise BadFile(f"the folder is {folder!r}; give its path")
@@ -130,7 +132,7 @@ def _seen(folder: Path) -> list[tuple[Any, ...] | None]:
 
 
 def _restored(folder: Path, base: nn.Module, cast: bool) -> nn.Module:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     leaves = {parameter_name(name): tensor for name, _, _, tensor in leaf_tensors(base)}
     lost = next((name for name, tensor in leaves.items() if tensor.is_meta), None)
@@ -141,12 +143,18 @@ def _restored(folder: Path, base: nn.Module, cast: bool) -> nn.Module:
     plan, path = Plan(**fields), current(folder, WEIGHTS)
     ordinary(path)
     try:
-        with safe_open(path, "pt") as file:
+        with _opened(path) as file:
             return _filled(file, folder, base, plan, rest, cast)
     except GraphpruneError:
         raise
     except (SafetensorError, OSError, RuntimeError) as error:  # the last where it cannot be opened
         raise BadFile(f"{path} is damaged or was not written by graphprune: {error}") from error
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, "pt")
 
 
 def _room(tensor: torch.Tensor) -> int:
@@ -191,7 +199,8 @@ def _filled(file: Any, folder: Path, base: nn.Module, plan: Plan, rest: dict[str
 def _unpacked(file: Any, names: set[str], plan: Plan, base: nn.Module) -> tuple[Plan, set[str]]:
     """The plan with the masks that the file of the weights holds for it, and the names of these."""
     shapes = {parameter_name(name): tuple(tensor.shape) for name, _, _, tensor in leaf_tensors(base)}
-    parts, bits = [], set()
+    parts: list[Part] = []
+    bits: set[str] = set()
     for part in plan.parts:
         if part.kind == "mask" and part.data is None:
             name = f"{part.name}.mask"

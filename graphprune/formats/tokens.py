@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -32,7 +32,7 @@ def tokens(source: Any) -> Tokens:
     (torch.Size([1, 2, 3]), [5])
     """
     if isinstance(source, str | os.PathLike):
-        return _read(Path(source))
+        return _read(Path(cast("str | os.PathLike[str]", source)))
     plan = plan_of(source) if isinstance(source, nn.Module) else source
     if not isinstance(plan, Plan) and not isinstance(source, nn.Module):
         raise BadPlan(f"a {type(source).__name__} has no tokens; give a model that was cut, its plan, or the folder that it was saved to")
@@ -54,9 +54,9 @@ def _read(folder: Path) -> Tokens:
     if not path.is_file():
         raise BadFile(f"{path} is not there: the model in this folder has its whole vocabulary, or was not written by graphprune")
     try:
-        data = json.loads(read(path, MOST))
-        if not isinstance(data, dict) or data.get("version") != 1:
+        data: Any = json.loads(read(path, MOST))
+        if not isinstance(data, dict) or cast("dict[str, Any]", data).get("version") != 1:
             raise ValueError("its version is not 1")
-        return Tokens.from_dict(data)
+        return Tokens.from_dict(cast("dict[str, Any]", data))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadFile(f"{path} holds no map of tokens: {error}") from error

@@ -30,7 +30,8 @@ class Remaining:
         self.covered = [0] * len(self.tensors)  # how many of the modules around a name are gone
         self.skipped: Counter[str] = Counter()  # by module: how many of what is gone take it along
         self.turned: dict[int, str] = {}  # by value: whose output it is
-        self.costs = {"params": 0.0, "macs": sum(each for each, live in zip(self.macs, self.liveness.live, strict=True) if live), "size": 0.0}
+        macs = sum(each for each, live in zip(self.macs, self.liveness.live, strict=True) if live)
+        self.costs: dict[str, float] = {"params": 0.0, "macs": macs, "size": 0.0}
         for tensor in {id(tensor): tensor for tensor in self.tensors}.values():
             self._add(tensor, 1)
 

@@ -1,3 +1,4 @@
+# pyright: strict, reportPrivateUsage=false
 """A cut in one file that opens anywhere: :func:`report` writes HTML without scripts, fonts or links; the same input gives the same bytes.
 
 What lights up when it is pointed at (or reached with the tab key) is done by the style sheet alone, so that a page without JavaScript shows everything.
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -191,9 +192,9 @@ def _histograms(study: Study, plan: Plan | None) -> str:
     after = {width.name: width.after for width in outline.widths} if outline else {}
     weight = {width.name: width.params for width in outline.widths} if outline else {row["name"]: row["share"] for row in study.groups.table()}
     ranked = sorted(study.groups, key=lambda group: (-weight.get(group.name, 0.0), group.index))[:HISTOGRAMS]
-    figures = []
+    figures: list[str] = []
     for group in sorted(ranked, key=lambda group: group.index):
-        values = sorted(scores[group.index].tolist())
+        values: list[float] = sorted(cast(Any, scores[group.index]).tolist())
         units = after.get(group.name, group.size)
         cut = values[group.size - units] if 0 < units < group.size else None
         figures.append(histogram_svg(values, cut, group.name, f"{units} of {group.size} stay" if units < group.size else f"{group.size} units"))
@@ -209,9 +210,9 @@ def _sensitivity(study: Sensitivity) -> str:
     for effect in study.effects:
         grid.setdefault(effect.group, {})[effect.ratio] = effect
     worst = max((study.original - effect.value for effect in study.effects), default=0.0) or 1.0
-    rows = []
+    rows: list[str] = []
     for group in [name for name in study.ranked() if name in grid][:ROWS]:
-        cells = []
+        cells: list[str] = []
         for ratio in ratios:
             effect = grid[group].get(ratio)
             heat = 0 if effect is None else round(70 * min(1.0, max(0.0, (study.original - effect.value) / worst)))
@@ -223,7 +224,7 @@ def _sensitivity(study: Sensitivity) -> str:
 
 
 def _tradeoff(study: Tradeoff) -> str:
-    drawings = []
+    drawings: list[str] = []
     for by, name in AXES.items():
         whole = getattr(study.points[0], by)
         if whole:

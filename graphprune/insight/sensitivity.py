@@ -1,3 +1,4 @@
+# pyright: strict, reportPrivateUsage=false
 """Which layers hurt: :func:`sensitivity` cuts one group at a time and evaluates.
 
 >>> import torch
@@ -15,7 +16,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -170,12 +171,12 @@ def _alone(name: str, ratio: float, groups: Groups) -> dict[int, float]:
 def _between(effects: Sequence[Effect], original: float) -> list[Effect]:
     """Values that were not evaluated, in proportion to the score that goes."""
     last = {effect.group: effect for effect in effects if effect.evaluated}
-    placed = []
+    placed: list[Effect] = []
     for effect in effects:
         end = last.get(effect.group)
         if not effect.evaluated and end is not None:
             part = effect.lost / end.lost if end.lost else (effect.units - effect.left) / max(1, end.units - end.left)
-            effect = Effect(**{**effect.__dict__, "value": original + (end.value - original) * part})
+            effect = replace(effect, value=original + (end.value - original) * part)
         placed.append(effect)
     return placed
 

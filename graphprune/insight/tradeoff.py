@@ -1,3 +1,4 @@
+# pyright: strict, reportPrivateUsage=false
 """What a cut costs and what it saves: :func:`tradeoff` evaluates several budgets, from one trace and one score.
 
 >>> import torch
@@ -9,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,13 +69,14 @@ class Tradeoff:
         whole = self.points[0]
         fronts = {by: set(map(id, self.front(by))) for by in AXES if getattr(whole, by) is not None}
         columns = ("asked", "value", "params", "macs", "params left", "macs left", "ms", "speedup", "low", "high", "front")
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for point in self.points:
             low, high = point.band or (None, None)
             best = " ".join(by for by, ids in fronts.items() if id(point) in ids)
             shares = (point.params / whole.params, point.macs / max(1, whole.macs))
             rows.append((point.asked, point.value, point.params, point.macs, *shares, _ms(point.seconds), point.speedup, low, high, best))
-        percent = {name: lambda value: f"{100 * value:.1f} %" for name in ("asked", "params left", "macs left")}
+        shown: Callable[[Any], str] = lambda value: f"{100 * value:.1f} %"  # noqa: E731
+        percent = {name: shown for name in ("asked", "params left", "macs left")}
         return Table(columns, tuple(rows), percent)
 
     def to_csv(self, file: Any = None) -> str:
@@ -139,7 +141,8 @@ def tradeoff(
     asked = sorted({_share(share) for share in shares}, reverse=True)
     clock, repairs = on or Runtime(), before_cut(model, Repair.of(repair))
     study = Study(model, example_input, score, example_kwargs, scope=scope, keep=keep, widths=widths)
-    points, missed = [Point(1.0, 0, 0, study.value(evaluate, model, "the original"))], []
+    points = [Point(1.0, 0, 0, study.value(evaluate, model, "the original"))]
+    missed: list[str] = []
     for share in bar(asked, "tradeoff", progress):
         try:
             plan = study.plan(1 - share) if by == "ratio" else study.plan(None, {by: share})

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """Train, prune, retrain, in rounds, until the target is reached or accuracy would fall below the floor: :func:`iterate`.
 
 Every phase (a cut, a training, an evaluation) starts from the model, the optimizer and the random states that the phase
@@ -12,11 +13,11 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -305,10 +306,11 @@ def _check_amounts(options: Mapping[str, Any]) -> None:
     """Refuse what every round would do again, on what the round before left."""
     what: Any = options.get("what", "channel")
     widths: Any = options.get("widths")
-    shares = [name for name, amount in what.items() if amount is not None and not whole(amount)] if isinstance(what, Mapping) else []
+    amounts: Mapping[str, Any] = cast("Mapping[str, Any]", what) if isinstance(what, Mapping) else {}
+    shares = [name for name, amount in amounts.items() if amount is not None and not whole(amount)]
     if shares:
-        raise BadLoop(f"what={{{shares[0]!r}: {what[shares[0]]!r}}} would be taken in every round, of what the round before left; give the target alone")
-    kinds = [parse(name) for name in what] if isinstance(what, Mapping | list | tuple) else []
+        raise BadLoop(f"what={{{shares[0]!r}: {amounts[shares[0]]!r}}} would be taken in every round, of what the round before left; give the target alone")
+    kinds = [parse(name) for name in cast("Iterable[Any]", what)] if isinstance(what, Mapping | list | tuple) else []
     if len(kinds) > 1 and any(kind.masks for kind in kinds):
         raise BadLoop("masked entries are counted again in every round, units that are cut are not: prune entries in a run of their own")
     if isinstance(widths, Widths) and widths.ratios and len(kinds) > 1:

@@ -14,9 +14,9 @@ An optimizer keeps its identity, its groups and their options, so schedulers and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,9 +94,9 @@ WRAPPERS = ("module.", "_orig_mod.")
 def _state(state: Any, plan: Plan, name: str, path: str) -> Any:
     """The surviving part of one parameter's state."""
     if isinstance(state, dict):
-        return {key: _state(item, plan, name, f"{path}[{key!r}]") for key, item in state.items()}
+        return {key: _state(item, plan, name, f"{path}[{key!r}]") for key, item in cast("dict[Any, Any]", state).items()}
     if isinstance(state, list | tuple):
-        return type(state)([_state(item, plan, name, path) for item in state])
+        return type(cast(Any, state))([_state(item, plan, name, path) for item in cast("Sequence[Any]", state)])
     if not isinstance(state, torch.Tensor) or state.numel() == 1:
         return state
     shape = plan.shapes[name]
@@ -141,13 +141,7 @@ def refresh_ema(averaged: Any, plan: Plan) -> Any:
     if isinstance(averaged, dict) and plan.parts:
         raise BadPlan("the plan changes more than axes (masks, kernels or modules): average a copy of the model, not a dictionary of tensors")
     if isinstance(averaged, dict):
-        wrong = [n for n, shape in plan.shapes.items() if n in averaged and tuple(averaged[n].shape) != tuple(shape)]
-        if wrong or not set(plan.cuts) & set(averaged):
-            raise BadPlan(f"the averaged tensors are not of the model that the plan cuts: {wrong[:1] or 'no name in common'}")
-        factors = factors_of(plan.gains, averaged, plan.cuts)
-        averaged.update({name: cut_tensor(averaged[name], axes) for name, axes in plan.cuts.items() if name in averaged})
-        averaged.update({name: scaled(averaged[name], factor) for name, factor in factors.items()})
-        return averaged
+        return _averages(cast("dict[str, torch.Tensor]", averaged), plan)
     inner = averaged
     known = {*plan.cuts, *(f"{part.name}." for part in plan.parts)}
     while not all(any(f"{leaf}.".startswith(name) for leaf, *_ in leaf_tensors(inner)) for name in known) and isinstance(
@@ -158,3 +152,14 @@ def refresh_ema(averaged: Any, plan: Plan) -> Any:
     apply(inner, plan, inplace=True)
     note_plan(inner, whole)
     return averaged
+
+
+def _averages(tensors: dict[str, torch.Tensor], plan: Plan) -> dict[str, torch.Tensor]:
+    """The averaged tensors of :func:`refresh_ema`, cut in place."""
+    wrong = [n for n, shape in plan.shapes.items() if n in tensors and tuple(tensors[n].shape) != tuple(shape)]
+    if wrong or not set(plan.cuts) & set(tensors):
+        raise BadPlan(f"the averaged tensors are not of the model that the plan cuts: {wrong[:1] or 'no name in common'}")
+    factors = factors_of(plan.gains, tensors, plan.cuts)
+    tensors.update({name: cut_tensor(tensors[name], axes) for name, axes in plan.cuts.items() if name in tensors})
+    tensors.update({name: scaled(tensors[name], factor) for name, factor in factors.items()})
+    return tensors

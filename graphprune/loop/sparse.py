@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..arrays import tensor_of
 from ..coupling.groups import Group, couple
 from ..cutting.verify import check_model
 from ..errors import BadModel, BadRatio, NothingToPrune, UnknownName
@@ -104,7 +105,7 @@ class SparseTraining:
                 "no batch norm of this model scales units that can be cut" if kind == "slimming" else "this model has no units that can be cut"
             )
         kept = select(groups, score(groups, model, criterion), ratio) if kind == "growing" else []
-        self.picked = [sorted(set(range(group.size)) - set(stay.tolist())) for group, stay in zip(groups, kept, strict=False)]
+        self.picked = [sorted(set(range(group.size)) - set(cast(Any, stay).tolist())) for group, stay in zip(groups, kept, strict=False)]
 
     @property
     def growth(self) -> float:
@@ -172,7 +173,7 @@ class SparseTraining:
         """How many entries a unit has."""
         return self._summed(index, weights, lambda weight: torch.ones((), dtype=weight.dtype, device=weight.device).expand(weight.shape))
 
-    def _summed(self, index: int, weights: dict[str, torch.Tensor], entry: Callable[..., Any]) -> torch.Tensor:
+    def _summed(self, index: int, weights: dict[str, torch.Tensor], entry: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """A function of single entries, summed over all entries of each unit."""
         first = weights[self.places[index][0][0]] if self.places[index] else next(iter(weights.values()))
         total = torch.zeros(self.sizes[index], dtype=first.dtype, device=first.device)
@@ -203,4 +204,4 @@ class SparseTraining:
 
 
 def _places(group: Group, trained: set[str]) -> list[Place]:
-    return [(leaf, axis, torch.from_numpy(units)) for (leaf, axis), units in group.places.items() if leaf in trained]
+    return [(leaf, axis, tensor_of(units)) for (leaf, axis), units in group.places.items() if leaf in trained]

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """Rules as text: which axes of an operation's tensors are one and the same, and what that asks of their labels.
 
 ``"b (g i) _, (g o) i _, (g o) -> b (g o) _"`` is a grouped convolution. ``(g i)`` is a row-major product, ``_`` an axis
@@ -122,7 +123,8 @@ def _axes(text: str, part: str, start: int) -> tuple[Axes, list[int]]:
     dims: list[tuple[str, ...]] = []
     places: list[int] = []
     seen: set[str] = set()
-    opened, inner = -1, []
+    opened = -1
+    inner: list[str] = []
     for token in TOKEN.finditer(part):
         word, place = token[0], start + token.start()
         if word == "(":
@@ -315,10 +317,11 @@ class _Listener:
 
 
 def _outcome(rule: Expr, results: Sequence[tuple[int, ...]]) -> Outcome | None:
-    listener, operands = _Listener(), []
+    listener = _Listener()
+    operands: list[Any] = []
     for value in rule.operands:
         if isinstance(value, Value):
-            twins = tuple(np.arange(a.size, dtype=np.int32).reshape(a.shape) for a in value.fields)
+            twins = tuple(np.reshape(np.arange(a.size, dtype=np.int32), a.shape) for a in value.fields)
             for twin in twins:
                 listener.fields[twin.__array_interface__["data"][0]] = (len(listener.fields), twin.size)
             value = Value(value.shape, twins)
@@ -335,7 +338,8 @@ def _outcome(rule: Expr, results: Sequence[tuple[int, ...]]) -> Outcome | None:
 
 def _meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reason: int) -> tuple[list[Fields], bool]:
     lefts, rights = parse(rule.text)
-    operands, order = [], {}
+    operands: list[_Operand] = []
+    order: dict[str, int] = {}
     for axes, value in zip(lefts, rule.operands, strict=True):
         if isinstance(value, Value):
             operands.append(_operand(labels, axes, value, rule.sizes, order, reason))
@@ -357,21 +361,21 @@ def _meet(labels: Coupling, rule: Expr, results: Sequence[tuple[int, ...]], reas
     return [_carry(labels, shared, *out) for out in outs], reduces
 
 
-def _operand(labels: Coupling, axes: Axes, value: Value, sizes: Mapping[str, int], order: dict[Any, Any], reason: int) -> _Operand:
+def _operand(labels: Coupling, axes: Axes, value: Value, sizes: Mapping[str, int], order: dict[str, int], reason: int) -> _Operand:
     if len(axes) != len(value.shape):
         raise BadRule(f"{len(axes)} axes named, the tensor has shape {tuple(value.shape)}")
     names, lengths = factors(axes, value.shape, sizes)
     fields: dict[tuple[str, ...], Array] = {}
     for array in value.fields:
-        shape = []
+        shape: list[int] = []
         for dim, group in enumerate(axes):
             inner = [lengths[name] for name in _names(group, dim)]
             shape += inner if array.shape[dim] > 1 else [1] * len(inner)
-        split = compact(array.reshape(shape)) if len(shape) != array.ndim else array
+        split = compact(np.reshape(array, shape)) if len(shape) != array.ndim else array
         over = varying(split)
         if not over:
             continue
-        split = split.reshape([split.shape[axis] for axis in over])
+        split = np.reshape(split, [split.shape[axis] for axis in over])
         carried = tuple(names[axis] for axis in over)
         split, carried = _drop_fixed(labels, split, carried, reason)
         if not carried:
@@ -380,7 +384,7 @@ def _operand(labels: Coupling, axes: Axes, value: Value, sizes: Mapping[str, int
             order.setdefault(name, len(order))
         by = sorted(range(len(carried)), key=lambda i: order[carried[i]])
         if by != list(range(len(carried))):
-            split, carried = split.transpose(by), tuple(carried[i] for i in by)
+            split, carried = np.transpose(split, by), tuple(carried[i] for i in by)
         if len(carried) > 1:
             labels.joint(split)
         if carried in fields:
@@ -396,7 +400,8 @@ def _names(group: tuple[str, ...], dim: int) -> list[str]:
 
 def factors(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[list[str], dict[str, int]]:
     """The names of all factors of a tensor's axes, in order, and their lengths."""
-    names, lengths = [], {}
+    names: list[str] = []
+    lengths: dict[str, int] = {}
     for dim, (group, size) in enumerate(zip(axes, shape, strict=True)):
         inner = _names(group, dim)
         known = [sizes.get(name) for name in inner]
@@ -420,7 +425,7 @@ def solved(rule: Expr, shapes: Sequence[Sequence[int] | None]) -> dict[str, int]
     lefts = parse(rule.text)[0]
     pairs = [(group, size) for axes, shape in zip(lefts, shapes, strict=True) if shape is not None for group, size in zip(axes, shape, strict=True)]
     alone = {group[0].strip("[]"): size for group, size in pairs if len(group) == 1}
-    lengths = {}
+    lengths: dict[str, int] = {}
     for name, before in rule.sizes.items():
         rests = [(size, [other.strip("[]") for other in group if other != name]) for group, size in pairs if name in group]
         quotients = [size // alone[rest[0]] for size, rest in rests if len(rest) == 1 and alone.get(rest[0])]
@@ -440,7 +445,7 @@ def _drop_fixed(labels: Coupling, array: Array, names: tuple[str, ...], reason: 
         first = first.take([0], axis=axis)
     labels.join(first, array)
     keep = [axis for axis in range(len(names)) if axis not in fixed]
-    return first.reshape([array.shape[axis] for axis in keep]), tuple(names[axis] for axis in keep)
+    return np.reshape(first, [array.shape[axis] for axis in keep]), tuple(names[axis] for axis in keep)
 
 
 def _over(labels: Coupling, array: Array, names: tuple[str, ...], onto: Sequence[str], carried: bool = False) -> Array:
@@ -467,7 +472,7 @@ def _make_whole(labels: Coupling, rights: tuple[Axes, ...], sizes: Mapping[str, 
         names = tuple(name for name in _names(group, 0) if name in sizes)
         parts = [set(other).intersection(names) for other in shared]
         if len(names) > 1 and set(names) == set().union(*parts) and all(len(part) < len(names) for part in parts):
-            shared[names] = labels.fresh(math.prod(sizes[name] for name in names)).reshape([sizes[name] for name in names])
+            shared[names] = np.reshape(labels.fresh(math.prod(sizes[name] for name in names)), [sizes[name] for name in names])
             labels.joint(shared[names])
 
 
@@ -480,7 +485,7 @@ def _join_overlaps(labels: Coupling, shared: dict[Any, Any]) -> None:
                 labels.join(_over(labels, array, names, both), _over(labels, other, others, both))
 
 
-def _result(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], order: dict[Any, Any]) -> tuple[Any, ...]:
+def _result(axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int], order: dict[str, int]) -> tuple[Any, ...]:
     names = [[n for n in _names(group, dim)] for dim, group in enumerate(axes)]
     return [n for group in names for n in group if n[0] not in "_1"], names, shape
 
@@ -491,14 +496,14 @@ def _carry(labels: Coupling, shared: dict[Any, Any], kept: list[str], dims: list
         onto = tuple(name for name in names if name in kept)
         if onto:
             best.setdefault(onto, _over(labels, array, names, onto, carried=True))
-    fields = []
+    fields: list[Array] = []
     for names, array in best.items():
         if any(set(names) < set(other) for other in best):
             continue
         flat = [name for group in dims for name in group]
-        spread = array.transpose(sorted(range(len(names)), key=lambda i: flat.index(names[i])))
+        spread = np.transpose(array, sorted(range(len(names)), key=lambda i: flat.index(names[i])))
         sizes = dict(zip(names, array.shape, strict=True))
-        spread = spread.reshape([sizes.get(name, 1) for name in flat])
+        spread = np.reshape(spread, [sizes.get(name, 1) for name in flat])
         fields.append(_merge(spread, flat, dims, shape))
     return tuple(fields)
 
@@ -506,7 +511,8 @@ def _carry(labels: Coupling, shared: dict[Any, Any], kept: list[str], dims: list
 def _merge(array: Array, flat: list[str], dims: list[list[str]], shape: tuple[int, ...]) -> Array:
     if len(flat) == len(shape):
         return array
-    full, out, at = list(array.shape), [], 0
+    full, at = list(array.shape), 0
+    out: list[int] = []
     for dim, group in enumerate(dims):
         part = full[at : at + len(group)]
         out.append(1 if all(n == 1 for n in part) else shape[dim])
@@ -516,4 +522,4 @@ def _merge(array: Array, flat: list[str], dims: list[list[str]], shape: tuple[in
                 if n == 1:
                     full[at + i] = shape[dim] // known
         at += len(group)
-    return np.ascontiguousarray(np.broadcast_to(array, full)).reshape(out)
+    return np.reshape(np.ascontiguousarray(np.broadcast_to(array, full)), out)

@@ -1,3 +1,4 @@
+# pyright: strict, reportPrivateUsage=false
 """All that is said of one operation, once: :class:`Operation`, and how it is said (:func:`rule`, :func:`move`, :func:`assemble`, :func:`describe`).
 
 Operations are known by their full name, ``aten::convolution``; :func:`resolve` finds what is said of a function that torch calls. Whoever
@@ -100,7 +101,7 @@ class Operation:
     unset: bool = False  # nobody wrote the values of the result yet
     any_size: Callable[..., bool] | None = None  # whether the call runs at any size, so that nobody minds if its result is not used
     unmade: bool = False  # costs no time though the result has memory of its own
-    shapes: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # shape functions by overload
+    shapes: Mapping[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])  # shape functions by overload
     why: str = ""  # why the axes are left whole on purpose
     strict: bool = False  # described from outside: what is wrong with it is an error, and not a locked axis
 
@@ -355,7 +356,9 @@ def template(op: Operation) -> str:
         def renorm(self, p, dim, maxnorm): return graphprune.expr("… -> …", self)
     """
     namespace, _, name = op.name.partition("::")
-    written, tensors, star = [], [], False
+    written: list[str] = []
+    tensors: list[str] = []
+    star = False
     for argument in op.func._schema.arguments if op.func is not None else ():
         parameter = argument.name + "_" if keyword.iskeyword(argument.name) else argument.name
         if argument.kwarg_only and not star:

@@ -77,11 +77,11 @@ class Overview:
 
 def _aligned(table: list[tuple[str, ...]], texts: int) -> list[str]:
     wide = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    cells = lambda row: (text.ljust(w) if at < texts else text.rjust(w) for at, (text, w) in enumerate(zip(row, wide, strict=True)))  # noqa: E731
-    return ["  ".join(cells(row)).rstrip() for row in table]
+    sides = [str.ljust if column < texts else str.rjust for column in range(len(wide))]
+    return ["  ".join(side(text, w) for side, text, w in zip(sides, row, wide, strict=True)).rstrip() for row in table]
 
 
-def widths(model: nn.Module, example_input: Any, *, example_kwargs: dict | None = None) -> Overview:
+def widths(model: nn.Module, example_input: Any, *, example_kwargs: dict[str, Any] | None = None) -> Overview:
     """The kinds of unit of a model: what each is called in ``what=``, where it stands, how wide it is, what a unit costs; and what stays whole, and why.
 
     Raises :class:`~graphprune.errors.BadInput` or :class:`~graphprune.errors.BadModel`.
@@ -108,7 +108,8 @@ def alike(name: str) -> str:
 
 def _by_themselves(every: Groups, model: nn.Module) -> list[Row]:
     """The kinds that have a plan of their own: queries within their group, and what lies inside of heads."""
-    graph, rows = every.graph, []
+    graph = every.graph
+    rows: list[Row] = []
     shared = bool(graph.labels.repeated or of_one_key(every))
     for name in names("granularity"):
         found = kind(name)
@@ -142,7 +143,7 @@ def _groups(groups: Groups, model: nn.Module, kinds: Mapping[int, str] | None = 
         where = next((leaf for leaf in dict.fromkeys(name for name, _ in group.places) if leaf in makers.made[group.index]), group.name)
         same[kinds[group.index], alike(where.rpartition(".")[0] or where), group.size].append(group)
     each = _each([members[0] for members in same.values()], groups)
-    rows = []
+    rows: list[Row] = []
     for (role, where, size), members in same.items():
         one = members[0]
         units_made = [units for (leaf, _), units in one.places.items() if leaf in makers.made[one.index]]
@@ -159,9 +160,9 @@ def _each(chosen: list[Group], groups: Groups) -> Mapping[int, tuple[float, floa
     full = np.array([[float(group.size) for group in groups]])
     known = costs(groups)
     before = known.at(full, ["params", "macs"])
-    amounts = {}
+    amounts: dict[int, tuple[float, float]] = {}
     for group in chosen:
-        less = full.copy()
+        less = np.copy(full)
         less[0, group.index] -= 1
         after = known.at(less, ["params", "macs"])
         amounts[group.index] = (float(before["params"][0] - after["params"][0]), float(before["macs"][0] - after["macs"][0]))

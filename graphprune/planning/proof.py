@@ -85,7 +85,7 @@ class Proof:
     def hollow(self) -> nn.Module:
         return shadow(self.model, real=False)[0]
 
-    def difference(self, groups: Groups, kept: Kept, edits: dict) -> Difference | None:
+    def difference(self, groups: Groups, kept: Kept, edits: dict[tuple[Any, ...], int]) -> Difference | None:
         """Where the model cut like this parts from what was promised."""
         plan = make_plan(groups, kept, edits, ())
         difference = None if self.graph.real else rehearse(self.graph, apply(self.hollow, plan), Survivors(groups, kept).axis)
@@ -114,7 +114,7 @@ class Proof:
         text = self._unequal(plan)
         return Difference(self.graph.counted, text, values=True) if text else None
 
-    def judge(self, groups: Groups, kept: Kept, edits: dict, wrong: list[Wrong], draft: bool = False) -> tuple[list[Wrong], list[Fault]]:
+    def judge(self, groups: Groups, kept: Kept, edits: dict[tuple[Any, ...], int], wrong: list[Wrong], draft: bool = False) -> tuple[list[Wrong], list[Fault]]:
         """What of ``wrong`` is wrong indeed: what is certain, or what the first difference comes from; else other axes that are to blame for it.
 
         A ``draft`` of the widths is run only where a size is in doubt.

@@ -40,7 +40,7 @@ class Wanted:
     spec: Spec
     name: str
     amount: Any = None
-    batches: Iterable | None = None
+    batches: Iterable[Any] | None = None
     special: tuple[int, ...] = ()
 
 
@@ -63,11 +63,11 @@ class Request:
     inplace: bool = False
     scope_given: bool = False
     alone: bool = True
-    batches: Iterable | None = None
-    loss: Callable | None = None
-    calibration: Iterable | None = None  # the inputs of a repair
+    batches: Iterable[Any] | None = None
+    loss: Callable[..., Any] | None = None
+    calibration: Iterable[Any] | None = None  # the inputs of a repair
     multiple_of: Any = None
-    extra_costs: Mapping[str, tuple[float, Callable]] = field(default_factory=dict)
+    extra_costs: Mapping[str, tuple[float, Callable[..., Any]]] = field(default_factory=dict)
     tied: Sequence[frozenset[tuple[str, int]]] = ()
     proof: str = ""  # "calls": every plan is rehearsed without values; "values": compared with the zeroed original, result by result
     faults: list[tuple[Graph, Fault]] = field(default_factory=list)  # what proved wrong so far
@@ -151,7 +151,7 @@ def ask(
     scope: str | None = None,
     what: Any = "channel",
     keep: Any = (),
-    widths: Widths | Mapping | None = None,
+    widths: Widths | Mapping[Any, int] | None = None,
     inplace: bool = False,
 ) -> Request:
     """The request for what a user wrote; raises the errors of :mod:`graphprune.errors` for what makes no sense, before anything costs time.

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,15 +45,15 @@ def plan_from(groups: Groups, model: nn.Module, kept: Sequence[torch.Tensor | Se
 def _checked(groups: Groups, kept: Sequence[torch.Tensor | Sequence[int]]) -> Kept:
     if len(kept) != len(groups):
         raise BadPlan(f"there are {len(groups)} groups, and units of {len(kept)} were given; give the numbers of the units that stay of every group")
-    units = []
+    units: Kept = []
     for group, numbers in zip(groups, kept, strict=True):
         try:
-            stay = torch.as_tensor(numbers).cpu()
+            stay: torch.Tensor = torch.as_tensor(numbers).cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise BadPlan(f"what stays of group {group.index} ({group.name}) is {numbers!r}; give numbers of units") from error
         if stay.ndim != 1 or not len(stay) or stay.is_floating_point() or stay.dtype == torch.bool:
             raise BadPlan(f"what stays of group {group.index} ({group.name}) is {numbers!r}; give the numbers of its units, one at least")
-        stay = stay.long().unique()
+        stay = cast(Any, stay.long()).unique()
         if int(stay[0]) < 0 or int(stay[-1]) >= group.size:
             raise BadPlan(f"units {int(stay[0])} to {int(stay[-1])} of group {group.index} ({group.name}) are to stay; it has units 0 to {group.size - 1}")
         units.append(stay)

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """Repair a cut model from a few unlabelled inputs, in closed form and, where asked, by gradient steps: :func:`repair`.
 
 Slicing alone collapses trained networks; what remains can say most of what was removed. Steps by name:
@@ -196,7 +197,7 @@ def after_cut(small: nn.Module, original: nn.Module, plan: Plan, asked: Repair |
     """What :func:`graphprune.shrink` does after the cut: the repaired model and its plan, or both as they were where nothing is to be repaired."""
     if asked is None:
         return small, plan
-    facts = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": asked.progress}
+    facts: dict[str, Any] = {"target": asked.target, "spare": asked.spare, "rows": asked.rows, "progress": asked.progress}
     better = repair(small, original, plan, asked.batches, asked.steps, graph=graph, **facts)
     return better, plan_of(better) or plan
 

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from ..tracing.surroundings import unchanged
 from ..tracing.trees import leaf_tensors, replace, tensors
 
 Tensor = torch.Tensor
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Data:
         return output.reshape(())
 
 
-def bar(items: Iterable[Any], name: str, progress: bool = True) -> Iterable[Any]:
+def bar(items: Iterable[Item], name: str, progress: bool = True) -> Iterable[Item]:
     """The items, with a progress bar when they take more than a few seconds and a person may be looking (never in files).
 
     >>> list(bar([1, 2], "score"))

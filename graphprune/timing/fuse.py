@@ -1,3 +1,4 @@
+# pyright: strict, reportPrivateUsage=false
 """Batch norm folded into the layer before it: :func:`fuse`, for inference, the user's model untouched.
 
 A norm with fixed statistics is a scale and a shift per channel, so a convolution, linear layer or transposed convolution
@@ -8,8 +9,9 @@ module tree. It makes a model faster without pruning, so give it to both sides o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -65,7 +67,7 @@ def pairs(graph: Graph, model: nn.Module) -> list[Pair]:
     """The norms that can be folded: every tensor of the pair is used once, and the norm's module can do without it."""
     reads = Counter(storage for node in graph.nodes for storage in {value.storage for value in tensors((node.args, node.kwargs))})
     reads.update(value.storage for value in graph.outputs)
-    matches = []
+    matches: list[Pair] = []
     for node in graph.nodes:
         pair = _pair(graph, node, reads, model) if node.op.norm == "batch" else None
         if pair and _without(model.get_submodule(pair.norm)) is not None:
@@ -112,7 +114,7 @@ def _once(graph: Graph, reads: Counter[Any], weight: Value, operand: Value, othe
 
 def _without(module: nn.Module) -> nn.Module | None:
     """What stands in for a norm's module once the norm is gone; None where its code cannot be recorded."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if cast(Any, module)._forward_hooks or cast(Any, module)._forward_pre_hooks:
         return None
     if type(module).forward is nn.modules.batchnorm._BatchNorm.forward:
         return nn.Identity().eval()
@@ -141,7 +143,7 @@ def _fold(model: nn.Module, pair: Pair) -> None:
     leaves = {name: tensor for name, _, _, tensor in leaf_tensors(model)}
     path, _, name = pair.weight.rpartition(".")
     layer, weight, bias = model.get_submodule(path), leaves[pair.weight], leaves.get(pair.bias)
-    read = lambda name, default: default if name is None else leaves[name].double()  # noqa: E731
+    read: Callable[[str | None, torch.Tensor], torch.Tensor] = lambda name, default: default if name is None else leaves[name].double()  # noqa: E731
     mean = leaves[pair.mean].double()
     factor = read(pair.scale, torch.ones_like(mean)) / torch.sqrt(leaves[pair.variance].double() + pair.eps)
     shift = read(pair.shift, torch.zeros_like(mean)) + ((0 if bias is None else bias.double()) - mean) * factor

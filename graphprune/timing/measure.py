@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """How long a model takes: :func:`measure` times it against a reference, interleaved, and says how sure it is.
 
 A round times the reference, the model and the reference again; the two times of the reference against each other are the
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import numpy as np
@@ -99,7 +101,7 @@ def measure(
     args, kwargs = normal_inputs(example_input, example_kwargs)
     if memory_format is not None:
         models = [duplicate(each, {}).to(memory_format=memory_format) for each in models]  # pyright: ignore[reportCallIssue]
-        swap = lambda t: t.to(memory_format=memory_format) if t.ndim == 4 else t  # noqa: E731
+        swap: Callable[[torch.Tensor], torch.Tensor] = lambda t: t.to(memory_format=memory_format) if t.ndim == 4 else t  # noqa: E731
         args, kwargs = replace(args, swap), replace(kwargs, swap)
     device = next((t.device for t in tensors((args, kwargs), torch.Tensor)), torch.device("cpu"))
     with using_threads(threads), evaluating(models[0]), evaluating(models[-1]):
@@ -114,8 +116,8 @@ def measure(
     if reference is None:
         return plain
     ratio, band = middle_of(rows[:, [0, 2]].mean(1) / times)
-    facts = {"reference": float(np.median(rows[:, [0, 2]])), "speedup": ratio, "band": band, "control": middle_of(rows[:, 0] / rows[:, 2])[0]}
-    return Measurement(**{**plain.__dict__, **facts})
+    control, _ = middle_of(rows[:, 0] / rows[:, 2])
+    return replace_fields(plain, reference=float(np.median(rows[:, [0, 2]])), speedup=ratio, band=band, control=control)
 
 
 def middle_of(values: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -151,7 +153,7 @@ def interleave(
     that it does not depend on what ran before. ``chained``: where a round begins with the call that the last
     one ended with, that timing counts for both (quicker; neighbouring rows are then not quite independent).
     """
-    done = enough if callable(enough) else lambda rows: _settled(rows, enough)
+    done: Enough = enough if callable(enough) else lambda rows: _settled(rows, enough)
     once = {call: 1.0 for call in calls}
     for _ in range(2 if warm else 0):
         once = {call: clock(call, 1) for call in once}  # a reference that stands at both ends is one call
@@ -177,7 +179,7 @@ def interleave(
 
 
 @contextmanager
-def timer(name: str, seconds: float, progress: bool) -> Iterator[Callable[[], None]]:
+def timer(name: str, seconds: float, progress: bool) -> Generator[Callable[[], None], None, None]:
     """A bar that fills in ``seconds`` at most, shown after two of them where a person may be looking; a function that moves it on."""
     start = time.perf_counter()
     with tqdm(total=round(seconds, 1), desc=name, delay=2, leave=False, unit="s", disable=None if progress else True, bar_format=BAR) as shown:
@@ -224,7 +226,7 @@ def _events(call: Call, repeats: int) -> float:
 
 
 @contextmanager
-def using_threads(threads: int | None) -> Iterator[None]:
+def using_threads(threads: int | None) -> Generator[None, None, None]:
     """torch on so many threads for a while."""
     before = torch.get_num_threads()
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):

@@ -310,7 +310,9 @@ def _tensor_split(asked: Asked) -> None:
     value = asked.known(asked.first)
     if isinstance(where, int):
         along = _tied(asked, dim)
-        for index, part in enumerate(asked.result if along is not None else ()):
+        if along is None:
+            return
+        for index, part in enumerate(asked.result):
             asked.needs((along + where - 1 - index) // where, asked.known(part), "size", dim)
     elif isinstance(where, list | tuple):
         for end in where:

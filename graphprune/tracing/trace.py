@@ -1,3 +1,4 @@
+# pyright: strict, reportUnnecessaryIsInstance=false
 """One run of the model, without values, in which labels ride along: :func:`trace` returns the :class:`Graph`.
 
 The run happens on a throw-away copy whose floating parameters lie on the meta device, under a dispatch mode that sees
