@@ -41,8 +41,8 @@ FILES = ("tracing/*.py", "coupling/*.py", "budget/*.py", "cutting/*.py", "select
 # Tests of time, of the command line, of whole libraries and of other processes take long, and are about other files; those of scores
 # run backward as they are collected, and no fork of a process that did can.
 LEFT_OUT = """automatic block_places checkpoint command configured copies coverage device distill distributed docs exports folder gradual granularity
-    granularity_targets granularity_training imitation import iterate kernels latency learnt measure models mutants pretrained recurrent_repair repair repair_free scores scores_input
-    scores_laws scores_rescaling scores_rows sparse unseen""".split()
+    granularity_targets granularity_training imitation import iterate kernels latency learnt measure models mutants pretrained
+    recurrent_repair repair repair_free scores scores_input scores_laws scores_rescaling scores_rows sparse unseen""".split()
 LONGEST = 20  # seconds of the processor for a test on the code as it is: a clock that never rests on a busy machine judges nothing
 DOCTESTS = ("tracing", "coupling", "budget", "cutting", "select.py")
 COMPARISONS = {

@@ -79,7 +79,9 @@ def llama_cpp(folder: Path, converter: Path, ids: list[int]) -> list[int]:
     from llama_cpp import Llama
 
     file = folder / "model.gguf"
-    done = subprocess.run([sys.executable, str(converter), str(folder), "--outtype", "f32", "--outfile", str(file)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(converter), str(folder), "--outtype", "f32", "--outfile", str(file)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"the converter: {done.stderr.strip().splitlines()[-1]}")
     runner = Llama(str(file), n_ctx=128, n_threads=1, verbose=False)
@@ -106,11 +108,11 @@ def lm_eval(folder: Path, lines: list[str]) -> float:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, tokenizer: Any, lines: list[str]) -> float:
-    """The same from the model in memory: every line begins after the token that ends a text."""
-    total = 0.0
+    """The same from the model in memory: every line begins after the token that begins a text."""
+    first, total = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id, 0.0
     for line in lines:
         ids = tokenizer(line, return_tensors="pt", add_special_tokens=False).input_ids
-        logits = model(input_ids=torch.cat([torch.tensor([[tokenizer.eos_token_id]]), ids], 1)).logits
+        logits = model(input_ids=torch.cat([torch.tensor([[first]]), ids], 1)).logits
         total += float(nn.functional.cross_entropy(logits[0, :-1], ids[0], reduction="sum"))
     return total / sum(len(line.encode()) for line in lines) / math.log(2)
 
@@ -133,7 +135,9 @@ def run(options: argparse.Namespace, rows: Rows) -> None:
             wanted = small.generate(ids, do_sample=False, max_new_tokens=TOKENS)[0].tolist()
             gap, tokens = reread(folder, logits)
             row = {"way": name, "parameters": parameters(small), "gap": gap, "generate": tokens == wanted}
-            row["config"] = {key: value for key, value in small.config.to_dict().items() if model.config.to_dict()[key] != value and isinstance(value, int)}
+            says = json.loads((folder / "config.json").read_text())
+            row["config"] = {key: value for key, value in model.config.to_dict().items() if isinstance(value, int) and says.get(key, value) != value}
+            row["config"] = {key: says[key] for key in row["config"]}
             row["lm_eval"], row["own"] = lm_eval(folder, lines), bits_per_byte(small, tokenizer, lines)
             if options.converter:
                 theirs = llama_cpp(folder, Path(options.converter), ids[0].tolist())
@@ -146,13 +150,13 @@ def table(rows: Rows) -> str:
     lines = [
         "# Programs of others that read a cut model",
         "",
-        made_by("python benchmarks/outside.py --data DIR --converter convert_hf_to_gguf.py", "transformers", "llama-cpp-python", "lm_eval", rows=rows),
+        made_by("python benchmarks/outside.py --data DIR --converter FILE", "transformers", "llama-cpp-python", "lm_eval", rows=rows),
         "",
-        "SmolLM2-135M-Instruct, cut by `graphprune.shrink(model, {\"input_ids\": ids}, what=…)` and saved by its own `save_pretrained`: what plain transformers, llama.cpp",
-        "(its converter, no quantisation) and lm-eval (a task file of its own, local text) make of the folder. Nothing of graphprune is loaded there. Widths are chosen by",
-        "magnitude and not repaired: this is about reading, not about quality.",
+        'SmolLM2-135M-Instruct, cut by `graphprune.shrink(model, {"input_ids": ids}, what=…)` and saved by its own `save_pretrained`: what plain',
+        "transformers, llama.cpp (its converter, no quantisation) and lm-eval (a task file of its own, local text) make of the folder. Nothing of graphprune",
+        "is loaded there. Widths are chosen by magnitude and not repaired: this is about reading, not about quality.",
         "",
-        "| cut | parameters | the configuration says | logits in a new process | `generate` there | llama.cpp, greedy tokens that agree | lm-eval, bits per byte | in memory |",
+        "| cut | parameters | the configuration says | logits there | `generate` | llama.cpp, tokens that agree | lm-eval, bits per byte | in memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     whole = next((row["parameters"] for row in rows.rows if row["way"] == "as it is"), None)
@@ -161,9 +165,8 @@ def table(rows: Rows) -> str:
         share = f" ({row['parameters'] / whole:.0%})" if whole else ""
         agree = f"{row['agree']} of {row['llama_cpp']}" if "agree" in row else "not run"
         same = "the same" if row["generate"] else "**differs**"
-        lines.append(
-            f"| {row['way']} | {row['parameters'] / 1e6:.1f} M{share} | {says} | {row['gap']:.0e} | {same} | {agree} | {row['lm_eval']:.4f} | {row['own']:.4f} |"
-        )
+        cells = [f"{row['parameters'] / 1e6:.1f} M{share}", says, f"{row['gap']:.0e}", same, agree, f"{row['lm_eval']:.4f}", f"{row['own']:.4f}"]
+        lines.append(f"| {row['way']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

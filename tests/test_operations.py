@@ -39,9 +39,7 @@ ARGUED = {
     "spelling.py": ({"minimum"}, "what other tools call an option"),
     "planning/unread.py": ({"split", "split_with_sizes"}, "calls of the Python code, not operations"),
     "tracing/members.py": (
-        set(
-            "empty floor_divide gather masked_fill masked_scatter unbind where _index_put_impl index_put index stack sum slice".split()
-        ),
+        set("empty floor_divide gather masked_fill masked_scatter unbind where _index_put_impl index_put index stack sum slice".split()),
         "what a call gives where its entry was not chosen: one analysis alone asks for it, of mixtures in Python loops, and what it does not know stays whole",
     ),
     "tracing/sizes.py": ({"add", "sub", "mul"}, "methods of integers that remember their expression"),

@@ -166,8 +166,16 @@ PARTS = {
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_of_an_axis_keep_their_entries(name, verify):
     share = cut(PARTS[name], verify)
-    assert share < 0.8 or name not in ("tensor_split", "hsplit", "interleaved", "interleaved by three", "set every other", "chunk unevenly",
-        "split unevenly by a share", "tensor_split unevenly")
+    assert share < 0.8 or name not in (
+        "tensor_split",
+        "hsplit",
+        "interleaved",
+        "interleaved by three",
+        "set every other",
+        "chunk unevenly",
+        "split unevenly by a share",
+        "tensor_split unevenly",
+    )
     assert share < 1 or name == "split unevenly"  # a literal that no shorter axis has
 
 

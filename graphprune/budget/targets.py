@@ -127,7 +127,9 @@ def _checked(name: str, value: Any) -> None:
     if value is not None and not (_number(value) and value > 0):
         raise BadTarget(f"{name} is {value!r}; give the share of the original that may stay (a float, 0 < {name} <= 1) or an absolute number (5_000_000)")
     if isinstance(value, float) and 1 < value <= MOST_TIMES:
-        raise BadTarget(f"{name} is {value!r}, more than all; for {value:g} times less write {name}={1 / value:.3g} (a share), for so many in all a whole number")
+        raise BadTarget(
+            f"{name} is {value!r}, more than all; for {value:g} times less write {name}={1 / value:.3g} (a share), for so many in all a whole number"
+        )
 
 
 def moment(text: str) -> float:

@@ -19,7 +19,8 @@ describe("copy", "copy_", overwrites=True)
 describe(*"selu celu softplus mish prelu _prelu_kernel rsub nan_to_num bitwise_not logical_not erf log_sigmoid_forward".split(), pointwise=True)
 
 describe("where", chooses=True)
-describe("rrelu_with_noise", "complex", "polar", "floor_divide", "poisson", "normal", "binomial", "_standard_gamma", "fake_quantize_per_tensor_affine_cachemask", pointwise=True)
+describe(*"rrelu_with_noise complex polar floor_divide poisson normal binomial _standard_gamma".split(), pointwise=True)
+describe("fake_quantize_per_tensor_affine_cachemask", pointwise=True)
 
 for _name in ("add", "sub", "mul", "div"):
     describe(_name, arithmetic=_name)

@@ -37,8 +37,10 @@ def var_mean(x, dim=None, *, correction=None, keepdim=False):
     return _reduced(x, dim, keepdim, outs=2)
 
 
-for _names, _number in ((("any", "_is_any_true"), 0.0), (("all", "_is_all_true", "prod"), 1.0), (("amax", "max", "logsumexp"), -math.inf), (("amin", "min"), math.inf)):
-    describe(*_names, neutral=_number)
+describe("any", "_is_any_true", neutral=0.0)
+describe("all", "_is_all_true", "prod", neutral=1.0)
+describe("amax", "max", "logsumexp", neutral=-math.inf)
+describe("amin", "min", neutral=math.inf)
 
 
 @computes("linalg_vector_norm", "norm", statistic="norm")

@@ -109,9 +109,7 @@ class _Call(NamedTuple):
         return self.known.carry(self.op, self.args, self.kwargs, self.given, self.shapes, self.reason)
 
 
-def carried(
-    recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int
-) -> Carried | None:
+def carried(recorder: Any, known: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Value], shapes: list[Any], reason: int) -> Carried | None:
     """The fields of a call's results where it is given positions that were chosen, or counts of them; None where it is given neither.
 
     What the results number, or count, is left in ``recorder.numbering``, a pair for each.
