@@ -31,9 +31,9 @@ from ..tracing.graph import Graph
 from ..tracing.node import Node
 from ..tracing.record import RESTRIDED, leaves_as_is
 from ..tracing.recurrent import RECURRENT
-from ..tracing.shadow import evaluating
+from ..tracing.shadow import evaluating, modal
 from ..tracing.surroundings import apart
-from ..tracing.trees import is_parameter, leaf_tensors, replace, tensors
+from ..tracing.trees import is_parameter, leaf_tensors, modules_of, replace, tensors
 from .plan import Plan
 from .zeroed import Masks, among_all, entries, positions, survivors, without
 
@@ -96,9 +96,12 @@ class Sampled:
         return self.graph.training if training else self.graph.nodes
 
     def possible(self, training: bool = False) -> bool:
-        """Whether calls tell a run from the recorded one: no weights that are made of whole ones, no random numbers, no plain numbers as outputs."""
+        """Whether calls tell a run from the recorded one: no weights that are made of whole ones, no random numbers, no plain numbers as outputs.
+
+        Nor modules that do something of their own where the mode changes, such as adding an update to their weight: the weights are the user's.
+        """
         nodes, plan = self.nodes(training), self.plan
-        if not nodes or plan.parts or plan.gains or self.graph.numbers:
+        if not nodes or plan.parts or plan.gains or self.graph.numbers or any(modal(module) for _, module in modules_of(self.model)):
             return False
         return not any(node.op.draws for node in nodes)
 

@@ -153,7 +153,7 @@ def _compared_long(sampled: Sampled, sample: Any, training: bool) -> Compared | 
 def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, example: Any, tolerance: float | None, drawn: bool) -> Compared:
     """The difference on one example, and whether any output says something."""
     try:
-        with torch.no_grad(), same_dice(), undisturbed_surroundings(small):
+        with torch.no_grad(), same_dice(away=True), undisturbed_surroundings(small):
             found = _run(evaluating(_copy(small)), example, graph)
     except Exception as error:
         fails(model, example)
@@ -168,7 +168,7 @@ def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, exam
 
 def _wanted(graph: Graph, model: nn.Module, plan: Plan, example: Any) -> list[Item]:
     """What the zeroed original returns for an example, of the outputs that matter."""
-    with torch.no_grad(), same_dice():
+    with torch.no_grad(), same_dice(away=True):
         if callable(example):
             return _mattering(answer(model, plan, replace_fields(graph.asked, example=example, outputs=None, others=())), graph)
         return outcome(model, plan, graph, *example)
@@ -202,12 +202,12 @@ def _unrounded(graph: Graph, model: nn.Module, plan: Plan, example: Any, trainin
         small = apply(other, plan).train(training)
         if not callable(example):
             example = tuple(replace(part, _long) for part in example)
-        with torch.no_grad(), same_dice(), undisturbed_surroundings(model):
+        with torch.no_grad(), same_dice(away=True), undisturbed_surroundings(model):
             found = _run(_copy(small).train(training), example, graph)
         if callable(example):
             wanted = _wanted(graph, other, plan, example)
         else:
-            with torch.no_grad(), same_dice():
+            with torch.no_grad(), same_dice(away=True):
                 wanted = outcome(other, plan, replace_fields(graph.asked, others=()), *example, training=training)
         return _gap(graph, found, _narrowed(wanted, graph, plan), math.inf)
     except Exception:  # code that cannot run in float64 says nothing more than it did
@@ -329,14 +329,14 @@ def _what(graph: Graph, index: int, path: str) -> str:
 def _check_training(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, tolerance: float | None) -> Compared:
     """In training mode the cut model has to run where the original does, and to compute the same where nothing is random."""
     try:
-        with torch.no_grad(), same_dice(), undisturbed_surroundings(small):
+        with torch.no_grad(), same_dice(away=True), undisturbed_surroundings(small):
             found = _run(_copy(small).train(), graph.example, graph)
     except Exception as error:
         fails(model, graph.example, training=True)
         raise NotEqual(f"{_failed(error)} (in training mode)") from error
     if graph.random_in_training:
         return Compared(0.0, False)
-    with torch.no_grad(), same_dice():
+    with torch.no_grad(), same_dice(away=True):
         wanted = outcome(model, plan, graph, *graph.example, training=True)
     try:
         return _gap(graph, found, _narrowed(wanted, graph, plan), tolerance)

@@ -27,8 +27,9 @@ from ..tracing.fused import gathered
 from ..tracing.graph import Graph
 from ..tracing.outputs import Item, items, selected
 from ..tracing.run import run
+from ..tracing.shadow import modal
 from ..tracing.trace import trace
-from ..tracing.trees import leaf_tensors, replace, tensors
+from ..tracing.trees import leaf_tensors, modules_of, replace, tensors
 from .masks import parameter_name
 from .parts import GONE
 from .passthrough import passed
@@ -52,7 +53,7 @@ def zeroed(model: nn.Module, plan: Plan, graph: Graph | None = None) -> Callable
 
 def recorded(graph: Graph, model: nn.Module, plan: Plan) -> Graph:
     """The calls that the zeroed original makes with values: where control flow depends on these, they may take another path."""
-    with RUNNING, same_dice():
+    with RUNNING, same_dice(away=True):
         return run(_masked(model, plan), replace_fields(graph.asked, others=()), real=True, amend=_Amended(model, plan) if graph.real else None)
 
 
@@ -68,7 +69,8 @@ def outcome(model: nn.Module, plan: Plan, known: Graph | Examples, args: tuple[A
         graph = trace(model, args, kwargs, outputs=asked.outputs, apart=asked.apart)
     graph = reading(graph, model, plan)
     asked = replace_fields(asked, apart=graph.asked.apart)
-    if not training and not graph.real and not graph.numbers and not any(node.op.draws for node in graph.nodes):
+    follows = graph.real or graph.numbers or any(node.op.draws for node in graph.nodes) or any(modal(module) for _, module in modules_of(model))
+    if not training and not follows:
         return list(zip(graph.paths, replay(graph, model, plan, given), strict=True))
     return walk(model, plan, asked, training, graph)
 

@@ -14,11 +14,13 @@ RUNNING = threading.RLock()  # random numbers that a run draws are put back, for
 
 
 @contextmanager
-def same_dice() -> Iterator[None]:
-    """Random numbers drawn inside are not missed outside."""
+def same_dice(away: bool = False) -> Iterator[None]:
+    """Random numbers drawn inside are not missed outside. ``away``: they begin after one that was drawn, so that no seed of the model's own gives the same."""
     state, arrays = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
+            if away:
+                torch.rand(1)
             yield
     finally:
         random.setstate(state)

@@ -47,7 +47,7 @@ def forgetting(model: nn.Module) -> bool:
     for _, module in modules_of(model):
         if type(module).train is not nn.Module.train and any("[" in name for name, *_ in leaf_tensors(module)):
             modes = [(inner, inner.training) for inner in module.modules()]
-            module.train()
+            module.train(True)
             module.train(modes[0][1])
             for inner, mode in modes:
                 inner.__dict__["training"] = mode
@@ -55,10 +55,15 @@ def forgetting(model: nn.Module) -> bool:
     return told
 
 
+def modal(module: nn.Module) -> bool:
+    """Whether a module does something of its own where the mode changes."""
+    return type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
+
+
 def evaluating(model: nn.Module) -> nn.Module:
     """``model.eval()``, without a call for each module unless one has its own."""
     modules = [module for _, module in modules_of(model)]
-    if any(type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval for module in modules):
+    if any(map(modal, modules)):
         return model.eval()
     for module in modules:
         module.__dict__["training"] = False

@@ -66,7 +66,7 @@ def trace(
     if isinstance(outputs, bool) or (isinstance(outputs, Sized) and not len(outputs)):
         raise BadInput(f"outputs is {outputs!r}; it is a name, an index, a function (path, tensor) -> bool, or several of these (None: all)")
     others = tuple(each if callable(each) else normal_inputs(each, example_kwargs) for each in examples)
-    with RUNNING, same_dice():
+    with RUNNING, same_dice(away=True):
         return _traced(model, Examples(example, outputs, others, apart))
 
 
