@@ -447,3 +447,35 @@ def test_a_table_that_is_low_but_not_that_low_holds_its_experts() -> None:
     net, x = Dense(-5.0).double().eval(), torch.randn(7, 8, dtype=torch.float64)
     with pytest.raises(NothingToPrune):
         graphprune.shrink(net, x, what={"experts": 0.5})
+
+
+class Bounded(nn.Module):
+    """Scores that are not minus infinity any more where the router says so, before a softmax over all of them; or counts beside the result."""
+
+    def __init__(self, kind, experts=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.head, self.kind = nn.Linear(6, experts), nn.Linear(6, 3), kind
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(experts))
+
+    def forward(self, x):
+        scores = self.router(x)
+        scores = {"twice": scores.softmax(-1), "tanh": scores.tanh(), "sigmoid": scores.sigmoid()}.get(self.kind, scores / 2 + 1)
+        shares = scores.softmax(-1)
+        best, at = shares.topk(2, -1)
+        gate = torch.zeros_like(shares).scatter(-1, at, best)
+        out = sum(expert(x) * gate[:, index, None] for index, expert in enumerate(self.experts))
+        return (self.head(out), torch.bincount(at.flatten(), minlength=len(self.experts)).double().std()) if self.kind == "counted" else self.head(out)
+
+
+@pytest.mark.parametrize("kind", ["twice", "tanh", "sigmoid", "counted"])
+def test_a_softmax_over_what_is_not_minus_infinity_holds_the_experts(kind) -> None:
+    with pytest.raises(NothingToPrune):
+        graphprune.shrink(Bounded(kind).double().eval(), torch.randn(9, 6, dtype=torch.float64), what={"experts": 0.5})
+
+
+def test_a_softmax_over_scores_that_still_are_lets_the_experts_go() -> None:
+    net, x = Bounded("scaled").double().eval(), torch.randn(9, 6, dtype=torch.float64)
+    small, plan = graphprune.shrink(net, x, what={"experts": 0.5}, return_plan=True)
+    gone = sorted(set(range(6)) - set(plan.cuts["router.weight"][0]))
+    assert len(small.experts) == 3 and (small(x) - never_chosen(net, gone)(x)).abs().max() < 1e-12

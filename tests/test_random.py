@@ -60,6 +60,7 @@ HELD = {
     "a generator": (lambda net, h, s: h * torch.rand(h.shape[-1], generator=torch.Generator().manual_seed(0), dtype=h.dtype), "a seed that the code sets"),
     "numpy's": (lambda net, h, s: h * torch.from_numpy(np.random.rand(h.shape[-1])), "keeps its size"),
     "python's": (lambda net, h, s: h * torch.tensor([random.random() for _ in range(h.shape[-1])], dtype=h.dtype), "keeps its size"),
+    "of unit length": (lambda net, h, s: h + F.normalize(torch.randn_like(h), dim=-1), "changes with the number"),
     "an order": (lambda net, h, s: h[:, torch.randperm(h.shape[-1])], "keeps its size"),
 }
 
@@ -95,6 +96,12 @@ def test_a_fault_beside_random_numbers_is_seen():
     result = small(x)
     torch.manual_seed(5)
     assert (result - graphprune.zeroed(net, plan)(x)[0]).abs().max() > 1e-6
+
+
+def test_a_seed_is_told_though_the_caller_has_set_the_same():
+    net, x = Drawing(seeded).double().eval(), torch.randn(4, 8, dtype=torch.float64)
+    torch.manual_seed(0)
+    assert graphprune.shrink(net, x, 0.5).head.in_features == 16
 
 
 class NoisyGate(nn.Module):

@@ -1,5 +1,6 @@
 """What a call leaves as it was: the user's model and what its code keeps, whether the call succeeds, fails or only runs the model."""
 
+import copy
 import sys
 import threading
 import warnings
@@ -404,3 +405,37 @@ def test_what_a_module_keeps_for_evaluation_follows_the_cut(before):
         assert (result - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-12
         small.train().eval()
         assert (small(x) - graphprune.zeroed(net.eval(), plan)(x)[0]).abs().max() < 1e-12
+
+
+class Merged(nn.Linear):
+    """A layer whose update goes into its weight for evaluation and comes out for training, in place."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.down, self.up, self.merged = nn.Parameter(torch.randn(2, sizes[0])), nn.Parameter(torch.randn(sizes[1], 2)), False
+
+    def train(self, mode):  # no default: torch always gives it
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down).data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) if self.merged else super().forward(x) + x @ self.down.t() @ self.up.t()
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("mode", [False, True])
+def test_weights_that_change_with_the_mode_are_as_they_were(mode, verify, held):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Merged(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().train(mode), torch.randn(4, 6, dtype=torch.float64)
+    if held:
+        net[0].tables = [torch.zeros(3)]
+    before, result = copy.deepcopy(net.state_dict()), net(x)
+    small, plan = graphprune.shrink(net, x, 0.5, return_plan=True, verify=verify)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items()) and torch.equal(net(x), result)
+    assert net[0].merged is not mode and net.training is mode and small.training is mode and small[0].out_features == 4
+    for training in (False, True):
+        assert (small.train(training)(x) - graphprune.zeroed(copy.deepcopy(net), plan)(x)[0]).abs().max() < 1e-12

@@ -118,6 +118,8 @@ class Beside(nn.Module):
         if self.kind == "residual of a layer":
             h = self.base(h)
             return self.head(h + self.next(h))
+        if self.kind == "one product":
+            return self.head(torch.addmm(self.base(h), self.down(h), self.up.weight.t()))
         if self.kind == "another input":
             return self.head(self.base(h) + self.up(self.down(h.sigmoid())))
         return self.head(self.base(h) + self.up(F.silu(self.down(h))))  # a bottleneck with an activation: its width is one
@@ -130,3 +132,8 @@ def test_thin_layers_that_change_no_other_are_layers(kind):
 
 def test_a_layer_added_to_what_it_reads_changes_no_other():
     assert graphprune.shrink(Beside("residual of a layer"), X, 0.5).base.out_features == 8
+
+
+def test_an_update_that_a_product_adds_is_one():
+    small = graphprune.shrink(Beside("one product"), X, 0.5)
+    assert small.down.out_features == RANK and small.base.out_features == 8

@@ -176,8 +176,9 @@ class _Regions:
         """A call that is given nothing of a single entry yet: it may take out one, or make a table over all of them."""
         short = node.op.short.rstrip("_")
         if short == "eq" and isinstance(node.args[0], Value) and self.chosen(node.args[0]):
-            other = node.args[1]
-            return self._head(node, ZERO, other.entry if isinstance(other, Value) else int(other))
+            entry = node.args[1].entry if isinstance(node.args[1], Value) else int(node.args[1])
+            if entry >= 0:
+                return self._head(node, ZERO, entry)
         if node.constant == 0 or _zero(node, {id(value) for value in node.held if id(value) in self.zeros}):
             self.zeros |= {id(value) for value in node.outs}
         return self._taken_from(node, node.args[0]) if node.args and isinstance(node.args[0], Value) else None

@@ -16,6 +16,7 @@ import torch
 
 from ..operations.labels import Array, Labels, Reason
 from ..operations.notation import Expr, Value, meet, parse
+from .choices import LEAST
 from .features import axis_names
 from .node import Node
 from .trees import replace
@@ -34,8 +35,9 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Value, 
         return
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
     for node in taken:
-        norm = node.op.statistic in ("norm", "mean") and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs)
-        if norm or _among_chosen(node, chosen) or (not node.op.softmax and _sums_zeros(node, zeros)):
+        norm = node.op.statistic in ("norm", "mean") and any(uses[id(value)] for value in node.outs) and not _drawn(node, zeros)
+        norm = norm and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs)
+        if norm or _among_chosen(node, chosen, zeros) or (not node.op.softmax and _sums_zeros(node, zeros)):
             continue
         assert node.rule is not None
         what = "a softmax" if node.op.softmax else "a statistic"
@@ -44,12 +46,22 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Value, 
         meet(_OnCondition(labels), rule, [value.shape for value in node.outs], reason)
 
 
-def _among_chosen(node: Node, chosen: Callable[[Value, Array], bool]) -> bool:
+def _drawn(node: Node, zeros: Zeros) -> bool:
+    """Whether a statistic is taken of numbers that are made of nothing: such as are removed were no features, and none of them was zero."""
+    value = node.held[0]
+    while (maker := zeros.makers.get(id(value))) is not None and maker.op.stays and len(maker.held) == 1:
+        value = maker.held[0]
+    return maker is not None and (maker.op.draws or maker.op.factory or maker.op.fills)
+
+
+def _among_chosen(node: Node, chosen: Callable[[Value, Array], bool], zeros: Zeros) -> bool:
     """Whether a softmax, or the largest whose position somebody reads, is taken over what is chosen from."""
     position = node.outs[-1].numbers if node.op.chooses_from is not None else None
     if not node.op.softmax and (position is None or not position.matters):
         return False
-    return node.rule is not None and all(chosen(node.rule.operands[0], each) for each in _along(node))
+    if node.rule is None or not all(chosen(node.rule.operands[0], each) for each in _along(node)):
+        return False
+    return not node.op.softmax or zeros.endless(node.rule.operands[0])
 
 
 def _sums_zeros(node: Node, zeros: Zeros) -> bool:
@@ -176,6 +188,21 @@ class Zeros:
             return None
         entry = lambda each: torch.tensor(constants[id(each)], dtype=each.dtype)  # noqa: E731
         return float(node.func(*replace(node.args, entry), **replace(node.kwargs, entry)))
+
+    def endless(self, value: Any, steps: int = 2 * STEPS) -> bool:
+        """Whether a score that is minus infinity is so still: the result of a product, moved, with something added to it, or times a factor."""
+        node = self.makers.get(id(value))
+        if node is None or node.products or not steps:
+            return True
+        if node.constant is not None:
+            return node.constant <= LEAST
+        first = node.args[0] if node.args else None
+        if node.op.arithmetic == "add":
+            return any(self.endless(each, steps - 1) for each in node.held if _labelled(each))
+        if node.op.puts:
+            number = node.argument("value")
+            return isinstance(number, int | float) and number <= LEAST and self.endless(first, steps - 1)
+        return (node.op.arithmetic in ("sub", "mul", "div") or node.op.keeps_zero or node.op.writes_at) and self.endless(first, steps - 1)
 
     def keeps(self, node: Node) -> bool:
         op, first = node.op, node.held[0] if node.held else None

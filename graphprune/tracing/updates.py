@@ -49,9 +49,11 @@ class _Lines:
             self.weights.update(map(id, node.outs))
         if node.product is not None:
             self.multiplied(node, node.product)
-        elif node.op.arithmetic in ("add", "sub"):
+            whole = node.bias
+            return self.beside(whole, node.outs[0]) if whole is not None and id(whole) not in self.weights else []
+        if node.op.arithmetic in ("add", "sub"):
             return self.added(node)
-        elif len(node.outs) == 1 and (node.is_move or node.op.arithmetic in ("mul", "div") or node.op.keeps_zero):
+        if len(node.outs) == 1 and (node.is_move or node.op.arithmetic in ("mul", "div") or node.op.keeps_zero):
             sources = flowing or node.held
             if len({id(value) for value in sources}) == 1 and node.args and node.args[0] is sources[0]:
                 self.passed(node, sources[0])
@@ -76,12 +78,17 @@ class _Lines:
         if len(terms) < 2:
             return []
         for whole, update in (terms, terms[::-1]):
-            inner = self.update(whole, update)
-            if inner:
+            if self.update(whole, update):
+                held = self.beside(whole, update)
                 self.passed(node, whole)
-                widths = [max(field.shape) for value in terms for field in value.fields]
-                return [inner] if max(field.size for field in inner) <= min(widths, default=0) else []
+                return held
         return []
+
+    def beside(self, whole: Value, update: Value) -> list[tuple[Array, ...]]:
+        """What lies inside of an update to something whole, where it is thin."""
+        inner = self.update(whole, update)
+        widths = [max(field.shape) for value in (whole, update) for field in value.fields]
+        return [inner] if inner and max(field.size for field in inner) <= min(widths, default=0) else []
 
     def update(self, whole: Value, update: Value) -> tuple[Array, ...]:
         """What lies inside of an update to something whole, where the second is one to the first."""
