@@ -439,3 +439,20 @@ def test_weights_that_change_with_the_mode_are_as_they_were(mode, verify, held):
     assert net[0].merged is not mode and net.training is mode and small.training is mode and small[0].out_features == 4
     for training in (False, True):
         assert (small.train(training)(x) - graphprune.zeroed(copy.deepcopy(net), plan)(x)[0]).abs().max() < 1e-12
+
+
+class Evaluated(nn.Linear):
+    """A layer that is there for evaluation alone."""
+
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError("not to be trained")
+        return super().train(mode)
+
+
+def test_a_module_that_refuses_to_train_is_cut():
+    net, x = nn.Sequential(Evaluated(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
+    net[0].tables = [torch.zeros(3)]
+    net.eval()
+    small, plan = graphprune.shrink(net, x, 0.5, return_plan=True)
+    assert small[0].out_features == 4 and (small(x) - graphprune.zeroed(net, plan)(x)[0]).abs().max() < 1e-5

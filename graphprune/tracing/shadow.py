@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ def forgetting(model: nn.Module) -> bool:
     for _, module in modules_of(model):
         if type(module).train is not nn.Module.train and any("[" in name for name, *_ in leaf_tensors(module)):
             modes = [(inner, inner.training) for inner in module.modules()]
-            module.train(True)
-            module.train(modes[0][1])
+            with suppress(Exception):  # one that refuses another mode keeps what it has
+                module.train(True)
+                module.train(modes[0][1])
             for inner, mode in modes:
                 inner.__dict__["training"] = mode
             told = True
