@@ -319,6 +319,8 @@ def test_a_share_of_experts_that_the_router_needs_is_told():
     with pytest.warns(LessThanAsked, match="the code chooses 2 for every token"):
         small = graphprune.shrink(Mixture(), X, what={"experts": 0.9})
     assert small.router.out_features == 2
+    with pytest.warns(LessThanAsked, match="the code chooses 2 for every token"):
+        graphprune.shrink(Mixture(), X, 0.9, what="experts")
     with warnings.catch_warnings():
         warnings.simplefilter("error", LessThanAsked)
         assert graphprune.shrink(Mixture(), X, what={"experts": 0.75}).router.out_features == 2

@@ -61,6 +61,7 @@ HELD = {
     "numpy's": (lambda net, h, s: h * torch.from_numpy(np.random.rand(h.shape[-1])), "keeps its size"),
     "python's": (lambda net, h, s: h * torch.tensor([random.random() for _ in range(h.shape[-1])], dtype=h.dtype), "keeps its size"),
     "of unit length": (lambda net, h, s: h + F.normalize(torch.randn_like(h), dim=-1), "changes with the number"),
+    "of unit length, by hand": (lambda net, h, s: h + (z := torch.randn_like(h)) / z.pow(2).mean(-1, keepdim=True).sqrt(), "changes with the number"),
     "an order": (lambda net, h, s: h[:, torch.randperm(h.shape[-1])], "keeps its size"),
 }
 
@@ -102,6 +103,11 @@ def test_a_seed_is_told_though_the_caller_has_set_the_same():
     net, x = Drawing(seeded).double().eval(), torch.randn(4, 8, dtype=torch.float64)
     torch.manual_seed(0)
     assert graphprune.shrink(net, x, 0.5).head.in_features == 16
+
+
+def test_random_numbers_in_a_further_example():
+    net, x = Drawing(DRAWN["noise of its own"]).double().eval(), torch.randn(4, 8, dtype=torch.float64)
+    assert graphprune.shrink(net, x, 0.5, examples=[lambda net: net(x[:2])]).head.in_features == 8
 
 
 class NoisyGate(nn.Module):

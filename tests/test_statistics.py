@@ -156,3 +156,27 @@ def test_what_a_zero_would_tell_stays(name):
     """The control of what makes no difference: without the removed entries these say something else of what comes in."""
     with pytest.raises(NothingToPrune, match="changes with the number of its entries"):
         graphprune.shrink(Between(TOLD[name], relu=False).eval(), X.float(), 0.5)
+
+
+class Divided(nn.Module):
+    """What is divided by its own deviation, which may be returned as well."""
+
+    def __init__(self, returned):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head, self.returned = nn.Linear(8, 16), nn.Linear(16, 3), returned
+
+    def forward(self, x):
+        h = self.stem(x)
+        deviation = h.std(-1, keepdim=True)
+        return (self.head(h / deviation), deviation) if self.returned else self.head(h / deviation)
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_statistic_that_is_returned_is_no_norm(returned):
+    net, x = Divided(returned).double(), torch.randn(4, 8, dtype=torch.float64)
+    small = graphprune.shrink(net, x, 0.5) if not returned else None
+    assert small is None or small.head.in_features == 8
+    if returned:
+        with pytest.raises(graphprune.errors.NothingToPrune, match="statistic"):
+            graphprune.shrink(net, x, 0.5)

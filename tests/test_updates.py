@@ -137,3 +137,24 @@ def test_a_layer_added_to_what_it_reads_changes_no_other():
 def test_an_update_that_a_product_adds_is_one():
     small = graphprune.shrink(Beside("one product"), X, 0.5)
     assert small.down.out_features == RANK and small.base.out_features == 8
+
+
+class InOne(nn.Module):
+    """A weight and its update, made by one product."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.up, self.down, self.head = (
+            nn.Parameter(torch.randn(16, 8)),
+            nn.Parameter(torch.randn(16, RANK)),
+            nn.Parameter(torch.randn(RANK, 8)),
+            nn.Linear(16, 3),
+        )
+
+    def forward(self, x):
+        return self.head(F.linear(x, torch.addmm(self.weight, self.up, self.down)))
+
+
+def test_an_update_in_the_product_that_makes_a_weight_keeps_its_rank():
+    small = graphprune.shrink(InOne().double(), X, 0.5)
+    assert small.down.shape == (RANK, 8) and small.weight.shape == (8, 8)

@@ -99,6 +99,9 @@ def _kinds(text: str) -> Any:
     kinds = [each.strip() for each in text.split(",") if each.strip()]
     if any("=" in each for each in kinds):
         pairs = [each.partition("=")[::2] for each in kinds]
+        twice = [name for at, (name, _) in enumerate(pairs) if not name.strip() or name in [other for other, _ in pairs[:at]]]
+        if twice:
+            raise BadOption(f"--what {text!r} names {twice[0]!r} twice" if twice[0].strip() else f"--what {text!r} has an amount of nothing; write mlp=50%")
         return {name.strip(): int(share) if share.strip().isdecimal() else share.strip() or None for name, share in pairs}
     return kinds[0] if len(kinds) == 1 else tuple(kinds)
 

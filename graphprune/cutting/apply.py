@@ -72,7 +72,7 @@ def _apply(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
             CHANGES[part.kind](small, part, plan.shapes.get(part.name, ()), plan.cuts.get(part.name, {}))
     apply_skips(small, [part for part in plan.parts if part.kind == "skip"])
     apply_experts(small, [part for part in plan.parts if part.kind == "expert"])
-    forgetting(small)  # it was made of the whole weights
+    forgetting(small)  # caches were made of the whole weights
     return gathered(small)
 
 

@@ -154,7 +154,7 @@ def _compared(graph: Graph, model: nn.Module, small: nn.Module, plan: Plan, exam
     """The difference on one example, and whether any output says something."""
     try:
         with torch.no_grad(), same_dice(away=True), undisturbed_surroundings(small):
-            found = _run(evaluating(_copy(small)), example, graph)
+            found = _run(_evaluated(small), example, graph)
     except Exception as error:
         fails(model, example)
         if drawn:
@@ -263,6 +263,12 @@ def _narrowed(wanted: list[Item], graph: Graph, plan: Plan | Masks) -> list[Item
 def _copy(model: nn.Module) -> nn.Module:
     """A copy that may be run: everything in it is its own."""
     return gathered(duplicate(model, {id(tensor): _own(tensor) for *_, tensor in leaf_tensors(model)}))
+
+
+def _evaluated(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode; of a model that is in it, with all that it holds."""
+    copied = _copy(model)
+    return evaluating(copied) if any(module.training for _, module in modules_of(copied)) else copied
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

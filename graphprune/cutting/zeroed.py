@@ -95,7 +95,14 @@ def walk(model: nn.Module, plan: Plan, asked: Examples, training: bool = False, 
 
 def answer(model: nn.Module, plan: Plan, asked: Examples) -> list[Item]:
     """What the zeroed original returns for an example that is a function of the model."""
-    return _settled(model, plan, asked, training=False) if plan.parts else walk(model, plan, asked)
+    if plan.parts:
+        return _settled(model, plan, asked, training=False)
+    try:
+        with RUNNING, same_dice():
+            graph = run(model, asked, real=False)
+    except Exception:  # its way depends on values
+        graph = None
+    return walk(model, plan, asked, graph=graph)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
@@ -117,8 +124,6 @@ class _Amended:
         self.made = self.made or _Made(recorder, self.model, self.plan)
         whole = self.made.after(node)
         broken = not all(map(_finite, results))
-        if not node.reduces and not broken and not whole and not node.op.draws:
-            return
         if node.op.draws:
             self.draw(recorder, node, given, results)
         if not node.reduces and not broken and not whole:
@@ -459,7 +464,12 @@ def _drawn(node: Any, masks: Masks) -> bool:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two runs made the same call here."""
-    return one.func is other.func and [value.shape for value in one.outs] == [value.shape for value in other.outs] and len(one.held) == len(other.held)
+    return (
+        one.func is other.func
+        and one.where == other.where
+        and [value.shape for value in one.outs] == [value.shape for value in other.outs]
+        and len(one.held) == len(other.held)
+    )
 
 
 def _executed(node: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -60,14 +60,14 @@ def _unheard(graph: Graph, model: nn.Module, plan: Plan, request: Request) -> li
 
 def _as_many_as_chosen(graph: Graph, request: Request) -> list[str]:
     """The share of experts that cannot go, since the code chooses so many for every token."""
-    asked = next((each for each in request.wanted if each.spec.name == "experts" and isinstance(each.amount, float)), None)
-    if asked is None or not graph.choices:
+    asked = next((each for each in request.wanted if each.spec.name == "experts"), None)
+    if asked is None or not graph.choices or isinstance(asked.amount, int):
         return []
-    groups = couple(graph)
+    share, groups = request.ratio if asked.amount is None else asked.amount, couple(graph)
     for index, enough in least(groups, graph.choices).items():
         size = groups.groups[index].size
-        if width(size, asked.amount) < enough:
-            return [f"{asked.amount:g} of {size} experts were to go; the code chooses {enough} for every token, so {enough} stay"]
+        if width(size, share) < enough:
+            return [f"a share of {share:g} of {size} experts was to go; the code chooses {enough} for every token, so {enough} stay"]
     return []
 
 

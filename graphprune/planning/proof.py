@@ -28,7 +28,7 @@ from ..select import Kept
 from ..tracing.graph import Graph
 from ..tracing.node import Node
 from ..tracing.rehearsal import Difference, rehearse
-from ..tracing.shadow import evaluating, shadow
+from ..tracing.shadow import evaluating, modal, shadow
 from ..tracing.sizes import leaves
 from ..tracing.symbols import Wrong, solve
 from ..tracing.trees import leaf_tensors, modules_of, tensors
@@ -89,7 +89,10 @@ class Proof:
         """Where the model cut like this parts from what was promised."""
         plan = make_plan(groups, kept, edits, ())
         difference = None if self.graph.real else rehearse(self.graph, apply(self.hollow, plan), Survivors(groups, kept).axis)
-        return difference or (self._beside(plan) or self._elsewhere(plan) if self.values else None)
+        if difference or not self.values:
+            return difference
+        replays = not any(modal(module) for _, module in modules_of(self.model))  # else the weights are others in evaluation mode
+        return (self._beside(plan) if replays else None) or self._elsewhere(plan)
 
     def _beside(self, plan: Plan) -> Difference | None:
         small = evaluating(apply(self.model, plan))

@@ -95,8 +95,9 @@ class _Coupling:
             self.locks += whole_insides(graph)
             groups = self.coupled()
         if any(each.spec.name == "experts" for each in request.wanted) and graph.choices and not of_kind(groups, "experts"):
-            self.locks += beside(graph)
-            groups = self.coupled()
+            known, self.locks = self.locks, [*self.locks, *beside(graph)]
+            alone = self.coupled()
+            groups, self.locks = (alone, self.locks) if of_kind(alone, "experts") else (groups, known)
         unwanted = others(groups, request)
         if unwanted:
             self.locks += unwanted

@@ -33,7 +33,7 @@ from ..operations.labels import Array, Fields, Labels, Reason, varying
 from ..operations.notation import Value, meet, parse
 
 Carried = tuple[list[Fields], bool]  # the fields of each result, and whether the call sums over any
-LEAST = -1e4  # a softmax gives exactly nothing to what is so far below the others
+MINUS_INFINITY = -1e4  # a softmax gives exactly nothing to what is so far below the others
 
 
 @dataclass(eq=False)
@@ -247,7 +247,7 @@ def _addressed(call: _Call, slots: Sequence[tuple[Any, ...]]) -> Carried:
         choice.stacks += [along[0].ravel()] if target.zero else []
         if op.writes_at and not target.leaf:
             choice.fills = True
-            choice.tables += [] if _least(recorder, target) else [len(recorder.nodes)]
+            choice.tables += [] if _lowest(recorder, target) else [len(recorder.nodes)]
         fields = [entries for entries in fields if entries is not along[0]]
         again.append(choice.labels.reshape(along[0].shape))
     bare = replace(target, fields=tuple(fields))
@@ -259,12 +259,12 @@ def _addressed(call: _Call, slots: Sequence[tuple[Any, ...]]) -> Carried:
     return outs, reduces
 
 
-def _least(recorder: Any, value: Value) -> bool:
+def _lowest(recorder: Any, value: Value) -> bool:
     """Whether all entries of a value are minus infinity, or what a softmax makes as little of."""
     while 0 <= value.node < len(recorder.nodes):
         node = recorder.nodes[value.node]
         if node.constant is not None or not node.op.keeps_zero or len(node.held) != 1:
-            return node.constant is not None and node.constant <= LEAST
+            return node.constant is not None and node.constant <= MINUS_INFINITY
         value = node.held[0]
     return False
 

@@ -20,7 +20,7 @@ def same_dice(away: bool = False) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[]):
             if away:
-                torch.rand(1)
+                torch.rand(1, device="cpu")
             yield
     finally:
         random.setstate(state)

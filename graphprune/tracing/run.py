@@ -78,7 +78,7 @@ def run(
     choices = mattering(labels, recorder.choices, recorder.leaves.values(), [*runs.outputs, *runs.others])
     mixtures = members(choices, every, [*runs.outputs, *runs.others], recorder.constants, labels.partition().parent, model) if choices else []
     choices, of_choice = settled(labels, choices, {id(choice): LISTED for each in mixtures for choice in each.choices})
-    hold_statistics(labels, recorder.nodes + recorder.extra, of_choice)
+    hold_statistics(labels, recorder.nodes + recorder.extra, of_choice, [*runs.outputs, *runs.others])
     hold_ranks(labels, recorder.nodes + recorder.extra, [value for name, value in recorder.leaves.items() if name in parameters])
     reason = labels.reason(Reason(OUTPUT))
     sizes = stated(model, symbols)

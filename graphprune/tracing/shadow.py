@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .copies import duplicate
+from .copies import OWN, duplicate
 from .record import META
 from .trees import is_parameter, leaf_tensors, modules_of
 
@@ -42,19 +42,31 @@ def shadow(model: nn.Module, real: bool) -> tuple[nn.Module, list[tuple[torch.Te
 def forgetting(model: nn.Module) -> bool:
     """Let modules forget what they put together of their weights for evaluation; whether any may have.
 
-    Those do that have a ``train`` of their own and hold other tensors than parameters and buffers. Their modes are as they were.
+    Those do that have a ``train`` of their own and hold tensors that are neither parameters nor buffers. Modes, and which weights learn, are as they were.
     """
     told = False
     for _, module in modules_of(model):
-        if type(module).train is not nn.Module.train and any("[" in name for name, *_ in leaf_tensors(module)):
+        if type(module).train is not nn.Module.train and _caches(module):
             modes = [(inner, inner.training) for inner in module.modules()]
+            learns = [(weight, weight.requires_grad) for weight in module.parameters()]
             with suppress(Exception):  # one that refuses another mode keeps what it has
                 module.train(True)
                 module.train(modes[0][1])
             for inner, mode in modes:
                 inner.__dict__["training"] = mode
+            for weight, learn in learns:
+                weight.requires_grad_(learn)
             told = True
     return told
+
+
+def _caches(module: nn.Module) -> bool:
+    """Whether a module itself holds tensors, in attributes or in containers there, that are neither parameters nor buffers."""
+    for name, item in module.__dict__.items():
+        items = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else (item,)
+        if name not in OWN and any(isinstance(each, torch.Tensor) for each in items):
+            return True
+    return False
 
 
 def modal(module: nn.Module) -> bool:
@@ -66,7 +78,8 @@ def evaluating(model: nn.Module) -> nn.Module:
     """``model.eval()``, without a call for each module unless one has its own."""
     modules = [module for _, module in modules_of(model)]
     if any(map(modal, modules)):
-        return model.eval()
+        model.eval()
+        return model
     for module in modules:
         module.__dict__["training"] = False
     return model

@@ -16,7 +16,7 @@ import torch
 
 from ..operations.labels import Array, Labels, Reason
 from ..operations.notation import Expr, Value, meet, parse
-from .choices import LEAST
+from .choices import MINUS_INFINITY
 from .features import axis_names
 from .node import Node
 from .trees import replace
@@ -24,18 +24,22 @@ from .trees import replace
 STEPS = 12  # calls from a statistic to where it is used
 
 
-def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Value, Array], bool] = lambda value, array: False) -> None:
+def hold_statistics(
+    labels: Labels, nodes: list[Node], chosen: Callable[[Value, Array], bool] = lambda value, array: False, outputs: Iterable[Value] = ()
+) -> None:
     """Ask of the labels, on condition, that axes stay whole over which a statistic is taken that is neither a sum of zeros nor a norm's.
 
-    ``chosen`` says of a value and labels of it whether the code chooses among them: of such what is gone counts as minus infinity, so that a softmax is over
-    those that stay.
+    What is returned (``outputs``) is no norm, whatever else is divided by it. ``chosen`` says of a value and labels of it whether the code chooses among
+    them: of such what is gone counts as minus infinity, so that a softmax is over those that stay.
     """
     taken = [node for node in nodes if (node.op.statistic or node.op.softmax) and node.rule is not None and _over(node)]
     if not taken:
         return
     zeros, uses, narrow = Zeros(nodes), _uses(nodes), _narrow(nodes)
+    for value in outputs:
+        uses[id(value)].append(None)
     for node in taken:
-        norm = node.op.statistic in ("norm", "mean") and any(uses[id(value)] for value in node.outs) and not _drawn(node, zeros)
+        norm = node.op.statistic in ("norm", "mean") and any(uses[id(value)] for value in node.outs) and not _of_nothing(node, zeros)
         norm = norm and all(_divides(value, False, uses, narrow, STEPS) for value in node.outs)
         if norm or _among_chosen(node, chosen, zeros) or (not node.op.softmax and _sums_zeros(node, zeros)):
             continue
@@ -46,12 +50,17 @@ def hold_statistics(labels: Labels, nodes: list[Node], chosen: Callable[[Value, 
         meet(_OnCondition(labels), rule, [value.shape for value in node.outs], reason)
 
 
-def _drawn(node: Node, zeros: Zeros) -> bool:
-    """Whether a statistic is taken of numbers that are made of nothing: such as are removed were no features, and none of them was zero."""
+def _of_nothing(node: Node, zeros: Zeros) -> bool:
+    """Whether a statistic is taken of numbers that are made of nothing, or of these alone: none of those that are removed was zero."""
     value = node.held[0]
-    while (maker := zeros.makers.get(id(value))) is not None and maker.op.stays and len(maker.held) == 1:
-        value = maker.held[0]
-    return maker is not None and (maker.op.draws or maker.op.factory or maker.op.fills)
+    while (maker := zeros.makers.get(id(value))) is not None:
+        if maker.op.factory or maker.op.shape_only or (maker.op.fills and maker.op.writes):
+            return True
+        read = [each for each in maker.held if _labelled(each)]
+        if len(read) != 1 or not (maker.op.pointwise or maker.op.moves) or maker.op.fills:
+            return False
+        value = read[0]
+    return False
 
 
 def _among_chosen(node: Node, chosen: Callable[[Value, Array], bool], zeros: Zeros) -> bool:
@@ -61,7 +70,7 @@ def _among_chosen(node: Node, chosen: Callable[[Value, Array], bool], zeros: Zer
         return False
     if node.rule is None or not all(chosen(node.rule.operands[0], each) for each in _along(node)):
         return False
-    return not node.op.softmax or zeros.endless(node.rule.operands[0])
+    return not node.op.softmax or zeros.minus_infinity(node.rule.operands[0])
 
 
 def _sums_zeros(node: Node, zeros: Zeros) -> bool:
@@ -109,8 +118,9 @@ def _along(node: Node) -> list[Array]:
     return [field for field in node.rule.operands[0].fields if any(field.shape[dim] > 1 for dim in mixed)]
 
 
-def _uses(nodes: Iterable[Node]) -> dict[int, list[Node]]:
-    uses: dict[int, list[Node]] = defaultdict(list)
+def _uses(nodes: Iterable[Node]) -> dict[int, list[Node | None]]:
+    """The calls that use each value, by its id; None where it is returned."""
+    uses: dict[int, list[Node | None]] = defaultdict(list)
     for node in nodes:
         for value in {id(value): value for value in node.held}.values():
             uses[id(value)].append(node)
@@ -131,12 +141,14 @@ def _narrow(nodes: Iterable[Node]) -> set[int]:
     return narrow
 
 
-def _divides(value: Value, inverse: bool, uses: dict[int, list[Node]], narrow: set[int], steps: int) -> bool:
+def _divides(value: Value, inverse: bool, uses: dict[int, list[Node | None]], narrow: set[int], steps: int) -> bool:
     """Whether all that a statistic is used for is to centre and to divide what has the axis."""
     return steps > 0 and all(_as_norm(node, value, inverse, uses, narrow, steps) for node in uses[id(value)])
 
 
-def _as_norm(node: Node, value: Value, inverse: bool, uses: dict[int, list[Node]], narrow: set[int], steps: int) -> bool:
+def _as_norm(node: Node | None, value: Value, inverse: bool, uses: dict[int, list[Node | None]], narrow: set[int], steps: int) -> bool:
+    if node is None:
+        return False
     wide = [other for other in node.held if other is not value and other.fields and id(other) not in narrow]
     below = node.op.arithmetic == "div" and len(node.held) > 1 and node.held[1] is value
     if not wide:
@@ -150,9 +162,11 @@ def _as_norm(node: Node, value: Value, inverse: bool, uses: dict[int, list[Node]
     return below or (node.op.arithmetic == "mul" and inverse)
 
 
-def _scaled(value: Value, uses: dict[int, list[Node]], narrow: set[int], steps: int) -> bool:
+def _scaled(value: Value, uses: dict[int, list[Node | None]], narrow: set[int], steps: int) -> bool:
     """Whether what was centred goes into a statistic of its own, or is divided by one."""
     for node in uses[id(value)] if steps else ():
+        if node is None:
+            continue
         if node.op.statistic or any(id(other) in narrow for other in node.held if other is not value):
             return True
         if (node.op.pointwise or node.op.moves) and any(_scaled(out, uses, narrow, steps - 1) for out in node.outs):
@@ -189,20 +203,22 @@ class Zeros:
         entry = lambda each: torch.tensor(constants[id(each)], dtype=each.dtype)  # noqa: E731
         return float(node.func(*replace(node.args, entry), **replace(node.kwargs, entry)))
 
-    def endless(self, value: Any, steps: int = 2 * STEPS) -> bool:
+    def minus_infinity(self, value: Any, steps: int = 2 * STEPS) -> bool:
         """Whether a score that is minus infinity is so still: the result of a product, moved, with something added to it, or times a factor."""
+        if not isinstance(value, Value) or not steps:
+            return False
         node = self.makers.get(id(value))
-        if node is None or node.products or not steps:
+        if node is None or node.products:
             return True
         if node.constant is not None:
-            return node.constant <= LEAST
+            return node.constant <= MINUS_INFINITY
         first = node.args[0] if node.args else None
-        if node.op.arithmetic == "add":
-            return any(self.endless(each, steps - 1) for each in node.held if _labelled(each))
+        if node.op.arithmetic in ("add", "mul"):
+            return any(self.minus_infinity(each, steps - 1) for each in node.held if _labelled(each))
         if node.op.puts:
             number = node.argument("value")
-            return isinstance(number, int | float) and number <= LEAST and self.endless(first, steps - 1)
-        return (node.op.arithmetic in ("sub", "mul", "div") or node.op.keeps_zero or node.op.writes_at) and self.endless(first, steps - 1)
+            return isinstance(number, int | float) and number <= MINUS_INFINITY and self.minus_infinity(first, steps - 1)
+        return (node.op.arithmetic in ("sub", "div") or node.op.keeps_zero or node.op.writes_at) and self.minus_infinity(first, steps - 1)
 
     def keeps(self, node: Node) -> bool:
         op, first = node.op, node.held[0] if node.held else None

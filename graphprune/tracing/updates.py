@@ -50,7 +50,7 @@ class _Lines:
         if node.product is not None:
             self.multiplied(node, node.product)
             whole = node.bias
-            return self.beside(whole, node.outs[0]) if whole is not None and id(whole) not in self.weights else []
+            return self.beside(whole, node.outs[0]) if whole is not None and len(whole.shape) == len(node.outs[0].shape) else []
         if node.op.arithmetic in ("add", "sub"):
             return self.added(node)
         if len(node.outs) == 1 and (node.is_move or node.op.arithmetic in ("mul", "div") or node.op.keeps_zero):
