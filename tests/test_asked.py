@@ -38,7 +38,7 @@ def widths(net):
 
 NO_SENSE = {
     "keep": ([None, 5, 0.5, True, [""], [None], [X], nn.Linear(4, 8), [nn.Linear(4, 8)], nn.LSTM, lambda one: True, "0.wieght"], UnknownName),
-    "what": ([None, 5, [], [None], {}], BadOption),
+    "what": ([None, 5, [None], [], {}], GraphpruneError),
     "macs": ([1.5, 2.0], BadTarget),
     "examples": ([None, 5, X, "text", {"input": X}], BadInput),
     "example_kwargs": ([5, [("input", X)], X, "text"], BadInput),

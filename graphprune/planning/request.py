@@ -11,7 +11,7 @@ from torch import nn
 from ..budget.targets import Aims
 from ..cost import NAMES, cost
 from ..coupling.groups import Groups, couple
-from ..errors import BadAmount, BadOption, BadRatio, BadTarget
+from ..errors import BadAmount, BadOption, BadRatio, BadTarget, UnknownName
 from ..granularity.spec import Spec, parse
 from ..names import kept
 from ..options import FREED, Runtime, Vocabulary, Widths, token_ids, whole
@@ -184,8 +184,8 @@ def ask(
 def _wanted(what: Any) -> tuple[Wanted, ...]:
     """The kinds that ``what`` names: one, several, or a mapping to how much of each."""
     names = (what,) if isinstance(what, str) else tuple(what) if isinstance(what, Iterable) else ()
-    if not all(isinstance(name, str) for name in names):
-        names = ()
+    if not all(isinstance(name, str) for name in names) or not (names or isinstance(what, Iterable)):
+        raise UnknownName(f'what is {what!r}; it names what goes, such as "channel", ("mlp", "layers"), or {{"mlp": 0.3, "layers": 24}}')
     if isinstance(what, Mapping) and names:
         kinds = [_one(name, value) for name, value in what.items()]
     else:
