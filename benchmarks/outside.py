@@ -50,6 +50,14 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch
 ids = tokenizer(sys.argv[2], return_tensors="pt").input_ids
 torch.save((model(ids).logits.detach(), model.generate(ids, do_sample=False, max_new_tokens=int(sys.argv[3]))), sys.argv[4])
 """
+CONVERT = """
+import runpy, sys
+from zoo_support import declare_operators
+declare_operators()
+sys.path.insert(0, sys.argv[1].rpartition("/")[0])
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TASK = """
 task: local_text
 dataset_path: json

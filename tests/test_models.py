@@ -54,7 +54,7 @@ def test_nothing_in_the_package_knows_a_model():
 
 
 ORDER = {
-    "": """errors version wording arrays catalogue options quantities tables operations tracing distributed coupling cost scores select names cutting budget
+    "": """errors version wording catalogue options quantities tables operations arrays tracing distributed coupling cost scores select names cutting budget
         timing repair granularity planning ranks automatic gradual formats deciding spelling shrink insight loop adapters checkpoint commands command
         __main__""",
     "operations": """labels notation contraction record assembly attention factories gates gradients indexing losses matrices moves norms pointwise
