@@ -87,9 +87,8 @@ def llama_cpp(folder: Path, converter: Path, ids: list[int]) -> list[int]:
     from llama_cpp import Llama
 
     file = folder / "model.gguf"
-    done = subprocess.run(
-        [sys.executable, str(converter), str(folder), "--outtype", "f32", "--outfile", str(file)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", CONVERT, str(converter), str(folder), "--outtype", "f32", "--outfile", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
     if done.returncode:
         raise RuntimeError(f"the converter: {done.stderr.strip().splitlines()[-1]}")
     runner = Llama(str(file), n_ctx=128, n_threads=1, verbose=False)
