@@ -91,7 +91,7 @@ def llama_cpp(folder: Path, converter: Path, ids: list[int]) -> list[int]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
     if done.returncode:
         raise RuntimeError(f"the converter: {done.stderr.strip().splitlines()[-1]}")
-    runner = Llama(str(file), n_ctx=128, n_threads=1, verbose=False)
+    runner = Llama(str(file), n_ctx=128, n_threads=1, type_k=0, type_v=0, verbose=False)  # keys and values in float32, as everything else
     found: list[int] = []
     for token in runner.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
         found.append(token)
