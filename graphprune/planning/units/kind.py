@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from ...catalogue import enter, entry, names, open_to_others
 from ...coupling.groups import Groups
 from ...errors import BadOption
+from ...granularity import spec
 from ...operations.labels import Array
 from ...tracing.graph import Graph
 
+assert spec.NAMES  # what they name is entered first
 CHANNELS = "channels"  # what is none of the kinds that are found
 
 Find = Callable[[Groups], Iterable[int]]
